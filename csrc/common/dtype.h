@@ -1,0 +1,29 @@
+// Element types as the launchers number them (trajkern/_native/_args.py).
+#pragma once
+#include <cstdint>
+
+namespace tk {
+
+enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+// 16-bit floats are storage only: distinct types, so that a conversion is never a silent integer one.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What sums over elements of type T accumulate in, and what its statistics are returned in.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+}  // namespace tk

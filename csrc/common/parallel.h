@@ -1,0 +1,30 @@
+// A parallel loop over an index range; libgomp is the one torch has loaded, so torch.set_num_threads governs it.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace tk {
+
+// Calls f(begin, end) on disjoint ranges that cover [0, n), each of about `grain` indices or more; serially where n is
+// not above the grain. How the range is cut depends on the number of threads: f's results must not depend on the cuts.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, F&& f) {
+  if (n <= 0) return;
+  const int64_t parts = std::min<int64_t>(omp_get_max_threads(), (n + grain - 1) / std::max<int64_t>(grain, 1));
+  if (parts <= 1 || omp_in_parallel()) {
+    f(int64_t{0}, n);
+    return;
+  }
+// always the full team: libgomp ends threads when a region asks for fewer, and starting them again is slow
+#pragma omp parallel
+  {
+    const int64_t part = std::max<int64_t>(1, std::min<int64_t>(parts, omp_get_num_threads()));
+    const int64_t me = omp_get_thread_num(), size = (n + part - 1) / part;
+    const int64_t begin = me * size, end = std::min(n, begin + size);
+    if (begin < end) f(begin, end);
+  }
+}
+
+}  // namespace tk

@@ -1,0 +1,70 @@
+"""The grid of the registry-driven tests (spec x case x dtype x device) and poisoned allocations."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import trajkern as tk
+from trajkern.testing import SPECS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="only this device (default: all there are)")
+    parser.addoption("--backend", choices=("native", "triton", "cuda"), default=None, help="instead of the device's own")
+
+
+def _devices(config: pytest.Config) -> list[str]:
+    asked = config.getoption("--device")
+    if asked:
+        return [asked]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _dtypes(spec, device: str, backend: str | None):
+    return spec.triton_dtypes if backend == "triton" or (device == "cuda" and spec.triton_dtypes) else spec.dtypes
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Fill ``spec``, ``case``, ``dtype`` and ``device`` as far as a test asks for them."""
+    names = [n for n in ("spec", "case", "dtype", "device") if n in metafunc.fixturenames]
+    if "spec" not in names:
+        return
+    backend, rows, ids = metafunc.config.getoption("--backend"), [], []
+    for device in _devices(metafunc.config):
+        for spec in SPECS:
+            for case in spec.cases if "case" in names else (None,):
+                if case and case.large and backend == "triton" and device == "cpu":
+                    continue
+                for dtype in _dtypes(spec, device, backend) if "dtype" in names else (None,):
+                    values = {"spec": spec, "case": case, "dtype": dtype, "device": device}
+                    rows.append([values[n] for n in names])
+                    parts = [spec.name, case and case.name, dtype and str(dtype).removeprefix("torch."), device]
+                    ids.append("-".join(p for p, n in zip(parts, ("spec", "case", "dtype", "device")) if n in names))
+    metafunc.parametrize(names, rows, ids=ids)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """Runs the test on the backend asked for on the command line, else on the device's own."""
+    name = request.config.getoption("--backend")
+    with tk.use_backend(name) if name else contextlib.nullcontext():
+        yield name
+
+
+def _poisoned(allocate):
+    def poisoned(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        return x.fill_(torch.nan if x.is_floating_point() else 77 if x.dtype != torch.bool else True)
+
+    return poisoned
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that an op allocates starts as NaN, so that an element it never writes cannot pass."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

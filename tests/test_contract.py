@@ -1,0 +1,125 @@
+"""What PyTorch expects of an op: schema, fake, strides, dtypes, and gradients that can be taken or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import trajkern as tk
+from trajkern.testing import SPECS, run
+
+
+def _record(monkeypatch, spec, inputs):
+    """Every torch.ops.trajkern call that the public function and its backward make."""
+    calls = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "trajkern":
+                calls.append((func, [a.clone() if isinstance(a, torch.Tensor) else a for a in args]))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        run(spec, getattr(tk, spec.name), inputs)
+    return calls
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_opcheck(monkeypatch, spec) -> None:
+    seen = set()
+    for case in spec.cases:
+        if case.large:
+            continue
+        for func, args in _record(monkeypatch, spec, spec.inputs(case, torch.float32)):
+            signature = (func, tuple(type(a) for a in args), tuple(getattr(a, "ndim", None) for a in args))
+            if signature not in seen:
+                seen.add(signature)
+                torch.library.opcheck(func, tuple(args))
+    assert seen, "the public function called no op"
+
+
+def test_every_op_is_reached() -> None:
+    """No op without a spec that exercises it."""
+    reached = set()
+    for spec in SPECS:
+        for case in spec.cases[:1]:
+            reached |= {func.name() for func, _ in _record(None, spec, spec.inputs(case, torch.float32))}
+    logits = torch.randn(2, 5, requires_grad=True)
+    doubled = logits * 2
+    with torch.utils._python_dispatch._disable_current_modes():
+        tk.token_logprobs(doubled, torch.zeros(2, dtype=torch.int64), inplace_backward=True).sum().backward()
+    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("trajkern::")}
+    assert {n.split(".")[0] for n in defined} - {n.split(".")[0] for n in reached} <= {"trajkern::token_stats_backward_"}
+
+
+@pytest.mark.usefixtures("poison")
+def test_result_dtype(spec, dtype, device) -> None:
+    outcome = run(spec, getattr(tk, spec.name), inputs := spec.inputs(spec.cases[0], dtype, device))
+    for name, x in outcome.items():
+        if name.startswith("grad_"):
+            assert x.dtype == inputs[name.removeprefix("grad_")].dtype
+        elif x.is_floating_point():
+            assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_no_gradient_asked(spec, device) -> None:
+    with torch.no_grad():
+        result = spec.outputs(getattr(tk, spec.name)(**spec.inputs(spec.cases[0], torch.float32, device)))
+    assert not any(x.requires_grad for x in result.values())
+
+
+def test_inputs_are_not_written(spec, case, device) -> None:
+    inputs = spec.inputs(case, torch.float32, device)
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    run(spec, getattr(tk, spec.name), inputs)
+    for name, x in before.items():
+        assert torch.equal(x.nan_to_num(9.0), inputs[name].detach().nan_to_num(9.0)), name
+
+
+class TestInplaceBackward:
+    def _logits(self, dtype=torch.float32, shape=(4, 6, 50)):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("cut", [slice(None), slice(None, -1)], ids=["whole", "shifted"])
+    def test_equals_out_of_place(self, dtype, cut) -> None:
+        grads = []
+        for inplace in (False, True):
+            leaf = self._logits(dtype)
+            logits = (leaf * 1.0)[:, cut]
+            targets = torch.arange(logits.shape[0] * logits.shape[1]).reshape(logits.shape[:2]) % 50
+            tk.token_logprobs(logits, targets, inplace_backward=inplace).square().sum().backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+
+    def test_writes_over_the_logits(self) -> None:
+        logits = self._logits().detach() * 1.0
+        memory = logits.requires_grad_() * 1.0
+        address, seen = memory.data_ptr(), []
+        memory.register_hook(lambda g: seen.append(g.data_ptr()))
+        tk.token_logprobs(memory, torch.zeros(4, 6, dtype=torch.int64), inplace_backward=True).sum().backward()
+        assert seen == [address]
+
+    def test_second_backward_raises(self) -> None:
+        logprobs = tk.token_logprobs(self._logits() * 1.0, torch.zeros(4, 6, dtype=torch.int64), inplace_backward=True)
+        logprobs.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="inplace_backward"):
+            logprobs.sum().backward()
+
+
+def test_policy_loss_second_backward_raises() -> None:
+    logprobs = torch.randn(4, requires_grad=True)
+    loss, _ = tk.policy_loss(
+        logprobs, torch.randn(4), torch.ones(1), torch.tensor([0, 4]), config=tk.PolicyLoss("reinforce")
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_zero_coefficients_save_and_read_nothing() -> None:
+    """kl_coef 0: ref_logprobs is not read; entropy_coef 0: no gradient is formed for it."""
+    args = (torch.randn(4, requires_grad=True), torch.randn(4), torch.ones(1), torch.tensor([0, 4]))
+    poisoned = torch.full((4,), torch.nan)
+    loss, metrics = tk.policy_loss(*args, config=tk.PolicyLoss(), ref_logprobs=poisoned, sampler_logprobs=poisoned)
+    assert loss.isfinite() and metrics["kl"] == 0

@@ -1,0 +1,29 @@
+"""Kernels for reinforcement learning of language-model agents, on packed batches of rollouts."""
+
+from trajkern._backends import backends, use_backend
+from trajkern._types import GAE, KINDS, PolicyLoss, TokenStats
+from trajkern.layout import HeadInputs, PackedBatch
+from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
+from trajkern.ops.logprob import token_logprobs, token_stats
+from trajkern.ops.policy_loss import policy_loss
+
+__version__ = "0.1.0"
+policy_loss_kinds = tuple(KINDS)
+
+__all__ = [
+    "GAE",
+    "HeadInputs",
+    "PackedBatch",
+    "PolicyLoss",
+    "TokenStats",
+    "backends",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "policy_loss",
+    "policy_loss_kinds",
+    "token_logprobs",
+    "token_stats",
+    "use_backend",
+    "whiten",
+]

@@ -1,0 +1,118 @@
+"""Which implementation runs an op on a device: one owner per (family, device), and a way to ask for another."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern import _ext
+from trajkern._checks import check_choice
+
+NAMES = ("reference", "native", "triton", "cuda")
+OWNERS = {  # family -> device -> backend
+    "logprob": {"cpu": "native", "cuda": "triton"},
+    "advantage": {"cpu": "native", "cuda": "cuda"},
+    "policy_loss": {"cpu": "native", "cuda": "triton"},
+}
+_PACKAGE = {"native": "trajkern._native", "cuda": "trajkern._native", "triton": "trajkern._triton"}
+_DEVICE = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+_asked: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend, whatever the device's owner is.
+
+    Args:
+        name: "reference" (plain torch, any device), "native" (C++, CPU tensors), "triton" (GPU tensors; CPU tensors
+            under Triton's interpreter) or "cuda" (GPU tensors; the families written in CUDA C++).
+
+    The choice is per process, not per thread. An op that the backend does not have, or cannot run on the tensors'
+    device, raises; nothing falls back.
+    """
+    global _asked
+    check_choice("name", name, NAMES)
+    if (why := _unavailable(name)) is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {why}")
+    before, _asked = _asked, name
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def backends() -> dict[str, str]:
+    """Every backend and "available", or why it is not and what to install."""
+    return {name: _unavailable(name) or "available" for name in NAMES}
+
+
+def _unavailable(name: str) -> str | None:
+    if name == "native" and (why := _ext.problem("_C")):
+        return f"trajkern._C is not built ({why}); run `pip install .` with a C++17 compiler"
+    if name == "cuda":
+        if why := _ext.problem("_C_cuda"):
+            return f"trajkern._C_cuda is not built ({why}); install nvcc, then `TRAJKERN_CUDA=1 pip install .`"
+        if not torch.cuda.is_available():
+            return "no CUDA device; install a CUDA build of torch on a machine with an NVIDIA GPU"
+    if name == "triton":
+        if not _has_triton():
+            return "triton is not installed; run `pip install triton` (Linux)"
+        if not torch.cuda.is_available() and not _interpreted():
+            return "no CUDA device; Triton runs without one only in its interpreter (TRITON_INTERPRET=1 from the start)"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def wants_reference(family: str, x: Tensor) -> bool:
+    """True where the plain torch expression is what runs: asked for, or a GPU family whose kernels are not built."""
+    if _asked is not None:
+        return _asked == "reference"
+    owner = OWNERS[family].get(x.device.type)
+    return owner is None or (owner == "cuda" and _ext.problem("_C_cuda") is not None)
+
+
+def reference() -> ModuleType:
+    return importlib.import_module("trajkern.reference")
+
+
+@cache
+def _kernels(family: str, device: str, asked: str | None) -> ModuleType:
+    name = asked or OWNERS[family][device]
+    if name not in (*OWNERS[family].values(), "native"):
+        raise RuntimeError(f"backend {name!r} has no {family} kernels; it is one of {sorted(OWNERS[family].values())}")
+    if device != _DEVICE[name] and not (name == "triton" and _interpreted()):
+        raise RuntimeError(f"backend {name!r} runs on {_DEVICE[name]} tensors, got {device} tensors")
+    return importlib.import_module(f"{_PACKAGE[name]}.{family}")
+
+
+def implement(library: torch.library.Library, family: str, op: str) -> None:
+    """Register ``op``, whose launcher bears its name in the family's module of every backend."""
+
+    def launcher_for(device: str) -> Callable[..., Any]:
+        def launch(*args: Any) -> Any:
+            return getattr(_kernels(family, device, _asked), op)(*args)
+
+        return launch
+
+    library.impl(op, launcher_for("cpu"), "CPU")
+    library.impl(op, launcher_for("cuda"), "CUDA")

@@ -1,0 +1,87 @@
+"""Argument checks: every message names the argument, what it must be and what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(x: Any) -> str:
+    """A short description of a value for an error message."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+    return f"{x!r} ({type(x).__name__})"
+
+
+def check_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have dtype {expected}; got {describe(x)}")
+
+
+def check_tensor(
+    name: str,
+    x: Any,
+    *,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    ndim: int | None = None,
+    device: torch.device | None = None,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    if dtypes is not None:
+        check_dtype(name, x, dtypes)
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got {describe(x)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors; got {describe(x)}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} ({meaning}); got {describe(x)}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_number(name: str, value: float, *, low: float | None = None, above: float | None = None) -> None:
+    """``low``: the least legal value. ``above``: a bound that is itself illegal. NaN is never legal."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if low is not None and not value >= low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} must be greater than {above}, got {value}")
+    if value != value:
+        raise ValueError(f"{name} must be a number, got NaN")
+
+
+def check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
+    """Reads device values."""
+    bad = ~torch.isfinite(x)
+    if where is not None:
+        bad &= where
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{name} must be finite; it is {float(x[at])} at index {at}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
+    """Reads device values."""
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens must hold at least its first 0; it is empty")
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != length:
+        raise ValueError(f"cu_seqlens must run from 0 to the {length} tokens; it runs from {first} to {last}")
+    falls = (cu_seqlens.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0, 0])
+        pair = cu_seqlens[at : at + 2].tolist()
+        raise ValueError(f"cu_seqlens must never decrease; it goes from {pair[0]} to {pair[1]} at index {at + 1}")

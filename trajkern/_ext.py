@@ -1,0 +1,44 @@
+"""The two native modules: ``_C`` for the CPU, always built, and ``_C_cuda`` where nvcc was found."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch  # noqa: F401  its OpenMP runtime must be loaded before the modules that share it
+
+
+@cache
+def _load(name: str) -> ModuleType | ImportError:
+    try:
+        return importlib.import_module(f"trajkern.{name}")
+    except ImportError as error:
+        return error
+
+
+def cpu() -> ModuleType:
+    """``trajkern._C``."""
+    module = _load("_C")
+    if isinstance(module, ImportError):
+        raise ImportError(
+            f"trajkern's CPU kernels are not built ({module}); run `pip install .` with a C++17 compiler"
+        ) from module
+    return module
+
+
+def cuda() -> ModuleType:
+    """``trajkern._C_cuda``."""
+    module = _load("_C_cuda")
+    if isinstance(module, ImportError):
+        raise ImportError(
+            f"trajkern's CUDA kernels are not built ({module}); install the CUDA toolkit (nvcc) and run "
+            "`TRAJKERN_CUDA=1 pip install .`"
+        ) from module
+    return module
+
+
+def problem(name: str) -> str | None:
+    """Why ``_C`` or ``_C_cuda`` cannot be used, or None."""
+    module = _load(name)
+    return str(module) if isinstance(module, ImportError) else None

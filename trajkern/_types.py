@@ -1,0 +1,139 @@
+"""The value types that ops and references share: result tuples and the policy loss' configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from trajkern._checks import check_choice, check_number
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics of softmax(logits / temperature). What was not asked for is None."""
+
+    logprobs: Tensor  # log p of the target
+    entropy: Tensor | None = None  # -sum_j p_j log p_j
+    sum_sq_probs: Tensor | None = None  # sum_j p_j^2, no gradient
+    is_top1: Tensor | None = None  # bool: no other logit is larger than the target's
+
+
+class GAE(NamedTuple):
+    """Generalised advantage estimates and the value targets advantages + values."""
+
+    advantages: Tensor  # [T]
+    returns: Tensor  # [T]
+
+
+# kind -> (ratio level, aggregation) where the configuration names none, and the form a kernel computes
+KINDS = {
+    "grpo": ("token", "seq_mean_token_mean", "clip"),
+    "dapo": ("token", "token_mean", "clip"),
+    "bnpo": ("token", "token_mean", "clip"),
+    "dr_grpo": ("token", "seq_mean_token_sum_norm", "clip"),
+    "gspo": ("sequence", "seq_mean_token_mean", "clip"),
+    "gmpo": ("token", "seq_mean_token_mean", "gmpo"),
+    "cispo": ("token", "token_mean", "cispo"),
+    "sapo": ("token", "seq_mean_token_mean", "sapo"),
+    "luspo": ("sequence", "seq_mean_token_sum", "clip"),
+    "vespo": ("token", "token_mean", "vespo"),
+    "gpg": ("token", "token_mean", "reinforce"),
+    "reinforce": ("token", "token_mean", "reinforce"),
+    "dppo_tv": ("token", "token_mean", "dppo_tv"),
+    "dppo_kl": ("token", "token_mean", "dppo_kl"),
+    "kl_cov": ("token", "token_mean", "kl_cov"),
+    "clip_cov": ("token", "token_mean", "clip"),
+}
+RATIO_LEVELS = ("token", "sequence")
+AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
+FORMS = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "kl_cov", "gmpo", "vespo")
+SAMPLER_CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What :func:`trajkern.policy_loss` minimises. Options that a kind does not use are ignored.
+
+    Args:
+        kind: one of ``trajkern.policy_loss_kinds``; the table in :func:`trajkern.policy_loss` defines each.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; the divergence thresholds of
+            ``dppo_*``; the bounds of the log-ratio of ``gmpo``.
+        clip_dual: with A < 0 the loss is at most -clip_dual * A. TRL's two-sided ``delta`` is the same bound
+            (for delta >= 1 + clip_high).
+        ratio_level: "token", or "sequence" for exp(mean masked log-ratio of the trajectory). None: the kind's own.
+        kl: estimator of KL(policy || reference) per token, with d = logprobs - ref_logprobs: "k1" d, "k2" d^2/2,
+            "k3" exp(-d) + d - 1, "k3_corrected" the ratio times k3 (unbiased off-policy, in value and gradient).
+        kl_coef, entropy_coef: added to a token's loss as + kl_coef * kl and - entropy_coef * entropy.
+        aggregate: how the tokens' losses become one number. None: the kind's own.
+        max_length: the fixed length that divides in "seq_mean_token_sum_norm".
+        sampler_correction: with w = exp(old_logprobs - sampler_logprobs), "tis" multiplies the policy term by
+            min(w, sampler_high), "icepop" by w inside [sampler_low, sampler_high] and by 0 outside,
+            "sequence_mask" removes a trajectory whose exp(mean log w) lies outside.
+        sapo_tau_pos, sapo_tau_neg: temperatures of ``sapo`` for A > 0 and otherwise.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape of ``vespo`` for A >= 0 and otherwise.
+        cov_fraction: share of the masked tokens that ``kl_cov`` penalises or ``clip_cov`` drops (at least one).
+        cov_low, cov_high: ``clip_cov`` only drops covariances strictly inside this band.
+        cov_coef: weight of ``kl_cov``'s penalty.
+    """
+
+    kind: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    clip_dual: float | None = None
+    ratio_level: str | None = None
+    kl: str = "k3"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    aggregate: str | None = None
+    max_length: int | None = None
+    sampler_correction: str = "none"
+    sampler_low: float = 0.5
+    sampler_high: float = 2.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    cov_fraction: float = 0.0002
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    cov_coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        check_choice("ratio_level", self.ratio_level, (None, *RATIO_LEVELS))
+        check_choice("aggregate", self.aggregate, (None, *AGGREGATES))
+        check_choice("kl", self.kl, KL_ESTIMATORS)
+        check_choice("sampler_correction", self.sampler_correction, SAMPLER_CORRECTIONS)
+        for name in ("clip_low", "clip_high", "sampler_low", "sampler_high", "cov_fraction"):
+            check_number(name, getattr(self, name), low=0)
+        for name in ("sapo_tau_pos", "sapo_tau_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+                     "vespo_lambda_neg"):  # fmt: skip
+            check_number(name, getattr(self, name), above=0)
+        for name in ("kl_coef", "entropy_coef", "cov_low", "cov_high", "cov_coef"):
+            check_number(name, getattr(self, name))
+        if self.kind in ("kl_cov", "clip_cov") and self.ratio_level == "sequence":
+            raise ValueError(f"ratio_level must be 'token' for kind {self.kind!r}, which ranks tokens; got 'sequence'")
+        if self.kind in ("kl_cov", "clip_cov") and self.sampler_correction == "sequence_mask":
+            raise ValueError(f"sampler_correction must not be 'sequence_mask' for kind {self.kind!r}: it ranks all tokens")
+        if self.cov_fraction > 1:
+            raise ValueError(f"cov_fraction must be at most 1, got {self.cov_fraction}")
+        if self.clip_dual is not None:
+            check_number("clip_dual", self.clip_dual, above=1)
+        if self.max_length is not None:
+            check_number("max_length", self.max_length, low=1)
+        elif self.resolved_aggregate == "seq_mean_token_sum_norm":
+            raise ValueError(
+                f"max_length must be given for aggregate 'seq_mean_token_sum_norm' (kind {self.kind!r}), got None"
+            )
+
+    @property
+    def resolved_ratio_level(self) -> str:
+        return self.ratio_level or KINDS[self.kind][0]
+
+    @property
+    def resolved_aggregate(self) -> str:
+        return self.aggregate or KINDS[self.kind][1]

@@ -1,0 +1,324 @@
+"""Group-relative advantages, and discounted returns and GAE as scans over packed trajectories.
+
+Over the counted trajectories of a group (gate true, weight not 0), with W = sum w and d_i = r_i - r_first:
+
+    mean = sum w d / W        var = sum w (d - mean)^2 / (W - ddof)        A_i = (d_i - mean) / (sqrt(var) + eps)
+
+Measured from the group's first reward, a constant group is exactly 0 and a large common reward costs no precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._checks import check_choice, check_cu_seqlens, check_finite, check_number, check_shape, check_tensor
+from trajkern._library import define
+from trajkern._types import GAE
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+BASELINES = ("mean", "leave_one_out", "none")
+SCALES = ("std", "none")
+SINGLETONS = ("raw", "zero")
+
+
+def _empty_like(*xs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in xs)
+
+
+_group_advantages = define(
+    "advantage",
+    "group_advantages(Tensor rewards, Tensor group_ids, Tensor? gate, Tensor? weights, int baseline, int scale,"
+    " float ddof, float eps, int singleton) -> (Tensor, Tensor, Tensor)",
+    lambda rewards, *_: _empty_like(rewards, rewards, rewards),
+)
+_group_advantages_backward = define(
+    "advantage",
+    "group_advantages_backward(Tensor grad_advantages, Tensor rewards, Tensor group_ids, Tensor? gate,"
+    " Tensor? weights, Tensor mean, Tensor std, int baseline, int scale, float ddof, float eps, int singleton)"
+    " -> Tensor",
+    lambda grad_advantages, rewards, *_: torch.empty_like(rewards),
+)
+_gae = define(
+    "advantage",
+    "gae(Tensor rewards, Tensor? values, Tensor cu_seqlens, Tensor? bootstrap, Tensor? mask, float gamma, float lam)"
+    " -> Tensor",
+    lambda rewards, *_: torch.empty_like(rewards),
+)
+_gae_backward = define(
+    "advantage",
+    "gae_backward(Tensor grad_advantages, Tensor cu_seqlens, Tensor? mask, float gamma, float lam, bool need_values,"
+    " bool need_bootstrap) -> (Tensor, Tensor, Tensor)",
+    lambda grad, cu_seqlens, mask, gamma, lam, need_values, need_bootstrap: (
+        torch.empty_like(grad),
+        grad.new_empty(grad.shape if need_values else 0),
+        grad.new_empty(cu_seqlens.shape[0] - 1 if need_bootstrap else 0),
+    ),
+)
+_whiten = define(
+    "advantage",
+    "whiten(Tensor x, Tensor? mask, bool shift_mean, int ddof, float eps) -> (Tensor, Tensor)",
+    lambda x, *_: (torch.empty_like(x), x.new_empty(2)),
+)
+_whiten_backward = define(
+    "advantage",
+    "whiten_backward(Tensor grad_out, Tensor x, Tensor? mask, Tensor stats, bool shift_mean, int ddof) -> Tensor",
+    lambda grad_out, x, *_: torch.empty_like(x),
+)
+
+
+class _GroupAdvantages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rewards, group_ids, gate, weights, *options):
+        advantages, mean, std = _group_advantages(rewards, group_ids, gate, weights, *options)
+        ctx.save_for_backward(rewards, group_ids, gate, weights, mean, std)
+        ctx.options = options
+        return advantages
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return _group_advantages_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *(None,) * 8
+
+
+class _GAE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rewards, values, cu_seqlens, bootstrap, mask, gamma, lam):
+        ctx.save_for_backward(cu_seqlens, mask)
+        ctx.decay = (gamma, lam)
+        return _gae(rewards, values, cu_seqlens, bootstrap, mask, gamma, lam)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        grads = _gae_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.decay, *needs)
+        values, bootstrap = (g if need else None for g, need in zip(grads[1:], needs))
+        return grads[0], values, None, bootstrap, None, None, None
+
+
+class _Whiten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, mask, shift_mean, ddof, eps):
+        out, stats = _whiten(x, mask, shift_mean, ddof, eps)
+        ctx.save_for_backward(x, mask, stats)
+        ctx.options = (shift_mean, ddof)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether checking x's values costs no synchronisation (and no graph break)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def group_advantages(
+    rewards: Tensor,  # [N]
+    group_ids: Tensor,  # [N]
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    singleton: str = "raw",
+    gate: Tensor | None = None,  # [N]
+    weights: Tensor | None = None,  # [N]
+) -> Tensor:
+    """Advantage of each trajectory relative to its group (GRPO, Dr. GRPO, RLOO and their relatives).
+
+    Args:
+        rewards: float ``[N]``, finite (checked on the CPU).
+        group_ids: int64 or int32 ``[N]``, any values in any order; equal ids are one group, of any size.
+        baseline: what is subtracted: the group's "mean", the mean of the others ("leave_one_out"), or "none".
+        scale: divide by "std" + eps, or "none". Where std + eps is 0 the divisor is 1.
+        ddof: 1 for the unbiased variance, 0 for the population's.
+        eps: added to the standard deviation, at least 0.
+        singleton: advantage of a trajectory alone in its group (W <= 1, or W <= ddof with scale "std"): "raw" gives
+            r / (1 + eps) with scale "std" and r with "none"; "zero" gives 0. With neither baseline nor scale it is r.
+        gate: bool ``[N]``; a False trajectory gets 0 and enters no statistic. Applied before the singleton rule.
+        weights: float ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a False gate.
+
+    Returns:
+        ``[N]`` float32 (float64 for float64 rewards). A constant group is exactly 0 with a baseline. Differentiable
+        once, in the rewards; a constant group's standard deviation counts as constant.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Source: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740); conventions as in verl and TRL.
+    """
+    check_tensor("rewards", rewards, dtypes=FLOATS, ndim=1)
+    shape, device = tuple(rewards.shape), rewards.device
+    check_tensor("group_ids", group_ids, dtypes=INTEGERS, device=device)
+    check_shape("group_ids", group_ids, shape, "one id a reward")
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("scale", scale, SCALES)
+    check_choice("singleton", singleton, SINGLETONS)
+    check_choice("ddof", ddof, (0, 1))
+    check_number("eps", eps, low=0)
+    if gate is not None:
+        check_tensor("gate", gate, dtypes=(torch.bool,), device=device)
+        check_shape("gate", gate, shape, "one flag a reward")
+    if weights is not None:
+        check_tensor("weights", weights, dtypes=FLOATS, device=device)
+        check_shape("weights", weights, shape, "one weight a reward")
+    if _readable(rewards):
+        _check_values(rewards, weights)
+    if _backends.wants_reference("advantage", rewards):
+        return _backends.reference().group_advantages(
+            rewards, group_ids, baseline=baseline, scale=scale, ddof=ddof, eps=eps, singleton=singleton, gate=gate,
+            weights=weights,
+        )  # fmt: skip
+    r = _accumulated(rewards)
+    return _GroupAdvantages.apply(
+        r,
+        group_ids.long().contiguous(),
+        gate if gate is None else gate.contiguous(),
+        weights if weights is None else weights.to(r.dtype).contiguous(),
+        BASELINES.index(baseline),
+        SCALES.index(scale),
+        float(ddof),
+        float(eps),
+        SINGLETONS.index(singleton),
+    )
+
+
+def _check_values(rewards: Tensor, weights: Tensor | None) -> None:
+    check_finite("rewards", rewards)
+    if weights is not None:
+        check_finite("weights", weights)
+        if bool((weights < 0).any()):
+            raise ValueError(f"weights must be at least 0; the smallest is {float(weights.min())}")
+
+
+def discounted_returns(
+    rewards: Tensor,  # [T]
+    cu_seqlens: Tensor,  # [N+1]
+    *,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,  # [T]
+) -> Tensor:
+    """Discounted sum of the rewards from each token on: G_t = r_t + gamma G_next, restarting in each trajectory.
+
+    Args:
+        rewards: float ``[T]``.
+        cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T, never decreasing (checked on the CPU).
+        gamma: discount per unmasked token, in [0, 1].
+        mask: bool ``[T]``; a False token (an observation) takes no part: its reward is not read, the discount passes
+            over it and its return is 0.
+
+    Returns:
+        ``[T]`` float32 (float64 for float64 rewards), differentiable once, in the rewards.
+    """
+    _check_scan(rewards, cu_seqlens, mask, gamma=gamma)
+    if _backends.wants_reference("advantage", rewards):
+        return _backends.reference().discounted_returns(rewards, cu_seqlens, gamma=gamma, mask=mask)
+    mask = mask if mask is None else mask.contiguous()
+    return _GAE.apply(
+        _accumulated(rewards), None, cu_seqlens.long().contiguous(), None, mask, float(gamma), 1.0
+    )
+
+
+def gae(
+    rewards: Tensor,  # [T]
+    values: Tensor,  # [T]
+    cu_seqlens: Tensor,  # [N+1]
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,  # [N]
+    mask: Tensor | None = None,  # [T]
+) -> GAE:
+    """Generalised advantage estimation on packed trajectories.
+
+        delta_t = r_t + gamma V_next - V_t        A_t = delta_t + gamma lam A_next        returns = A + V
+
+    "next" is the trajectory's next unmasked token; behind the last one V_next is ``bootstrap`` (0 if absent).
+
+    Args:
+        rewards, values: float ``[T]``.
+        cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T, never decreasing (checked on the CPU).
+        gamma, lam: discount and trace decay, in [0, 1].
+        bootstrap: float ``[N]``, the value of the state behind each trajectory's last token (for truncated ones).
+        mask: bool ``[T]``; a False token (an observation) takes no part and gets 0.
+
+    Returns:
+        :class:`GAE` of ``[T]``, float32 (float64 for float64 rewards), differentiable once, in rewards, values and
+        bootstrap.
+
+    Source: Schulman et al., arXiv 1506.02438; the masked form as verl's for multi-turn rollouts.
+    """
+    _check_scan(rewards, cu_seqlens, mask, gamma=gamma, lam=lam)
+    check_tensor("values", values, dtypes=FLOATS, device=rewards.device)
+    check_shape("values", values, tuple(rewards.shape), "one value a token")
+    if bootstrap is not None:
+        check_tensor("bootstrap", bootstrap, dtypes=FLOATS, device=rewards.device)
+        check_shape("bootstrap", bootstrap, (cu_seqlens.shape[0] - 1,), "one value a trajectory")
+    if _backends.wants_reference("advantage", rewards):
+        return _backends.reference().gae(
+            rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask
+        )
+    r = _accumulated(rewards)
+    v = values.to(r.dtype).contiguous()
+    last = bootstrap if bootstrap is None else bootstrap.to(r.dtype).contiguous()
+    mask = mask if mask is None else mask.contiguous()
+    advantages = _GAE.apply(r, v, cu_seqlens.long().contiguous(), last, mask, float(gamma), float(lam))
+    return GAE(advantages, advantages + (v if mask is None else torch.where(mask, v, 0)))
+
+
+def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, **decays: float) -> None:
+    check_tensor("rewards", rewards, dtypes=FLOATS, ndim=1)
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=rewards.device)
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), device=rewards.device)
+        check_shape("mask", mask, tuple(rewards.shape), "one flag a token")
+    for name, value in decays.items():
+        check_number(name, value, low=0)
+        if value > 1:
+            raise ValueError(f"{name} must be at most 1, got {value}")
+    if _readable(cu_seqlens):
+        check_cu_seqlens(cu_seqlens, rewards.shape[0])
+
+
+def whiten(
+    x: Tensor,  # [T]
+    *,
+    mask: Tensor | None = None,  # [T]
+    shift_mean: bool = True,
+    ddof: int = 1,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Scale the unmasked values to mean 0 and variance 1: (x - mean) / sqrt(var + eps).
+
+    Args:
+        x: float ``[T]``.
+        mask: bool ``[T]``; a False value is not read and gives 0.
+        shift_mean: False adds the mean back.
+        ddof: 1 for the unbiased variance, 0 for the population's; the variance of no more than ddof values is 0.
+        eps: added to the variance, positive.
+
+    Returns:
+        ``[T]`` float32 (float64 for float64), differentiable once.
+    """
+    check_tensor("x", x, dtypes=FLOATS, ndim=1)
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), device=x.device)
+        check_shape("mask", mask, tuple(x.shape), "one flag a value")
+    check_choice("ddof", ddof, (0, 1))
+    check_number("eps", eps, above=0)
+    if _backends.wants_reference("advantage", x):
+        return _backends.reference().whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, eps=eps)
+    return _Whiten.apply(_accumulated(x), mask if mask is None else mask.contiguous(), shift_mean, ddof, float(eps))

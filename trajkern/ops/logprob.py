@@ -1,0 +1,178 @@
+"""Log-probs and softmax statistics of tokens, from logits.
+
+With u_j = (z_j - max z) / temperature:  log p_j = u_j - log sum_k exp u_k. The target is left out of the sum where it
+dominates, so that log p keeps its relative precision as p -> 1. The backward recomputes p from two saved numbers a row:
+
+    d log p_t / d z_j = (delta_jt - p_j) / temperature
+    d entropy / d z_j = -p_j (log p_j + entropy) / temperature
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, describe
+from trajkern._library import define
+from trajkern._types import TokenStats
+
+OUTPUTS = ("entropy", "sum_sq_probs", "is_top1")  # bit i of the op's ``outputs``
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _stats_fake(logits, targets, temperatures, temperature, mask, outputs):
+    rows, dtype = targets.shape, _accumulator(logits)
+
+    def when(bit: int, dtype: torch.dtype) -> Tensor:
+        return logits.new_empty(rows if outputs & bit else (0,), dtype=dtype)
+
+    norm = logits.new_empty((*rows, 2), dtype=dtype)
+    return logits.new_empty(rows, dtype=dtype), norm, when(1, dtype), when(2, dtype), when(4, torch.bool)
+
+
+_token_stats = define(
+    "logprob",
+    "token_stats(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, Tensor? mask, int outputs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _stats_fake,
+)
+_token_stats_backward = define(
+    "logprob",
+    "token_stats_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor targets,"
+    " Tensor? temperatures, float temperature, Tensor? mask, Tensor logprobs, Tensor norm, Tensor entropy) -> Tensor",
+    lambda grad_logprobs, grad_entropy, logits, *rest: logits.new_empty(logits.shape),
+)
+_token_stats_backward_ = define(
+    "logprob",
+    "token_stats_backward_(Tensor grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor targets,"
+    " Tensor? temperatures, float temperature, Tensor? mask, Tensor logprobs, Tensor norm, Tensor entropy) -> ()",
+    lambda *args: None,
+)
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, targets, temperatures, temperature, mask, outputs, inplace):
+        logprobs, norm, entropy, sum_sq_probs, is_top1 = _token_stats(
+            logits, targets, temperatures, temperature, mask, outputs
+        )
+        ctx.save_for_backward(logits, targets, temperatures, mask, logprobs, norm, entropy)
+        ctx.temperature, ctx.inplace = temperature, inplace
+        ctx.mark_non_differentiable(sum_sq_probs, is_top1)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, sum_sq_probs, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs, grad_entropy, *_):
+        logits, targets, temperatures, mask, logprobs, norm, entropy = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(logprobs)
+        args = (logits, targets, temperatures, ctx.temperature, mask, logprobs, norm, entropy)
+        if not ctx.inplace:
+            return _token_stats_backward(grad_logprobs, grad_entropy, *args), *(None,) * 6
+        if ctx.inplace == "spent":
+            raise RuntimeError("inplace_backward: the first backward has overwritten the logits; run the forward again")
+        ctx.inplace = "spent"
+        _token_stats_backward_(grad_logprobs, grad_entropy, *args)
+        return logits.detach(), *(None,) * 6
+
+
+def token_logprobs(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,  # [...]
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Log-probs of the targets: log softmax(logits / temperature)[target].
+
+    Args:
+        logits: float32, bfloat16, float16 or float64 (CPU), any leading shape, any strides; ``[..., V]``. Read once.
+        targets: int64 or int32, the leading shape. A target outside [0, V) on an unmasked row is a ValueError on the
+            CPU; on a GPU, where it cannot be checked without a synchronisation, that row's result is NaN.
+        temperature: a positive number, or positive floats of the leading shape.
+        mask: bool of the leading shape; a False row is not read, gives 0 and has gradient 0.
+        inplace_backward: write the gradient over the logits' memory and return it, so that no second tensor of that
+            size exists. The logits are lost; a second backward raises. Under ``torch.compile`` a new tensor is made.
+
+    Returns:
+        log p, the leading shape; float32 (float64 for float64 logits). Differentiable once, in the logits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    return token_stats(
+        logits, targets, outputs=(), temperature=temperature, mask=mask, inplace_backward=inplace_backward
+    ).logprobs
+
+
+def token_stats(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    *,
+    outputs: Sequence[str] = ("entropy",),
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,  # [...]
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probs and, from the same read of the logits, the other statistics of p = softmax(logits / temperature).
+
+    Args:
+        outputs: any of "entropy" (-sum_j p_j log p_j, nats, differentiable), "sum_sq_probs" (sum_j p_j^2, no gradient)
+            and "is_top1" (bool: no other logit is larger than the target's; a tie counts).
+        The other arguments are those of :func:`token_logprobs`.
+
+    Returns:
+        :class:`TokenStats` of the leading shape; what was not asked for is None. Masked rows are 0 and False.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    bits = _check(logits, targets, outputs, temperature, mask)
+    if _backends.wants_reference("logprob", logits):
+        return _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=temperature, mask=mask)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        temperatures, temperature = temperature.to(_accumulator(logits)).contiguous(), 1.0
+    if mask is not None:
+        mask = mask.contiguous()
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logprobs, *rest = _TokenStats.apply(
+        logits, targets.long().contiguous(), temperatures, float(temperature), mask, bits, inplace
+    )
+    return TokenStats(logprobs, *(x if bits >> i & 1 else None for i, x in enumerate(rest)))
+
+
+def _check(logits, targets, outputs, temperature, mask) -> int:
+    check_tensor("logits", logits, dtypes=LOGITS_DTYPES)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a last dimension V of at least 1; got {describe(logits)}")
+    rows = tuple(logits.shape[:-1])
+    check_tensor("targets", targets, dtypes=(torch.int64, torch.int32), device=logits.device)
+    check_shape("targets", targets, rows, "the leading shape of logits")
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), device=logits.device)
+        check_shape("mask", mask, rows, "the leading shape of logits")
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, dtypes=LOGITS_DTYPES, device=logits.device)
+        check_shape("temperature", temperature, rows, "the leading shape of logits")
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
+            raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
+    else:
+        check_number("temperature", temperature, above=0)
+    for name in outputs:
+        check_choice("outputs", name, OUTPUTS)
+    return sum(1 << OUTPUTS.index(name) for name in set(outputs))

@@ -1,0 +1,265 @@
+"""The policy loss of packed trajectories: loss, gradient and metrics in one pass over the tokens.
+
+The loss is a scalar, so its gradient in every log-prob is known in the forward, where it is formed; the backward only
+scales it, in place, by the upstream number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe
+from trajkern._covariance import largest_covariances
+from trajkern._library import define
+from trajkern._types import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, RATIO_LEVELS, SAMPLER_CORRECTIONS, PolicyLoss
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens")
+
+
+def _policy_loss_fake(logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
+                      options, params):  # fmt: skip
+    *_, need_logprobs, need_entropy = options
+    length = logprobs.shape[0]
+    return (
+        logprobs.new_empty(8),
+        logprobs.new_empty(length if need_logprobs else 0),
+        logprobs.new_empty(length if need_entropy else 0),
+    )
+
+
+_policy_loss = define(
+    "policy_loss",
+    "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
+    " Tensor? ref_logprobs, Tensor? sampler_logprobs, Tensor? entropy, Tensor? selected, Tensor? normalizer,"
+    " int[] options, float[] params) -> (Tensor, Tensor, Tensor)",
+    _policy_loss_fake,
+)
+_scale_gradient_ = define(
+    "policy_loss", "scale_gradient_(Tensor(a!) x, Tensor scale) -> ()", lambda x, scale: None
+)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logprobs, entropy, old, advantages, cu_seqlens, mask, ref, sampler, selected, normalizer,
+                options, params):  # fmt: skip
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        scalars, *grads = _policy_loss(
+            logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
+            [*options, *map(int, needs)], params,
+        )  # fmt: skip
+        ctx.grads, ctx.needs = grads, needs
+        metrics = scalars[1:]
+        ctx.mark_non_differentiable(metrics)
+        return scalars[0], metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss, _):
+        if ctx.grads is None:
+            raise RuntimeError("policy_loss: a second backward; the gradient was formed in the forward and scaled once")
+        grads, ctx.grads = [g if need else None for g, need in zip(ctx.grads, ctx.needs)], None
+        return *(_scaled(g, grad_loss) for g in grads), *(None,) * 10
+
+
+def _scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+    if grad is None:
+        return None
+    if torch.compiler.is_compiling():
+        return grad * scale
+    _scale_gradient_(grad, scale)
+    return grad
+
+
+def policy_loss(
+    logprobs: Tensor,  # [T]
+    old_logprobs: Tensor,  # [T]
+    advantages: Tensor,  # [N] or [T]
+    cu_seqlens: Tensor,  # [N+1]
+    *,
+    config: PolicyLoss,
+    mask: Tensor | None = None,  # [T]
+    ref_logprobs: Tensor | None = None,  # [T]
+    sampler_logprobs: Tensor | None = None,  # [T]
+    entropy: Tensor | None = None,  # [T]
+    normalizer: float | Tensor | None = None,
+    per_token: bool | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""The policy loss of a packed batch, to minimise, and its metrics.
+
+    With the log-ratio l = clamp(logprobs - old_logprobs, -20, 20), r = exp(l) (ratio level "sequence": l is the masked
+    mean of the trajectory), A the advantage and sg = no gradient, a token's loss is
+
+    ======================  ===========================================================================================
+    kind                    loss of a token                                                (its own aggregation)
+    ======================  ===========================================================================================
+    grpo                    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with clip_dual c and A < 0 at most -c A
+                            (seq_mean_token_mean)
+    dapo, bnpo              as grpo (token_mean)
+    dr_grpo                 as grpo (seq_mean_token_sum_norm)
+    gspo                    as grpo at ratio level sequence (seq_mean_token_mean)
+    luspo                   as grpo at ratio level sequence (seq_mean_token_sum)
+    gmpo                    -mean(A) exp(mean of l, bounded by clip_low below and clip_high above in the direction of A)
+                            of the trajectory (seq_mean_token_mean)
+    cispo                   -sg(clip(r)) A logprobs (token_mean)
+    sapo                    -A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (seq_mean_token_mean)
+    vespo                   -sg(exp(lambda + k log w - lambda w)) A logprobs, log w = sum of l over the trajectory,
+                            k and lambda by the sign of A (token_mean)
+    gpg, reinforce          -A logprobs (token_mean)
+    dppo_tv, dppo_kl        -A sg(min(r, 20)) logprobs while the probability has moved by no more than clip_low or
+                            clip_high in the direction of A (total variation; binary KL) (token_mean)
+    kl_cov                  -r A, plus cov_coef abs(l) on the tokens of largest covariance of A and logprobs
+                            (token_mean)
+    clip_cov                as grpo, without the tokens of largest covariance inside the band (token_mean)
+    ======================  ===========================================================================================
+
+    times the sampler correction, plus kl_coef * KL, minus entropy_coef * entropy; masked tokens take no part. Then
+    "token_mean" divides the sum by the unmasked tokens, "token_sum" by 1, "seq_mean_token_sum" by the trajectories
+    that have an unmasked token, "seq_mean_token_sum_norm" also by config.max_length, and "seq_mean_token_mean" takes
+    the mean over such trajectories of each one's token mean. An empty sum is 0.
+
+    Args:
+        logprobs, old_logprobs: float ``[T]``; log p of each token now and when it was sampled (or at the last sync).
+        advantages: float, per trajectory ``[N]`` or per token ``[T]``.
+        cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T, never decreasing (checked on the CPU).
+        config: :class:`PolicyLoss`.
+        mask: bool ``[T]``; a False token is not read and has gradient 0.
+        ref_logprobs: float ``[T]``, needed when config.kl_coef is not 0, and read only then.
+        sampler_logprobs: float ``[T]``, needed by config.sampler_correction: what the sampling engine reported.
+        entropy: float ``[T]``, differentiable; needed when config.entropy_coef is not 0, else only a metric.
+        normalizer: a positive number or a tensor of one element, in place of the token count of "token_mean" and the
+            trajectory count of "seq_mean_*" (for gradient accumulation and data parallelism).
+        per_token: whether advantages are per token; None: by their length, per trajectory where N = T.
+
+    Returns:
+        (loss, metrics): a float32 scalar (float64 for float64 logprobs), differentiable once in logprobs and entropy,
+        and a dict of scalars on the device over the unmasked tokens: "clip_fraction" (ratio clipped, or token
+        dropped), "approx_kl" (mean of old - new), "ratio_mean", "ratio_max", "entropy", "kl" (0 where not computed),
+        "num_tokens".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        RuntimeError: a second backward through the same loss.
+
+    Sources: GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, BNPO 2506.02864, GSPO 2507.18071, GMPO 2507.20673,
+    CISPO 2506.13585, SAPO 2511.20347, LUSPO and VESPO as in TRL, GPG 2504.02546, DPPO 2602.04879, KL-Cov and Clip-Cov
+    2505.22617; TIS and IcePop as in OpenRLHF and NeMo-RL.
+    """
+    _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy)
+    per_token = _check_advantages(logprobs, advantages, cu_seqlens, per_token)
+    normalizer = _check_normalizer(normalizer, logprobs)
+    optional = {
+        "mask": mask,
+        "ref_logprobs": ref_logprobs if config.kl_coef else None,
+        "sampler_logprobs": sampler_logprobs if config.sampler_correction != "none" else None,
+        "entropy": entropy,
+    }
+    if _backends.wants_reference("policy_loss", logprobs):
+        return _backends.reference().policy_loss(
+            logprobs, old_logprobs, advantages, cu_seqlens, config=config, normalizer=normalizer, per_token=per_token,
+            **optional,
+        )  # fmt: skip
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    mask, ref, sampler, entropy = (
+        x if x is None else x.contiguous() if x.dtype == torch.bool else x.to(dtype).contiguous()
+        for x in optional.values()
+    )
+    new, old, a = (x.to(dtype).contiguous() for x in (logprobs, old_logprobs, advantages))
+    cu_seqlens = cu_seqlens.long().contiguous()
+    selected = _select(config, new, old, a if per_token else None, advantages, cu_seqlens, mask)
+    loss, metrics = _PolicyLoss.apply(
+        new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, normalizer, *_encode(config, per_token)
+    )
+    return loss, dict(zip(METRICS, metrics.unbind()))
+
+
+def _encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
+    """The configuration as the kernels read it: enumerations in ``options``, numbers in ``params``."""
+    options = [
+        FORMS.index(KINDS[c.kind][2]),
+        RATIO_LEVELS.index(c.resolved_ratio_level),
+        1 + KL_ESTIMATORS.index(c.kl) if c.kl_coef else 0,
+        AGGREGATES.index(c.resolved_aggregate),
+        SAMPLER_CORRECTIONS.index(c.sampler_correction),
+        int(per_token),
+    ]
+    params = [
+        c.clip_low, c.clip_high, math.inf if c.clip_dual is None else c.clip_dual, c.kl_coef, c.entropy_coef,
+        c.max_length or 1, c.sampler_low, c.sampler_high, c.sapo_tau_pos, c.sapo_tau_neg, c.vespo_k_pos,
+        c.vespo_lambda_pos, c.vespo_k_neg, c.vespo_lambda_neg, c.cov_coef,
+    ]  # fmt: skip
+    return options, [float(x) for x in params]
+
+
+def _select(c: PolicyLoss, new, old, per_token, advantages, cu_seqlens, mask) -> Tensor | None:
+    """The tokens that kl_cov penalises or clip_cov drops; a ranking of the whole batch, so a pass of its own."""
+    if c.kind not in ("kl_cov", "clip_cov"):
+        return None
+    new = new.detach()
+    mask = torch.ones_like(new, dtype=torch.bool) if mask is None else mask
+    if per_token is None:
+        token = torch.arange(new.shape[0], device=new.device)
+        per_token = advantages.to(new.dtype)[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+    if c.kind == "kl_cov":
+        return largest_covariances(per_token, new, mask, mask, c.cov_fraction)
+    ratio = (new - old).clamp(-20, 20).exp()
+    clipped = ratio * per_token > ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * per_token
+    return largest_covariances(per_token, new, mask, mask & ~clipped, c.cov_fraction, (c.cov_low, c.cov_high))
+
+
+def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy):
+    check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
+    device, length = logprobs.device, tuple(logprobs.shape)
+    if not isinstance(config, PolicyLoss):
+        raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
+    needed = {
+        "old_logprobs": (old_logprobs, True),
+        "ref_logprobs": (ref_logprobs, config.kl_coef != 0),
+        "sampler_logprobs": (sampler_logprobs, config.sampler_correction != "none"),
+        "entropy": (entropy, config.entropy_coef != 0),
+    }
+    for name, (x, need) in needed.items():
+        if x is None and need:
+            raise ValueError(f"{name} must be given for this config (kind {config.kind!r}), got None")
+        if x is not None:
+            check_tensor(name, x, dtypes=FLOATS, device=device)
+            check_shape(name, x, length, "one value a token")
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
+        check_shape("mask", mask, length, "one flag a token")
+    check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=device)
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int64, torch.int32), ndim=1, device=device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        check_cu_seqlens(cu_seqlens, length[0])
+
+
+def _check_advantages(logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, per_token: bool | None) -> bool:
+    tokens, trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    if per_token is None:
+        per_token = advantages.shape[0] != trajectories
+    if advantages.shape[0] != (tokens if per_token else trajectories):
+        raise ValueError(
+            f"advantages must have length {trajectories} (one a trajectory) or {tokens} (one a token); "
+            f"got {describe(advantages)}"
+        )
+    return per_token
+
+
+def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
+    if normalizer is None:
+        return None
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer, device=logprobs.device)
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
+        return normalizer.detach().to(dtype).reshape(())
+    check_number("normalizer", normalizer, above=0)
+    return torch.full((), normalizer, dtype=dtype, device=logprobs.device)

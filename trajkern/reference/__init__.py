@@ -1,0 +1,15 @@
+"""The oracle: every public op in plain torch, any float dtype, differentiable. Arguments are taken as valid."""
+
+from trajkern.reference.advantage import discounted_returns, gae, group_advantages, whiten
+from trajkern.reference.logprob import token_logprobs, token_stats
+from trajkern.reference.policy_loss import policy_loss
+
+__all__ = [
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "policy_loss",
+    "token_logprobs",
+    "token_stats",
+    "whiten",
+]

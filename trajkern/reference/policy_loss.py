@@ -1,0 +1,192 @@
+"""The policy losses in plain torch: per-token terms, then one aggregation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trajkern._covariance import largest_covariances
+from trajkern._types import PolicyLoss
+
+LOG_RATIO_BOUND = 20.0  # exp of it is finite in float32, so 0 * inf cannot arise
+
+
+class _Segments:
+    """Sums over trajectories, and back to their tokens."""
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        lengths = cu_seqlens.diff()
+        self.count = lengths.numel()
+        self.of_token = torch.repeat_interleave(torch.arange(self.count, device=lengths.device), lengths)
+
+    def sum(self, x: Tensor) -> Tensor:  # [T] -> [N]
+        return torch.zeros(self.count, dtype=x.dtype, device=x.device).index_add(0, self.of_token, x)
+
+    def mean(self, x: Tensor, counts: Tensor) -> Tensor:  # [T], [N] -> [N]
+        return self.sum(x) / counts.clamp_min(1)
+
+
+def _clamp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
+
+
+def policy_loss(
+    logprobs: Tensor,  # [T]
+    old_logprobs: Tensor,  # [T]
+    advantages: Tensor,  # [N] or [T]
+    cu_seqlens: Tensor,  # [N+1]
+    *,
+    config: PolicyLoss,
+    mask: Tensor | None = None,  # [T]
+    ref_logprobs: Tensor | None = None,  # [T]
+    sampler_logprobs: Tensor | None = None,  # [T]
+    entropy: Tensor | None = None,  # [T]
+    normalizer: float | Tensor | None = None,
+    per_token: bool | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See :func:`trajkern.policy_loss`."""
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    segments = _Segments(cu_seqlens.long())
+    mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    if not _is_per_token(advantages, logprobs, segments.count, per_token):
+        advantages = advantages[segments.of_token]
+    a = torch.where(mask, advantages.to(dtype), 0)
+
+    def difference(x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(mask, x.to(dtype) - y.to(dtype), 0)
+
+    factor, mask = _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments, mask)
+    counts = segments.sum(mask.to(dtype))
+    new = torch.where(mask, logprobs.to(dtype), 0)
+    log_ratio = torch.where(mask, _clamp(difference(logprobs, old_logprobs)), 0)
+    token_log_ratio = log_ratio
+    if config.resolved_ratio_level == "sequence":
+        log_ratio = segments.mean(log_ratio, counts)[segments.of_token]
+    ratio = log_ratio.exp()
+    old = torch.where(mask, old_logprobs.to(dtype), 0)
+    policy, clipped = _policy_term(config, a, new, old, log_ratio, ratio, segments, counts, mask)
+    loss = policy if factor is None else policy * factor
+    zero = loss.new_zeros(())
+    kl_mean, entropy_mean = zero, zero
+    if config.kl_coef:
+        kl = _kl(config.kl, difference(logprobs, ref_logprobs), ratio)  # type: ignore[arg-type]
+        loss, kl_mean = loss + config.kl_coef * kl, _mean(kl, mask)
+    if entropy is not None:
+        entropy = torch.where(mask, entropy.to(dtype), 0)
+        loss, entropy_mean = loss - config.entropy_coef * entropy, _mean(entropy, mask)
+    metrics = {
+        "clip_fraction": _mean(clipped.to(dtype), mask),
+        "approx_kl": _mean(-token_log_ratio, mask),
+        "ratio_mean": _mean(ratio, mask),
+        "ratio_max": torch.where(mask, ratio, 0).amax() if ratio.numel() else zero,
+        "entropy": entropy_mean,
+        "kl": kl_mean,
+        "num_tokens": mask.sum().to(dtype),
+    }
+    weights = _token_weights(config, counts, normalizer)[segments.of_token]
+    total = torch.where(mask, loss * weights, 0).sum()
+    return total, {name: x.detach() for name, x in metrics.items()}
+
+
+def _is_per_token(advantages: Tensor, logprobs: Tensor, trajectories: int, per_token: bool | None) -> bool:
+    return advantages.numel() != trajectories if per_token is None else per_token
+
+
+def _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments, mask):
+    """The factor of the policy term, and the mask without the trajectories that the correction removes."""
+    if config.sampler_correction == "none":
+        return None, mask
+    log_w = _clamp(difference(old_logprobs, sampler_logprobs)).detach()
+    low, high = config.sampler_low, config.sampler_high
+    if config.sampler_correction == "sequence_mask":
+        w = segments.mean(log_w, segments.sum(mask.to(log_w.dtype))).exp()
+        return None, mask & ((w >= low) & (w <= high))[segments.of_token]
+    w = log_w.exp()
+    if config.sampler_correction == "tis":
+        return w.clamp_max(high), mask
+    return torch.where((w >= low) & (w <= high), w, 0), mask
+
+
+def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tensor | None) -> Tensor:
+    """What a token of each trajectory weighs in the scalar loss, ``[N]``."""
+    aggregate = config.resolved_aggregate
+    if aggregate == "token_sum":
+        return torch.ones_like(counts)
+    if normalizer is None:
+        normalizer = counts.sum() if aggregate == "token_mean" else (counts > 0).sum()
+        normalizer = normalizer.clamp_min(1)
+    weights = torch.ones_like(counts) / normalizer
+    if aggregate == "seq_mean_token_mean":
+        weights = weights / counts.clamp_min(1)
+    if aggregate == "seq_mean_token_sum_norm":
+        weights = weights / config.max_length
+    return weights
+
+
+def _kl(estimator: str, d: Tensor, ratio: Tensor) -> Tensor:
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d.square()
+    k3 = torch.expm1(_clamp(-d)) + _clamp(d)
+    return ratio * k3 if estimator == "k3_corrected" else k3
+
+
+def _policy_term(c: PolicyLoss, a, new, old, log_ratio, ratio, segments, counts, mask):
+    """The policy loss of each token, and whether its ratio was clipped (or its token dropped)."""
+    never = torch.zeros_like(mask)
+    if c.kind in ("gpg", "reinforce"):
+        return -a * new, never
+    if c.kind == "cispo":
+        bounded = ratio.detach().clamp(1 - c.clip_low, 1 + c.clip_high)
+        return -bounded * a * new, bounded != ratio
+    if c.kind == "sapo":
+        tau = torch.where(a > 0, c.sapo_tau_pos, c.sapo_tau_neg)
+        return -a * (4 / tau) * torch.sigmoid(tau * (ratio - 1)), never
+    if c.kind in ("dppo_tv", "dppo_kl"):
+        valid = _dppo_valid(c, a, new.detach(), old)
+        return -a * ratio.detach().clamp_max(20) * new * valid, ~valid
+    if c.kind == "vespo":
+        weight = _vespo_weight(c, a, segments.sum(log_ratio.detach())[segments.of_token])
+        return -weight * a * new, never
+    if c.kind == "gmpo":
+        sign, inside = a.sign(), log_ratio.clamp(-c.clip_low, c.clip_high)
+        bounded = torch.minimum(sign * log_ratio, sign * inside) * sign
+        mean_ratio = segments.mean(torch.where(mask, bounded, 0), counts).exp()
+        mean_advantage = segments.mean(torch.where(mask, a, 0), counts)
+        return -(mean_advantage * mean_ratio)[segments.of_token], sign * log_ratio > sign * inside
+    if c.kind == "kl_cov":
+        chosen = largest_covariances(a, new.detach(), mask, mask, c.cov_fraction)
+        return -ratio * a + torch.where(chosen, c.cov_coef * log_ratio.abs(), 0), chosen
+    bounded = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    loss, clipped = torch.maximum(-ratio * a, -bounded * a), ratio * a > bounded * a
+    if c.kind == "clip_cov":
+        band = (c.cov_low, c.cov_high)
+        dropped = largest_covariances(a, new.detach(), mask, mask & ~clipped, c.cov_fraction, band)
+        loss, clipped = torch.where(dropped, 0, loss), clipped | dropped
+    if c.clip_dual is not None:
+        bound = -c.clip_dual * a
+        over = (a < 0) & (loss > bound)
+        loss, clipped = torch.where(over, bound, loss), clipped | over
+    return loss, clipped
+
+
+def _dppo_valid(c: PolicyLoss, a: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Whether the token's probability p has not yet moved past the threshold in the direction A pushes it."""
+    p, q = new.exp(), old.exp()
+    if c.kind == "dppo_tv":
+        return torch.where(a > 0, p - q <= c.clip_high, p - q >= -c.clip_low)
+    binary_kl = q * (old - new) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    up, down = (binary_kl <= c.clip_high) | (p <= q), (binary_kl <= c.clip_low) | (p >= q)
+    return torch.where(a > 0, up, down)
+
+
+def _vespo_weight(c: PolicyLoss, a: Tensor, log_w: Tensor) -> Tensor:
+    log_w = _clamp(log_w)
+    k = torch.where(a >= 0, c.vespo_k_pos, c.vespo_k_neg)
+    decay = torch.where(a >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg)
+    return (decay + k * log_w - decay * log_w.exp()).exp()

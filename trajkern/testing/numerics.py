@@ -1,0 +1,86 @@
+"""Running an op with its gradients, and the error budget that its result must keep.
+
+A result may differ from float64 by at most twice the worst error of the plain torch expression at the same precision,
+plus one rounding. Inputs are quantised first, so that only arithmetic is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern import reference
+from trajkern.testing.registry import Inputs, OpSpec
+
+Outcome = dict[str, Tensor]
+
+
+def run(spec: OpSpec, function: Callable[..., Any], inputs: Inputs, upstream_seed: int = 1) -> Outcome:
+    """Outputs and gradients of ``function`` for a fixed random upstream, detached."""
+    inputs = {k: _leaf(v) if k in spec.differentiable and v is not None else v for k, v in inputs.items()}
+    outputs = spec.outputs(function(**inputs))
+    outcome = {k: v.detach() for k, v in outputs.items()}
+    generator, loss = torch.Generator().manual_seed(upstream_seed), None
+    for name, x in outputs.items():
+        upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+        if x.requires_grad and name not in spec.no_grad_outputs:
+            term = (x * upstream.to(x.dtype)).sum()
+            loss = term if loss is None else loss + term
+    if loss is not None:
+        loss.backward()
+        for name in spec.differentiable:
+            if isinstance(inputs.get(name), Tensor):
+                grad = inputs[name].grad
+                outcome[f"grad_{name}"] = torch.zeros_like(inputs[name]).detach() if grad is None else grad
+    return outcome
+
+
+def _leaf(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().requires_grad_()
+
+
+def upcast(inputs: Inputs) -> Inputs:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def oracle(spec: OpSpec, inputs: Inputs) -> tuple[Outcome, Outcome]:
+    """(the reference in float64, the reference at the inputs' precision)."""
+    function = getattr(reference, spec.name)
+    return run(spec, function, upcast(inputs)), run(spec, function, inputs)
+
+
+def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Tensor) -> float:
+    """The worst error as a share of its budget: at most 1 passes. NaN and infinity must stand in the same places."""
+    if actual.shape != high.shape:
+        return math.inf
+    if not actual.is_floating_point():
+        return 0.0 if torch.equal(actual, high.to(actual.dtype)) else math.inf
+    if actual.numel() == 0:
+        return 0.0
+    epsilon = torch.finfo(actual.dtype).eps
+    actual, low = actual.double(), low.double()
+    special = ~torch.isfinite(high)
+    if not torch.equal(torch.isnan(actual), torch.isnan(high)):
+        return math.inf
+    if not torch.equal(actual[special].nan_to_num(0), high[special].nan_to_num(0)):
+        return math.inf
+    actual, high, low = (torch.where(special, 0, x) for x in (actual, high, low))
+    low_error = torch.where(torch.isfinite(low), (low - high).abs(), 0).max()
+    rounding = epsilon * high.abs().clamp_min(spec.term_scale.get(name, 0.0))
+    rounding = rounding.clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((actual - high).abs() / (2 * low_error + rounding)).nan_to_num(math.inf).max())
+
+
+def check(spec: OpSpec, function: Callable[..., Any], inputs: Inputs) -> dict[str, float]:
+    """Share of the budget that ``function`` uses in every output and gradient."""
+    actual = run(spec, function, inputs)
+    high, low = oracle(spec, inputs)
+    if actual.keys() != high.keys():
+        raise AssertionError(f"{spec.name} returned {sorted(actual)}, the reference {sorted(high)}")
+    return {name: budget_share(spec, name, actual[name], high[name], low[name]) for name in high}

@@ -1,0 +1,154 @@
+"""Spec of the policy_loss family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern._types import AGGREGATES, KINDS, KL_ESTIMATORS, PolicyLoss
+from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
+
+_LENGTHS = (9, 0, 40, 1, 23, 5)  # of which one is empty
+_PER_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "entropy", "mask")
+
+
+def _packed(
+    config: PolicyLoss,
+    lengths: tuple[int, ...] = _LENGTHS,
+    *,
+    per_token: bool = False,
+    spread: float = 0.3,
+    mask: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    **options: Any,
+) -> Callable[[torch.Generator], Inputs]:
+    """Random log-probs around a common policy; ``mask`` maps (random mask, generator) to the mask."""
+
+    def make(g: torch.Generator) -> Inputs:
+        total = sum(lengths)
+
+        def noise(scale: float) -> Tensor:
+            return torch.randn(total, generator=g, dtype=torch.float64) * scale
+
+        old = -torch.rand(total, generator=g, dtype=torch.float64) * 4 - 0.01
+        scored = torch.rand(total, generator=g) > 0.3
+        return {
+            "logprobs": old + noise(spread),
+            "old_logprobs": old,
+            "advantages": torch.randn(total if per_token else len(lengths), generator=g, dtype=torch.float64),
+            "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
+            "config": config,
+            "mask": scored if mask is None else mask(scored, g),
+            "ref_logprobs": old + noise(0.2),
+            "sampler_logprobs": old + noise(0.4),
+            "entropy": noise(1.0).abs(),
+        } | options
+
+    return make
+
+
+def _full(kind: str, **options: Any) -> PolicyLoss:
+    """Every term switched on."""
+    defaults = dict(max_length=40, clip_high=0.28, clip_dual=1.5, kl_coef=0.05, entropy_coef=0.01, cov_fraction=0.2)
+    return PolicyLoss(kind, **defaults | {"cov_low": -1.0, "cov_high": 0.7} | options)
+
+
+def _edited(make: Callable[[torch.Generator], Inputs], edit: Callable[[Inputs], None]):
+    def made(g: torch.Generator) -> Inputs:
+        inputs = make(g)
+        edit(inputs)
+        return inputs
+
+    return made
+
+
+def _rubbish(x: Inputs) -> None:
+    for name in _PER_TOKEN[:-1]:
+        x[name][~x["mask"]] = torch.nan
+
+
+def _on_policy(x: Inputs) -> None:
+    x["old_logprobs"] = x["logprobs"].clone()
+
+
+def _far(x: Inputs) -> None:
+    x["logprobs"][::2] = -60.0
+    x["old_logprobs"][1::2] = -60.0
+
+
+def _zero_advantages(x: Inputs) -> None:
+    x["advantages"] = x["advantages"].relu()
+
+
+def _cases() -> Iterator[Case]:
+    for kind in KINDS:
+        yield Case(kind, _packed(PolicyLoss(kind, max_length=40)), "the kind with its own aggregation")
+        yield Case(f"{kind}_full", _packed(_full(kind)), "KL, entropy and dual clip on")
+        yield Case(f"{kind}_per_token", _packed(_full(kind), per_token=True), "advantages per token")
+    for aggregate in AGGREGATES:
+        config = _full("grpo", aggregate=aggregate)
+        yield Case(f"aggregate_{aggregate}", _packed(config), "each aggregation")
+        yield Case(f"normalizer_{aggregate}", _packed(config, normalizer=7.5), "an external normaliser")
+    for kind in ("grpo", "cispo", "sapo", "dppo_kl"):
+        config = _full(kind, ratio_level="sequence", kl="k3_corrected")
+        yield Case(f"{kind}_sequence", _packed(config, per_token=True), "one ratio a trajectory")
+    for kl in KL_ESTIMATORS:
+        yield Case(f"kl_{kl}", _packed(_full("dapo", kl=kl)), "each KL estimator")
+        yield Case(f"kl_{kl}_small", _packed(_full("dapo", kl=kl), spread=1e-3), "k3 cancels near 0")
+    for correction in ("tis", "icepop", "sequence_mask"):
+        for kind in ("grpo", "gspo", "gmpo"):
+            config = _full(kind, sampler_correction=correction, sampler_low=0.9, sampler_high=1.1)
+            yield Case(f"{correction}_{kind}", _packed(config), "sampler mismatch")
+
+
+_DAPO = _full("dapo")
+
+CASES = (
+    *_cases(),
+    Case("no_mask", _packed(_DAPO, mask=lambda m, g: None), "every token scored"),
+    Case("nothing_scored", _packed(_DAPO, mask=lambda m, g: m & False), "an empty sum is 0"),
+    Case("one_silent", _packed(_full("gspo"), mask=lambda m, g: m & (torch.arange(m.numel()) >= 9)), "one silent"),
+    Case("masked_rubbish", _edited(_packed(_DAPO), _rubbish), "NaN under the mask"),
+    Case("masked_rubbish_gmpo", _edited(_packed(_full("gmpo")), _rubbish), "NaN under the mask, trajectory means"),
+    Case("on_policy", _edited(_packed(PolicyLoss()), _on_policy), "ratio exactly 1: every clip is a tie"),
+    Case("far", _edited(_packed(_DAPO), _far), "log-ratios beyond 20 are clamped, 0 * inf cannot arise"),
+    Case("zero_advantages", _edited(_packed(_DAPO), _zero_advantages), "half the advantages zero"),
+    Case("no_tokens", _packed(_DAPO, (0, 0)), "T = 0"),
+    Case("no_trajectories", _packed(_DAPO, ()), "N = 0"),
+    Case("one_token", _packed(_DAPO, (1,), per_token=True), "N = T = 1"),
+    Case("one_trajectory", _packed(_full("gspo"), (3000,)), "longer than any chunk", large=True),
+    Case("many_trajectories", _packed(_full("gspo"), (3,) * 700), "shorter than any vector", large=True),
+)
+
+
+def _reversed_trajectories(inputs: Inputs, g: torch.Generator):
+    bounds = inputs["cu_seqlens"].tolist()
+    order = [torch.arange(a, b) for a, b in zip(bounds, bounds[1:])][::-1]
+    index = torch.cat(order) if order else torch.arange(0)
+    turned = {k: v[index] if k in _PER_TOKEN and v is not None else v for k, v in inputs.items()}
+    per_token = inputs["advantages"].shape[0] != len(order)
+    turned["advantages"] = inputs["advantages"][index] if per_token else inputs["advantages"].flip(0)
+    turned["cu_seqlens"] = torch.tensor([0, *map(len, order)]).cumsum(0)
+
+    def undo(name: str, x: Tensor) -> Tensor:
+        return x[torch.argsort(index)]
+
+    return turned, undo
+
+
+POLICY_LOSS = OpSpec(
+    name="policy_loss",
+    family="policy_loss",
+    outputs=lambda x: {"loss": x[0]} | x[1],
+    differentiable=("logprobs", "entropy"),
+    typed=("logprobs", "old_logprobs", "advantages", "ref_logprobs", "sampler_logprobs", "entropy"),
+    dtypes=(torch.float32, torch.float64, torch.bfloat16),
+    triton_dtypes=(torch.float32,),
+    cases=CASES,
+    variants=(Variant("trajectories_reversed", _reversed_trajectories),),
+    term_scale={"loss": 1.0, "clip_fraction": 1.0, "approx_kl": 1.0, "kl": 1.0},
+)
+
+SPECS = (POLICY_LOSS,)

@@ -1,0 +1,75 @@
+"""What an op spec is. Tests, validation and benchmarks iterate over the same specs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments of an op, and why it is worth running."""
+
+    name: str
+    make: Callable[[torch.Generator], Inputs]  # keyword arguments; floats in float64
+    reason: str
+    large: bool = False  # too slow for an interpreted kernel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to lay out the same work differently that must give the same bits.
+
+    ``apply`` maps the arguments to other arguments; ``undo`` maps each of the outcome's tensors back.
+    """
+
+    name: str
+    apply: Callable[[Inputs, torch.Generator], tuple[Inputs, Callable[[str, Tensor], Tensor]]]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """A public op: how to call it, what comes out, on what it is tried."""
+
+    name: str  # of the function in trajkern and in trajkern.reference
+    family: str
+    outputs: Callable[[Any], dict[str, Tensor]]  # names the tensors of a result
+    differentiable: tuple[str, ...]  # arguments with a gradient
+    typed: tuple[str, ...]  # float arguments that take the dtype under test
+    dtypes: tuple[torch.dtype, ...]
+    cases: tuple[Case, ...]
+    triton_dtypes: tuple[torch.dtype, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    term_scale: dict[str, float] = field(default_factory=dict)  # size of the terms of an output that is a sum
+    no_grad_outputs: tuple[str, ...] = ()
+
+    def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+        """The case's arguments, its float tensors quantised to ``dtype``."""
+        made = case.make(torch.Generator().manual_seed(seed))
+        return {k: _typed(v, dtype if k in self.typed else None, device) for k, v in made.items()}
+
+
+def _typed(x: Any, dtype: torch.dtype | None, device: str) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if not x.is_floating_point():
+        return x.to(device)
+    if dtype is None:
+        dtype = torch.float32
+    moved = torch.empty_strided(_extent(x), (1,), dtype=dtype, device=device)
+    view = moved.as_strided(x.shape, x.stride())
+    view.copy_(x)
+    return view
+
+
+def _extent(x: Tensor) -> tuple[int]:
+    """Elements of storage that x's strides reach, so that a strided view keeps its strides."""
+    if x.numel() == 0:
+        return (0,)
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())),)
