@@ -12,8 +12,8 @@ from trajkern.testing import SPECS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="only this device (default: all there are)")
-    parser.addoption("--backend", choices=("native", "triton", "cuda"), default=None, help="instead of the device's own")
+    parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="only this device")
+    parser.addoption("--backend", choices=("native", "triton", "cuda"), default=None, help="not the device's own")
 
 
 def _devices(config: pytest.Config) -> list[str]:
@@ -33,16 +33,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "spec" not in names:
         return
     backend, rows, ids = metafunc.config.getoption("--backend"), [], []
+    specs = [s for s in SPECS if s.triton_dtypes or backend != "triton"]
     for device in _devices(metafunc.config):
-        for spec in SPECS:
+        for spec in specs:
             for case in spec.cases if "case" in names else (None,):
                 if case and case.large and backend == "triton" and device == "cpu":
                     continue
                 for dtype in _dtypes(spec, device, backend) if "dtype" in names else (None,):
                     values = {"spec": spec, "case": case, "dtype": dtype, "device": device}
                     rows.append([values[n] for n in names])
-                    parts = [spec.name, case and case.name, dtype and str(dtype).removeprefix("torch."), device]
-                    ids.append("-".join(p for p, n in zip(parts, ("spec", "case", "dtype", "device")) if n in names))
+                    named = {"spec": spec.name, "case": case and case.name, "dtype": str(dtype)[6:], "device": device}
+                    ids.append("-".join(named[n] for n in names))
     metafunc.parametrize(names, rows, ids=ids)
 
 

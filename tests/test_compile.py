@@ -21,16 +21,16 @@ _CASES = {
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]
 
 
-@pytest.mark.parametrize(("spec", "case"), _PAIRS, ids=[f"{s.name}-{c.name}" for s, c in _PAIRS])
-def test_fullgraph_dynamic(spec, case) -> None:
+@pytest.mark.parametrize(("op", "example"), _PAIRS, ids=[f"{s.name}-{c.name}" for s, c in _PAIRS])
+def test_fullgraph_dynamic(op, example) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(getattr(tk, spec.name), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(getattr(tk, op.name), fullgraph=True, dynamic=True, backend="aot_eager")
     for seed in (0, 1):
-        inputs = spec.inputs(case, torch.float32, seed=seed)
-        eager, graph = run(spec, getattr(tk, spec.name), inputs), run(spec, compiled, inputs)
+        inputs = op.inputs(example, torch.float32, seed=seed)
+        eager, graph = run(op, getattr(tk, op.name), inputs), run(op, compiled, inputs)
         assert eager.keys() == graph.keys()
         for name, x in eager.items():
-            torch.testing.assert_close(graph[name], x, rtol=1e-6, atol=1e-7, msg=f"{spec.name} {name}")
+            torch.testing.assert_close(graph[name], x, rtol=1e-6, atol=1e-7, msg=f"{op.name} {name}")
 
 
 def test_new_lengths_do_not_recompile() -> None:

@@ -73,6 +73,13 @@ def check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be finite; it is {float(x[at])} at index {at}")
 
 
+def check_values(name: str, x: Tensor, low: float) -> None:
+    """Finite and at least ``low``. Reads device values."""
+    check_finite(name, x)
+    if bool((x < low).any()):
+        raise ValueError(f"{name} must be at least {low:g}; the smallest is {float(x.min())}")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     """Reads device values."""
     if cu_seqlens.numel() == 0:

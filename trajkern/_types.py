@@ -118,7 +118,9 @@ class PolicyLoss:
         if self.kind in ("kl_cov", "clip_cov") and self.ratio_level == "sequence":
             raise ValueError(f"ratio_level must be 'token' for kind {self.kind!r}, which ranks tokens; got 'sequence'")
         if self.kind in ("kl_cov", "clip_cov") and self.sampler_correction == "sequence_mask":
-            raise ValueError(f"sampler_correction must not be 'sequence_mask' for kind {self.kind!r}: it ranks all tokens")
+            raise ValueError(
+                f"sampler_correction must not be 'sequence_mask' for kind {self.kind!r}, which ranks all tokens"
+            )
         if self.cov_fraction > 1:
             raise ValueError(f"cov_fraction must be at most 1, got {self.cov_fraction}")
         if self.clip_dual is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trajkern._checks import (
     check_cu_seqlens,
-    check_dtype,
     check_finite,
     check_shape,
     check_tensor,

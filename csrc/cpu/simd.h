@@ -29,7 +29,7 @@ using Vec = typename Lanes<T, W>::type;  // + - * / < ?: work lane by lane, and 
 using f32x8 = Vec<float, 8>;
 
 template <class To, class From>
-TK_INLINE To bit_cast(From x) {
+TK_INLINE To bit_cast(const From& x) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To y;
   std::memcpy(&y, &x, sizeof(To));
@@ -147,12 +147,18 @@ TK_INLINE V vmin(const V& a, const V& b) {
   return a < b ? a : b;
 }
 
-// Fixed-order sum of the lanes, in double.
-template <int W, class V>
-TK_INLINE double fold_sum(const V& x) {
-  double sum = 0;
-  for (int l = 0; l < W; ++l) sum += x[l];
-  return sum;
+// The sum, in double, of K vectors as one row of K * W lanes, halved again and again: its order depends on K * W alone.
+template <int W, int K, class T>
+TK_INLINE double fold_sum(const T (&x)[K]) {
+  Vec<double, W> sum[K];
+  for (int k = 0; k < K; ++k) sum[k] = __builtin_convertvector(x[k], Vec<double, W>);
+  for (int half = K / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+  double lanes[W];
+  store<W>(lanes, sum[0]);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 template <int W, class V>
 TK_INLINE auto fold_max(const V& x) {
@@ -161,12 +167,12 @@ TK_INLINE auto fold_max(const V& x) {
   return largest;
 }
 
-constexpr float kExpZero = -87.3365448f;  // log of the smallest normal float32
+constexpr float kExpZero = -87.3365402f;  // log of the smallest normal float32, rounded up
 
-// exp(x) to about 1 ulp: 0 below kExpZero (no subnormal results), +inf above 88.37, NaN for NaN. No branch, no table:
-// x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) on |r| <= log(2) / 2, times 2^n by its exponent bits.
+// exp(x) for x <= 88.37, within 1 ulp: 0 below kExpZero (no subnormal results), NaN for NaN. No branch, no table:
+// x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) with a minimax q on |r| <= log(2) / 2, times 2^n by its exponent bits.
 template <int W>
-TK_INLINE Vec<float, W> vexp(const Vec<float, W>& x) {
+TK_INLINE Vec<float, W> vexp_no_overflow(const Vec<float, W>& x) {
   constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
   const auto t = x * 1.44269504f + shift;
   const auto n = t - shift;
@@ -177,13 +183,23 @@ TK_INLINE Vec<float, W> vexp(const Vec<float, W>& x) {
   q = q * r + 0x1.fffffcp-2f;
   const auto power = bit_cast<Vec<float, W>>(bit_cast<Vec<uint32_t, W>>(t) << 23);
   const auto y = (r * r * q + r + 1.0f) * power;
-  return x < kExpZero ? Vec<float, W>{} : (x > 88.37f ? broadcast<W>(HUGE_VALF) : y);
+  return x < kExpZero ? Vec<float, W>{} : y;
 }
 template <int W>
-TK_INLINE Vec<double, W> vexp(const Vec<double, W>& x) {
+TK_INLINE Vec<double, W> vexp_no_overflow(const Vec<double, W>& x) {
   Vec<double, W> y;
   for (int l = 0; l < W; ++l) y[l] = std::exp(x[l]);
   return y;
+}
+
+// exp(x) for any x: as above, and +inf above 88.37.
+template <int W>
+TK_INLINE Vec<float, W> vexp(const Vec<float, W>& x) {
+  return x > 88.37f ? broadcast<W>(HUGE_VALF) : vexp_no_overflow<W>(x);
+}
+template <int W>
+TK_INLINE Vec<double, W> vexp(const Vec<double, W>& x) {
+  return vexp_no_overflow<W>(x);
 }
 
 }  // namespace tk

@@ -16,25 +16,26 @@ def token_stats(
     temperature: float,
     mask: Tensor | None,  # [...]
     outputs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     x = as_rows(logits)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = targets.shape
-    logprobs, norm = torch.empty(shape, dtype=dtype), torch.empty((*shape, 2), dtype=dtype)
-    entropy = torch.empty(shape if outputs & 1 else 0, dtype=dtype)
-    sum_sq_probs = torch.empty(shape if outputs & 2 else 0, dtype=dtype)
-    is_top1 = torch.empty(shape if outputs & 4 else 0, dtype=torch.bool)
+    made = [torch.empty(shape, dtype=dtype), torch.empty((*shape, 2), dtype=dtype)]
+    asked = [0, 0, 0]
+    for i, kind in enumerate((dtype, dtype, torch.bool)):
+        if outputs >> i & 1:
+            made.append(torch.empty(shape, dtype=kind))
+            asked[i] = made[-1].data_ptr()
     bad = _ext.cpu().token_stats(
         x.data_ptr(), DTYPE[x.dtype], *rows(x), x.shape[-1], targets.data_ptr(), temperature, pointer(temperatures),
-        pointer(mask), outputs, logprobs.data_ptr(), norm.data_ptr(), entropy.data_ptr(), sum_sq_probs.data_ptr(),
-        is_top1.data_ptr(),
+        pointer(mask), outputs, made[0].data_ptr(), made[1].data_ptr(), *asked,
     )  # fmt: skip
     if bad >= 0:
         value = int(targets.flatten()[bad])
         raise ValueError(
             f"targets must lie in [0, {x.shape[-1]}) on every unmasked row; targets is {value} at row {bad}"
         )
-    return logprobs, norm, entropy, sum_sq_probs, is_top1
+    return made
 
 
 def _backward(grad_logits: Tensor, grad_logprobs, grad_entropy, logits, targets, temperatures, temperature, mask,
@@ -47,7 +48,7 @@ def _backward(grad_logits: Tensor, grad_logprobs, grad_entropy, logits, targets,
         logits.shape[-1], targets.data_ptr(), temperature, pointer(temperatures), pointer(mask),
         grad_logprobs.data_ptr(), grad_logprobs.stride(0), pointer(grad_entropy),
         0 if grad_entropy is None else grad_entropy.stride(0), logprobs.data_ptr(), norm.data_ptr(),
-        entropy.data_ptr(),
+        pointer(entropy),
     )  # fmt: skip
 
 

@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
-from trajkern._checks import check_choice, check_cu_seqlens, check_finite, check_number, check_shape, check_tensor
+from trajkern._checks import (
+    check_choice,
+    check_cu_seqlens,
+    check_finite,
+    check_number,
+    check_shape,
+    check_tensor,
+    check_values,
+)
 from trajkern._library import define
 from trajkern._types import GAE
 
@@ -98,7 +106,7 @@ class _GAE(torch.autograd.Function):
     def backward(ctx: Any, grad):
         needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         grads = _gae_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.decay, *needs)
-        values, bootstrap = (g if need else None for g, need in zip(grads[1:], needs))
+        values, bootstrap = (g if need else None for g, need in zip(grads[1:], needs, strict=True))
         return grads[0], values, None, bootstrap, None, None, None
 
 
@@ -175,9 +183,8 @@ def group_advantages(
     if weights is not None:
         check_tensor("weights", weights, dtypes=FLOATS, device=device)
         check_shape("weights", weights, shape, "one weight a reward")
-    if _readable(rewards):
-        _check_values(rewards, weights)
     if _backends.wants_reference("advantage", rewards):
+        _check_values(rewards, weights)
         return _backends.reference().group_advantages(
             rewards, group_ids, baseline=baseline, scale=scale, ddof=ddof, eps=eps, singleton=singleton, gate=gate,
             weights=weights,
@@ -197,11 +204,11 @@ def group_advantages(
 
 
 def _check_values(rewards: Tensor, weights: Tensor | None) -> None:
-    check_finite("rewards", rewards)
-    if weights is not None:
-        check_finite("weights", weights)
-        if bool((weights < 0).any()):
-            raise ValueError(f"weights must be at least 0; the smallest is {float(weights.min())}")
+    """On the reference route; the launchers check what they can read for nothing."""
+    if _readable(rewards):
+        check_finite("rewards", rewards)
+        if weights is not None:
+            check_values("weights", weights, 0)
 
 
 def discounted_returns(
@@ -289,7 +296,7 @@ def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, **deca
         check_number(name, value, low=0)
         if value > 1:
             raise ValueError(f"{name} must be at most 1, got {value}")
-    if _readable(cu_seqlens):
+    if _backends.wants_reference("advantage", rewards) and _readable(cu_seqlens):
         check_cu_seqlens(cu_seqlens, rewards.shape[0])
 
 

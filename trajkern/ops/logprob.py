@@ -25,36 +25,32 @@ OUTPUTS = ("entropy", "sum_sq_probs", "is_top1")  # bit i of the op's ``outputs`
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _accumulator(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _stats_fake(logits, targets, temperatures, temperature, mask, outputs):
-    rows, dtype = targets.shape, _accumulator(logits)
+    rows, dtype = targets.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    made = [logits.new_empty(rows, dtype=dtype), logits.new_empty((*rows, 2), dtype=dtype)]
+    for bit, kind in ((1, dtype), (2, dtype), (4, torch.bool)):
+        if outputs & bit:
+            made.append(logits.new_empty(rows, dtype=kind))
+    return made
 
-    def when(bit: int, dtype: torch.dtype) -> Tensor:
-        return logits.new_empty(rows if outputs & bit else (0,), dtype=dtype)
 
-    norm = logits.new_empty((*rows, 2), dtype=dtype)
-    return logits.new_empty(rows, dtype=dtype), norm, when(1, dtype), when(2, dtype), when(4, torch.bool)
-
-
+# -> [logprobs, norm = (max z, log sum_j exp u_j), then what the bits of ``outputs`` ask for, in OUTPUTS' order]
 _token_stats = define(
     "logprob",
     "token_stats(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, Tensor? mask, int outputs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> Tensor[]",
     _stats_fake,
 )
 _token_stats_backward = define(
     "logprob",
     "token_stats_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor targets,"
-    " Tensor? temperatures, float temperature, Tensor? mask, Tensor logprobs, Tensor norm, Tensor entropy) -> Tensor",
+    " Tensor? temperatures, float temperature, Tensor? mask, Tensor logprobs, Tensor norm, Tensor? entropy) -> Tensor",
     lambda grad_logprobs, grad_entropy, logits, *rest: logits.new_empty(logits.shape),
 )
 _token_stats_backward_ = define(
     "logprob",
     "token_stats_backward_(Tensor grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor targets,"
-    " Tensor? temperatures, float temperature, Tensor? mask, Tensor logprobs, Tensor norm, Tensor entropy) -> ()",
+    " Tensor? temperatures, float temperature, Tensor? mask, Tensor logprobs, Tensor norm, Tensor? entropy) -> ()",
     lambda *args: None,
 )
 
@@ -62,19 +58,19 @@ _token_stats_backward_ = define(
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, targets, temperatures, temperature, mask, outputs, inplace):
-        logprobs, norm, entropy, sum_sq_probs, is_top1 = _token_stats(
-            logits, targets, temperatures, temperature, mask, outputs
-        )
+        logprobs, norm, *rest = _token_stats(logits, targets, temperatures, temperature, mask, outputs)
+        entropy = rest[0] if outputs & 1 else None
         ctx.save_for_backward(logits, targets, temperatures, mask, logprobs, norm, entropy)
         ctx.temperature, ctx.inplace = temperature, inplace
-        ctx.mark_non_differentiable(sum_sq_probs, is_top1)
+        ctx.mark_non_differentiable(*rest[outputs & 1 :])
         ctx.set_materialize_grads(False)
-        return logprobs, entropy, sum_sq_probs, is_top1
+        return logprobs, *rest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs, grad_entropy, *_):
+    def backward(ctx: Any, grad_logprobs, *grad_rest):
         logits, targets, temperatures, mask, logprobs, norm, entropy = ctx.saved_tensors
+        grad_entropy = None if entropy is None else grad_rest[0]
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
         if grad_logprobs is None:
@@ -146,14 +142,16 @@ def token_stats(
         return _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=temperature, mask=mask)
     temperatures = None
     if isinstance(temperature, Tensor):
-        temperatures, temperature = temperature.to(_accumulator(logits)).contiguous(), 1.0
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        temperatures, temperature = temperature.to(dtype).contiguous(), 1.0
     if mask is not None:
         mask = mask.contiguous()
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logprobs, *rest = _TokenStats.apply(
         logits, targets.long().contiguous(), temperatures, float(temperature), mask, bits, inplace
     )
-    return TokenStats(logprobs, *(x if bits >> i & 1 else None for i, x in enumerate(rest)))
+    made = iter(rest)
+    return TokenStats(logprobs, *(next(made) if bits >> i & 1 else None for i in range(len(OUTPUTS))))
 
 
 def _check(logits, targets, outputs, temperature, mask) -> int:

@@ -65,7 +65,7 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss, _):
         if ctx.grads is None:
             raise RuntimeError("policy_loss: a second backward; the gradient was formed in the forward and scaled once")
-        grads, ctx.grads = [g if need else None for g, need in zip(ctx.grads, ctx.needs)], None
+        grads, ctx.grads = [g if need else None for g, need in zip(ctx.grads, ctx.needs, strict=True)], None
         return *(_scaled(g, grad_loss) for g in grads), *(None,) * 10
 
 
@@ -177,7 +177,7 @@ def policy_loss(
     loss, metrics = _PolicyLoss.apply(
         new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, normalizer, *_encode(config, per_token)
     )
-    return loss, dict(zip(METRICS, metrics.unbind()))
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
 def _encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
@@ -236,7 +236,8 @@ def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_log
         check_shape("mask", mask, length, "one flag a token")
     check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=device)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int64, torch.int32), ndim=1, device=device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and _backends.wants_reference("policy_loss", logprobs):
         check_cu_seqlens(cu_seqlens, length[0])
 
 

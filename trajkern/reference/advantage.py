@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def gae(
     zero = r.new_zeros(())
     advantages = [zero] * r.numel()
     bounds = cu_seqlens.tolist()
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         advantage, next_value = zero, zero if bootstrap is None else bootstrap[n].to(r.dtype)
         for t in range(end - 1, start - 1, -1):
             if mask is None or bool(mask[t]):

@@ -40,24 +40,24 @@ def token_stats(
         temperature = temperature.to(z.dtype)[..., None]
     z = z / temperature
     target = targets.long()[..., None]
-    z_target = z.gather(-1, target).squeeze(-1)
-    # a token that is certain needs the mass of the others, not 1 minus its own
-    if z.shape[-1] == 1:
-        logprobs = z_target - z_target
-        largest_other = torch.full_like(z_target, -torch.inf)
-    else:
-        others = z.scatter(-1, target, -torch.inf)
-        logprobs = -torch.logaddexp(torch.zeros_like(z_target), others.logsumexp(-1) - z_target)
-        largest_other = others.detach().amax(-1)
+    z_target = z.gather(-1, target)
+    # Measured from the largest logit, the target's where it ties: then log p = -log1p(mass of the others), which keeps
+    # its precision, and its gradient's, as p -> 1.
+    largest, pivot = z.detach().max(-1, keepdim=True)
+    is_top1 = z_target >= largest
+    pivot = torch.where(is_top1, target, pivot)
+    u = z - z.gather(-1, pivot)
+    log_norm = u.exp().scatter(-1, pivot, 0).sum(-1, keepdim=True).log1p()
+    logprobs = torch.where(is_top1, 0, u.gather(-1, target)) - log_norm
+    logp = u - log_norm
+    p = logp.exp()
 
     def masked(x: Tensor) -> Tensor:
         return x if mask is None else torch.where(mask, x, 0)
 
-    logp = z.log_softmax(-1)
-    p = logp.exp()
     return TokenStats(
-        masked(logprobs),
-        masked(-torch.where(p > 0, p * logp, 0).sum(-1)) if "entropy" in outputs else None,
+        masked(logprobs.squeeze(-1)),
+        masked(-(p * torch.where(p > 0, logp, 0)).sum(-1)) if "entropy" in outputs else None,
         masked(p.detach().square().sum(-1)) if "sum_sq_probs" in outputs else None,
-        masked(z_target.detach() >= largest_other).bool() if "is_top1" in outputs else None,
+        masked(is_top1.squeeze(-1)).bool() if "is_top1" in outputs else None,
     )

@@ -30,6 +30,11 @@ def _clamp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """``torch.where`` of two numbers, in the precision of ``like``."""
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
+
+
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
 
@@ -145,7 +150,7 @@ def _policy_term(c: PolicyLoss, a, new, old, log_ratio, ratio, segments, counts,
         bounded = ratio.detach().clamp(1 - c.clip_low, 1 + c.clip_high)
         return -bounded * a * new, bounded != ratio
     if c.kind == "sapo":
-        tau = torch.where(a > 0, c.sapo_tau_pos, c.sapo_tau_neg)
+        tau = _choose(a > 0, c.sapo_tau_pos, c.sapo_tau_neg, a)
         return -a * (4 / tau) * torch.sigmoid(tau * (ratio - 1)), never
     if c.kind in ("dppo_tv", "dppo_kl"):
         valid = _dppo_valid(c, a, new.detach(), old)
@@ -187,6 +192,6 @@ def _dppo_valid(c: PolicyLoss, a: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 def _vespo_weight(c: PolicyLoss, a: Tensor, log_w: Tensor) -> Tensor:
     log_w = _clamp(log_w)
-    k = torch.where(a >= 0, c.vespo_k_pos, c.vespo_k_neg)
-    decay = torch.where(a >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg)
+    k = _choose(a >= 0, c.vespo_k_pos, c.vespo_k_neg, a)
+    decay = _choose(a >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg, a)
     return (decay + k * log_w - decay * log_w.exp()).exp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ _LENGTHS = (5, 0, 33, 1, 64, 7)
 
 def _reversed_trajectories(inputs: Inputs, g: torch.Generator):
     bounds = inputs["cu_seqlens"].tolist()
-    order = [torch.arange(a, b) for a, b in zip(bounds, bounds[1:])][::-1]
+    order = [torch.arange(a, b) for a, b in pairwise(bounds)][::-1]
     index = torch.cat(order) if order else torch.arange(0)
     turned = {k: v[index] if k in ("rewards", "values", "mask") else v for k, v in inputs.items() if v is not None}
     turned["cu_seqlens"] = torch.tensor([0, *map(len, order)]).cumsum(0)

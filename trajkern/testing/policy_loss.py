@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ CASES = (
 
 def _reversed_trajectories(inputs: Inputs, g: torch.Generator):
     bounds = inputs["cu_seqlens"].tolist()
-    order = [torch.arange(a, b) for a, b in zip(bounds, bounds[1:])][::-1]
+    order = [torch.arange(a, b) for a, b in pairwise(bounds)][::-1]
     index = torch.cat(order) if order else torch.arange(0)
     turned = {k: v[index] if k in _PER_TOKEN and v is not None else v for k, v in inputs.items()}
     per_token = inputs["advantages"].shape[0] != len(order)

@@ -72,4 +72,4 @@ def _extent(x: Tensor) -> tuple[int]:
     """Elements of storage that x's strides reach, so that a strided view keeps its strides."""
     if x.numel() == 0:
         return (0,)
-    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())),)
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)),)

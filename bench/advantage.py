@@ -1,0 +1,147 @@
+"""Cases of the advantage family: group statistics of many trajectories, and scans over a packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.case import Case, Problem, Target, with_compiled
+from trajkern.testing.numerics import Outcome
+
+TOKENS, TRAJECTORIES = 2**20, 1024
+GATE_TRAJECTORIES = 8  # the reference takes one token at a time
+GAMMA, LAM = 0.99, 0.95
+
+
+def _group_form(dense_ids: Tensor, groups: int) -> Callable[..., Outcome]:
+    """Mean, then squared deviations, summed by index; the fastest way to write it here.
+
+    In its favour: it is given dense ids (no unique) and how many there are, and no group of one to make an exception
+    of. Sums by scatter_add run faster than by index_add, and one division a group than one a trajectory.
+    """
+
+    def form(rewards: Tensor, **_) -> Outcome:
+        zero = rewards.new_zeros(groups)
+        count = zero.scatter_add(0, dense_ids, torch.ones_like(rewards))
+        mean = zero.scatter_add(0, dense_ids, rewards) / count
+        d = rewards - mean.gather(0, dense_ids)
+        variance = zero.scatter_add(0, dense_ids, d * d) / (count - 1)
+        return {"advantages": d * (1 / (variance.sqrt() + 1e-6)).gather(0, dense_ids)}
+
+    return form
+
+
+def _groups(trajectories: int, mean_size: int, grad: bool = False) -> Callable[[str], Problem]:
+    """Scores of 0 to 64 points in groups of 2 to 2 * mean_size - 2, shuffled, under ids that are not dense."""
+
+    def make(device: str) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        groups = trajectories // mean_size
+        half = torch.randint(2, 2 * mean_size - 1, (groups // 2,), generator=generator)
+        sizes = torch.cat([half, 2 * mean_size - half])
+        order = torch.randperm(trajectories, generator=generator)
+        dense = torch.repeat_interleave(torch.arange(groups), sizes)[order]
+        ids = torch.randperm(4 * groups, generator=generator)[:groups][dense]
+        rewards = (torch.randint(65, (trajectories,), generator=generator) / 64).to(device)
+        return Problem(
+            op="group_advantages",
+            inputs={"rewards": rewards, "group_ids": ids.to(device)},
+            rivals=with_compiled(_group_form(dense.to(device), groups)),
+            floor=rewards.clone,
+            bytes=2 * rewards.nbytes + ids.nbytes,
+            grad=grad,
+        )
+
+    return make
+
+
+def _packed(op: str) -> Callable[[str], Problem]:
+    """A scan over trajectories of 512 to 1536 tokens; the rival is a trainer's loop over the columns of padded rows."""
+
+    def make(device: str) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        half = torch.randint(TOKENS // TRAJECTORIES // 2, TOKENS // TRAJECTORIES + 1, (TRAJECTORIES // 2,),
+                             generator=generator)  # fmt: skip
+        lengths = torch.cat([half, 2 * TOKENS // TRAJECTORIES - half])
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(device)
+        gated = int(cu_seqlens[GATE_TRAJECTORIES])
+        rewards, values = (torch.randn(TOKENS, generator=generator).to(device) for _ in range(2))
+        inputs = {"rewards": rewards, "cu_seqlens": cu_seqlens, "gamma": GAMMA}
+        if op == "gae":
+            inputs |= {"values": values, "lam": LAM}
+        return Problem(
+            op=op,
+            inputs=inputs,
+            rivals={"eager": _padded_form(op, lengths.to(device), rewards, values)},
+            floor=torch.stack([rewards, values]).clone if op == "gae" else rewards.clone,
+            bytes=rewards.nbytes * (4 if op == "gae" else 2),
+            pick=lambda name, x: x[: GATE_TRAJECTORIES + 1] if name == "cu_seqlens" else x[:gated],
+        )
+
+    return make
+
+
+def _padded_form(op: str, lengths: Tensor, rewards: Tensor, values: Tensor) -> Callable[..., Outcome]:
+    """In its favour: it is given padded rows, time first, and the places of their tokens."""
+    n, longest = lengths.shape[0], int(lengths.max())
+    real = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [N, longest]
+    places = torch.arange(longest * n, device=lengths.device).view(longest, n).T[real]  # [T]
+
+    def padded(x: Tensor) -> Tensor:  # [T] -> [longest, N]
+        return x.new_zeros(longest * n).index_copy(0, places, x).view(longest, n)
+
+    padded_rewards = padded(rewards)
+    padded_values = padded(values if op == "gae" else torch.zeros_like(rewards))
+    decay = GAMMA * (LAM if op == "gae" else 1.0)
+
+    def form(**_) -> Outcome:
+        out = torch.empty_like(padded_rewards)
+        running, next_value = padded_rewards.new_zeros(n), padded_rewards.new_zeros(n)
+        for t in range(longest - 1, -1, -1):
+            delta = padded_rewards[t] + GAMMA * next_value - padded_values[t]
+            running = torch.add(delta, running, alpha=decay, out=out[t])
+            next_value = padded_values[t]
+        advantages = out.view(-1)[places]
+        if op == "gae":
+            return {"advantages": advantages, "returns": advantages + values}
+        return {"returns": advantages}
+
+    return form
+
+
+def _whiten_form(x: Tensor, mask: Tensor, **_) -> Outcome:
+    count = mask.sum()
+    mean = torch.where(mask, x, 0).sum() / count
+    centred = torch.where(mask, x - mean, 0)
+    return {"whitened": centred * (centred.square().sum() / (count - 1) + 1e-8).rsqrt()}
+
+
+def _whiten(device: str) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, generator=generator).to(device)
+    mask = (torch.rand(TOKENS, generator=generator) > 0.3).to(device)
+    return Problem(
+        op="whiten",
+        inputs={"x": x, "mask": mask},
+        rivals=with_compiled(_whiten_form),
+        floor=x.clone,
+        bytes=2 * x.nbytes + mask.nbytes,
+    )
+
+
+CASES = (
+    Case("group_advantages", "forward", "4,096 trajectories, 512 groups", _groups(4096, 8)),
+    Case(
+        "group_advantages", "forward", "65,536 trajectories, 8,192 groups", _groups(65_536, 8),
+        targets=(Target("fast", 5, "eager"),),
+    ),
+    Case(
+        "group_advantages", "forward with grad", "16 trajectories, 4 groups", _groups(16, 4, grad=True),
+        targets=(Target("seconds", 40e-6),), host=True,
+    ),
+    Case("discounted_returns", "forward", "1,048,576 tokens", _packed("discounted_returns")),
+    Case("gae", "forward", "1,048,576 tokens", _packed("gae")),
+    Case("whiten", "forward", "1,048,576 tokens, mask", _whiten),
+)  # fmt: skip

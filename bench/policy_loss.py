@@ -1,0 +1,89 @@
+"""Cases of the policy loss: GRPO with KL over a packed batch, and a call on tiny input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from bench.case import Case, Function, Problem, Target, with_compiled
+from trajkern.testing.numerics import Outcome
+
+CONFIG = tk.PolicyLoss("grpo", kl="k3", kl_coef=0.04)
+
+
+def _grpo_form(trajectory: Tensor, weights: Tensor) -> Function:
+    """The clipped objective with k3, each token weighted by its share of the mean.
+
+    In its favour: it is given each token's trajectory and its weight mask / (N * length), computes no metric, clamps no
+    log-ratio and takes no care of what stands under the mask.
+    """
+
+    def form(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor, **_) -> Outcome:
+        a = advantages[trajectory]
+        ratio = (logprobs - old_logprobs).exp()
+        policy = -torch.minimum(ratio * a, ratio.clamp(1 - CONFIG.clip_low, 1 + CONFIG.clip_high) * a)
+        d = ref_logprobs - logprobs
+        kl = d.exp() - d - 1
+        return {"loss": ((policy + CONFIG.kl_coef * kl) * weights).sum()}
+
+    return form
+
+
+def _make(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str], Problem]:
+    """Trajectories of random lengths, 70% of the tokens scored, log-probs a step away from the old policy."""
+
+    def make(device: str) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        cuts = (torch.randperm(tokens - 1, generator=generator)[: trajectories - 1] + 1).sort().values.tolist()
+        cu_seqlens = torch.tensor([0, *cuts, tokens])
+        trajectory = torch.repeat_interleave(torch.arange(trajectories), cu_seqlens.diff())
+        mask = torch.rand(tokens, generator=generator) > 0.3
+        old = -torch.rand(tokens, generator=generator) * 4
+        inputs = {
+            "logprobs": old + 0.1 * torch.randn(tokens, generator=generator),
+            "old_logprobs": old,
+            "advantages": torch.randn(trajectories, generator=generator),
+            "cu_seqlens": cu_seqlens,
+            "config": CONFIG,
+            "mask": mask,
+            "ref_logprobs": old + 0.1 * torch.randn(tokens, generator=generator),
+        }
+        inputs = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+        return Problem(
+            op="policy_loss",
+            inputs=inputs,
+            rivals=with_compiled(_grpo_form(trajectory.to(device), _weights(mask, cu_seqlens).to(device))),
+            floor=torch.stack([inputs["logprobs"]] * 2).clone,  # three arrays read and one written move as much
+            bytes=4 * inputs["logprobs"].nbytes + mask.nbytes,
+            grad=True,
+            upstream={"loss": torch.ones((), device=device)} if backward else {},
+        )
+
+    return make
+
+
+def _weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    bounds = list(pairwise(cu_seqlens.tolist()))
+    counts = [mask[a:b].sum() for a, b in bounds]
+    scored = sum(bool(n) for n in counts)
+    return torch.cat([mask[a:b] / (n.clamp_min(1) * scored) for (a, b), n in zip(bounds, counts, strict=True)])
+
+
+CASES = (
+    Case(
+        "policy_loss", "forward + backward, grpo with KL", "1,048,576 tokens, 1,024 trajectories",
+        _make(2**20, 1024, backward=True), targets=(Target("fast", 8, "eager"), Target("fast", 2, "torch.compile")),
+    ),
+    Case(
+        "policy_loss", "forward with grad, grpo with KL", "32 tokens, 4 trajectories", _make(32, 4, backward=False),
+        targets=(Target("seconds", 40e-6),), host=True,
+    ),
+    Case(
+        "policy_loss", "forward + backward, grpo with KL", "32 tokens, 4 trajectories", _make(32, 4, backward=True),
+        host=True,
+    ),
+)  # fmt: skip

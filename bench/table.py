@@ -1,0 +1,108 @@
+"""The results as Markdown: what was promised, then every time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.case import COMPILED, FLOOR, OURS
+
+CONTENDERS = (OURS, "eager", COMPILED, FLOOR)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    parts = [heading(report), table(TARGET_COLUMNS, target_rows(report)), table(TIME_COLUMNS, time_rows(report))]
+    if failures := failure_rows(report):
+        parts.append("Gate failed, so not timed:\n\n" + table(("case", "contender", "why"), failures))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def heading(report: dict[str, Any]) -> str:
+    machine, versions, ceilings = report["machine"], report["versions"], report["ceilings"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads"
+    rate = next(f"{v / 1e12:.3g} TFLOP/s ({k.removesuffix('_flop_per_second').replace('_', ' ')})"
+                for k, v in ceilings.items() if k.endswith("flop_per_second"))  # fmt: skip
+    return (
+        f"{where}; torch {versions['torch']}, trajkern {versions['trajkern']}; {report['date']}; "
+        f"load average before: {machine['load_average_before']:.1f}. "
+        f"Measured here: copy {ceilings['copy_bytes_per_second'] / 1e9:.4g} GB/s, {rate}, "
+        f"smallest call {seconds(ceilings['launch_seconds'])}."
+    )
+
+
+TARGET_COLUMNS = ("op", "work", "input", "measured", "target", "")
+TIME_COLUMNS = ("op", "work", "input", *CONTENDERS, "of copy bandwidth", "peak memory")
+
+
+def target_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    said = {True: "met", False: "**not met**", None: "not measured"}
+    return [
+        (f"`{case['op']}`", case["work"], case["shape"], *target_text(target, case), said[target["met"]])
+        for case in report["cases"]
+        for target in case["targets"]
+    ]
+
+
+def target_text(target: dict[str, Any], case: dict[str, Any]) -> tuple[str, str]:
+    """(measured, bound), such as ("1.45 ×", "≤ 1.6 × floor")."""
+    unit, bound, value = target["unit"], target["bound"], target["value"]
+    if unit == "seconds":
+        return "–" if value is None else seconds(value), f"≤ {seconds(bound)}"
+    measured = "–" if value is None else f"{value:.2f} ×"
+    if unit == "memory":
+        return measured, f"< {bound:g} × the size of {case['memory_of']['name']}"
+    return measured, (f"≥ {bound:g} × as fast as " if unit == "fast" else f"≤ {bound:g} × ") + target["rival"]
+
+
+def time_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"`{case['op']}`",
+            case["work"],
+            case["shape"],
+            *(time_text(case, name) for name in CONTENDERS),
+            f"{case['share_of_copy']:.0%}" if "share_of_copy" in case else "",
+            memory_text(case),
+        )
+        for case in report["cases"]
+    ]
+
+
+def time_text(case: dict[str, Any], name: str) -> str:
+    found = case["seconds"].get(name)
+    if found is None:
+        return "gate failed" if name in case["gate"] else "–"
+    return f"{seconds(found['median'])} (min {seconds(found['minimum'])}, ± {found['spread']:.0%})"
+
+
+def memory_text(case: dict[str, Any]) -> str:
+    size = case.get("memory_of", {}).get("bytes")
+    return ", ".join(f"{name} {peak / size:.2f} ×" for name, peak in case["peak_bytes"].items()) if size else ""
+
+
+def failure_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (f"`{case['op']}`, {case['work']}, {case['shape']}", name, verdict["why"].replace("|", "\\|"))
+        for case in report["cases"]
+        for name, verdict in case["gate"].items()
+        if not verdict["passed"]
+    ]
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table whose source is aligned, or nothing where there are no rows."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(columns), line(tuple("-" * width for width in widths)), *map(line, rows)])
+
+
+def seconds(value: float) -> str:
+    """Three digits, in the unit that keeps them before the exponent."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value / size < 999.5 else f"{value / size:.0f} {unit}"
+    return f"{value * 1e9:.3g} ns"

@@ -1,0 +1,243 @@
+// The policy loss of packed trajectories: the scalar loss, its metrics and its gradients.
+//
+// One pass over the tokens, before it one that counts the unmasked ones, and for the ratio level "sequence" one after it.
+// Tokens are taken in runs. A run is cut only at a trajectory's start or a multiple of kRun tokens from it, so that a
+// trajectory's sums do not depend on what else is in the pack, and no sum on the number of threads.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../common/parallel.h"
+#include "policy_loss_block.h"
+
+namespace tk::policy {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // tokens worth a thread
+constexpr int kMaxLanes = 8;      // g++ 12 takes a 16-lane comparison that is used twice apart into scalars
+
+std::vector<Run> cut(const int64_t* cu_seqlens, int64_t trajectories) {
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < trajectories; ++n)
+    for (int64_t begin = cu_seqlens[n]; begin < cu_seqlens[n + 1]; begin += kRun) {
+      const int length = std::min<int64_t>(kRun, cu_seqlens[n + 1] - begin);
+      if (runs.empty() || runs.back().length + length > kRun) runs.push_back({begin, n, 0});
+      runs.back().length += length;
+    }
+  return runs;
+}
+
+// Sums per trajectory, [N, width]. Only a run's first trajectory can have parts in other runs; those are added in order.
+struct TrajectorySums {
+  int width;
+  std::vector<double> total, first;
+
+  TrajectorySums(int width, int64_t trajectories, size_t runs)
+      : width(width), total(width * trajectories), first(width * runs) {}
+  double* of(int64_t n) { return &total[width * n]; }
+  double* part(const std::vector<Run>& runs, size_t r, int64_t n) {
+    return n == runs[r].trajectory ? &first[width * r] : of(n);
+  }
+  void combine(const std::vector<Run>& runs) {
+    for (size_t r = 0; r < runs.size(); ++r)
+      for (int s = 0; s < width; ++s) of(runs[r].trajectory)[s] += first[width * r + s];
+  }
+};
+
+// f(block, run index) for every run, in parallel.
+template <class Real, class F>
+void for_runs(const Job<Real>& job, const F& f) {
+  const std::vector<Run>& runs = job.runs;
+  parallel_for(job.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    dispatch([&](auto width) TK_INLINE_LAMBDA {
+      constexpr int W = std::min<int>(kMaxLanes, width()) * sizeof(float) / sizeof(Real);
+      Block<Vec<Real, W>> block(job);
+      auto before = [](const Run& run, int64_t token) { return run.begin < token; };
+      size_t r = std::lower_bound(runs.begin(), runs.end(), begin, before) - runs.begin();
+      for (; r < runs.size() && runs[r].begin < end; ++r) f(block, r);
+    });
+  });
+}
+
+enum Statistic { kCount, kLogRatioSum, kLogSamplerSum, kStatistics };
+
+// Unmasked tokens per trajectory, and where something needs them the sums of the log-ratio and of log w.
+template <class Real>
+TrajectorySums collect(const Job<Real>& job) {
+  TrajectorySums sums(kStatistics, job.trajectories, job.runs.size());
+  const bool removes = job.options.correction == kSequenceMask;
+  const bool reads = removes || job.options.sequence_level || job.options.form == kVespo;
+  for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
+    const Run& run = job.runs[r];
+    if (reads) block.open(run);
+    if (removes) block.sampler_terms();
+    for_parts(job.cu_seqlens, run, [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
+      double* part = sums.part(job.runs, r, n);
+      int count = length;
+      if (job.mask) {
+        count = 0;
+        for (int i = 0; i < length; ++i) count += job.mask[run.begin + offset + i];
+      }
+      part[kCount] = count;
+      if (reads) part[kLogRatioSum] = block.sum_of(block.log_ratio + offset, length);
+      if (removes) part[kLogSamplerSum] = block.sum_of(block.loss + offset, length);
+    });
+  });
+  sums.combine(job.runs);
+  return sums;
+}
+
+double vespo_weight(double log_w, double k, double decay) { return std::exp(decay + k * log_w - decay * std::exp(log_w)); }
+
+// Sets what each trajectory's tokens share; returns the number of unmasked tokens.
+template <class Real>
+double share(Job<Real>& job, TrajectorySums& sums) {
+  const Params<double> p(job.params);
+  double tokens = 0, scored = 0;
+  for (int64_t n = 0; n < job.trajectories; ++n) {
+    double& count = sums.of(n)[kCount];
+    if (job.options.correction == kSequenceMask) {
+      const double w = std::exp(sums.of(n)[kLogSamplerSum] / std::max(count, 1.0));
+      if (!(w >= p.sampler_low && w <= p.sampler_high)) count = 0;
+    }
+    tokens += count;
+    scored += count > 0;
+  }
+  const int aggregate = job.options.aggregate;
+  double divisor = std::max(aggregate == kTokenMean ? tokens : scored, 1.0);
+  if (job.normalizer) divisor = *job.normalizer;
+  if (aggregate == kTokenSum) divisor = 1;
+  if (aggregate == kSeqMeanTokenSumNorm) divisor *= p.max_length;
+  for (int64_t n = 0; n < job.trajectories; ++n) {
+    const double count = sums.of(n)[kCount], sum = sums.of(n)[kLogRatioSum];
+    Shared<Real>& x = job.shared[n];
+    x.weight = count > 0 ? 1 / (aggregate == kSeqMeanTokenMean ? divisor * count : divisor) : 0;
+    x.log_ratio = sum / std::max(count, 1.0);
+    if (job.options.form == kVespo) {
+      const double log_w = std::clamp<double>(sum, -kLogRatioBound, kLogRatioBound);
+      x.value = vespo_weight(log_w, p.vespo_k_pos, p.vespo_lambda_pos);
+      x.value_alt = vespo_weight(log_w, p.vespo_k_neg, p.vespo_lambda_neg);
+    }
+  }
+  return tokens;
+}
+
+// gmpo's loss of a trajectory, -mean(A) exp(mean of the bounded log-ratios), and its derivative in one of them.
+template <class Real>
+void share_geometric_means(Job<Real>& job, TrajectorySums& statistics) {
+  TrajectorySums sums(3, job.trajectories, job.runs.size());
+  for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
+    block.open(job.runs[r]);
+    block.geometric_terms();
+    for_parts(job.cu_seqlens, job.runs[r], [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
+      double* part = sums.part(job.runs, r, n);
+      part[0] = block.sum_of(block.loss + offset, length);
+      part[1] = block.sum_of(block.advantage + offset, length);
+      part[2] = block.sum_of(block.ratio + offset, length);
+    });
+  });
+  sums.combine(job.runs);
+  for (int64_t n = 0; n < job.trajectories; ++n) {
+    const double count = std::max(statistics.of(n)[kCount], 1.0), *x = sums.of(n);
+    const double loss = -x[1] / count * std::exp(x[0] / count);
+    job.shared[n].value = loss;
+    job.shared[n].value_alt = loss * x[2] / count;
+  }
+}
+
+// The pass that forms the loss and the gradients.
+template <class Real>
+std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
+  std::vector<RunTotals> totals(job.runs.size());
+  const bool waits = job.options.sequence_level && job.options.need_grad_logprobs;
+  TrajectorySums slopes(1, waits ? job.trajectories : 0, waits ? job.runs.size() : 0);
+  for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
+    block.open(job.runs[r]);
+    block.policy();
+    if (block.corrects) block.correct();
+    block.add_kl();
+    if (job.entropy) block.add_entropy();
+    block.finish();
+    totals[r] = block.totals;
+    if (!waits) return;
+    for_parts(job.cu_seqlens, job.runs[r], [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
+      *slopes.part(job.runs, r, n) = block.sum_of(block.d_log_ratio + offset, length);
+    });
+  });
+  if (!waits) return totals;
+  slopes.combine(job.runs);
+  for (int64_t n = 0; n < job.trajectories; ++n)
+    job.shared[n].value = job.shared[n].weight * *slopes.of(n) / std::max(statistics.of(n)[kCount], 1.0);
+  for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
+    block.open(job.runs[r]);
+    block.add_sequence_gradient();
+  });
+  return totals;
+}
+
+template <class Real>
+void write_scalars(const std::vector<RunTotals>& runs, double tokens, Real* scalars) {
+  RunTotals sum;
+  for (const RunTotals& run : runs) {
+    sum.loss += run.loss, sum.clipped += run.clipped, sum.log_ratio += run.log_ratio, sum.ratio += run.ratio;
+    sum.entropy += run.entropy, sum.kl += run.kl, sum.ratio_max = std::max(sum.ratio_max, run.ratio_max);
+  }
+  const double count = std::max(tokens, 1.0);
+  const double out[] = {sum.loss, sum.clipped / count, -sum.log_ratio / count, sum.ratio / count,
+                        std::isnan(sum.ratio) ? sum.ratio : sum.ratio_max, sum.entropy / count, sum.kl / count, tokens};
+  std::copy(std::begin(out), std::end(out), scalars);
+}
+
+template <class Real>
+void policy_loss(Job<Real> job) {
+  job.runs = cut(job.cu_seqlens, job.trajectories);
+  job.shared.resize(job.trajectories);
+  TrajectorySums statistics = collect(job);
+  const double tokens = share(job, statistics);
+  if (job.options.form == kGmpo) share_geometric_means(job, statistics);
+  write_scalars(form(job, statistics), tokens, job.scalars);
+}
+
+template <class Real>
+void scale(Real* x, int64_t length, Real factor) {
+  if (factor == 1) return;
+  parallel_for(length, 4 * kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) x[i] *= factor;
+  });
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Pointers = std::array<uintptr_t, 13>;  // in the order of Job's members
+
+template <class Real>
+void run(const Pointers& p, int64_t tokens, int64_t trajectories, const Options& options,
+         const std::array<double, 15>& params) {
+  policy_loss(Job<Real>{pointer<Real>(p[0]), pointer<Real>(p[1]), pointer<Real>(p[2]), pointer<Real>(p[3]),
+                        pointer<Real>(p[4]), pointer<Real>(p[5]), pointer<Real>(p[6]), pointer<int64_t>(p[7]),
+                        pointer<uint8_t>(p[8]), pointer<uint8_t>(p[9]), pointer<Real>(p[10]), pointer<Real>(p[11]),
+                        pointer<Real>(p[12]), tokens, trajectories, options, params, {}, {}});
+}
+
+}  // namespace
+}  // namespace tk::policy
+
+void bind_policy_loss(pybind11::module_& m) {
+  using namespace tk::policy;
+  namespace py = pybind11;
+  m.def("policy_loss",
+        [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, const std::array<int, 8>& options,
+           const std::array<double, 15>& params) {
+          const Options o{options[0], options[1], options[2], options[3], options[4], options[5], options[6], options[7]};
+          py::gil_scoped_release release;
+          if (tk::DType(dtype) == tk::DType::float64) run<double>(pointers, tokens, trajectories, o, params);
+          else run<float>(pointers, tokens, trajectories, o, params);
+        });
+  m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {
+    py::gil_scoped_release release;
+    if (tk::DType(dtype) == tk::DType::float64) scale(pointer<double>(x), length, *pointer<double>(factor));
+    else scale(pointer<float>(x), length, *pointer<float>(factor));
+  });
+}

@@ -1,0 +1,232 @@
+// The policy loss of one token: each form's value, its derivatives, and what multiplies or joins it.
+// V is a vector of W lanes of Real (simd.h); every function works lane by lane.
+#pragma once
+#include <array>
+#include <limits>
+
+#include "simd.h"
+
+namespace tk::policy {
+
+enum Form { kClip, kCispo, kSapo, kReinforce, kDppoTv, kDppoKl, kKlCov, kGmpo, kVespo };
+enum Kl { kNoKl, kK1, kK2, kK3, kK3Corrected };
+enum Aggregate { kTokenMean, kTokenSum, kSeqMeanTokenSum, kSeqMeanTokenSumNorm, kSeqMeanTokenMean };
+enum Correction { kNoCorrection, kTis, kIcepop, kSequenceMask };
+
+// In the order of the launcher's params; the ratio's bounds follow from them in double.
+template <class Real>
+struct Params {
+  Real clip_low, clip_high, clip_dual, kl_coef, entropy_coef, max_length, sampler_low, sampler_high, sapo_tau_pos,
+      sapo_tau_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, cov_coef, ratio_low, ratio_high;
+
+  explicit Params(const std::array<double, 15>& x)
+      : clip_low(x[0]), clip_high(x[1]), clip_dual(x[2]), kl_coef(x[3]), entropy_coef(x[4]), max_length(x[5]),
+        sampler_low(x[6]), sampler_high(x[7]), sapo_tau_pos(x[8]), sapo_tau_neg(x[9]), vespo_k_pos(x[10]),
+        vespo_lambda_pos(x[11]), vespo_k_neg(x[12]), vespo_lambda_neg(x[13]), cov_coef(x[14]), ratio_low(1 - x[0]),
+        ratio_high(1 + x[1]) {}
+};
+
+constexpr int kLogRatioBound = 20;  // exp of it is finite in float32, so 0 * inf cannot arise
+
+template <class V>
+struct Token {
+  V advantage, log_ratio, ratio, logprob, old_logprob, selected;
+  V trajectory, trajectory_alt;  // gmpo: loss, its derivative in one bounded log-ratio; vespo: weight for A >= 0, A < 0
+};
+template <class V>
+struct Term {
+  V loss, d_log_ratio, d_logprob, clipped;
+};
+
+template <class V>
+using Scalar = std::decay_t<decltype(V{}[0])>;
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(Scalar<V>);
+
+// NaN stays NaN.
+template <class V>
+TK_INLINE V clamp(const V& x, Scalar<V> low, Scalar<V> high) {
+  const V bounded = x < low ? low : x;
+  return bounded > high ? high : bounded;
+}
+template <class V>
+TK_INLINE V magnitude(const V& x) {
+  return x < 0 ? -x : x;
+}
+template <class V>
+TK_INLINE V sign(const V& x) {
+  return x > 0 ? V{} + 1 : (x < 0 ? V{} - 1 : V{});
+}
+template <class V, class Condition>
+TK_INLINE V indicator(const Condition& condition) {
+  return condition ? V{} + 1 : V{};
+}
+
+// exp(x) for |x| <= 80, in parts: x = n log 2 + r with |r| <= log(2) / 2, power = 2^n, excess = exp(r) - 1 - r.
+template <class V>
+struct Expansion {
+  V power, r, excess;
+
+  TK_INLINE explicit Expansion(const V& x) {
+    constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
+    const V t = x * 1.44269504f + shift, n = t - shift;
+    r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // log 2, high part of 12 bits: n times it is exact
+    V p = r * 0x1.a0731ap-13f + 0x1.6d43fep-10f;
+    p = p * r + 0x1.11114cp-7f;
+    p = p * r + 0x1.5554e8p-5f;
+    p = p * r + 0x1.555556p-3f;
+    excess = r * r * (p * r + 0.5f);
+    power = bit_cast<V>(bit_cast<Vec<uint32_t, kLanes<V>>>(t) << 23);
+  }
+};
+
+// exp(x), for |x| <= 80.
+template <class V>
+TK_INLINE V exponential(const V& x) {
+  if constexpr (std::is_same_v<Scalar<V>, double>) return vexp<kLanes<V>>(x);
+  else {
+    const Expansion<V> e(x);
+    return e.power * (1 + (e.r + e.excess));
+  }
+}
+
+// exp(x) - 1 - x to full relative precision near 0, for |x| <= 80.
+template <class V>
+TK_INLINE V exp_above_tangent(const V& x) {
+  if constexpr (std::is_same_v<Scalar<V>, double>) {
+    V y;
+    for (int l = 0; l < kLanes<V>; ++l) y[l] = std::expm1(x[l]);
+    return y - x;
+  } else {
+    const Expansion<V> e(x);
+    return e.power * e.excess + ((e.power * e.r - x) + (e.power - 1));
+  }
+}
+
+// log(x) for normal x; NaN for x <= 0. With m = x 2^-e in [2/3, 4/3): log m = 2 atanh((m - 1) / (m + 1)).
+template <class V>
+TK_INLINE V logarithm(const V& x) {
+  V y;
+  if constexpr (std::is_same_v<Scalar<V>, double>) {
+    for (int l = 0; l < kLanes<V>; ++l) y[l] = std::log(x[l]);
+  } else {
+    using I = Vec<int32_t, kLanes<V>>;
+    const I bits = bit_cast<I>(x), e = (bits - 0x3f2aaaab) >> 23;
+    const V m = bit_cast<V>(bits - (e << 23)), s = (m - 1) / (m + 1), z = s * s;
+    const V series = ((z * (1.0f / 9) + 1.0f / 7) * z + 1.0f / 5) * z + 1.0f / 3;
+    y = __builtin_convertvector(e, V) * 0.693147181f + (2 * s + 2 * s * z * series);
+  }
+  return x > 0 ? y : std::numeric_limits<Scalar<V>>::quiet_NaN();
+}
+
+template <class V>
+TK_INLINE V probability(const V& logprob) {
+  return exponential(clamp(logprob, -80, 80));
+}
+
+// 1 - exp(x), also near x = 0.
+template <class V>
+TK_INLINE V one_minus_exp(const V& x) {
+  const V bounded = clamp(x, -40, 40);
+  return -(bounded + exp_above_tangent(bounded));
+}
+
+// -min(r A, clip(r) A), and with A < 0 at most -clip_dual A; 0 where the token is selected for dropping.
+template <class V>
+TK_INLINE Term<V> clip(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const V a = t.advantage, free = t.ratio * a, bounded = clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
+  const V bound = -p.clip_dual * a, loss = free > bounded ? -bounded : -free;
+  const auto over = (a < 0) & (loss > bound), dropped = t.selected > 0;
+  const auto clipped = (free > bounded) | over | dropped;
+  return {dropped ? V{} : (over ? bound : loss), clipped ? V{} : -free, V{}, indicator<V>(clipped)};
+}
+
+template <class V>
+TK_INLINE Term<V> cispo(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const V bounded = clamp(t.ratio, p.ratio_low, p.ratio_high), slope = -bounded * t.advantage;
+  return {slope * t.logprob, V{}, slope, indicator<V>(bounded != t.ratio)};
+}
+
+template <class V>
+TK_INLINE Term<V> sapo(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const V tau = t.advantage > 0 ? V{} + p.sapo_tau_pos : V{} + p.sapo_tau_neg;
+  const V decay = exponential(clamp(tau * (1 - t.ratio), -80, 80)), sigmoid = 1 / (1 + decay);
+  const V scale = -4 * t.advantage * sigmoid;
+  return {scale / tau, scale * (decay * sigmoid) * t.ratio, V{}, V{}};
+}
+
+template <class V>
+TK_INLINE Term<V> reinforce(const Token<V>& t) {
+  return {-t.advantage * t.logprob, V{}, -t.advantage, V{}};
+}
+
+template <class V, class Condition>
+TK_INLINE Term<V> dppo(const Token<V>& t, const Condition& valid) {
+  const V slope = valid ? -t.advantage * clamp(t.ratio, 0, 20) : V{};
+  return {slope * t.logprob, V{}, slope, 1 - indicator<V>(valid)};
+}
+
+// Valid while p - q has not passed the threshold in the direction A pushes it.
+template <class V>
+TK_INLINE Term<V> dppo_tv(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const V moved = probability(t.logprob) - probability(t.old_logprob);
+  return dppo(t, t.advantage > 0 ? moved <= p.clip_high : moved >= -p.clip_low);
+}
+
+// The same for the binary KL divergence of p from q.
+template <class V>
+TK_INLINE Term<V> dppo_kl(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const V now = t.logprob, old = t.old_logprob, rest = one_minus_exp(old);
+  const V odds = (rest + Scalar<V>(1e-8)) / (one_minus_exp(now) + Scalar<V>(1e-8));
+  const V divergence = probability(old) * (old - now) + rest * logarithm(odds);
+  const auto up = (divergence <= p.clip_high) | (now <= old), down = (divergence <= p.clip_low) | (now >= old);
+  return dppo(t, t.advantage > 0 ? up : down);
+}
+
+template <class V>
+TK_INLINE Term<V> kl_cov(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const V penalty = t.selected * p.cov_coef, free = -t.ratio * t.advantage;
+  return {free + penalty * magnitude(t.log_ratio), free + penalty * sign(t.log_ratio), V{}, t.selected};
+}
+
+// gmpo's log-ratio, bounded in the direction of A; 0 where A is 0.
+template <class V>
+TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Params<Scalar<V>>& p) {
+  const V up = log_ratio > p.clip_high ? p.clip_high : log_ratio;
+  const V down = log_ratio < -p.clip_low ? -p.clip_low : log_ratio;
+  return advantage > 0 ? up : (advantage < 0 ? down : V{});
+}
+
+template <class V>
+TK_INLINE Term<V> gmpo(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const auto clipped = (t.advantage != 0) & (directed_log_ratio(t.advantage, t.log_ratio, p) != t.log_ratio);
+  const V slope = clipped | (t.advantage == 0) ? V{} : t.trajectory_alt;
+  return {t.trajectory, slope, V{}, indicator<V>(clipped)};
+}
+
+template <class V>
+TK_INLINE Term<V> vespo(const Token<V>& t) {
+  const V slope = -(t.advantage >= 0 ? t.trajectory : t.trajectory_alt) * t.advantage;
+  return {slope * t.logprob, V{}, slope, V{}};
+}
+
+// What tis or icepop multiplies the policy term by, w = exp(log_w).
+template <class V>
+TK_INLINE V sampler_factor(int correction, const V& log_w, const Params<Scalar<V>>& p) {
+  const V w = exponential(log_w);
+  if (correction == kTis) return w > p.sampler_high ? p.sampler_high : w;
+  return (w >= p.sampler_low) & (w <= p.sampler_high) ? w : V{};
+}
+
+// The KL estimate of d = logprob - ref, and its derivatives.
+template <int estimator, class V>
+TK_INLINE Term<V> kl(const V& d, const V& ratio) {
+  if (estimator == kK1) return {d, V{}, V{} + 1, V{}};
+  if (estimator == kK2) return {Scalar<V>(0.5) * d * d, V{}, d, V{}};
+  const V x = clamp(-d, -kLogRatioBound, kLogRatioBound), k3 = exp_above_tangent(x);
+  const V slope = x == -d ? -(k3 + x) : V{};
+  if (estimator == kK3) return {k3, V{}, slope, V{}};
+  return {ratio * k3, ratio * k3, ratio * slope, V{}};
+}
+
+}  // namespace tk::policy

@@ -1,0 +1,363 @@
+// Group-relative advantages, GAE and whitening on a GPU. A group and a trajectory belong to one warp each, and every
+// sum's order follows from the group's or the trajectory's own rows: nothing else in the batch can change a bit.
+#include "advantage.h"
+#include "block.cuh"
+
+namespace tk {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 128, kWarpsPerBlock = kThreads / kWarp;
+constexpr int kWindows = 8, kSpan = kWindows * kWarp;  // ids that a warp compares at a time: loads in flight
+constexpr int kListed = 256;                           // members that a warp remembers
+
+int64_t blocks_for(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
+
+// Bit w: row begin + 32 w + lane is below `end` and has the id.
+__device__ __forceinline__ unsigned same_id(const int64_t* ids, int64_t begin, int64_t end, int64_t id) {
+  unsigned found = 0;
+#pragma unroll
+  for (int w = 0; w < kWindows; ++w) {
+    const int64_t j = begin + w * kWarp + lane();
+    if (j < end && ids[j] == id) found |= 1u << w;
+  }
+  return found;
+}
+
+// Whether the group of row i has a counted row before it. Searches backwards from i.
+template <class T>
+__device__ bool has_earlier_member(const GroupRows<T>& in, int64_t i) {
+  for (int64_t begin = i / kSpan * kSpan; begin >= 0; begin -= kSpan) {
+    const unsigned same = same_id(in.ids, begin, i, in.ids[i]);
+    bool found = false;
+    for (int w = 0; w < kWindows; ++w) found |= (same >> w & 1) && in.counted(begin + w * kWarp + lane());
+    if (__any_sync(kAllLanes, found)) return true;
+  }
+  return false;
+}
+
+// The counted rows of a group, for the warp of its first one. The members' order alone says which lane gets which.
+template <class T>
+class Members {
+ public:
+  __device__ Members(const GroupRows<T>& in, int64_t first)
+      : in_(in), first_(first), list_(reinterpret_cast<int32_t*>(tk_shared_memory) + warp_in_block() * kListed) {}
+
+  // visit(row), in lane r % 32 for the member of rank r. A group that fits the list is searched for only once.
+  template <class F>
+  __device__ void each(F visit) {
+    if (count_ < 0 || count_ > kListed) {
+      count_ = search(visit);
+    } else {
+      for (int r = lane(); r < count_; r += kWarp) visit(int64_t(list_[r]));
+    }
+  }
+
+ private:
+  template <class F>
+  __device__ int search(F visit) {
+    int count = 0, visited = 0;
+    for (int64_t begin = first_; begin < in_.n; begin += kSpan) {
+      const unsigned same = same_id(in_.ids, begin, in_.n, in_.ids[first_]);
+      if (!__any_sync(kAllLanes, same != 0)) continue;
+      for (int w = 0; w < kWindows; ++w) {
+        const int64_t j = begin + w * kWarp + lane();
+        const bool member = (same >> w & 1) && in_.counted(j);
+        const unsigned members = __ballot_sync(kAllLanes, member);
+        if (member) list_[(count + rank_in(members)) % kListed] = int32_t(j);
+        count += __popc(members);
+        __syncwarp();
+        if (count - visited < kWarp) continue;
+        visit(int64_t(list_[(visited + lane()) % kListed]));
+        visited += kWarp;
+      }
+    }
+    if (visited + lane() < count) visit(int64_t(list_[(visited + lane()) % kListed]));
+    return count;
+  }
+
+  const GroupRows<T>& in_;
+  int64_t first_;
+  int32_t* list_;
+  int count_ = -1;
+};
+
+template <class T>
+__device__ GroupStats group_stats(const GroupRows<T>& in, int64_t first, const GroupRule& rule, Members<T>& members) {
+  if (!needs_group(rule)) return {0, 0, 0, 0};
+  const double origin = double(in.rewards[first]);
+  double weight = 0, sum = 0, squares = 0;
+  members.each([&](int64_t j) {
+    weight += in.weight(j);
+    sum += in.weight(j) * (double(in.rewards[j]) - origin);
+  });
+  weight = warp_sum(weight);
+  const double mean = warp_sum(sum) / weight;
+  if (rule.scale != kStd) return {origin, weight, mean, 0};
+  members.each([&](int64_t j) {
+    const double centred = double(in.rewards[j]) - (origin + mean);
+    squares += in.weight(j) * (centred * centred);
+  });
+  return {origin, weight, mean, group_std(rule, weight, warp_sum(squares))};
+}
+
+// A warp a row: the one of a group's first counted row does the group's work, one of a row not counted writes its 0.
+template <class T>
+__device__ bool leads_group(const GroupRows<T>& in, int64_t i, T* out) {
+  if (i >= in.n) return false;
+  if (in.counted(i)) return !has_earlier_member(in, i);
+  if (lane() == 0) out[i] = 0;
+  return false;
+}
+
+template <class T>
+__global__ void group_advantages_kernel(GroupRows<T> in, GroupRule rule, T* advantages) {
+  const int64_t i = warp_in_grid();
+  if (!leads_group(in, i, advantages)) return;
+  Members<T> members(in, i);
+  const AdvantageMap<T> map = advantage_map<T>(rule, group_stats(in, i, rule, members));
+  members.each([&](int64_t j) { advantages[j] = advantage(map, in.rewards[j]); });
+}
+
+template <class T>
+__global__ void group_advantages_backward_kernel(GroupRows<T> in, GroupRule rule, const T* grads, T* grad_rewards) {
+  const int64_t i = warp_in_grid();
+  if (!leads_group(in, i, grad_rewards)) return;
+  Members<T> members(in, i);
+  const GroupStats stats = group_stats(in, i, rule, members);
+  double sum_g = 0, sum_gc = 0;
+  members.each([&](int64_t j) {
+    sum_g += double(grads[j]);
+    sum_gc += double(grads[j]) * (double(in.rewards[j]) - (stats.origin + stats.mean));
+  });
+  const GradientMap map = gradient_map(rule, stats, warp_sum(sum_g), warp_sum(sum_gc));
+  members.each([&](int64_t j) {
+    grad_rewards[j] = T(reward_gradient(map, double(grads[j]), in.weight(j), double(in.rewards[j])));
+  });
+}
+
+__device__ __forceinline__ int64_t clamped(int64_t t, int64_t tokens) { return t < 0 ? 0 : t > tokens ? tokens : t; }
+
+// Nobody has checked the boundaries: what they leave out becomes NaN, and nothing outside the tokens is touched.
+template <class T>
+__device__ void fill_uncovered(const Trajectories& in, int64_t n, T* out) {
+  const int64_t head = n == 0 ? clamped(in.cu_seqlens[0], in.tokens) : 0;
+  const int64_t tail = n == in.count - 1 ? clamped(in.cu_seqlens[in.count], in.tokens) : in.tokens;
+  for (int64_t t = lane(); t < head; t += kWarp) out[t] = T(NAN);
+  for (int64_t t = tail + lane(); t < in.tokens; t += kWarp) out[t] = T(NAN);
+}
+
+// A token's reward, or the gradient that comes in its place, and its value.
+struct Step {
+  bool active;
+  double given, value;
+};
+
+// 32 tokens at a time from the trajectory's end, lane 0 at the last of them; the next 32 are loaded ahead.
+template <class T>
+__global__ void gae_kernel(const T* rewards, const T* values, Trajectories in, const T* bootstrap, double gamma,
+                           double lam, T* advantages) {
+  const int64_t n = warp_in_grid();
+  if (n >= in.count) return;
+  fill_uncovered(in, n, advantages);
+  const int64_t begin = clamped(in.cu_seqlens[n], in.tokens), end = clamped(in.cu_seqlens[n + 1], in.tokens);
+  const auto load = [&](int64_t t) {
+    const bool active = t >= begin && in.active(t);
+    return Step{active, active ? double(rewards[t]) : 0, active && values != nullptr ? double(values[t]) : 0};
+  };
+  double advantage = 0, next_value = bootstrap == nullptr ? 0 : double(bootstrap[n]);
+  Step ahead = load(end - 1 - lane());
+  for (int64_t t = end - 1 - lane(); t + lane() >= begin; t -= kWarp) {
+    const Step step = ahead;
+    ahead = load(t - kWarp);
+    const unsigned lanes = __ballot_sync(kAllLanes, step.active);
+    const int later = previous_lane(lanes);
+    const double later_value = __shfl_sync(kAllLanes, step.value, later < 0 ? 0 : later);
+    const double delta = td_error(step.given, step.value, later < 0 ? next_value : later_value, gamma);
+    const Affine map = warp_scan(step.active ? Affine{gamma * lam, delta} : Affine{1, 0});
+    const double here = map.scale * advantage + map.shift;
+    if (t >= begin) advantages[t] = step.active ? T(here) : T(0);
+    advantage = __shfl_sync(kAllLanes, here, kWarp - 1);
+    const double first_value = __shfl_sync(kAllLanes, step.value, lanes == 0 ? 0 : last_lane(lanes));
+    if (lanes != 0) next_value = first_value;
+  }
+}
+
+// The adjoint scan runs from the trajectory's start: u = g + gamma lam u_previous, and a value's gradient is
+// gamma u_previous - u.
+template <class T>
+__global__ void gae_backward_kernel(const T* grads, Trajectories in, double gamma, double lam, T* grad_rewards,
+                                    T* grad_values, T* grad_bootstrap) {
+  const int64_t n = warp_in_grid();
+  if (n >= in.count) return;
+  fill_uncovered(in, n, grad_rewards);
+  if (grad_values != nullptr) fill_uncovered(in, n, grad_values);
+  const int64_t begin = clamped(in.cu_seqlens[n], in.tokens), end = clamped(in.cu_seqlens[n + 1], in.tokens);
+  const auto load = [&](int64_t t) {
+    const bool active = t < end && in.active(t);
+    return Step{active, active ? double(grads[t]) : 0, 0};
+  };
+  double carried = 0;
+  Step ahead = load(begin + lane());
+  for (int64_t t = begin + lane(); t - lane() < end; t += kWarp) {
+    const Step step = ahead;
+    ahead = load(t + kWarp);
+    const Affine map = warp_scan(step.active ? Affine{gamma * lam, step.given} : Affine{1, 0});
+    const double here = map.scale * carried + map.shift;
+    const double below = __shfl_up_sync(kAllLanes, here, 1u);
+    const double previous = lane() == 0 ? carried : below;
+    if (t < end) grad_rewards[t] = step.active ? T(here) : T(0);
+    if (t < end && grad_values != nullptr) grad_values[t] = step.active ? T(gamma * previous - here) : T(0);
+    carried = __shfl_sync(kAllLanes, here, kWarp - 1);
+  }
+  if (grad_bootstrap != nullptr && lane() == 0) grad_bootstrap[n] = T(gamma * carried);
+}
+
+constexpr int kWhitenThreads = 256;
+constexpr size_t kWhitenShared = kWhitenThreads / kWarp * sizeof(double);
+
+// f(i) for the unmasked of this block's share, and g(i) for the masked.
+template <class T, class F, class G>
+__device__ void each_of_share(const Masked<T>& in, F f, G g) {
+  const int64_t share = (in.n + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * share;
+  const int64_t end = begin + share < in.n ? begin + share : in.n;
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    if (in.kept(i))
+      f(i);
+    else
+      g(i);
+  }
+}
+
+__device__ double block_total(double x) { return block_sum(x, reinterpret_cast<double*>(tk_shared_memory)); }
+
+// What a block found in its share: the count, and two sums.
+struct Partial {
+  double count, a, b;
+};
+
+// f(partial) for every block's, spread over this block's threads.
+template <class F>
+__device__ void each_partial(const double* partials, F f) {
+  const Partial* all = reinterpret_cast<const Partial*>(partials);
+  for (int64_t p = threadIdx.x; p < gridDim.x; p += blockDim.x) f(all[p]);
+}
+
+__device__ void store_partial(const Partial& x, double* partials) {
+  if (threadIdx.x == 0) reinterpret_cast<Partial*>(partials)[blockIdx.x] = x;
+}
+
+// Each block's count, mean and sum of squares about that mean.
+template <class T>
+__global__ void whiten_partials(Masked<T> in, double* partials) {
+  double count = 0, sum = 0, squares = 0;
+  each_of_share(in, [&](int64_t i) { count += 1, sum += double(in.x[i]); }, [](int64_t) {});
+  count = block_total(count), sum = block_total(sum);
+  const double mean = count > 0 ? sum / count : 0;
+  each_of_share(
+      in, [&](int64_t i) { squares += (double(in.x[i]) - mean) * (double(in.x[i]) - mean); }, [](int64_t) {});
+  store_partial({count, mean, block_total(squares)}, partials);
+}
+
+template <class T>
+__global__ void whiten_kernel(Masked<T> in, const double* partials, bool shift_mean, double ddof, double eps, T* out,
+                              double* stats) {
+  double count = 0, sum = 0, squares = 0;
+  each_partial(partials, [&](const Partial& p) { count += p.count, sum += p.count * p.a; });
+  count = block_total(count), sum = block_total(sum);
+  const double mean = count > 0 ? sum / count : 0;
+  each_partial(partials, [&](const Partial& p) { squares += p.b + p.count * (p.a - mean) * (p.a - mean); });
+  const double rstd = whiten_rstd(count, block_total(squares), ddof, eps);
+  each_of_share(
+      in, [&](int64_t i) { out[i] = T(whitened(double(in.x[i]), mean, rstd, shift_mean)); },
+      [&](int64_t i) { out[i] = 0; });
+  if (blockIdx.x == 0 && threadIdx.x == 0) stats[0] = mean, stats[1] = rstd;
+}
+
+// Each block's count, sum of g and sum of g (x - mean).
+template <class T>
+__global__ void whiten_backward_partials(const T* grads, Masked<T> in, const double* stats, double* partials) {
+  const double mean = stats[0];
+  double count = 0, sum_g = 0, sum_gc = 0;
+  each_of_share(
+      in,
+      [&](int64_t i) {
+        count += 1, sum_g += double(grads[i]);
+        sum_gc += double(grads[i]) * (double(in.x[i]) - mean);
+      },
+      [](int64_t) {});
+  count = block_total(count), sum_g = block_total(sum_g), sum_gc = block_total(sum_gc);
+  store_partial({count, sum_g, sum_gc}, partials);
+}
+
+template <class T>
+__global__ void whiten_backward_kernel(const T* grads, Masked<T> in, const double* stats, const double* partials,
+                                       bool shift_mean, double ddof, T* grad_x) {
+  double count = 0, sum_g = 0, sum_gc = 0;
+  each_partial(partials, [&](const Partial& p) { count += p.count, sum_g += p.a, sum_gc += p.b; });
+  count = block_total(count), sum_g = block_total(sum_g), sum_gc = block_total(sum_gc);
+  const WhitenGradient map = whiten_gradient(stats[0], stats[1], count, sum_g, sum_gc, shift_mean, ddof);
+  each_of_share(
+      in, [&](int64_t i) { grad_x[i] = T(whitened_gradient(map, double(grads[i]), double(in.x[i]))); },
+      [&](int64_t i) { grad_x[i] = 0; });
+}
+
+}  // namespace
+
+template <class T>
+void group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages, void* stream) {
+  constexpr size_t shared = kWarpsPerBlock * kListed * sizeof(int32_t);
+  launch(group_advantages_kernel<T>, blocks_for(in.n), kThreads, shared, stream, in, rule, advantages);
+}
+
+template <class T>
+void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, const T* grads, T* grad_rewards,
+                               void* stream) {
+  constexpr size_t shared = kWarpsPerBlock * kListed * sizeof(int32_t);
+  launch(group_advantages_backward_kernel<T>, blocks_for(in.n), kThreads, shared, stream, in, rule, grads,
+         grad_rewards);
+}
+
+template <class T>
+void gae(const T* rewards, const T* values, const Trajectories& in, const T* bootstrap, double gamma, double lam,
+         T* advantages, void* stream) {
+  launch(gae_kernel<T>, blocks_for(in.count), kThreads, 0, stream, rewards, values, in, bootstrap, gamma, lam,
+         advantages);
+}
+
+template <class T>
+void gae_backward(const T* grads, const Trajectories& in, double gamma, double lam, T* grad_rewards, T* grad_values,
+                  T* grad_bootstrap, void* stream) {
+  launch(gae_backward_kernel<T>, blocks_for(in.count), kThreads, 0, stream, grads, in, gamma, lam, grad_rewards,
+         grad_values, grad_bootstrap);
+}
+
+template <class T>
+void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* out, double* stats, double* partials,
+            int64_t blocks, void* stream) {
+  launch(whiten_partials<T>, blocks, kWhitenThreads, kWhitenShared, stream, in, partials);
+  launch(whiten_kernel<T>, blocks, kWhitenThreads, kWhitenShared, stream, in, partials, shift_mean, ddof, eps, out,
+         stats);
+}
+
+template <class T>
+void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean, double ddof, T* grad_x,
+                     double* partials, int64_t blocks, void* stream) {
+  launch(whiten_backward_partials<T>, blocks, kWhitenThreads, kWhitenShared, stream, grads, in, stats, partials);
+  launch(whiten_backward_kernel<T>, blocks, kWhitenThreads, kWhitenShared, stream, grads, in, stats, partials,
+         shift_mean, ddof, grad_x);
+}
+
+#define INSTANTIATE(T)                                                                                                 \
+  template void group_advantages<T>(const GroupRows<T>&, const GroupRule&, T*, void*);                                 \
+  template void group_advantages_backward<T>(const GroupRows<T>&, const GroupRule&, const T*, T*, void*);              \
+  template void gae<T>(const T*, const T*, const Trajectories&, const T*, double, double, T*, void*);                  \
+  template void gae_backward<T>(const T*, const Trajectories&, double, double, T*, T*, T*, void*);                     \
+  template void whiten<T>(const Masked<T>&, bool, double, double, T*, double*, double*, int64_t, void*);               \
+  template void whiten_backward<T>(const T*, const Masked<T>&, const double*, bool, double, T*, double*, int64_t, void*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace cuda
+}  // namespace tk

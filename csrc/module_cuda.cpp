@@ -1,0 +1,6 @@
+// trajkern._C_cuda: the CUDA kernels. Each family's bind file binds its own functions.
+#include <pybind11/pybind11.h>
+
+void bind_advantage(pybind11::module_& m);
+
+PYBIND11_MODULE(_C_cuda, m) { bind_advantage(m); }

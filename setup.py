@@ -1,0 +1,119 @@
+"""Builds trajkern._C (CPU, always) and trajkern._C_cuda (where nvcc is found).
+
+The one build-time knob is the environment variable TRAJKERN_CUDA: "auto" (the default) builds _C_cuda if nvcc is found,
+"0" never does, "1" fails without nvcc, and a list of architectures such as "90" or "80,90" is built and nothing else.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
+
+CUDA_ARCHS = ("80", "90", "100")
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# Not -ffast-math: the order of every sum is part of the contract, and so are infinities and NaN.
+CPU_FLAGS = ["-O3", "-Wall", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *OPENMP]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_archs() -> list[str]:
+    """The architectures to build _C_cuda for, or none where it is not to be built."""
+    knob = os.environ.get("TRAJKERN_CUDA") or "auto"
+    if knob == "0":
+        return []
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if knob != "auto":
+            raise SystemExit(f"TRAJKERN_CUDA={knob} asks for the CUDA kernels, but there is no nvcc on the PATH")
+        print("trajkern: no nvcc on the PATH, so trajkern._C_cuda is not built", file=sys.stderr)
+        return []
+    if knob not in ("auto", "1"):
+        archs = re.split(r"[,; ]+", knob)
+        if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+            raise SystemExit(f"TRAJKERN_CUDA must be auto, 0, 1 or architectures such as 80,90; got {knob!r}")
+        return archs
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    print(f"trajkern: building trajkern._C_cuda with {nvcc} for sm_{', sm_'.join(archs)}", file=sys.stderr)
+    return archs
+
+
+def run_nvcc(*args: str) -> None:
+    command = [find_nvcc(), *args]
+    print(*command, flush=True)
+    if subprocess.run(command).returncode:
+        raise CompileError(f"nvcc failed: {' '.join(command)}\nTRAJKERN_CUDA=0 builds without the CUDA kernels")
+
+
+class BuildExt(build_ext):
+    """Compiles only what changed, into folders that outlive the build and are named after the flags; .cu by nvcc."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # the link is cheap; ParallelCompile decides about each object
+
+    def build_extensions(self) -> None:
+        compile_host, link_host = self.compiler._compile, self.compiler.link_shared_object
+
+        def compile_one(obj: str, src: str, *args) -> None:
+            partial = f"{obj}.partial"  # an interrupted compiler leaves no object that looks finished
+            if src.endswith(".cu"):
+                run_nvcc(*NVCC_FLAGS, *ARCH_FLAGS, "-Icsrc", "-c", src, "-o", partial)
+            else:
+                compile_host(partial, src, *args)
+            os.replace(partial, obj)
+
+        def link(objects: list[str], output: str, **options) -> None:
+            if os.path.basename(output).startswith("_C_cuda."):  # nvcc knows where its static runtime is
+                self.mkpath(os.path.dirname(output))
+                run_nvcc("-shared", "--cudart=static", *objects, "-o", output)
+            else:
+                link_host(objects, output, **options)
+
+        self.compiler.src_extensions.append(".cu")
+        self.compiler._compile, self.compiler.link_shared_object = compile_one, link
+        super().build_extensions()
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        flags = [*ext.extra_compile_args, *(NVCC_FLAGS + ARCH_FLAGS if ext.name.endswith("_cuda") else [])]
+        folder = f"{ext.name}-{sys.implementation.cache_tag}-{zlib.crc32(repr(flags).encode()):08x}"
+        self.build_temp = os.path.join("build", folder)
+        super().build_extension(ext)
+
+
+def extension(name: str, sources: list[str], **flags: list[str]) -> Pybind11Extension:
+    return Pybind11Extension(name, sources, include_dirs=["csrc"], depends=HEADERS, cxx_std=17, **flags)
+
+
+CPU_SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+CUDA_SOURCES = ["csrc/module_cuda.cpp", *sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))]
+ARCHS = cuda_archs()
+ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+ARCH_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]
+
+extensions = [extension("trajkern._C", CPU_SOURCES, extra_compile_args=CPU_FLAGS, extra_link_args=OPENMP)]
+if ARCHS:
+    extensions.append(extension("trajkern._C_cuda", CUDA_SOURCES, extra_compile_args=["-O3", "-Wall"]))
+
+ParallelCompile(needs_recompile=lambda obj, src: newer_group([src, *HEADERS], obj)).install()
+setup(
+    packages=[*find_packages(include=["trajkern", "trajkern.*"]), "trajkern._triton"],
+    package_dir={"trajkern._triton": "triton_kernels"},
+    package_data={"trajkern": ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,95 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import trajkern as tk
+from trajkern import cli
+from trajkern.testing import SPECS
+
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
+
+
+def trajkern(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "trajkern", *args], capture_output=True, text=True)
+
+
+def test_info_in_a_fresh_process() -> None:
+    done = trajkern("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"trajkern {tk.__version__}"
+    assert max(map(len, lines)) <= cli.WIDTH
+    words = done.stdout.split()
+    for name in (*tk.backends(), *(spec.name for spec in SPECS)):
+        assert name in words
+
+
+def test_info_says_which_ops_never_ran_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "RUN_ON_GPU", {"token_stats": "NVIDIA H200"})
+    lines = {line.split()[0]: line for line in cli.report() if line.startswith("    ")}
+    assert lines["token_stats"].endswith("triton, run on NVIDIA H200")
+    assert lines["gae"].endswith("cuda, not yet run on a GPU")
+
+
+def test_ops_that_ran_on_a_gpu_are_those_with_a_committed_result() -> None:
+    passed = set()
+    for path in RESULTS.rglob("*.json"):
+        found = json.loads(path.read_text())
+        report = found.get("stages", {}).get("benchmark", {}).get("results", found)  # as gpu-check wraps it
+        if report.get("device") == "cuda":
+            passed |= {
+                (case["op"], report["machine"]["gpu"]) for case in report["cases"] if case["gate"]["trajkern"]["passed"]
+            }
+    assert set(cli.RUN_ON_GPU) == {op for op, _ in passed}
+    assert set(cli.RUN_ON_GPU.items()) <= passed
+
+
+def test_backend_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tk, "backends", lambda: {"cuda": "not built; install nvcc, then `pip install .`"})
+    assert "  cuda      not built; install nvcc, then `pip install .`" in list(cli.report())
+
+
+def test_help_lists_the_commands() -> None:
+    done = trajkern("--help")
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= cli.WIDTH
+    for command, text in cli.COMMANDS.items():
+        assert f"  {command:<8}{text}" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("args", [["validat"], [], ["info", "--colour"]], ids=["unknown", "none", "unknown-flag"])
+def test_what_it_cannot_read_ends_with_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2
+    assert "usage: trajkern" in capsys.readouterr().err
+
+
+def test_unknown_command_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["validat"])
+    error = capsys.readouterr().err
+    assert "'validat'" in error
+    assert all(command in error for command in cli.COMMANDS)
+
+
+def test_train_gets_its_arguments_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    trainer = types.ModuleType("trajkern.trainer")
+    trainer.cli_main = lambda argv: seen.append(argv) or 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trajkern.trainer", trainer)
+    assert cli.main(["train", "--help", "--steps", "3", "info"]) == 3
+    assert seen == [["--help", "--steps", "3", "info"]]
+
+
+def test_info_does_not_load_the_trainer() -> None:
+    code = "import sys; from trajkern.cli import main; main(['info']); sys.exit('trajkern.trainer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

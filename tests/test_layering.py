@@ -1,0 +1,160 @@
+"""Who may import whom, read from the sources; and what `import trajkern` does not load."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import trajkern as tk
+from trajkern._backends import OWNERS
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLIC = {"trajkern"}
+FORMULAS = {"_types", "_covariance"}  # plain data and plain torch that an op and its reference share
+
+# layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
+ARROWS = {
+    "__init__": {"_backends", "_types", "layout", "ops", "recipes"},
+    "__main__": {"cli"},
+    "_checks": set(),
+    "_covariance": set(),
+    "_types": {"_checks"},
+    "_ext": set(),
+    "_backends": {"_checks", "_ext"},
+    "_library": {"_backends"},
+    "_native": {"_checks", "_ext"},
+    "_triton": set(),
+    "layout": {"_checks", "_types"},
+    "reference": FORMULAS,
+    "ops": {"_backends", "_checks", "_library", "layout", *FORMULAS},
+    "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
+    "integrations": {"ops", "recipes", *PUBLIC},
+    "testing": {"_types", "layout", "ops", "reference", *PUBLIC},
+    "trainer": {"recipes", *PUBLIC},
+    "cli": {"_backends", "_ext", "testing", "trainer", *PUBLIC},
+}
+# What only runs when a function is called: the chosen backend, by name.
+LAZY = {"_backends": {"_native", "_triton", "reference"}}
+THIRD_PARTY = {"_triton": {"torch", "triton"}, "_backends": {"torch", "triton"}}  # else torch and numpy
+FREE = {"cli", "integrations", "testing", "trainer"}  # import what they need
+
+PYTHON = sorted([*(ROOT / "trajkern").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])
+NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"})
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _layer(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "_triton" if parts[0] == "triton_kernels" else parts[1]
+
+
+class Import(NamedTuple):
+    module: str
+    name: str | None  # of `from module import name`
+    lazy: bool  # inside a function
+
+    @property
+    def layer(self) -> str:
+        """The layer reached; "trajkern" is the public names."""
+        if self.module != "trajkern":
+            return self.module.split(".")[1]
+        return self.name if self.name in ARROWS and self.name not in tk.__all__ else "trajkern"
+
+
+def _imports(path: Path) -> Iterator[Import]:
+    """Every import statement, and every string that names a module of ours (`importlib` takes those)."""
+    tree = ast.parse(path.read_text())
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, None, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # the kernels name themselves relatively: their folder's name is not their package's
+            assert node.level == 0 or _layer(path) == "_triton" and node.level == 1, f"{_name(path)}: relative import"
+            module = f"trajkern._triton.{node.module}" if node.level else node.module or ""
+            yield from (Import(module, alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"trajkern(\.\w+)+", str(node.value)):
+            yield Import(str(node.value), None, True)
+
+
+def _public_attributes(path: Path) -> Iterator[str]:
+    """What is read off `import trajkern as tk`."""
+    tree = ast.parse(path.read_text())
+    aliases = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names = {alias.asname or alias.name for alias in aliases if alias.name == "trajkern"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            yield node.attr
+
+
+def test_every_file_has_a_layer() -> None:
+    assert {_layer(path) for path in PYTHON} <= set(ARROWS)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=_name)
+def test_arrows(path: Path) -> None:
+    layer = _layer(path)
+    lazy = LAZY.get(layer, set())
+    libraries = THIRD_PARTY.get(layer, {"torch", "numpy"})
+    wrong = []
+    for found in _imports(path):
+        top = found.module.split(".")[0]
+        if top == "trajkern":
+            if found.layer not in ARROWS[layer] | {layer} | (lazy if found.lazy else set()):
+                wrong.append(found)
+        elif layer not in FREE and top not in libraries and top not in sys.stdlib_module_names:
+            wrong.append(found)
+    assert not wrong, f"{_name(path)} ({layer}) may not import {wrong}"
+
+
+@pytest.mark.parametrize("path", [p for p in PYTHON if _layer(p) in ("integrations", "trainer")], ids=_name)
+def test_users_of_the_package_see_public_names_only(path: Path) -> None:
+    names = {found.name for found in _imports(path) if found.module == "trajkern" and found.name}
+    private = (names | set(_public_attributes(path))) - {*tk.__all__, "__version__", "recipes"}
+    assert not private, f"{_name(path)} uses {sorted(private)}"
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=_name)
+def test_includes(path: Path) -> None:
+    """csrc/cpu and csrc/cuda know csrc/common and themselves; nobody knows torch; nvcc never sees pybind11."""
+    folder = path.parent.name
+    for include in re.findall(r'#include\s+[<"]([^>"]+)[>"]', path.read_text()):
+        assert not include.startswith(("torch/", "ATen/", "c10/")), f"{_name(path)} includes {include}"
+        ours = [p for p in (path.parent / include, ROOT / "csrc" / include) if p.exists()]
+        for target in ours:
+            assert target.resolve().parent.name in {"common", folder}, f"{_name(path)} includes {include}"
+        if folder == "common" or path.suffix in {".cu", ".cuh"}:
+            assert "pybind11" not in include, f"{_name(path)} includes {include}"
+
+
+@pytest.mark.parametrize("family", sorted(OWNERS))
+def test_one_name_per_family(family: str) -> None:
+    gpu = {"triton": "triton_kernels/{}.py", "cuda": "csrc/cuda/{}.cu"}[OWNERS[family]["cuda"]]
+    layers = ["trajkern/ops/{}.py", "trajkern/reference/{}.py", "trajkern/_native/{}.py", "csrc/cpu/{}.cpp", gpu]
+    missing = [name for name in (layer.format(family) for layer in layers) if not (ROOT / name).is_file()]
+    assert not missing, f"{family} has no {missing}"
+
+
+def test_every_kernel_file_bears_a_family_name() -> None:
+    folders = {"csrc/cpu": "*.cpp", "csrc/cuda": "*.c*", "triton_kernels": "*.py", "trajkern/ops": "*.py"}
+    helpers = {"__init__", "primitives", "configs", "checks"}
+    stems = {p.stem.removeprefix("bind_") for folder, glob in folders.items() for p in (ROOT / folder).glob(glob)}
+    strangers = {stem for stem in stems - helpers if not stem.startswith(tuple(OWNERS))}
+    assert not strangers, f"no family in {sorted(OWNERS)} bears the names {sorted(strangers)}"
+
+
+def test_import_loads_no_optional_package() -> None:
+    optional = ["triton", "transformers", "reasoning_gym", "matplotlib", "tyro", "trajkern._C_cuda", "trajkern.trainer"]
+    code = f"import sys, trajkern; print(*[name for name in {optional} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert loaded == []

@@ -1,0 +1,84 @@
+"""What a reader can count on in every source file: its size, and what it never does."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("trajkern", "triton_kernels", "csrc", "bench", "tests")
+CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
+SOURCES = sorted(
+    [ROOT / "setup.py", *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.*") if p.suffix in CODE)]
+)
+PYTHON = [path for path in SOURCES if path.suffix == ".py"]
+TEXT = [*SOURCES, *sorted(p for p in ROOT.glob("*") if p.suffix in {".md", ".toml", ".in"} or p.name == "Makefile")]
+
+MAX_FILE_LINES = 400  # one sitting
+MAX_FUNCTION_LINES = 60  # one screen of code; a docstring of maths is counted apart
+
+SHIPPED = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("trajkern", "triton_kernels", "csrc")]
+HOT = [
+    path
+    for path in PYTHON
+    if path.relative_to(ROOT).parts[:2] in {("trajkern", "ops"), ("trajkern", "_native")}
+    or path.relative_to(ROOT).parts[0] == "triton_kernels"
+]
+HOST_READS = {"item", "tolist", "nonzero", "numpy", "cpu", "synchronize"}
+# file -> (function, read): the ones that may wait for the device, because they only run where that was asked for
+HOST_READS_ALLOWED: dict[str, set[tuple[str, str]]] = {}
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def _code_lines(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_file_length(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=_name)
+def test_function_length(path: Path) -> None:
+    long = {f.name: lines for f in _functions(path) if (lines := _code_lines(f)) > MAX_FUNCTION_LINES}
+    assert not long, f"{_name(path)}: longer than {MAX_FUNCTION_LINES} lines: {long}"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=_name)
+def test_no_environment_variables(path: Path) -> None:
+    """What a call does is decided by its arguments; the one knob is the build's TRAJKERN_CUDA."""
+    assert not re.search(r"\bos\.environ\b|\bgetenv\b|\bimport environ\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", HOT, ids=_name)
+def test_no_host_reads(path: Path) -> None:
+    """An op never waits for the device to learn a value."""
+    found = {
+        (function.name, node.attr)
+        for function in _functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and node.attr in HOST_READS and ast.unparse(node.value) != "_ext"
+    }
+    assert found == HOST_READS_ALLOWED.get(_name(path), set())
+
+
+@pytest.mark.parametrize("path", TEXT, ids=_name)
+def test_no_leftovers(path: Path) -> None:
+    marks = "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"])
+    places = "|".join(["work", "root", "home", "tmp"])
+    found = re.findall(rf"\b(?:{marks})\b|(?<![\w.])/(?:{places})/[a-z]\S*", path.read_text())
+    assert not found, f"{_name(path)}: {found}"

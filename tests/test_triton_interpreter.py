@@ -1,0 +1,26 @@
+"""The Triton kernels on a machine without a GPU: the registry's tests again, in a process that interprets them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("module", ["test_numerics.py", "test_invariance.py"])
+def test_in_the_interpreter(module: str) -> None:
+    """Numerics and same bits; NaN-poisoned memory is on there as it is here."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / module)]
+    command += ["--backend", "triton", "--device", "cpu"]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=HERE.parent
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,7 @@
+"""``python -m trajkern``: the command line."""
+
+import sys
+
+from trajkern.cli import main
+
+sys.exit(main())

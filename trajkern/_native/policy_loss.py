@@ -1,0 +1,37 @@
+"""Launchers of csrc/cpu/policy_loss.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trajkern import _ext
+from trajkern._native._args import DTYPE, pointer
+
+
+def policy_loss(
+    logprobs: Tensor,  # [T]
+    old_logprobs: Tensor,  # [T]
+    advantages: Tensor,  # [N] or [T]
+    cu_seqlens: Tensor,  # [N+1]
+    mask: Tensor | None,  # [T]
+    ref_logprobs: Tensor | None,  # [T]
+    sampler_logprobs: Tensor | None,  # [T]
+    entropy: Tensor | None,  # [T]
+    selected: Tensor | None,  # [T]
+    normalizer: Tensor | None,  # []
+    options: list[int],
+    params: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, dtype = logprobs.shape[0], logprobs.dtype
+    scalars = torch.empty(8, dtype=dtype)
+    grad_logprobs = torch.empty(tokens if options[6] else 0, dtype=dtype)
+    grad_entropy = torch.empty(tokens if options[7] else 0, dtype=dtype)
+    pointers = map(pointer, (logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, normalizer,
+                             cu_seqlens, mask, selected, scalars, grad_logprobs, grad_entropy))  # fmt: skip
+    _ext.cpu().policy_loss(DTYPE[dtype], [*pointers], tokens, cu_seqlens.shape[0] - 1, options, params)
+    return scalars, grad_logprobs, grad_entropy
+
+
+def scale_gradient_(x: Tensor, scale: Tensor) -> None:
+    _ext.cpu().scale_gradient_(DTYPE[x.dtype], x.data_ptr(), x.shape[0], scale.data_ptr())

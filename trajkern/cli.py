@@ -1,0 +1,112 @@
+"""The command line: ``trajkern info`` and ``trajkern train``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import trajkern as tk
+from trajkern import _ext
+from trajkern._backends import OWNERS
+
+WIDTH = 80
+COMMANDS = {
+    "info": "versions, backends and what each lacks, ops and who runs them",
+    "train": "teach a small language model reasoning tasks with GRPO (extra: train)",
+}
+# op -> the GPU on which its GPU kernel passed the benchmark's gate, by the results committed in bench/results
+RUN_ON_GPU: dict[str, str] = {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = _parser().parse_args(argv[:1]).command  # what follows belongs to the command
+    return {"info": info, "train": train}[command](argv[1:])
+
+
+def _parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="trajkern",
+        usage="trajkern {info,train} ...",
+        description="Kernels for reinforcement learning of language-model agents.",
+        epilog=f"commands:\n{listed}\n\n`trajkern COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"trajkern {tk.__version__}")
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    return parser
+
+
+def train(argv: list[str]) -> int:
+    from trajkern.trainer import cli_main
+
+    return cli_main(argv)
+
+
+def info(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="trajkern info", description=f"Print {COMMANDS['info']}.").parse_args(argv)
+    print("\n".join(report()))
+    return 0
+
+
+def report() -> Iterator[str]:
+    """The lines of ``trajkern info``."""
+    yield f"trajkern {tk.__version__}"
+    for title, rows in (("versions", _versions()), ("machine", _machine()), ("backends", tk.backends().items())):
+        yield ""
+        yield title
+        for name, text in rows:
+            yield from _entry(name, text, 12)
+    yield ""
+    yield from _ops()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for package in ("torch", "triton", "numpy"):
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, "not installed"
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield "gpu", ", ".join(gpus) or "none that torch sees"
+
+
+def cpu_name() -> str:
+    """The processor's model as the system knows it."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", path.read_text(), re.M) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _ops() -> Iterator[str]:
+    from trajkern.testing import SPECS
+
+    yield f"{'ops':<25}{'on a CPU':<12}on an NVIDIA GPU"
+    for family, owner in OWNERS.items():
+        yield f"  {family}"
+        for spec in (s for s in SPECS if s.family == family):
+            seen = f"run on {RUN_ON_GPU[spec.name]}" if spec.name in RUN_ON_GPU else "not yet run on a GPU"
+            yield f"    {spec.name:<21}{owner['cpu']:<12}{owner['cuda']}, {seen}"
+    if _ext.problem("_C_cuda"):
+        yield "  On a GPU, the ops of a cuda that is not built run as the reference."
+
+
+def _entry(name: str, text: str, indent: int) -> list[str]:
+    first, later = f"  {name:<{indent - 2}}", " " * indent
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)

@@ -1,0 +1,100 @@
+"""Checkpoints: one safetensors file with weights, optimiser moments, generator state and the run's place as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trajkern.trainer.extras import require
+
+_KEY = "trajkern.trainer"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint read whole: ``tensors`` by name, and what ``save`` was given as ``place``."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    place: dict[str, Any]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+def save(
+    path: Path,
+    *,
+    models: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    place: dict[str, Any],
+) -> None:
+    """Write a checkpoint; a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: file to replace.
+        models: modules by name; shared parameters are stored once.
+        optimizer, generator: their whole state is stored.
+        place: JSON data to find again in :attr:`Checkpoint.place`.
+    """
+    tensors = {"generator": generator.get_state()}
+    for name, model in models.items():
+        tensors |= {f"{name}.{k}": v.detach().contiguous() for k, v in model.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    partial = path.with_name(path.name + ".part")
+    try:
+        require("safetensors.torch").save_file(tensors, partial, metadata={_KEY: json.dumps(place)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint whole.
+
+    Raises:
+        ValueError: no such file, a truncated file, or one that this trainer did not write.
+    """
+    safetensors = require("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            place = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint must be an existing file; got {path}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint must be a whole safetensors file; {path} is damaged or truncated ({error})") from None
+    if place is None:
+        raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")
+    return Checkpoint(path, tensors, json.loads(place))
+
+
+def restore_model(checkpoint: Checkpoint, name: str, model: nn.Module) -> None:
+    """Copy the weights stored under ``name`` into ``model``; on a mismatch raise ValueError and change nothing."""
+    stored = checkpoint.under(f"{name}.")
+    own = dict(model.named_parameters())
+    for key in sorted(stored.keys() | own.keys()):
+        expected, came = (list(x[key].shape) if key in x else "nothing" for x in (own, stored))
+        if expected != came:
+            raise ValueError(
+                f"checkpoint must be of the same model; {checkpoint.path} has {came} as {name}.{key}, not {expected}"
+            )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(stored[key])
+
+
+def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in checkpoint.under("optimizer.").items():
+        index, _, field = key.partition(".")
+        state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
