@@ -31,6 +31,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fill ``spec``, ``case``, ``dtype`` and ``device`` as far as a test asks for them."""
     names = [n for n in ("spec", "case", "dtype", "device") if n in metafunc.fixturenames]
     if "spec" not in names:
+        if names == ["device"]:
+            metafunc.parametrize("device", _devices(metafunc.config))
         return
     backend, rows, ids = metafunc.config.getoption("--backend"), [], []
     specs = [s for s in SPECS if s.triton_dtypes or backend != "triton"]

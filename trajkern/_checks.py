@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_number(name: str, value: float, *, low: float | None = None, above: float | None = None) -> None:
-    """``low``: the least legal value. ``above``: a bound that is itself illegal. NaN is never legal."""
+    """``low``: the least legal value. ``above``: a bound that is itself illegal. NaN and infinity never are."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     if low is not None and not value >= low:
@@ -61,6 +62,8 @@ def check_number(name: str, value: float, *, low: float | None = None, above: fl
         raise ValueError(f"{name} must be greater than {above}, got {value}")
     if value != value:
         raise ValueError(f"{name} must be a number, got NaN")
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
@@ -80,6 +83,19 @@ def check_values(name: str, x: Tensor, low: float) -> None:
         raise ValueError(f"{name} must be at least {low:g}; the smallest is {float(x.min())}")
 
 
+def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+    """Reads device values."""
+    bad = (targets < 0) | (targets >= vocabulary)
+    if mask is not None:
+        bad &= mask
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0, 0])
+        value = int(targets.flatten()[row])
+        raise ValueError(
+            f"targets must lie in [0, {vocabulary}) on every unmasked row; targets is {value} at row {row}"
+        )
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     """Reads device values."""
     if cu_seqlens.numel() == 0:
@@ -87,7 +103,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != length:
         raise ValueError(f"cu_seqlens must run from 0 to the {length} tokens; it runs from {first} to {last}")
-    falls = (cu_seqlens.diff() < 0).nonzero()
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()  # a difference could overflow
     if falls.numel():
         at = int(falls[0, 0])
         pair = cu_seqlens[at : at + 2].tolist()

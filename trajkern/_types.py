@@ -121,6 +121,9 @@ class PolicyLoss:
             raise ValueError(
                 f"sampler_correction must not be 'sequence_mask' for kind {self.kind!r}, which ranks all tokens"
             )
+        for low, high in (("sampler_low", "sampler_high"), ("cov_low", "cov_high")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} must be at most {high} = {getattr(self, high)}, got {getattr(self, low)}")
         if self.cov_fraction > 1:
             raise ValueError(f"cov_fraction must be at most 1, got {self.cov_fraction}")
         if self.clip_dual is not None:

@@ -10,9 +10,9 @@ LONG_ROW_WARPS = 16
 MAP_WARPS = 8  # at most, for a program that maps a part of a row: with more the compiler takes twice the registers
 MAP_STEPS = 8  # iterations of such a program
 
-TOKEN_BLOCK, TOKEN_WARPS = 1024, 4  # programs over the flat tokens
-TRAJECTORY_BLOCK, TRAJECTORY_WARPS = 2048, 8  # programs that walk along one trajectory
-SINGLE_BLOCK, SINGLE_WARPS = 1024, 8  # the one program that combines per-trajectory or per-program numbers
+FLAT = {"BLOCK": 1024, "num_warps": 4}  # programs over the flat tokens
+ALONG = {"BLOCK": 2048, "num_warps": 8}  # programs that walk along a trajectory
+ALONE = {"BLOCK": 1024, "num_warps": 8}  # the one program that combines what the others found
 
 
 def row_warps(length: int) -> int:

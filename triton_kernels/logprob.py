@@ -246,10 +246,7 @@ def _backward(grad_logits: Tensor, grad_logprobs, grad_entropy, logits, targets,
               logprobs, norm, entropy) -> None:  # fmt: skip
     if not logits.numel():
         return
-    warps = min(row_warps(logits.shape[-1]), MAP_WARPS)
-    launch = _launch(warps, logits, grad_logits) | {"STEPS": MAP_STEPS}
-    if launch["VECTOR"] == 1:  # every element has an address in registers
-        launch["WIDTH"] //= 2
+    launch = _map_launch(logits, grad_logits)
     part = MAP_STEPS * MAP_LOADS.value * launch["THREADS"] * launch["WIDTH"]
     g, h = _flat(grad_logprobs), _flat(grad_entropy)
     with torch.cuda.device_of(logits):
@@ -296,3 +293,10 @@ def _launch(warps: int, x: Tensor, *others: Tensor) -> dict[str, int]:
         "THREADS": 32 * warps,
         "num_warps": warps,
     }
+
+
+def _map_launch(x: Tensor, *others: Tensor) -> dict[str, int]:
+    launch = _launch(min(row_warps(x.shape[-1]), MAP_WARPS), x, *others)
+    if launch["VECTOR"] == 1:  # every element has an address in registers
+        launch["WIDTH"] //= 2
+    return launch | {"STEPS": MAP_STEPS}

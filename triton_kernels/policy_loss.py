@@ -1,8 +1,8 @@
-"""The policy loss of packed trajectories: loss, gradient and metrics.
+"""The policy loss of packed trajectories: loss, gradient and metrics, in four launches without a host read.
 
-Four launches: counts and means of each trajectory; the weight of a token; the tokens; the sum of what their programs
-found. The tokens are one flat range where each one's gradient depends on itself alone, so that trajectories of any
-length fill the GPU, and a program a trajectory where the ratio is a mean over it.
+The counts and means of each trajectory; what a token weighs; the tokens, as one flat range so that trajectories of any
+length fill the GPU; the sum of what their programs found. Where the loss depends on a trajectory's mean, a fifth
+launch sums its derivative over the trajectory and spreads it over the tokens.
 """
 
 from __future__ import annotations
@@ -12,46 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import (
-    SINGLE_BLOCK,
-    SINGLE_WARPS,
-    TOKEN_BLOCK,
-    TOKEN_WARPS,
-    TRAJECTORY_BLOCK,
-    TRAJECTORY_WARPS,
+from .configs import ALONE, ALONG, FLAT
+from .policy_loss_terms import (
+    CISPO,
+    CLIP,
+    GMPO,
+    KL_COV,
+    SAPO,
+    SEQUENCE_MASK,
+    VESPO,
+    bound_log_ratio,
+    clamp_log_ratio,
+    load_advantage,
+    load_log_ratio,
+    load_mask,
+    token_loss,
 )
-from .primitives import KEEP_NAN, exp, exp_excess, expm1
+from .primitives import KEEP_NAN, exp
 
-CLIP, CISPO, SAPO, REINFORCE, DPPO_TV, DPPO_KL, KL_COV, GMPO, VESPO = map(tl.constexpr, range(9))
-K1, K2, K3, K3_CORRECTED = map(tl.constexpr, range(1, 5))
 TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM, SEQ_MEAN_TOKEN_MEAN = map(tl.constexpr, range(5))
-NO_CORRECTION, TIS, ICEPOP, SEQUENCE_MASK = map(tl.constexpr, range(4))
-LOG_RATIO_BOUND = tl.constexpr(20.0)
 COLUMNS = tl.constexpr(4)  # of a trajectory's means: log-ratio; its sum or gmpo's ratio; gmpo's advantage; gmpo's slope
-
-
-@triton.jit
-def _log_ratio(x, y, at, keep):
-    """The clamped difference of two log-probs, and where its derivative is 1."""
-    d = tl.load(x + at, mask=keep, other=0.0) - tl.load(y + at, mask=keep, other=0.0)
-    return tl.clamp(d, -LOG_RATIO_BOUND, LOG_RATIO_BOUND, KEEP_NAN), tl.abs(d) <= LOG_RATIO_BOUND
-
-
-@triton.jit
-def _advantage(advantages, at, n, keep, PER_TOKEN: tl.constexpr):
-    if PER_TOKEN:
-        a = tl.load(advantages + at, mask=keep, other=0.0)
-    else:
-        a = tl.load(advantages + n, mask=keep, other=0.0)
-    return a
-
-
-@triton.jit
-def _bounded(log_ratio, a, low, high):
-    """gmpo's log-ratio, bounded in the direction of the advantage, and where the bound lets it through."""
-    bounded = tl.where(a > 0, tl.minimum(log_ratio, high, KEEP_NAN), tl.maximum(log_ratio, -low, KEEP_NAN))
-    free = ((a > 0) & (log_ratio <= high)) | ((a < 0) & (log_ratio >= -low))
-    return tl.where(a == 0, 0.0, bounded), free
 
 
 @triton.jit
@@ -62,27 +42,19 @@ def _span(cu_seqlens, n, tokens):
 
 
 @triton.jit
-def _kept(mask, at, inside):
-    keep = inside
-    if mask is not None:
-        keep = tl.load(mask + at, mask=inside, other=0) != 0
-    return keep
-
-
-@triton.jit
 def _gmpo_means(logprobs, old_logprobs, advantages, mask, means, n, start, end, length, log_ratio, low, high,
                 SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Stores exp(mean of the bounded log-ratios), the mean advantage, and the share of tokens the bounds let through."""
+    """Stores exp(mean bounded log-ratio), the mean advantage, and the share of tokens that the bounds let through."""
     bounded_sum, advantage_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     free_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        keep = _kept(mask, at, at < end)
-        a = _advantage(advantages, at, tl.full([BLOCK], 0, tl.int32) + n, keep, PER_TOKEN)
-        if SEQUENCE:
-            bounded, free = _bounded(log_ratio, a, low, high)
-        else:
-            bounded, free = _bounded(_log_ratio(logprobs, old_logprobs, at, keep)[0], a, low, high)
+        keep = load_mask(mask, at, at < end)
+        a = load_advantage(advantages, at, tl.full([BLOCK], 0, tl.int32) + n, keep, PER_TOKEN)
+        own = tl.zeros([BLOCK], tl.float32) + log_ratio
+        if not SEQUENCE:
+            own = load_log_ratio(logprobs, old_logprobs, at, keep)
+        bounded, free = bound_log_ratio(own, a, low, high)
         bounded_sum += bounded
         free_sum += free.to(tl.float32)
         advantage_sum += a
@@ -105,12 +77,12 @@ def means_kernel(
     sampler_sum, ratio_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        keep = _kept(mask, at, at < end)
+        keep = load_mask(mask, at, at < end)
         counted += keep.to(tl.int32)
         if CORRECTION == SEQUENCE_MASK:
-            sampler_sum += _log_ratio(old_logprobs, sampler_logprobs, at, keep)[0]
+            sampler_sum += load_log_ratio(old_logprobs, sampler_logprobs, at, keep)
         if means is not None:
-            ratio_sum += _log_ratio(logprobs, old_logprobs, at, keep)[0]
+            ratio_sum += load_log_ratio(logprobs, old_logprobs, at, keep)
     count = tl.sum(counted, 0)
     length = tl.maximum(count, 1).to(tl.float32)
     if CORRECTION == SEQUENCE_MASK:
@@ -122,7 +94,7 @@ def means_kernel(
         log_ratio = tl.div_rn(tl.sum(ratio_sum, 0), length)
         tl.store(means, log_ratio)
         if FORM == VESPO:
-            tl.store(means + 1, tl.clamp(tl.sum(ratio_sum, 0), -LOG_RATIO_BOUND, LOG_RATIO_BOUND, KEEP_NAN))
+            tl.store(means + 1, clamp_log_ratio(tl.sum(ratio_sum, 0)))
         if FORM == GMPO:
             _gmpo_means(logprobs, old_logprobs, advantages, mask, means, n, start, end, length, log_ratio, c0, c1,
                         SEQUENCE, PER_TOKEN, BLOCK)  # fmt: skip
@@ -158,78 +130,198 @@ def weight_kernel(
 
 
 @triton.jit
-def _clip_term(a, r, chosen, low, high, dual):
-    bounded = tl.clamp(r, low, high, KEEP_NAN)
-    value, clipped = tl.maximum(-r * a, -bounded * a, KEEP_NAN), r * a > bounded * a
-    slope = tl.where(clipped, 0.0, -r * a)
-    if chosen is not None:
-        value, slope, clipped = tl.where(chosen, 0.0, value), tl.where(chosen, 0.0, slope), clipped | chosen
-    over = (a < 0) & (value > -dual * a)
-    return tl.where(over, -dual * a, value), tl.where(over, 0.0, slope), clipped | over
+def _token_weight(weight, counts, n, AGGREGATE: tl.constexpr):
+    w = tl.load(weight)
+    if AGGREGATE == SEQ_MEAN_TOKEN_MEAN:
+        w = tl.div_rn(tl.zeros(n.shape, tl.float32) + w, tl.maximum(tl.load(counts + n), 1).to(tl.float32))
+    return w
 
 
 @triton.jit
-def _sapo_term(a, r, tau):
-    y = tau * (r - 1)
-    e = exp(-tl.abs(y))
-    sigmoid = tl.where(y >= 0, 1.0, e) / (1 + e)
-    return -a * (4 / tau) * sigmoid, -4 * a * r * e / ((1 + e) * (1 + e))
+def _store_partial(partials, value, clipped, own, r, h, kl, count):
+    """One row of sums over a program's tokens: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
+    ratio_sum = tl.sum(r, 0)
+    tl.store(partials, tl.sum(value, 0))
+    tl.store(partials + 1, tl.sum(clipped, 0))
+    tl.store(partials + 2, -tl.sum(own, 0))
+    tl.store(partials + 3, ratio_sum)
+    tl.store(partials + 4, tl.where(ratio_sum == ratio_sum, tl.max(r, 0), ratio_sum))
+    tl.store(partials + 5, tl.sum(h, 0))
+    tl.store(partials + 6, tl.sum(kl, 0))
+    tl.store(partials + 7, tl.sum(count, 0))
 
 
 @triton.jit
-def _dppo_valid(a, new, old, low, high, FORM: tl.constexpr):
-    """Whether the token's probability p has not yet moved past the threshold in the direction A pushes it."""
-    p, q = exp(new), exp(old)
-    if FORM == DPPO_TV:
-        valid = tl.where(a > 0, p - q <= high, p - q >= -low)
-    else:
-        divergence = q * (old - new) + (1 - q) * tl.log(tl.div_rn(1 - q + 1e-8, 1 - p + 1e-8))
-        valid = tl.where(a > 0, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q))
-    return valid
+def _trajectory_of(cu_seqlens, at, trajectories, steps):
+    """The trajectory of each token, by bisection: the first that ends behind it."""
+    low = tl.zeros(at.shape, tl.int32)
+    high = low + (trajectories - 1)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        behind = tl.load(cu_seqlens + middle + 1) <= at
+        low, high = tl.where(behind, middle + 1, low), tl.where(behind, high, middle)
+    return tl.minimum(low, trajectories - 1)
 
 
-@triton.jit
-def _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM: tl.constexpr):
-    """A token's loss; its derivative in the log-ratio (gmpo: in the trajectory's mean) and in log p; whether clipped."""
-    value, slope, direct, clipped = a, tl.zeros_like(a), tl.zeros_like(a), a != a
-    if FORM == CLIP:
-        value, slope, clipped = _clip_term(a, r, chosen, c0, c1, c2)
-    elif FORM == KL_COV:
-        value = -r * a + tl.where(chosen, c0 * tl.abs(log_ratio), 0.0)
-        sign = (log_ratio > 0).to(tl.float32) - (log_ratio < 0).to(tl.float32)
-        slope, clipped = -r * a + tl.where(chosen, c0 * sign, 0.0), chosen
-    elif FORM == SAPO:
-        value, slope = _sapo_term(a, r, tl.where(a > 0, c0, c1))
-    elif FORM == GMPO:
-        value = -tl.load(means + 2) * tl.load(means + 1)
-        slope = value
-        clipped = ((a > 0) & (log_ratio > c1)) | ((a < 0) & (log_ratio < -c0))
-    else:
-        if FORM == REINFORCE:
-            direct = -a
-        elif FORM == CISPO:
-            bounded = tl.clamp(r, c0, c1, KEEP_NAN)
-            direct, clipped = -bounded * a, bounded != r
-        elif FORM == VESPO:
-            log_w, decay = tl.load(means + 1), tl.where(a >= 0, c1, c3)
-            direct = -exp(decay + tl.where(a >= 0, c0, c2) * log_w - decay * exp(log_w)) * a
-        else:
-            valid = _dppo_valid(a, new, old, c0, c1, FORM)
-            direct, clipped = tl.where(valid, -a * tl.minimum(r, 20.0, KEEP_NAN), 0.0), ~valid
-        value = direct * new
-    return value, slope, direct, clipped
+@triton.jit(do_not_specialize=["tokens", "trajectories", "steps"])
+def tokens_kernel(
+    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
+    counts, means, weight,  # [N], [N, COLUMNS], []
+    grad_logprobs, grad_entropy, mean_slopes, shares, partials,  # [T] or None; partials [programs, 8]
+    tokens, trajectories, steps, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
+    FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
+    AGGREGATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = _trajectory_of(cu_seqlens, at, trajectories, steps)
+    keep = load_mask(mask, at, at < tokens)
+    if CORRECTION == SEQUENCE_MASK:
+        keep = keep & (tl.load(counts + n) > 0)
+    if means is not None:
+        means += n.to(tl.int64) * COLUMNS
+    value, slope, mean_slope, share, clipped, own, r, h, kl = token_loss(
+        at, n, keep, logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, selected, means,
+        kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN,
+    )  # fmt: skip
+    w = _token_weight(weight, counts, n, AGGREGATE)
+    if grad_logprobs is not None:
+        tl.store(grad_logprobs + at, tl.where(keep, w * slope, 0.0), mask=at < tokens)
+    if mean_slopes is not None:
+        tl.store(mean_slopes + at, tl.where(keep, w * mean_slope, 0.0), mask=at < tokens)
+        tl.store(shares + at, keep & share, mask=at < tokens)
+    if grad_entropy is not None:
+        tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * w, 0.0), mask=at < tokens)
+    one = tl.where(keep, 1.0, 0.0)
+    _store_partial(
+        partials + tl.program_id(0).to(tl.int64) * 8, tl.where(keep, value * w, 0.0), tl.where(clipped, one, 0.0), own,
+        tl.where(keep, r, 0.0), h, kl, one,
+    )  # fmt: skip
 
 
-@triton.jit
-def _kl_term(d, r, KL: tl.constexpr):
-    """An estimate of the KL divergence; its derivative in the log-ratio and in log p."""
-    value, slope, direct = d, tl.zeros_like(d), tl.full(d.shape, 1.0, tl.float32)
-    if KL == K2:
-        value, direct = 0.5 * d * d, d
-    if KL == K3 or KL == K3_CORRECTED:
-        bounded = tl.clamp(d, -LOG_RATIO_BOUND, LOG_RATIO_BOUND, KEEP_NAN)
-        value = exp_excess(-bounded)
-        direct = tl.where(tl.abs(d) <= LOG_RATIO_BOUND, -expm1(-bounded), 0.0)
-        if KL == K3_CORRECTED:
-            value, slope, direct = r * value, r * value, r * direct
-    return value, slope, direct
+@triton.jit(do_not_specialize=["tokens"])
+def spread_kernel(
+    grad_logprobs, mean_slopes, shares, cu_seqlens, counts,  # [T], cu_seqlens [N+1], counts [N]
+    tokens,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the derivative of a trajectory's loss in its mean to the gradients of the tokens that make up the mean."""
+    n = tl.program_id(0)
+    start, end = _span(cu_seqlens, n, tokens)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(mean_slopes + at, mask=at < end, other=0.0)
+    each = tl.div_rn(tl.sum(total, 0), tl.maximum(tl.load(counts + n), 1).to(tl.float32))
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        share = tl.load(shares + at, mask=at < end, other=0) != 0
+        grad = tl.load(grad_logprobs + at, mask=at < end, other=0.0)
+        tl.store(grad_logprobs + at, tl.where(share, grad + each, grad), mask=at < end)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def sum_kernel(partials, scalars, programs, BLOCK: tl.constexpr):
+    """Adds up the programs' rows in a fixed order: the loss, means of the metrics, the largest ratio, the tokens."""
+    column = tl.arange(0, 8)[None, :]
+    total, largest = tl.zeros([BLOCK, 8], tl.float64), tl.zeros([BLOCK, 8], tl.float32)
+    for first in range(0, programs, BLOCK):
+        row = first + tl.arange(0, BLOCK)[:, None]
+        x = tl.load(partials + row.to(tl.int64) * 8 + column, mask=row < programs, other=0.0)
+        total += x
+        largest = tl.maximum(largest, x, KEEP_NAN)
+    total, largest = tl.sum(total, 0), tl.max(largest, 0)
+    column = tl.arange(0, 8)
+    count = tl.sum(tl.where(column == 7, total, 0.0), 0)
+    result = tl.where((column == 0) | (column == 7), total, total / tl.maximum(count, 1.0)).to(tl.float32)
+    result = tl.where((column == 4) & (total == total), largest, result)
+    tl.store(scalars + column, result)
+
+
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(x, scale, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(scale)
+    changed = at < tl.where(factor == 1, 0, size)
+    tl.store(x + at, tl.load(x + at, mask=changed, other=0.0) * factor, mask=changed)
+
+
+def policy_loss(
+    logprobs: Tensor,  # [T]
+    old_logprobs: Tensor,  # [T]
+    advantages: Tensor,  # [N] or [T]
+    cu_seqlens: Tensor,  # [N+1]
+    mask: Tensor | None,  # [T]
+    ref_logprobs: Tensor | None,  # [T]
+    sampler_logprobs: Tensor | None,  # [T]
+    entropy: Tensor | None,  # [T]
+    selected: Tensor | None,  # [T]
+    normalizer: Tensor | None,  # []
+    options: list[int],
+    params: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    form, sequence, kl, aggregate, correction, per_token, need_logprobs, need_entropy = options
+    kl_coef, entropy_coef, max_length, sampler_low, sampler_high = params[3:8]
+    tokens, trajectories = _check(logprobs, cu_seqlens)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logprobs.device)
+
+    scalars, partials = empty(8), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
+    grad_logprobs, grad_entropy = empty(tokens * need_logprobs), empty(tokens * need_entropy)
+    if tokens == 0:
+        return scalars.zero_(), grad_logprobs, grad_entropy
+    counts, weight = empty(trajectories, dtype=torch.int32), empty()
+    by_mean = bool(sequence) or form == GMPO.value
+    means = empty(trajectories, COLUMNS.value) if by_mean or form == VESPO.value else None
+    spread = (empty(tokens), empty(tokens, dtype=torch.bool)) if by_mean and need_logprobs else (None, None)
+    shape = {"FORM": form, "SEQUENCE": bool(sequence), "CORRECTION": correction, "PER_TOKEN": bool(per_token)}
+    c = _form_params(form, params)
+    with torch.cuda.device_of(logprobs):
+        means_kernel[(trajectories,)](
+            logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, counts, means,
+            tokens, sampler_low, sampler_high, *c[:2], **shape, **ALONG,
+        )  # fmt: skip
+        weight_kernel[(1,)](
+            counts, cu_seqlens, normalizer, weight, tokens, trajectories, max_length, AGGREGATE=aggregate, **ALONE
+        )
+        tokens_kernel[(partials.shape[0],)](
+            logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
+            counts, means, weight, grad_logprobs if need_logprobs else None, grad_entropy if need_entropy else None,
+            *spread, partials, tokens, trajectories, trajectories.bit_length(), kl_coef, entropy_coef,
+            sampler_low, sampler_high, *c, **shape, KL=kl, AGGREGATE=aggregate, **FLAT,
+        )  # fmt: skip
+        if spread[0] is not None:
+            spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, counts, tokens, **ALONG)
+        sum_kernel[(1,)](partials, scalars, partials.shape[0], **ALONE)
+    return scalars, grad_logprobs, grad_entropy
+
+
+def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
+    if logprobs.dtype != torch.float32:
+        raise TypeError(
+            f"logprobs must have dtype float32 for the triton backend; got {str(logprobs.dtype).removeprefix('torch.')}"
+        )
+    tokens, trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    if tokens and trajectories < 1:
+        raise ValueError(f"cu_seqlens must run from 0 to the {tokens} tokens; it holds no trajectory")
+    return tokens, trajectories
+
+
+def _form_params(form: int, params: list[float]) -> list[float]:
+    """The numbers that the form's own term takes, four of them."""
+    clip_low, clip_high, clip_dual = params[:3]
+    chosen = {
+        CLIP.value: [1 - clip_low, 1 + clip_high, clip_dual],
+        CISPO.value: [1 - clip_low, 1 + clip_high],
+        SAPO.value: params[8:10],
+        VESPO.value: params[10:14],
+        KL_COV.value: params[14:],
+    }.get(form, params[:2])
+    return chosen + [0.0] * (4 - len(chosen))
+
+
+def scale_gradient_(x: Tensor, scale: Tensor) -> None:
+    """x *= scale; where scale is 1 nothing is read or written."""
+    if x.numel():
+        with torch.cuda.device_of(x):
+            scale_kernel[(triton.cdiv(x.numel(), FLAT["BLOCK"]),)](x, scale, x.numel(), **FLAT)

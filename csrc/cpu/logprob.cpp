@@ -155,7 +155,7 @@ TK_INLINE void accumulate(const A* stage, int64_t n, A max, A scale, const T* ne
     prefetch_group(next + i);
     for (int k = 0; k < kLanes / W; ++k) {
       const auto u = (load<W>(stage + i + k * W) - max) * scale;
-      const auto e = vexp_no_overflow<W>(u);
+      const auto e = vexp<W>(u);
       rest[k] += e;
       if constexpr (kMoments) {
         eu[k] += e * vmax(u, broadcast<W>(std::numeric_limits<A>::lowest()));  // 0, not NaN, at u = -inf
@@ -207,7 +207,7 @@ void finish_row(const Sums& sums, double z_target, double scale, int64_t r, cons
   out.norm[2 * r + 1] = static_cast<A>(log_sum);
   if (out.entropy) out.entropy[r] = static_cast<A>(log_sum - sums.eu / (1 + sums.rest));
   if (out.sum_sq_probs) out.sum_sq_probs[r] = static_cast<A>((1 + sums.ee) / ((1 + sums.rest) * (1 + sums.rest)));
-  if (out.is_top1) out.is_top1[r] = z_target >= sums.max;  // a tie counts
+  if (out.is_top1) out.is_top1[r] = sums.rest >= 0 && z_target >= sums.max;  // a tie counts, NaN does not
 }
 
 template <class T>
@@ -256,7 +256,7 @@ TK_INLINE void row_gradient(T* grad, const T* z, int64_t V, const Upstream& up) 
       const auto logp = (load<W>(from + k) - max) * scale - log_sum;
       auto g = broadcast<W>(gain);
       if constexpr (kEntropy) g += slope * vmax(logp, broadcast<W>(std::numeric_limits<A>::lowest()));
-      store<W>(to + k, vexp_no_overflow<W>(logp) * g);
+      store<W>(to + k, vexp<W>(logp) * g);
     }
   };
   int64_t i = 0;

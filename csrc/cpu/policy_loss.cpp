@@ -13,7 +13,6 @@ namespace tk::policy {
 namespace {
 
 constexpr int64_t kGrain = 8192;  // tokens worth a thread
-constexpr int kMaxLanes = 8;      // g++ 12 takes a 16-lane comparison that is used twice apart into scalars
 
 std::vector<Run> cut(const int64_t* cu_seqlens, int64_t trajectories) {
   std::vector<Run> runs;
@@ -48,13 +47,14 @@ template <class Real, class F>
 void for_runs(const Job<Real>& job, const F& f) {
   const std::vector<Run>& runs = job.runs;
   parallel_for(job.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    dispatch([&](auto width) TK_INLINE_LAMBDA {
-      constexpr int W = std::min<int>(kMaxLanes, width()) * sizeof(float) / sizeof(Real);
-      Block<Vec<Real, W>> block(job);
-      auto before = [](const Run& run, int64_t token) { return run.begin < token; };
+    const auto work = [&](auto width) TK_INLINE_LAMBDA {
+      Block<Vec<Real, width()>> block(job);
+      const auto before = [](const Run& run, int64_t token) { return run.begin < token; };
       size_t r = std::lower_bound(runs.begin(), runs.end(), begin, before) - runs.begin();
       for (; r < runs.size() && runs[r].begin < end; ++r) f(block, r);
-    });
+    };
+    if constexpr (std::is_same_v<Real, float>) dispatch(work);
+    else work(std::integral_constant<int, 2>{});  // where std::exp takes the time
   });
 }
 

@@ -55,22 +55,23 @@ TK_INLINE void for_parts(const int64_t* cu_seqlens, const Run& run, const F& f) 
 }
 
 // The vectors are V.
-// A sum over vectors V, in kSumLanes lanes of double; each half of a vector fills a vector of doubles.
+// A sum over vectors V, in kSumLanes lanes of double; half a vector fills a vector of doubles.
 template <class V>
 struct Sum {
-  static constexpr int kHalf = kLanes<V> / 2, kHalves = kSumLanes / kHalf;
+  static constexpr int kHalf = kLanes<V> / 2, kParts = kSumLanes / kHalf;
   using Wide = Vec<double, kHalf>;
-  Wide halves[kHalves] = {};
+  Wide parts[kParts] = {};
 
-  TK_INLINE void add(int part, const V& x) {
-    Vec<Scalar<V>, kHalf> pair[2];
-    std::memcpy(pair, &x, sizeof(pair));
-    halves[2 * part] += __builtin_convertvector(pair[0], Wide);
-    halves[2 * part + 1] += __builtin_convertvector(pair[1], Wide);
+  // i: the index of x's first element, a multiple of the lanes of V.
+  TK_INLINE void add(int i, const V& x) {
+    const auto wide = __builtin_convertvector(x, Vec<double, kLanes<V>>);
+    Wide half[2];
+    std::memcpy(half, &wide, sizeof(half));
+    for (int h = 0; h < 2; ++h) parts[(i / kHalf + h) % kParts] += half[h];
   }
   TK_INLINE double fold() const {
     double lane[kSumLanes];
-    std::memcpy(lane, halves, sizeof(lane));
+    std::memcpy(lane, parts, sizeof(lane));
     for (int half = kSumLanes / 2; half; half /= 2)
       for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
     return lane[0];
@@ -80,7 +81,7 @@ struct Sum {
 template <class V>
 struct Block {
   using Real = Scalar<V>;
-  static constexpr int W = kLanes<V>, kSize = kRun + kSumLanes;  // a fill may overshoot by a vector
+  static constexpr int W = kLanes<V>, kStep = std::max(W, kSumLanes), kSize = kRun + kStep;  // room for a whole step
   using Int = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   using Bits = Vec<Int, W>;
 
@@ -97,12 +98,12 @@ struct Block {
 
   TK_INLINE explicit Block(const Job<Real>& job) : job(job) {}
 
-  // f(index in the buffers, part of a sum) for every vector.
+  // f(index in the buffers, the same for sums) for every vector.
   template <class F>
   TK_INLINE void each(const F& f) const {
     const int n = length;
-    for (int i = 0; i < n; i += kSumLanes)
-      for (int part = 0; part < kSumLanes / W; ++part) f(i + part * W, part);
+    for (int i = 0; i < n; i += kStep)
+      for (int j = 0; j < kStep; j += W) f(i + j, j);
   }
 
   static TK_INLINE V at(const Real* x, int i) { return load<W>(x + i); }
@@ -133,11 +134,11 @@ struct Block {
     const int n = length;
     const Real *now = job.logprobs + begin, *old = job.old_logprobs + begin;
     Sum<V> sum;
-    each([&](int i, int part) TK_INLINE_LAMBDA {
+    each([&](int i, int j) TK_INLINE_LAMBDA {
       const V d = read(now, i, n) - read(old, i, n), l = clamp(d, -kLogRatioBound, kLogRatioBound);
       store<W>(difference + i, d);
       store<W>(log_ratio + i, l);
-      sum.add(part, l);
+      sum.add(j, l);
     });
     totals.log_ratio = sum.fold();
   }
@@ -163,7 +164,7 @@ struct Block {
       for (int i = 0; i < n; ++i) unmasked[i] = mask[i] ? -1 : 0;
     else
       std::fill_n(unmasked, n, Int(-1));
-    std::fill_n(unmasked + n, kSumLanes, Int(0));
+    std::fill_n(unmasked + n, kStep, Int(0));
     for (int i = 0; i < n; ++i) unmasked[i] = weight[i] > 0 ? unmasked[i] : 0;
   }
 
@@ -174,7 +175,7 @@ struct Block {
     const Real* logs = options.sequence_level ? level : log_ratio;
     Sum<V> ratios, clipped;
     V largest{};
-    each([&](int i, int part) TK_INLINE_LAMBDA {
+    each([&](int i, int j) TK_INLINE_LAMBDA {
       const V l = at(logs, i), r = exponential(l), own = masked(i, r);
       const Term<V> x = term(Token<V>{masked(i, at(advantage, i)), l, r, read(now, i, n), read(old, i, n), selected(i),
                                       at(value, i), at(value_alt, i)});
@@ -182,8 +183,8 @@ struct Block {
       store<W>(loss + i, x.loss);
       store<W>(d_log_ratio + i, x.d_log_ratio);
       store<W>(d_logprob + i, x.d_logprob);
-      clipped.add(part, masked(i, x.clipped));
-      ratios.add(part, own);
+      clipped.add(j, masked(i, x.clipped));
+      ratios.add(j, own);
       largest = vmax(own, largest);
     });
     totals.clipped = clipped.fold(), totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
@@ -200,7 +201,9 @@ struct Block {
     using T = Token<V>;
     const Params<Real> p = params;
     switch (options.form) {
-      case kClip: return policy([&](const T& t) TK_INLINE_LAMBDA { return clip(t, p); });
+      case kClip:
+        if (job.selected) return policy([&](const T& t) TK_INLINE_LAMBDA { return clip_selected(t, p); });
+        return policy([&](const T& t) TK_INLINE_LAMBDA { return clip(t, p); });
       case kCispo: return policy([&](const T& t) TK_INLINE_LAMBDA { return cispo(t, p); });
       case kSapo: return policy([&](const T& t) TK_INLINE_LAMBDA { return sapo(t, p); });
       case kReinforce: return policy([&](const T& t) TK_INLINE_LAMBDA { return reinforce(t); });
@@ -233,12 +236,12 @@ struct Block {
     const Real *now = job.logprobs + begin, *ref = job.ref_logprobs + begin;
     const Real coef = params.kl_coef;
     Sum<V> sum;
-    each([&](int i, int part) TK_INLINE_LAMBDA {
+    each([&](int i, int j) TK_INLINE_LAMBDA {
       const Term<V> x = kl<estimator>(read(now, i, n) - read(ref, i, n), at(ratio, i));
       store<W>(loss + i, at(loss, i) + coef * x.loss);
       store<W>(d_logprob + i, at(d_logprob, i) + coef * x.d_logprob);
       if (estimator == kK3Corrected) store<W>(d_log_ratio + i, at(d_log_ratio, i) + coef * x.d_log_ratio);
-      sum.add(part, masked(i, x.loss));
+      sum.add(j, masked(i, x.loss));
     });
     totals.kl = sum.fold();
   }
@@ -258,10 +261,10 @@ struct Block {
     const Real* entropy = job.entropy + begin;
     const Real coef = params.entropy_coef;
     Sum<V> sum;
-    each([&](int i, int part) TK_INLINE_LAMBDA {
+    each([&](int i, int j) TK_INLINE_LAMBDA {
       const V x = read(entropy, i, n);
       store<W>(loss + i, at(loss, i) - coef * x);
-      sum.add(part, x);
+      sum.add(j, x);
     });
     totals.entropy = sum.fold();
   }
@@ -274,9 +277,9 @@ struct Block {
     Real* grad_entropy = options.need_grad_entropy ? job.grad_entropy + begin : nullptr;
     const Real coef = -params.entropy_coef;
     Sum<V> sum;
-    each([&](int i, int part) TK_INLINE_LAMBDA {
+    each([&](int i, int j) TK_INLINE_LAMBDA {
       const V w = at(weight, i), through = own ? through_clamp(i, at(d_log_ratio, i)) : V{};
-      sum.add(part, masked(i, w * at(loss, i)));
+      sum.add(j, masked(i, w * at(loss, i)));
       if (grad_logprobs) write(grad_logprobs, i, n, masked(i, w * (through + at(d_logprob, i))));
       if (grad_entropy) write(grad_entropy, i, n, masked(i, w * coef));
     });
@@ -312,13 +315,11 @@ struct Block {
   static TK_INLINE double sum_of(const Real* x, int n) {
     Sum<V> sum;
     int i = 0;
-    for (; i + kSumLanes <= n; i += kSumLanes)
-      for (int part = 0; part < kSumLanes / W; ++part) sum.add(part, at(x, i + part * W));
-    for (int part = 0; i < n; i += W, ++part) {
-      V rest{};
-      for (int l = 0; l < W && i + l < n; ++l) rest[l] = x[i + l];
-      sum.add(part, rest);
-    }
+    for (; i + kStep <= n; i += kStep)
+      for (int j = 0; j < kStep; j += W) sum.add(j, at(x, i + j));
+    Real rest[kStep] = {};
+    std::copy_n(x + i, n - i, rest);
+    for (int j = 0; j < kStep; j += W) sum.add(j, at(rest, j));
     return sum.fold();
   }
 };

@@ -1,5 +1,6 @@
 // The policy loss of one token: each form's value, its derivatives, and what multiplies or joins it.
-// V is a vector of W lanes of Real (simd.h); every function works lane by lane.
+// V is a vector of floats or doubles (simd.h); every function works lane by lane. A condition only ever picks between two
+// vectors: g++ 12 takes 16-lane conditions that are combined with & or | apart into scalars.
 #pragma once
 #include <array>
 #include <limits>
@@ -55,13 +56,8 @@ TK_INLINE V magnitude(const V& x) {
 }
 template <class V>
 TK_INLINE V sign(const V& x) {
-  return x > 0 ? V{} + 1 : (x < 0 ? V{} - 1 : V{});
+  return (x > 0 ? V{} + 1 : V{}) - (x < 0 ? V{} + 1 : V{});
 }
-template <class V, class Condition>
-TK_INLINE V indicator(const Condition& condition) {
-  return condition ? V{} + 1 : V{};
-}
-
 // exp(x) for |x| <= 80, in parts: x = n log 2 + r with |r| <= log(2) / 2, power = 2^n, excess = exp(r) - 1 - r.
 template <class V>
 struct Expansion {
@@ -71,11 +67,9 @@ struct Expansion {
     constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
     const V t = x * 1.44269504f + shift, n = t - shift;
     r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // log 2, high part of 12 bits: n times it is exact
-    V p = r * 0x1.a0731ap-13f + 0x1.6d43fep-10f;
-    p = p * r + 0x1.11114cp-7f;
-    p = p * r + 0x1.5554e8p-5f;
-    p = p * r + 0x1.555556p-3f;
-    excess = r * r * (p * r + 0.5f);
+    const V r2 = r * r, low = r * 0x1.555556p-3f + 0.5f, middle = r * 0x1.11114cp-7f + 0x1.5554e8p-5f;
+    const V high = r * 0x1.a0731ap-13f + 0x1.6d43fep-10f;
+    excess = r2 * ((high * r2 + middle) * r2 + low);  // short chains of dependent operations, as it is latency-bound
     power = bit_cast<V>(bit_cast<Vec<uint32_t, kLanes<V>>>(t) << 23);
   }
 };
@@ -131,20 +125,27 @@ TK_INLINE V one_minus_exp(const V& x) {
   return -(bounded + exp_above_tangent(bounded));
 }
 
-// -min(r A, clip(r) A), and with A < 0 at most -clip_dual A; 0 where the token is selected for dropping.
+// -min(r A, clip(r) A), and with A < 0 at most -clip_dual A. A token is clipped where that is not -r A.
 template <class V>
 TK_INLINE Term<V> clip(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const V a = t.advantage, free = t.ratio * a, bounded = clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
-  const V bound = -p.clip_dual * a, loss = free > bounded ? -bounded : -free;
-  const auto over = (a < 0) & (loss > bound), dropped = t.selected > 0;
-  const auto clipped = (free > bounded) | over | dropped;
-  return {dropped ? V{} : (over ? bound : loss), clipped ? V{} : -free, V{}, indicator<V>(clipped)};
+  const V a = t.advantage, free = -t.ratio * a, bounded = -clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
+  const V ceiling = a < 0 ? -p.clip_dual * a : V{} + std::numeric_limits<Scalar<V>>::infinity();
+  const V upper = bounded > free ? bounded : free, loss = ceiling < upper ? ceiling : upper;
+  return {loss, loss == free ? free : V{}, V{}, loss == free ? V{} : V{} + 1};
+}
+
+// The same, with no loss where the token is selected.
+template <class V>
+TK_INLINE Term<V> clip_selected(const Token<V>& t, const Params<Scalar<V>>& p) {
+  const Term<V> x = clip(t, p);
+  const V kept = 1 - t.selected;
+  return {kept * x.loss, kept * x.d_log_ratio, V{}, kept * x.clipped + t.selected};
 }
 
 template <class V>
 TK_INLINE Term<V> cispo(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V bounded = clamp(t.ratio, p.ratio_low, p.ratio_high), slope = -bounded * t.advantage;
-  return {slope * t.logprob, V{}, slope, indicator<V>(bounded != t.ratio)};
+  return {slope * t.logprob, V{}, slope, bounded == t.ratio ? V{} : V{} + 1};
 }
 
 template <class V>
@@ -160,27 +161,29 @@ TK_INLINE Term<V> reinforce(const Token<V>& t) {
   return {-t.advantage * t.logprob, V{}, -t.advantage, V{}};
 }
 
-template <class V, class Condition>
-TK_INLINE Term<V> dppo(const Token<V>& t, const Condition& valid) {
-  const V slope = valid ? -t.advantage * clamp(t.ratio, 0, 20) : V{};
-  return {slope * t.logprob, V{}, slope, 1 - indicator<V>(valid)};
+// Valid where the excess over the threshold is not positive.
+template <class V>
+TK_INLINE Term<V> dppo(const Token<V>& t, const V& excess) {
+  const V slope = excess <= 0 ? -t.advantage * clamp(t.ratio, 0, 20) : V{};
+  return {slope * t.logprob, V{}, slope, excess <= 0 ? V{} : V{} + 1};
 }
 
-// Valid while p - q has not passed the threshold in the direction A pushes it.
+// How far p - q is past the threshold in the direction A pushes it.
 template <class V>
 TK_INLINE Term<V> dppo_tv(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V moved = probability(t.logprob) - probability(t.old_logprob);
-  return dppo(t, t.advantage > 0 ? moved <= p.clip_high : moved >= -p.clip_low);
+  return dppo(t, t.advantage > 0 ? moved - p.clip_high : -p.clip_low - moved);
 }
 
-// The same for the binary KL divergence of p from q.
+// The same for the binary KL divergence of p from q; a move the other way is never too far.
 template <class V>
 TK_INLINE Term<V> dppo_kl(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V now = t.logprob, old = t.old_logprob, rest = one_minus_exp(old);
   const V odds = (rest + Scalar<V>(1e-8)) / (one_minus_exp(now) + Scalar<V>(1e-8));
   const V divergence = probability(old) * (old - now) + rest * logarithm(odds);
-  const auto up = (divergence <= p.clip_high) | (now <= old), down = (divergence <= p.clip_low) | (now >= old);
-  return dppo(t, t.advantage > 0 ? up : down);
+  const V threshold = t.advantage > 0 ? V{} + p.clip_high : V{} + p.clip_low;
+  const V moved = t.advantage > 0 ? now - old : old - now;
+  return dppo(t, moved <= 0 ? V{} : divergence - threshold);
 }
 
 template <class V>
@@ -194,14 +197,13 @@ template <class V>
 TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Params<Scalar<V>>& p) {
   const V up = log_ratio > p.clip_high ? p.clip_high : log_ratio;
   const V down = log_ratio < -p.clip_low ? -p.clip_low : log_ratio;
-  return advantage > 0 ? up : (advantage < 0 ? down : V{});
+  return (advantage > 0 ? up : V{}) + (advantage < 0 ? down : V{});
 }
 
 template <class V>
 TK_INLINE Term<V> gmpo(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const auto clipped = (t.advantage != 0) & (directed_log_ratio(t.advantage, t.log_ratio, p) != t.log_ratio);
-  const V slope = clipped | (t.advantage == 0) ? V{} : t.trajectory_alt;
-  return {t.trajectory, slope, V{}, indicator<V>(clipped)};
+  const V directed = magnitude(sign(t.advantage)), excess = directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p);
+  return {t.trajectory, excess == 0 ? directed * t.trajectory_alt : V{}, V{}, excess == 0 ? V{} : V{} + 1};
 }
 
 template <class V>
@@ -215,7 +217,7 @@ template <class V>
 TK_INLINE V sampler_factor(int correction, const V& log_w, const Params<Scalar<V>>& p) {
   const V w = exponential(log_w);
   if (correction == kTis) return w > p.sampler_high ? p.sampler_high : w;
-  return (w >= p.sampler_low) & (w <= p.sampler_high) ? w : V{};
+  return clamp(w, p.sampler_low, p.sampler_high) == w ? w : V{};
 }
 
 // The KL estimate of d = logprob - ref, and its derivatives.

@@ -3,8 +3,8 @@
 // Use:
 //   tk::dispatch([&](auto width) TK_INLINE_LAMBDA { kernel<width()>(...); });   // width() = 16, 8 or 4 lanes of float
 // where kernel, and all that it calls, is TK_INLINE (what is not inlined is compiled for the baseline). A kernel that
-// keeps the lanes its sums are spread over fixed (not tied to W) gives the same bits on every machine: nothing here
-// contracts to fused multiply-adds.
+// keeps the lanes its sums are spread over fixed (not tied to W) gives the same bits whatever W is: an operation is
+// fused only where vfma says so.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -26,7 +26,6 @@ struct Lanes {
 };
 template <class T, int W>
 using Vec = typename Lanes<T, W>::type;  // + - * / < ?: work lane by lane, and with a scalar operand
-using f32x8 = Vec<float, 8>;
 
 template <class To, class From>
 TK_INLINE To bit_cast(const From& x) {
@@ -36,18 +35,18 @@ TK_INLINE To bit_cast(const From& x) {
   return y;
 }
 
-// Width of the widest float vector of this machine, handed to f as a compile-time number.
+// Calls f with the number of floats in this machine's widest vectors, as a compile-time number.
 #if defined(__x86_64__) && defined(__GNUC__)
 template <class F>
-__attribute__((target("avx2"), noinline)) void run_avx2(F& f) {
+__attribute__((target("avx2,fma"), noinline)) void run_avx2(F& f) {
   f(std::integral_constant<int, 8>{});
 }
 template <class F>
-__attribute__((target("avx2,avx512f,avx512vl,avx512bw,avx512dq"), noinline)) void run_avx512(F& f) {
+__attribute__((target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq"), noinline)) void run_avx512(F& f) {
   f(std::integral_constant<int, 16>{});
 }
 inline int float_lanes() {
-  if (!__builtin_cpu_supports("avx2")) return 4;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 4;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   return avx512 ? 16 : 8;
@@ -169,37 +168,36 @@ TK_INLINE auto fold_max(const V& x) {
 
 constexpr float kExpZero = -87.3365402f;  // log of the smallest normal float32, rounded up
 
-// exp(x) for x <= 88.37, within 1 ulp: 0 below kExpZero (no subnormal results), NaN for NaN. No branch, no table:
-// x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) with a minimax q on |r| <= log(2) / 2, times 2^n by its exponent bits.
+// a * b + c in one rounding; the baseline may have to compute it in software, to the same bits.
 template <int W>
-TK_INLINE Vec<float, W> vexp_no_overflow(const Vec<float, W>& x) {
-  constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
-  const auto t = x * 1.44269504f + shift;
-  const auto n = t - shift;
-  const auto r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // log 2, high part of 12 bits: n times it is exact
-  auto q = r * 0x1.6a23cep-10f + 0x1.123a2p-7f;
-  q = q * r + 0x1.5558f2p-5f;
-  q = q * r + 0x1.555492p-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  const auto power = bit_cast<Vec<float, W>>(bit_cast<Vec<uint32_t, W>>(t) << 23);
-  const auto y = (r * r * q + r + 1.0f) * power;
-  return x < kExpZero ? Vec<float, W>{} : y;
-}
-template <int W>
-TK_INLINE Vec<double, W> vexp_no_overflow(const Vec<double, W>& x) {
-  Vec<double, W> y;
-  for (int l = 0; l < W; ++l) y[l] = std::exp(x[l]);
+TK_INLINE Vec<float, W> vfma(const Vec<float, W>& a, const Vec<float, W>& b, const Vec<float, W>& c) {
+  Vec<float, W> y;
+  for (int l = 0; l < W; ++l) y[l] = std::fma(a[l], b[l], c[l]);
   return y;
 }
 
-// exp(x) for any x: as above, and +inf above 88.37.
+// exp(x) for x <= 88.37, within 1 ulp: 0 below kExpZero (no subnormal results), NaN for NaN. No branch, no table:
+// x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) with a minimax q on |r| <= log(2) / 2, times 2^n by its exponent bits.
 template <int W>
 TK_INLINE Vec<float, W> vexp(const Vec<float, W>& x) {
-  return x > 88.37f ? broadcast<W>(HUGE_VALF) : vexp_no_overflow<W>(x);
+  const auto all = [](float c) TK_INLINE_LAMBDA { return broadcast<W>(c); };
+  constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
+  const auto t = vfma<W>(x, all(0x1.715476p0f), all(shift));
+  const auto n = t - shift;
+  const auto r = vfma<W>(n, all(0x1.05c610p-29f), vfma<W>(n, all(-0x1.62e430p-1f), x));
+  auto q = vfma<W>(r, all(0x1.6a23cep-10f), all(0x1.123a2p-7f));
+  q = vfma<W>(q, r, all(0x1.5558f2p-5f));
+  q = vfma<W>(q, r, all(0x1.555492p-3f));
+  q = vfma<W>(q, r, all(0x1.fffffcp-2f));
+  const auto power = bit_cast<Vec<float, W>>(bit_cast<Vec<uint32_t, W>>(t) << 23);
+  const auto y = (vfma<W>(r * r, q, r) + 1.0f) * power;
+  return x < kExpZero ? Vec<float, W>{} : y;
 }
 template <int W>
 TK_INLINE Vec<double, W> vexp(const Vec<double, W>& x) {
-  return vexp_no_overflow<W>(x);
+  Vec<double, W> y;
+  for (int l = 0; l < W; ++l) y[l] = std::exp(x[l]);
+  return y;
 }
 
 }  // namespace tk

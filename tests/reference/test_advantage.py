@@ -150,6 +150,13 @@ class TestLiterals:
             rewards, self.ONE, gate=torch.tensor([True, False, True, True]), weights=tensor([1, 1, 1, 0]), eps=0.0
         )
         assert actual.tolist() == pytest.approx([-math.sqrt(0.5), 0, math.sqrt(0.5), 0], rel=1e-14)
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+    def test_gated_and_weightless_rewards_have_no_gradient(self, options: dict) -> None:
+        rewards = tensor([1.0, math.nan, 3.0, math.inf]).requires_grad_()
+        actual = reference.group_advantages(
+            rewards, self.ONE, gate=torch.tensor([True, False, True, True]), weights=tensor([1, 1, 1, 0]), **options
+        )
         (actual * tensor([1, 2, 3, 4])).sum().backward()
         assert rewards.grad.isfinite().all() and rewards.grad[[1, 3]].tolist() == [0, 0]
 

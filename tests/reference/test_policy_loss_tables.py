@@ -235,6 +235,27 @@ class TestTrajectories:
         loss.backward()
         assert loss == 0 and new.grad.eq(0).all() and all(x == 0 for x in metrics.values())
 
+    @pytest.mark.parametrize("kind", policy_loss_kinds)
+    @pytest.mark.parametrize("correction", ["none", "tis", "icepop"])
+    def test_what_is_masked_is_not_read(self, kind: str, correction: str) -> None:
+        config = PolicyLoss(
+            kind, max_length=5, kl="k3_corrected", kl_coef=0.1, entropy_coef=0.2, clip_dual=1.5,
+            sampler_correction=correction,
+        )  # fmt: skip
+        outcomes = []
+        for under_the_mask in (-0.5, math.nan):
+            fields = [torch.where(self.MASK, -(1 + i + torch.arange(6, dtype=F64)) / 7, under_the_mask) for i in range(6)]
+            new, old, per_token, ref, sampler, entropy = fields
+            new.requires_grad_(), entropy.requires_grad_()
+            loss, metrics = reference.policy_loss(
+                new, old, per_token, self.CU, config=config, mask=self.MASK, ref_logprobs=ref,
+                sampler_logprobs=sampler, entropy=entropy,
+            )  # fmt: skip
+            loss.backward()
+            outcomes.append(torch.cat([new.grad, entropy.grad, loss.detach()[None], torch.stack([*metrics.values()])]))
+            assert new.grad[3] == 0 and entropy.grad[3] == 0
+        assert torch.equal(*outcomes)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64])
     def test_dtype(self, dtype: torch.dtype) -> None:
         new = self.NEW.to(dtype).requires_grad_()

@@ -31,10 +31,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
-    """On a GPU it is taken as valid: a check would wait for the device."""
-    if cu_seqlens.device.type == "cpu":
-        if _ext.cpu().first_bad_offset(cu_seqlens.data_ptr(), cu_seqlens.shape[0], length) >= 0:
-            _checks.check_cu_seqlens(cu_seqlens, length)
+    if _ext.cpu().first_bad_offset(cu_seqlens.data_ptr(), cu_seqlens.shape[0], length) >= 0:
+        _checks.check_cu_seqlens(cu_seqlens, length)
 
 
 def check_values(name: str, x: Tensor | None, low: float = -float("inf")) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._native._args import DTYPE, pointer
+from trajkern._checks import check_cu_seqlens
+from trajkern._native._args import DTYPE, check_values, pointer
 
 
 def _call(name: str, x: Tensor, *args: Any) -> Any:
@@ -37,6 +38,8 @@ def group_advantages(
     eps: float,
     singleton: int,
 ) -> Tensor:
+    check_values("rewards", rewards)
+    check_values("weights", weights, 0)
     advantages = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
     _call("group_advantages", rewards, *rows, baseline, scale, ddof, eps, singleton, advantages.data_ptr())
@@ -60,14 +63,6 @@ def group_advantages_backward(
     return grad_rewards
 
 
-def _check_bounds(bad: int, cu_seqlens: Tensor, tokens: int) -> None:
-    if bad >= 0:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to the {tokens} tokens and never decrease; "
-            f"it is {int(cu_seqlens[bad])} at index {bad}"
-        )
-
-
 def gae(
     rewards: Tensor,  # [T]
     values: Tensor | None,  # [T]
@@ -83,7 +78,8 @@ def gae(
         "gae", rewards, rewards.data_ptr(), DTYPE[rewards.dtype], pointer(values), cu_seqlens.data_ptr(),
         cu_seqlens.shape[0] - 1, tokens, pointer(bootstrap), pointer(mask), gamma, lam, advantages.data_ptr(),
     )  # fmt: skip
-    _check_bounds(bad, cu_seqlens, tokens)
+    if bad >= 0:
+        check_cu_seqlens(cu_seqlens, tokens)
     return advantages
 
 
@@ -105,7 +101,8 @@ def gae_backward(
         cu_seqlens.data_ptr(), count, tokens, pointer(mask), gamma, lam, grad_rewards.data_ptr(),
         pointer(grad_values if need_values else None), pointer(grad_bootstrap if need_bootstrap else None),
     )  # fmt: skip
-    _check_bounds(bad, cu_seqlens, tokens)
+    if bad >= 0:
+        check_cu_seqlens(cu_seqlens, tokens)
     return grad_rewards, grad_values, grad_bootstrap
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
+from trajkern._checks import check_targets
 from trajkern._native._args import DTYPE, as_rows, pointer, rows
 
 
@@ -31,10 +32,7 @@ def token_stats(
         pointer(mask), outputs, made[0].data_ptr(), made[1].data_ptr(), *asked,
     )  # fmt: skip
     if bad >= 0:
-        value = int(targets.flatten()[bad])
-        raise ValueError(
-            f"targets must lie in [0, {x.shape[-1]}) on every unmasked row; targets is {value} at row {bad}"
-        )
+        check_targets(targets, x.shape[-1], mask)
     return made
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._native._args import DTYPE, pointer
+from trajkern._native._args import DTYPE, check_cu_seqlens, pointer
 
 
 def policy_loss(
@@ -24,6 +24,7 @@ def policy_loss(
     params: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, dtype = logprobs.shape[0], logprobs.dtype
+    check_cu_seqlens(cu_seqlens, tokens)
     scalars = torch.empty(8, dtype=dtype)
     grad_logprobs = torch.empty(tokens if options[6] else 0, dtype=dtype)
     grad_entropy = torch.empty(tokens if options[7] else 0, dtype=dtype)

@@ -35,21 +35,16 @@ SCALES = ("std", "none")
 SINGLETONS = ("raw", "zero")
 
 
-def _empty_like(*xs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in xs)
-
-
 _group_advantages = define(
     "advantage",
     "group_advantages(Tensor rewards, Tensor group_ids, Tensor? gate, Tensor? weights, int baseline, int scale,"
-    " float ddof, float eps, int singleton) -> (Tensor, Tensor, Tensor)",
-    lambda rewards, *_: _empty_like(rewards, rewards, rewards),
+    " float ddof, float eps, int singleton) -> Tensor",
+    lambda rewards, *_: torch.empty_like(rewards),
 )
 _group_advantages_backward = define(
     "advantage",
     "group_advantages_backward(Tensor grad_advantages, Tensor rewards, Tensor group_ids, Tensor? gate,"
-    " Tensor? weights, Tensor mean, Tensor std, int baseline, int scale, float ddof, float eps, int singleton)"
-    " -> Tensor",
+    " Tensor? weights, int baseline, int scale, float ddof, float eps, int singleton) -> Tensor",
     lambda grad_advantages, rewards, *_: torch.empty_like(rewards),
 )
 _gae = define(
@@ -71,7 +66,7 @@ _gae_backward = define(
 _whiten = define(
     "advantage",
     "whiten(Tensor x, Tensor? mask, bool shift_mean, int ddof, float eps) -> (Tensor, Tensor)",
-    lambda x, *_: (torch.empty_like(x), x.new_empty(2)),
+    lambda x, *_: (torch.empty_like(x), x.new_empty(2, dtype=torch.float64)),
 )
 _whiten_backward = define(
     "advantage",
@@ -83,10 +78,9 @@ _whiten_backward = define(
 class _GroupAdvantages(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards, group_ids, gate, weights, *options):
-        advantages, mean, std = _group_advantages(rewards, group_ids, gate, weights, *options)
-        ctx.save_for_backward(rewards, group_ids, gate, weights, mean, std)
+        ctx.save_for_backward(rewards, group_ids, gate, weights)
         ctx.options = options
-        return advantages
+        return _group_advantages(rewards, group_ids, gate, weights, *options)
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
-from trajkern._checks import check_choice, check_number, check_shape, check_tensor, describe
+from trajkern._checks import (
+    check_choice,
+    check_finite,
+    check_number,
+    check_shape,
+    check_targets,
+    check_tensor,
+    describe,
+)
 from trajkern._library import define
 from trajkern._types import TokenStats
 
@@ -139,6 +147,8 @@ def token_stats(
     """
     bits = _check(logits, targets, outputs, temperature, mask)
     if _backends.wants_reference("logprob", logits):
+        if not torch.compiler.is_compiling():
+            check_targets(targets, logits.shape[-1], mask)
         return _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=temperature, mask=mask)
     temperatures = None
     if isinstance(temperature, Tensor):
@@ -167,10 +177,14 @@ def _check(logits, targets, outputs, temperature, mask) -> int:
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, dtypes=LOGITS_DTYPES, device=logits.device)
         check_shape("temperature", temperature, rows, "the leading shape of logits")
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
-            raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_finite("temperature", temperature)
+            if not bool((temperature > 0).all()):
+                raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
     else:
         check_number("temperature", temperature, above=0)
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise TypeError(f"outputs must be a sequence of names, got {describe(outputs)}")
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
     return sum(1 << OUTPUTS.index(name) for name in set(outputs))

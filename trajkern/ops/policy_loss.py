@@ -236,8 +236,8 @@ def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_log
         check_shape("mask", mask, length, "one flag a token")
     check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=device)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int64, torch.int32), ndim=1, device=device)
-    readable = device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and _backends.wants_reference("policy_loss", logprobs):
+    ranks = config.kind in ("kl_cov", "clip_cov")  # reads cu_seqlens before a launcher can check it
+    if _readable(logprobs) and (ranks or _backends.wants_reference("policy_loss", logprobs)):
         check_cu_seqlens(cu_seqlens, length[0])
 
 
@@ -253,6 +253,11 @@ def _check_advantages(logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, 
     return per_token
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether checking x's values costs no synchronisation (and no graph break)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
     if normalizer is None:
         return None
@@ -261,6 +266,8 @@ def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Te
         check_tensor("normalizer", normalizer, device=logprobs.device)
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
+        if _readable(normalizer):
+            check_number("normalizer", float(normalizer), above=0)
         return normalizer.detach().to(dtype).reshape(())
     check_number("normalizer", normalizer, above=0)
     return torch.full((), normalizer, dtype=dtype, device=logprobs.device)

@@ -101,7 +101,7 @@ def gae(
                 advantage = r[t] + gamma * next_value - v[t] + gamma * lam * advantage
                 next_value = v[t]
                 advantages[t] = advantage
-    stacked = torch.stack(advantages) if advantages else r.new_zeros(0)
+    stacked = torch.stack(advantages) if advantages else r + v
     returns = stacked + (v if mask is None else torch.where(mask, v, 0))
     return GAE(stacked, returns)
 

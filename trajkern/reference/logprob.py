@@ -38,7 +38,6 @@ def token_stats(
         targets = torch.where(mask, targets, 0)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(z.dtype)[..., None]
-    z = z / temperature
     target = targets.long()[..., None]
     z_target = z.gather(-1, target)
     # Measured from the largest logit, the target's where it ties: then log p = -log1p(mass of the others), which keeps
@@ -46,7 +45,7 @@ def token_stats(
     largest, pivot = z.detach().max(-1, keepdim=True)
     is_top1 = z_target >= largest
     pivot = torch.where(is_top1, target, pivot)
-    u = z - z.gather(-1, pivot)
+    u = (z - z.gather(-1, pivot)) / temperature
     log_norm = u.exp().scatter(-1, pivot, 0).sum(-1, keepdim=True).log1p()
     logprobs = torch.where(is_top1, 0, u.gather(-1, target)) - log_norm
     logp = u - log_norm

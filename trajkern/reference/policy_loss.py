@@ -73,7 +73,7 @@ def policy_loss(
         log_ratio = segments.mean(log_ratio, counts)[segments.of_token]
     ratio = log_ratio.exp()
     old = torch.where(mask, old_logprobs.to(dtype), 0)
-    policy, clipped = _policy_term(config, a, new, old, log_ratio, ratio, segments, counts, mask)
+    policy, clipped = _policy_term(config, a, new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask)
     loss = policy if factor is None else policy * factor
     zero = loss.new_zeros(())
     kl_mean, entropy_mean = zero, zero
@@ -102,18 +102,21 @@ def _is_per_token(advantages: Tensor, logprobs: Tensor, trajectories: int, per_t
 
 
 def _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments, mask):
-    """The factor of the policy term, and the mask without the trajectories that the correction removes."""
+    """The factor of the policy term, and the mask without the trajectories that the correction removes.
+
+    A NaN fails every comparison here and below, so that it reaches the loss instead of being taken for a drop.
+    """
     if config.sampler_correction == "none":
         return None, mask
     log_w = _clamp(difference(old_logprobs, sampler_logprobs)).detach()
     low, high = config.sampler_low, config.sampler_high
     if config.sampler_correction == "sequence_mask":
-        w = segments.mean(log_w, segments.sum(mask.to(log_w.dtype))).exp()
-        return None, mask & ((w >= low) & (w <= high))[segments.of_token]
+        w = segments.mean(log_w, segments.sum(mask.to(log_w.dtype))).exp()[segments.of_token]
+        return torch.where(w.isnan(), w, 1), mask & ~((w < low) | (w > high))
     w = log_w.exp()
     if config.sampler_correction == "tis":
         return w.clamp_max(high), mask
-    return torch.where((w >= low) & (w <= high), w, 0), mask
+    return torch.where((w < low) | (w > high), 0, w), mask
 
 
 def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tensor | None) -> Tensor:
@@ -141,7 +144,7 @@ def _kl(estimator: str, d: Tensor, ratio: Tensor) -> Tensor:
     return ratio * k3 if estimator == "k3_corrected" else k3
 
 
-def _policy_term(c: PolicyLoss, a, new, old, log_ratio, ratio, segments, counts, mask):
+def _policy_term(c: PolicyLoss, a, new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask):
     """The policy loss of each token, and whether its ratio was clipped (or its token dropped)."""
     never = torch.zeros_like(mask)
     if c.kind in ("gpg", "reinforce"):
@@ -156,7 +159,7 @@ def _policy_term(c: PolicyLoss, a, new, old, log_ratio, ratio, segments, counts,
         valid = _dppo_valid(c, a, new.detach(), old)
         return -a * ratio.detach().clamp_max(20) * new * valid, ~valid
     if c.kind == "vespo":
-        weight = _vespo_weight(c, a, segments.sum(log_ratio.detach())[segments.of_token])
+        weight = _vespo_weight(c, a, segments.sum(token_log_ratio.detach())[segments.of_token])
         return -weight * a * new, never
     if c.kind == "gmpo":
         sign, inside = a.sign(), log_ratio.clamp(-c.clip_low, c.clip_high)
@@ -184,10 +187,9 @@ def _dppo_valid(c: PolicyLoss, a: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Whether the token's probability p has not yet moved past the threshold in the direction A pushes it."""
     p, q = new.exp(), old.exp()
     if c.kind == "dppo_tv":
-        return torch.where(a > 0, p - q <= c.clip_high, p - q >= -c.clip_low)
+        return ~torch.where(a > 0, p - q > c.clip_high, p - q < -c.clip_low)
     binary_kl = q * (old - new) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
-    up, down = (binary_kl <= c.clip_high) | (p <= q), (binary_kl <= c.clip_low) | (p >= q)
-    return torch.where(a > 0, up, down)
+    return ~torch.where(a > 0, (binary_kl > c.clip_high) & (p > q), (binary_kl > c.clip_low) & (p < q))
 
 
 def _vespo_weight(c: PolicyLoss, a: Tensor, log_w: Tensor) -> Tensor:

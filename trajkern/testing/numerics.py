@@ -1,8 +1,8 @@
 """Running an op with its gradients, and the error budget that its result must keep.
 
-A result may differ from float64 by at most twice the worst error of the plain torch expression at the same precision,
-plus one rounding. Inputs are quantised first, so that only arithmetic is measured. A float64 result has no better oracle
-than float64; its budget is that of float32, scaled by the ratio of the two roundings, and the oracle's own error.
+A result may differ from float64 by at most twice the worst error of the plain torch expression at its precision, plus
+one rounding. Inputs are quantised first, so that only arithmetic is measured. A float64 result has no better oracle
+than float64: its budget is float32's scaled by the ratio of the two roundings, plus the oracle's own error.
 """
 
 from __future__ import annotations

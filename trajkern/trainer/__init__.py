@@ -1,0 +1,25 @@
+"""The thin reference trainer. Importing this package loads nothing heavy; ``cli_main`` runs it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def cli_main(argv: list[str]) -> int:
+    """Run the trainer on command-line arguments; returns the exit status (130 after Ctrl-C, 2 after a bad argument)."""
+    from trajkern.trainer.config import parse
+    from trajkern.trainer.run import Interrupted
+    from trajkern.trainer.train import train
+
+    try:
+        train(parse(argv))
+    except Interrupted as stopped:
+        print(f"interrupted; continue with --resume {stopped.args[0]}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped at once; the last regular checkpoint stands", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError) as error:
+        print(f"trajkern train: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -71,7 +71,7 @@ def load(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise ValueError(f"checkpoint must be an existing file; got {path}") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint must be a whole safetensors file; {path} is damaged or truncated ({error})") from None
+        raise ValueError(f"checkpoint must be a whole safetensors file; {path} is damaged ({error})") from None
     if place is None:
         raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")
     return Checkpoint(path, tensors, json.loads(place))

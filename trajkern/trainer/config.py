@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import trajkern as tk
+from trajkern.trainer.checkpoint import load
 from trajkern.trainer.extras import require
 from trajkern.trainer.model import ModelConfig
 
@@ -23,7 +25,7 @@ class WarmUp:
         steps: most optimiser steps; 0 skips the warm-up.
         batch: demonstrations a step.
         lr: learning rate after a ramp of 20 steps.
-        demonstrations: questions whose answers are shown.
+        demonstrations: questions whose answers are shown; by default the task's own number.
         check_every: steps between validations.
         pass_at_1: validation pass@1 that ends the warm-up.
         pass_at_k: validation pass@k that it needs as well.
@@ -32,7 +34,7 @@ class WarmUp:
     steps: int = 600
     batch: int = 128
     lr: float = 4e-3
-    demonstrations: int = 2000
+    demonstrations: int | None = None
     check_every: int = 20
     pass_at_1: float = 0.25
     pass_at_k: float = 0.5
@@ -75,7 +77,7 @@ class TrainConfig:
         temperature: of sampling and of the loss.
         max_new: most tokens of a completion; by default the longest answer's.
         lr: learning rate, decaying to a tenth.
-        questions: training questions to draw from.
+        questions: draws that make the pool of training questions.
         time_limit: seconds after which no further step starts.
         threads: torch threads; by default one a physical core.
         reference: run every op as plain torch.
@@ -88,6 +90,7 @@ class TrainConfig:
         warmup: the supervised start.
         eval: how accuracy is measured.
         tiny: sizes of the built-in transformer.
+        shots: demonstrations shown before each question to a pretrained model.
     """
 
     task: str = "chain_sum"
@@ -101,6 +104,7 @@ class TrainConfig:
     updates: int = 1
     temperature: float = 1.0
     max_new: int | None = None
+    shots: int = 2
     lr: float = 5e-4
     questions: int = 20_000
     time_limit: float = 240.0
@@ -115,3 +119,96 @@ class TrainConfig:
     warmup: WarmUp = field(default_factory=WarmUp)
     eval: Evaluation = field(default_factory=Evaluation)
     tiny: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("prompts", 1), ("rollouts", 2), ("updates", 1), ("questions", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("temperature", "lr", "time_limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.questions < self.prompts:
+            raise ValueError(f"questions must be at least prompts = {self.prompts}, got {self.questions}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON data."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_json`."""
+        paths = {k: Path(v) for k, v in data.items() if k in _PATHS and v is not None}
+        return cls(**{**data, **paths, **{k: table(**data[k]) for k, table in _TABLES.items()}})
+
+
+_PATHS = ("out", "tensorboard", "resume", "config")
+_TABLES: dict[str, type] = {"loss": tk.PolicyLoss, "warmup": WarmUp, "eval": Evaluation, "tiny": ModelConfig}
+
+# A pretrained model needs no warm-up, a small step and small batches.
+PRETRAINED = TrainConfig(
+    steps=20,
+    prompts=4,
+    rollouts=4,
+    lr=1e-5,
+    questions=1000,
+    time_limit=3600.0,
+    warmup=WarmUp(steps=0, demonstrations=16),
+    eval=Evaluation(heldout=32, validation=16, samples=4, every=10),
+)
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """The configuration of a command line: flags over the TOML file over a resumed run's over the defaults.
+
+    The defaults follow the model: small steps and no warm-up for any but "tiny".
+
+    Raises:
+        ValueError: a TOML file that is missing, is no TOML or has an unknown key; a checkpoint that cannot be read.
+        SystemExit: a bad flag (with a message), or ``--help``.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--resume", "--model"):
+        early.add_argument(name)
+    given, _ = early.parse_known_args(argv)
+    file = read_toml(Path(given.config)) if given.config else {}
+    model = given.model or file.get("model", "tiny")
+    base = TrainConfig() if model == "tiny" else dataclasses.replace(PRETRAINED, model=model)
+    if given.resume:
+        path = Path(given.resume)
+        stored = TrainConfig.from_json(load(path).place["config"])
+        base = dataclasses.replace(stored, out=path.parent, config=None, resume=None)
+    return require("tyro").cli(TrainConfig, prog=PROGRAM, args=[*_flags(file), *argv], default=base)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, whose keys are checked. Raises ValueError naming the file."""
+    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        settings = toml.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
+        raise ValueError(f"config must be a readable TOML file; {path}: {error}") from None
+    _check_keys(settings, TrainConfig, path, "")
+    return settings
+
+
+def _check_keys(settings: dict[str, Any], table: type, path: Path, prefix: str) -> None:
+    known = [f.name for f in dataclasses.fields(table)]
+    for key, value in settings.items():
+        if key not in known or isinstance(value, dict) != (table is TrainConfig and key in _TABLES):
+            table_name = prefix or PROGRAM
+            raise ValueError(f"config {path} must hold settings of {table_name}: {', '.join(known)}; got {key!r}")
+        if isinstance(value, dict):
+            _check_keys(value, _TABLES[key], path, key)
+
+
+def _flags(settings: dict[str, Any], prefix: str = "--") -> list[str]:
+    flags: list[str] = []
+    for key, value in settings.items():
+        name = prefix + key.replace("_", "-")
+        if isinstance(value, dict):
+            flags += _flags(value, f"{name}.")
+        elif isinstance(value, bool):
+            flags.append(name if value else f"--no-{name.removeprefix('--')}")
+        else:
+            flags += [name, str(value)]
+    return flags

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trajkern.trainer.extras import require
 from trajkern.trainer.tokenizer import ALPHABET
 
 PASSING_SCORE = 0.99
+_CHARACTERS = frozenset(ALPHABET)
 _STREAM = 10_000_000  # question seeds of one split; reasoning-gym draws item i of seed s from s + i
 
 
@@ -34,11 +36,19 @@ class Splits:
 
 @dataclass(frozen=True)
 class Spec:
-    """How a task is posed: a reasoning-gym dataset, its settings, and a short form of its question (None: the text)."""
+    """How a task is posed.
+
+    Args:
+        dataset: its name in reasoning-gym.
+        settings: of that dataset; small enough for the built-in transformer.
+        short: the question in a few characters, from the entry's metadata; None for the task's own text.
+        demonstrations: answers that take the built-in transformer into the warm-up's validation band.
+    """
 
     dataset: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
     short: Callable[[dict[str, Any]], str] | None = None
+    demonstrations: int = 3000
 
 
 def _expression(m: dict[str, Any]) -> str:
@@ -50,53 +60,48 @@ def _matrix(m: dict[str, Any]) -> str:
     return f"{rows}@{m['num_rotations']}="
 
 
+def _angles(m: dict[str, Any]) -> str:
+    return f"{m['n_sides']}:{','.join(str(int(a)) for a in m['known_angles'])}="
+
+
 _ONE_DIGIT = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 
 # Only verifiers that compare or parse: some of reasoning-gym's pass the answer to eval(), which a sampled text must
 # never reach.
 TASKS: dict[str, Spec] = {
     "chain_sum": Spec("chain_sum", _ONE_DIGIT, _expression),
-    "chain_sum4": Spec("chain_sum", {**_ONE_DIGIT, "min_terms": 4, "max_terms": 4}, _expression),
-    "chain_sum2d": Spec("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, _expression),
+    "chain_sum_long": Spec("chain_sum", {**_ONE_DIGIT, "min_terms": 4, "max_terms": 4}, _expression),
     "chain_sum_text": Spec("chain_sum", _ONE_DIGIT),
     "spell_backward": Spec(
-        "spell_backward", {"min_word_len": 3, "max_word_len": 7}, lambda m: m["word"].lower() + ">"
+        "spell_backward", {"min_word_len": 3, "max_word_len": 7}, lambda m: m["word"].lower() + ">", demonstrations=1500
     ),
+    "spell_backward_text": Spec("spell_backward", {"min_word_len": 3, "max_word_len": 5}),
     "count_bits": Spec("count_bits", {"max_n": 2**16 - 1}, lambda m: m["binary"] + "="),
-    "letter_counting": Spec(
-        "letter_counting", {"min_words": 1, "max_words": 3}, lambda m: f"{m['target_letter']}:{' '.join(m['span'])}="
-    ),
     "palindrome_generation": Spec(
         "palindrome_generation", {"min_length": 3, "max_length": 7}, lambda m: "".join(m["letters"]) + ">"
     ),
     "base_conversion": Spec(
         "base_conversion",
-        {"min_base": 2, "max_base": 4, "max_value": 255},
+        {"min_base": 2, "max_base": 4, "max_value": 1023},
         lambda m: f"{m['source_repr']}:{m['source_base']}>{m['target_base']}=",
-    ),
-    "caesar_cipher": Spec(
-        "caesar_cipher", {"min_words": 1, "max_words": 3, "max_rotation": 3}, lambda m: m["cipher_text"] + ">"
     ),
     "word_sequence_reversal": Spec(
         "word_sequence_reversal", {"min_words": 2, "max_words": 3}, lambda m: ", ".join(m["words"]) + ">"
     ),
     "fraction_simplification": Spec(
         "fraction_simplification",
-        {"max_value": 20, "max_factor": 6, "styles": ("plain",)},
+        {"max_value": 60, "max_factor": 9, "styles": ("plain",)},
         lambda m: f"{m['numerator']}/{m['denominator']}=",
     ),
-    "gcd": Spec("gcd", {"max_value": 99}, lambda m: ",".join(map(str, m["numbers"])) + "="),
     "products": Spec("products", {"max_digits": 2}, _expression),
     "decimal_chain_sum": Spec(
-        "decimal_chain_sum",
-        {"max_terms": 2, "max_digits": 1, "max_decimal_places": 1},
-        _expression,
+        "decimal_chain_sum", {"max_terms": 2, "max_digits": 1, "max_decimal_places": 1}, _expression
     ),
     "binary_alternation": Spec("binary_alternation", {"max_n": 16}, lambda m: m["string"] + "="),
     "rotate_matrix": Spec("rotate_matrix", {"max_n": 3, "max_rotations": 3}, _matrix),
     "prime_factorization": Spec("prime_factorization", {"max_value": 4000}, lambda m: f"{m['number']}="),
-    "simple_geometry": Spec("simple_geometry", {"min_sides":3, "max_sides":4}, lambda m: f"{m['n_sides']}:{','.join(str(int(a)) for a in m['known_angles'])}="),
-    "basic_arithmetic": Spec("basic_arithmetic", {"min_terms":3, "max_terms":3, "max_digits":1}, _expression),
+    "simple_geometry": Spec("simple_geometry", {"min_sides": 3, "max_sides": 4}, _angles),
+    "basic_arithmetic": Spec("basic_arithmetic", {"min_terms": 3, "max_terms": 3, "max_digits": 1}, _expression),
 }
 
 
@@ -115,6 +120,7 @@ class Task:
         if name not in TASKS:
             raise ValueError(f"task must be one of {', '.join(sorted(TASKS))}; got {name!r}")
         self.name, self.seed, self._spec = name, seed, TASKS[name]
+        self.demonstrations = self._spec.demonstrations
         self._gym = require("reasoning_gym")
         self._verifier = self._dataset(seed=0, size=1)
 
@@ -126,7 +132,7 @@ class Task:
         return float(self._verifier.score_answer(answer, question.entry) >= PASSING_SCORE)
 
     def questions(self, split: int) -> Iterator[Question]:
-        """The endless, repeating stream of one split's draws."""
+        """A split's draws, in order and with repetitions."""
         dataset = self._dataset(seed=(self.seed * 16 + split + 1) * _STREAM, size=_STREAM)
         short = self._spec.short
         for index in range(_STREAM):
@@ -135,24 +141,34 @@ class Task:
             prompt = short(entry["metadata"]) if short else text
             yield Question(prompt, text, entry["answer"], entry)
 
-    def distinct(self, split: int, count: int, taken: Collection[str] = ()) -> list[Question]:
-        """``count`` questions of a split with distinct prompts, none in ``taken``.
-
-        Raises ValueError where the task does not have that many within 50 draws a question.
-        """
+    def distinct(self, split: int, draws: int, taken: Collection[str] = (), most: int | None = None) -> list[Question]:
+        """The distinct questions among ``draws`` of a split, at most ``most``, whose prompts are not in ``taken``."""
         found: dict[str, Question] = {}
-        stream = self.questions(split)
-        for _ in range(50 * count):
-            question = next(stream)
-            if question.prompt not in taken and set(question.prompt + question.answer) <= set(ALPHABET):
+        for question in itertools.islice(self.questions(split), draws):
+            if question.prompt not in taken and set(question.prompt + question.answer) <= _CHARACTERS:
                 found.setdefault(question.prompt, question)
-            if len(found) == count:
-                return list(found.values())
-        raise ValueError(f"task {self.name} has fewer than {count} further questions (found {len(found)}); ask for fewer")
+            if len(found) == most:
+                break
+        return list(found.values())
 
-    def splits(self, *, heldout: int, validation: int, demonstrations: int, train: int) -> Splits:
-        """Draw the four splits: each avoids the prompts of held-out and validation, and repeats none of its own."""
-        test = self.distinct(0, heldout)
-        check = self.distinct(1, validation, taken := {q.prompt for q in test})
-        taken |= {q.prompt for q in check}
-        return Splits(test, check, self.distinct(2, demonstrations, taken), self.distinct(3, train, taken))
+    def splits(self, *, heldout: int, validation: int, demonstrations: int | None, train: int) -> Splits:
+        """Draw the four splits: each avoids the prompts of held-out and validation, and repeats none of its own.
+
+        Args:
+            heldout, validation: questions to find.
+            demonstrations: questions to find; None for the task's own number.
+            train: draws, of which the distinct ones are kept.
+
+        Raises:
+            ValueError: the task has too few distinct questions.
+        """
+        taken: set[str] = set()
+        found: list[list[Question]] = []
+        wanted = {"heldout": heldout, "validation": validation, "demonstrations": demonstrations or self.demonstrations}
+        for split, (name, count) in enumerate(wanted.items()):
+            found.append(self.distinct(split, 50 * count, taken, count))
+            if len(found[-1]) < count:
+                raise ValueError(f"{name} must be at most {len(found[-1])} for task {self.name}, got {count}")
+            if name != "demonstrations":
+                taken |= {question.prompt for question in found[-1]}
+        return Splits(*found, train=self.distinct(3, train, taken))

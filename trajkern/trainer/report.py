@@ -1,0 +1,92 @@
+"""What a run shows and leaves behind: a live display, a JSONL file, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trajkern.trainer.extras import require
+
+Scalar = float | int | str | None
+_PLAIN_INTERVAL = 5.0  # seconds between progress lines where the output is no terminal
+
+
+class Metrics:
+    """One JSON object a line, written through at once; TensorBoard scalars beside it on request.
+
+    Args:
+        path: the file. Its first ``size`` bytes, or those of ``history``, are kept and the rest is dropped, so a
+            resumed run leaves the file an uninterrupted one would.
+        history: the file a resumed run continues.
+        size: bytes of it to keep.
+        tensorboard: folder for event files.
+    """
+
+    def __init__(self, path: Path, *, history: Path | None, size: int, tensorboard: Path | None) -> None:
+        kept = history.read_bytes()[:size] if history and history.exists() else b""
+        self._file = open(path, "wb")
+        self._file.write(kept)
+        self._board = require("torch.utils.tensorboard").SummaryWriter(tensorboard) if tensorboard else None
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def write(self, phase: str, step: int, values: Mapping[str, Scalar]) -> None:
+        self._file.write(json.dumps({"phase": phase, "step": step, **values}).encode() + b"\n")
+        self._file.flush()
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+class Display:
+    """A progress bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = require("rich.console").Console(soft_wrap=True, highlight=False)
+        self._bar: Any = None
+        self._task: Any = None
+        self._printed = 0.0
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def begin(self, name: str, total: int, done: int) -> None:
+        """Start the display of a phase of ``total`` steps, of which ``done`` are behind us."""
+        self._name, self._total = name, total
+        if self._console.is_terminal:
+            progress = require("rich.progress")
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[values]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(name, total=total, completed=done, values="")
+            self._bar.start()
+
+    def step(self, step: int, values: Mapping[str, Scalar]) -> None:
+        text = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        if self._bar:
+            self._bar.update(self._task, completed=step, values=text)
+        elif time.monotonic() - self._printed > _PLAIN_INTERVAL or step == self._total:
+            self._printed = time.monotonic()
+            self.say(f"{self._name} {step}/{self._total}  {text}")
+
+    def end(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,172 @@
+"""A run's state: what it trains, where it stands, what it leaves behind, and how it is saved, resumed and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajkern.trainer import checkpoint
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.evaluate import Accuracy
+from trajkern.trainer.report import Display, Metrics
+from trajkern.trainer.tasks import Splits, Task
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed; a checkpoint was written to ``args[0]``."""
+
+
+@dataclass
+class Clock:
+    """Tokens and seconds of sampling and of optimisation."""
+
+    sampled: int = 0
+    sampling: float = 0.0
+    trained: int = 0
+    training: float = 0.0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Tokens a second, sampled and trained."""
+        return self.sampled / max(self.sampling, 1e-9), self.trained / max(self.training, 1e-9)
+
+
+@dataclass
+class Run:
+    """Everything that a step reads or changes."""
+
+    config: TrainConfig
+    task: Task
+    splits: Splits
+    policy: Any
+    anchor: nn.Module | None  # the policy before reinforcement, where the loss has a KL term
+    generator: torch.Generator
+    max_new: int
+    out: Path
+    metrics: Metrics
+    display: Display
+    interrupt: threading.Event
+    optimizer: torch.optim.Optimizer
+    phase: str = "warmup"
+    step: int = 0
+    before: Accuracy | None = None
+    clock: Clock = field(default_factory=Clock)
+    began: float = field(default_factory=time.monotonic)
+
+    def record(self, values: dict[str, float | int | None]) -> None:
+        """Write a step's metrics and show them."""
+        self.metrics.write(self.phase, self.step, values)
+        self.display.step(self.step, {k: v for k, v in values.items() if v is not None})
+
+    def save(self, name: str = CHECKPOINT) -> Path:
+        """Write the checkpoint ``name``, from which this run continues step for step."""
+        place = {
+            "config": self.config.to_json(),
+            "phase": self.phase,
+            "step": self.step,
+            "before": self.before,
+            "clock": vars(self.clock),
+            "metrics": self.metrics.size,
+        }
+        models = {"policy": self.policy} | ({"anchor": self.anchor} if self.anchor else {})
+        path = self.out / name
+        checkpoint.save(path, models=models, optimizer=self.optimizer, generator=self.generator, place=place)
+        return path
+
+    def restore(self, stored: checkpoint.Checkpoint) -> None:
+        """Continue where ``stored`` stands; weights and optimiser are the caller's to restore."""
+        place = stored.place
+        self.phase, self.step, self.clock = place["phase"], place["step"], Clock(**place["clock"])
+        self.before = Accuracy(*place["before"]) if place["before"] else None
+        self.generator.set_state(stored.tensors["generator"])
+
+    def between_steps(self) -> None:
+        """The place where a run may stop: heed Ctrl-C, and write the regular checkpoint."""
+        every = self.config.checkpoint_every
+        if self.interrupt.is_set():
+            raise Interrupted(self.save())
+        if self.phase == "main" and every and self.step and self.step % every == 0:
+            self.save()
+
+    def draw(self, pool: list, count: int) -> list:
+        """``count`` different items."""
+        order = torch.randperm(len(pool), generator=self.generator)[:count]
+        return [pool[i] for i in order.tolist()]
+
+
+def optimise(run: Run, loss: Tensor) -> None:
+    """One step against ``loss``, its gradient clipped to norm 1."""
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = run.optimizer.param_groups[0]["params"]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+    run.optimizer.step()
+
+
+def results_folder(config: TrainConfig) -> Path:
+    """The folder of a run's results, made where it is missing.
+
+    Raises ValueError where ``out`` already holds another run's checkpoint.
+    """
+    if config.out is None:
+        kind = config.recipe if config.control == "none" else config.control
+        first = Path("runs") / f"{config.task}-{kind}-seed{config.seed}"
+        folder, number = first, 2
+        while folder.exists():
+            folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+    else:
+        folder = config.out
+        if not config.resume and (folder / CHECKPOINT).exists():
+            raise ValueError(f"out must be a new folder, or resume given; {folder} already holds {CHECKPOINT}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    return folder
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that the step in progress ends first; a second Ctrl-C stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def heed(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, heed)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def deterministic(threads: int | None) -> Iterator[None]:
+    """The same bits for the same seed and number of threads."""
+    memory = torch.utils.deterministic
+    state = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory)
+    torch.set_num_threads(threads or state[0])
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # the flag's debugging aid, which costs a pass over every allocation
+    try:
+        yield
+    finally:
+        torch.set_num_threads(state[0])
+        torch.use_deterministic_algorithms(state[1])
+        memory.fill_uninitialized_memory = state[2]

@@ -1,0 +1,173 @@
+"""The policy loss of one token: what it reads, its value, its derivatives and its metrics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import KEEP_NAN, exp, exp_excess, expm1
+
+CLIP, CISPO, SAPO, REINFORCE, DPPO_TV, DPPO_KL, KL_COV, GMPO, VESPO = map(tl.constexpr, range(9))
+K1, K2, K3, K3_CORRECTED = map(tl.constexpr, range(1, 5))
+NO_CORRECTION, TIS, ICEPOP, SEQUENCE_MASK = map(tl.constexpr, range(4))
+LOG_RATIO_BOUND = tl.constexpr(20.0)
+
+
+@triton.jit
+def clamp_log_ratio(d):
+    return tl.clamp(d, -LOG_RATIO_BOUND, LOG_RATIO_BOUND, KEEP_NAN)
+
+
+@triton.jit
+def load_log_ratio(x, y, at, keep):
+    return clamp_log_ratio(tl.load(x + at, mask=keep, other=0.0) - tl.load(y + at, mask=keep, other=0.0))
+
+
+@triton.jit
+def load_advantage(advantages, at, n, keep, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        a = tl.load(advantages + at, mask=keep, other=0.0)
+    else:
+        a = tl.load(advantages + n, mask=keep, other=0.0)
+    return a
+
+
+@triton.jit
+def bound_log_ratio(log_ratio, a, low, high):
+    """gmpo's log-ratio, bounded in the direction of the advantage, and where the bound lets it through."""
+    bounded = tl.where(a > 0, tl.minimum(log_ratio, high, KEEP_NAN), tl.maximum(log_ratio, -low, KEEP_NAN))
+    free = ((a > 0) & (log_ratio <= high)) | ((a < 0) & (log_ratio >= -low))
+    return tl.where(a == 0, 0.0, bounded), free
+
+
+@triton.jit
+def load_mask(mask, at, inside):
+    keep = inside
+    if mask is not None:
+        keep = tl.load(mask + at, mask=inside, other=0) != 0
+    return keep
+
+
+@triton.jit
+def _clip_term(a, r, chosen, low, high, dual):
+    bounded = tl.clamp(r, low, high, KEEP_NAN)
+    value, clipped = tl.maximum(-r * a, -bounded * a, KEEP_NAN), r * a > bounded * a
+    slope = tl.where(clipped, 0.0, -r * a)
+    if chosen is not None:
+        value, slope, clipped = tl.where(chosen, 0.0, value), tl.where(chosen, 0.0, slope), clipped | chosen
+    over = (a < 0) & (value > -dual * a)
+    return tl.where(over, -dual * a, value), tl.where(over, 0.0, slope), clipped | over
+
+
+@triton.jit
+def _sapo_term(a, r, tau):
+    y = tau * (r - 1)
+    e = exp(-tl.abs(y))
+    sigmoid = tl.where(y >= 0, 1.0, e) / (1 + e)
+    return -a * (4 / tau) * sigmoid, -4 * a * r * e / ((1 + e) * (1 + e))
+
+
+@triton.jit
+def _dppo_valid(a, new, old, low, high, FORM: tl.constexpr):
+    """Whether the token's probability p has not yet moved past the threshold in the direction A pushes it."""
+    p, q = exp(new), exp(old)
+    if FORM == DPPO_TV:
+        valid = tl.where(a > 0, p - q <= high, p - q >= -low)
+    else:
+        divergence = q * (old - new) + (1 - q) * tl.log(tl.div_rn(1 - q + 1e-8, 1 - p + 1e-8))
+        valid = tl.where(a > 0, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q))
+    return valid
+
+
+@triton.jit
+def _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM: tl.constexpr):
+    """A loss; its derivative in the log-ratio (gmpo: in the trajectory's mean) and in log p; whether it is clipped."""
+    value, slope, direct, clipped = a, tl.zeros_like(a), tl.zeros_like(a), tl.zeros_like(a) != 0
+    if FORM == CLIP:
+        value, slope, clipped = _clip_term(a, r, chosen, c0, c1, c2)
+    elif FORM == KL_COV:
+        value = -r * a + tl.where(chosen, c0 * tl.abs(log_ratio), 0.0)
+        sign = (log_ratio > 0).to(tl.float32) - (log_ratio < 0).to(tl.float32)
+        slope, clipped = -r * a + tl.where(chosen, c0 * sign, 0.0), chosen
+    elif FORM == SAPO:
+        value, slope = _sapo_term(a, r, tl.where(a > 0, c0, c1))
+    elif FORM == GMPO:
+        value = -tl.load(means + 2) * tl.load(means + 1)
+        slope = value
+        clipped = ((a > 0) & (log_ratio > c1)) | ((a < 0) & (log_ratio < -c0))
+    else:
+        if FORM == REINFORCE:
+            direct = -a
+        elif FORM == CISPO:
+            bounded = tl.clamp(r, c0, c1, KEEP_NAN)
+            direct, clipped = -bounded * a, bounded != r
+        elif FORM == VESPO:
+            log_w, decay = tl.load(means + 1), tl.where(a >= 0, c1, c3)
+            direct = -exp(decay + tl.where(a >= 0, c0, c2) * log_w - decay * exp(log_w)) * a
+        else:
+            valid = _dppo_valid(a, new, old, c0, c1, FORM)
+            direct, clipped = tl.where(valid, -a * tl.minimum(r, 20.0, KEEP_NAN), 0.0), ~valid
+        value = direct * new
+    return value, slope, direct, clipped
+
+
+@triton.jit
+def _kl_term(d, r, KL: tl.constexpr):
+    """An estimate of the KL divergence; its derivative in the log-ratio and in log p."""
+    value, slope, direct = d, tl.zeros_like(d), tl.full(d.shape, 1.0, tl.float32)
+    if KL == K2:
+        value, direct = 0.5 * d * d, d
+    if KL == K3 or KL == K3_CORRECTED:
+        bounded = clamp_log_ratio(d)
+        value = exp_excess(-bounded)
+        direct = tl.where(tl.abs(d) <= LOG_RATIO_BOUND, -expm1(-bounded), 0.0)
+        if KL == K3_CORRECTED:
+            value, slope, direct = r * value, r * value, r * direct
+    return value, slope, direct
+
+
+@triton.jit
+def token_loss(
+    at, n, keep,  # [BLOCK]
+    logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, selected,  # [T]
+    means,  # [BLOCK] pointers to the trajectory's means
+    kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
+    FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """A token's loss; its derivatives in its own log p and in the trajectory's mean, and whether that mean moves with
+    the token's log p; its metrics."""
+    a = load_advantage(advantages, at, n, keep, PER_TOKEN)
+    new, old = tl.load(logprobs + at, mask=keep, other=0.0), tl.load(old_logprobs + at, mask=keep, other=0.0)
+    own, within = clamp_log_ratio(new - old), tl.abs(new - old) <= LOG_RATIO_BOUND
+    log_ratio = tl.where(keep, tl.load(means), 0.0) if SEQUENCE else own
+    r = exp(log_ratio)
+    chosen = None
+    if selected is not None:
+        chosen = tl.load(selected + at, mask=keep, other=0) != 0
+    value, slope, direct, clipped = _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM)
+    if CORRECTION == TIS or CORRECTION == ICEPOP:
+        w = exp(clamp_log_ratio(old - tl.load(sampler_logprobs + at, mask=keep, other=0.0)))
+        if CORRECTION == TIS:
+            w = tl.minimum(w, sampler_high, KEEP_NAN)
+        else:
+            w = tl.where((w >= sampler_low) & (w <= sampler_high), w, 0.0)
+        value, slope, direct = value * w, slope * w, direct * w
+    mean_slope, share = tl.zeros_like(a), within
+    if FORM == GMPO:
+        mean_slope, slope = slope, tl.zeros_like(a)
+        if SEQUENCE:
+            mean_slope *= tl.load(means + 3)
+        else:
+            share = within & (a != 0) & ~clipped
+    kl, h = tl.zeros_like(a), tl.zeros_like(a)
+    if KL != 0:
+        d = new - tl.load(ref_logprobs + at, mask=keep, other=0.0)
+        kl, kl_slope, kl_direct = _kl_term(d, r, KL)
+        value, slope, direct = value + kl_coef * kl, slope + kl_coef * kl_slope, direct + kl_coef * kl_direct
+    if entropy is not None:
+        h = tl.load(entropy + at, mask=keep, other=0.0)
+        value -= entropy_coef * h
+    if SEQUENCE:
+        mean_slope, slope = mean_slope + slope, tl.zeros_like(a)
+    slope = tl.where(within, slope, 0.0) + direct
+    return value, slope, mean_slope, share, clipped, own, r, h, kl
