@@ -14,6 +14,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup: .venv/.built ## the virtual environment: pinned dependencies, native build, trajkern as an editable install
+	@$(BIN)/trajkern info
 
 train: .venv/.built ## train the small model with GRPO and print what it learned; ARGS="--help" lists the flags
 	$(BIN)/trajkern train $(ARGS)

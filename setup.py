@@ -12,6 +12,7 @@ import sys
 import zlib
 from glob import glob
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -60,7 +61,7 @@ def run_nvcc(*args: str) -> None:
 
 
 class BuildExt(build_ext):
-    """Compiles only what changed, into folders that outlive the build and are named after the flags; .cu by nvcc."""
+    """Compiles only what changed, into folders that outlive the build and bear a hash of the flags; .cu by nvcc."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -89,8 +90,10 @@ class BuildExt(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Pybind11Extension) -> None:
-        flags = [*ext.extra_compile_args, *(NVCC_FLAGS + ARCH_FLAGS if ext.name.endswith("_cuda") else [])]
-        folder = f"{ext.name}-{sys.implementation.cache_tag}-{zlib.crc32(repr(flags).encode()):08x}"
+        made_with = [pybind11.__version__, *ext.extra_compile_args]
+        if ext.name.endswith("_cuda"):
+            made_with += NVCC_FLAGS + ARCH_FLAGS
+        folder = f"{ext.name}-{sys.implementation.cache_tag}-{zlib.crc32(repr(made_with).encode()):08x}"
         self.build_temp = os.path.join("build", folder)
         super().build_extension(ext)
 

@@ -15,17 +15,17 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on, and it compiles nothing", allow_module_level=True)
 
+from trajkern._triton import configs, logprob, policy_loss  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from trajkern._triton import configs, logprob, policy_loss  # noqa: E402
 from trajkern._types import FORMS, SAMPLER_CORRECTIONS  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 MODULES = (logprob, policy_loss)
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
-    " ref_logprobs sampler_logprobs means normalizer weight mean_slopes partials scalars x scale",
+    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials scalars x scale",
     "*i64": "targets cu_seqlens",
     "*i32": "counts",
     "*i1": "mask is_top1 selected shares",
@@ -126,7 +126,7 @@ VARIANTS = (
     _tokens("gmpo", True, 4, "tis", 4, "selected"),
     _tokens("vespo", False, 4, "tis", 4, "mean_slopes", "shares", "selected"),
     Variant(policy_loss.spread_kernel, "", (), policy_loss.ALONG),
-    Variant(policy_loss.sum_kernel, "", (), policy_loss.ALONE),
+    Variant(policy_loss.sum_kernel, "", (), policy_loss.SUMMING),
     Variant(policy_loss.scale_kernel, "", (), policy_loss.FLAT),
 )
 

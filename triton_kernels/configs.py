@@ -10,9 +10,10 @@ LONG_ROW_WARPS = 16
 MAP_WARPS = 8  # at most, for a program that maps a part of a row: with more the compiler takes twice the registers
 MAP_STEPS = 8  # iterations of such a program
 
-FLAT = {"BLOCK": 1024, "num_warps": 4}  # programs over the flat tokens
+FLAT = {"BLOCK": 512, "num_warps": 4}  # programs over the flat tokens
 ALONG = {"BLOCK": 2048, "num_warps": 8}  # programs that walk along a trajectory
-ALONE = {"BLOCK": 1024, "num_warps": 8}  # the one program that combines what the others found
+ALONE = {"BLOCK": 1024, "num_warps": 8}  # the one program over all trajectories
+SUMMING = {"BLOCK": 256, "num_warps": 8}  # the one program over the rows of partial sums
 
 
 def row_warps(length: int) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import ALONE, ALONG, FLAT
+from .configs import ALONE, ALONG, FLAT, SUMMING
 from .policy_loss_terms import (
     CISPO,
     CLIP,
@@ -66,11 +66,11 @@ def _gmpo_means(logprobs, old_logprobs, advantages, mask, means, n, start, end, 
 @triton.jit(do_not_specialize=["tokens"])
 def means_kernel(
     logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs,  # [T], cu_seqlens [N+1]
-    counts, means,  # [N], [N, COLUMNS] or None
+    counts, inverses, means,  # [N], [N], [N, COLUMNS] or None
     tokens, sampler_low, sampler_high, c0, c1,
     FORM: tl.constexpr, SEQUENCE: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Counts a trajectory's unmasked tokens, 0 if the correction removes it; and its means where the loss has any."""
+    """A trajectory's unmasked tokens, none if the correction removes it; 1 / their number, or 0; its means, if any."""
     n = tl.program_id(0)
     start, end = _span(cu_seqlens, n, tokens)
     counted = tl.zeros([BLOCK], tl.int32)
@@ -89,6 +89,7 @@ def means_kernel(
         w = exp(tl.div_rn(tl.sum(sampler_sum, 0), length))
         count = tl.where((w >= sampler_low) & (w <= sampler_high), count, 0)
     tl.store(counts + n, count)
+    tl.store(inverses + n, tl.where(count > 0, tl.div_rn(1.0, length), 0.0))
     if means is not None:
         means += n.to(tl.int64) * COLUMNS
         log_ratio = tl.div_rn(tl.sum(ratio_sum, 0), length)
@@ -130,14 +131,6 @@ def weight_kernel(
 
 
 @triton.jit
-def _token_weight(weight, counts, n, AGGREGATE: tl.constexpr):
-    w = tl.load(weight)
-    if AGGREGATE == SEQ_MEAN_TOKEN_MEAN:
-        w = tl.div_rn(tl.zeros(n.shape, tl.float32) + w, tl.maximum(tl.load(counts + n), 1).to(tl.float32))
-    return w
-
-
-@triton.jit
 def _store_partial(partials, value, clipped, own, r, h, kl, count):
     """One row of sums over a program's tokens: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
     ratio_sum = tl.sum(r, 0)
@@ -166,7 +159,7 @@ def _trajectory_of(cu_seqlens, at, trajectories, steps):
 @triton.jit(do_not_specialize=["tokens", "trajectories", "steps"])
 def tokens_kernel(
     logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
-    counts, means, weight,  # [N], [N, COLUMNS], []
+    inverses, means, weight,  # [N], [N, COLUMNS], []
     grad_logprobs, grad_entropy, mean_slopes, shares, partials,  # [T] or None; partials [programs, 8]
     tokens, trajectories, steps, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
     FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
@@ -176,14 +169,16 @@ def tokens_kernel(
     n = _trajectory_of(cu_seqlens, at, trajectories, steps)
     keep = load_mask(mask, at, at < tokens)
     if CORRECTION == SEQUENCE_MASK:
-        keep = keep & (tl.load(counts + n) > 0)
+        keep = keep & (tl.load(inverses + n) > 0)
     if means is not None:
         means += n.to(tl.int64) * COLUMNS
     value, slope, mean_slope, share, clipped, own, r, h, kl = token_loss(
         at, n, keep, logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, selected, means,
         kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN,
     )  # fmt: skip
-    w = _token_weight(weight, counts, n, AGGREGATE)
+    w = tl.load(weight)
+    if AGGREGATE == SEQ_MEAN_TOKEN_MEAN:
+        w *= tl.load(inverses + n)
     if grad_logprobs is not None:
         tl.store(grad_logprobs + at, tl.where(keep, w * slope, 0.0), mask=at < tokens)
     if mean_slopes is not None:
@@ -200,7 +195,7 @@ def tokens_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def spread_kernel(
-    grad_logprobs, mean_slopes, shares, cu_seqlens, counts,  # [T], cu_seqlens [N+1], counts [N]
+    grad_logprobs, mean_slopes, shares, cu_seqlens, inverses,  # [T], cu_seqlens [N+1], inverses [N]
     tokens,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +206,7 @@ def spread_kernel(
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         total += tl.load(mean_slopes + at, mask=at < end, other=0.0)
-    each = tl.div_rn(tl.sum(total, 0), tl.maximum(tl.load(counts + n), 1).to(tl.float32))
+    each = tl.sum(total, 0) * tl.load(inverses + n)
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         share = tl.load(shares + at, mask=at < end, other=0) != 0
@@ -270,7 +265,7 @@ def policy_loss(
     grad_logprobs, grad_entropy = empty(tokens * need_logprobs), empty(tokens * need_entropy)
     if tokens == 0:
         return scalars.zero_(), grad_logprobs, grad_entropy
-    counts, weight = empty(trajectories, dtype=torch.int32), empty()
+    counts, inverses, weight = empty(trajectories, dtype=torch.int32), empty(trajectories), empty()
     by_mean = bool(sequence) or form == GMPO.value
     means = empty(trajectories, COLUMNS.value) if by_mean or form == VESPO.value else None
     spread = (empty(tokens), empty(tokens, dtype=torch.bool)) if by_mean and need_logprobs else (None, None)
@@ -278,21 +273,21 @@ def policy_loss(
     c = _form_params(form, params)
     with torch.cuda.device_of(logprobs):
         means_kernel[(trajectories,)](
-            logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, counts, means,
-            tokens, sampler_low, sampler_high, *c[:2], **shape, **ALONG,
+            logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, counts, inverses,
+            means, tokens, sampler_low, sampler_high, *c[:2], **shape, **ALONG,
         )  # fmt: skip
         weight_kernel[(1,)](
             counts, cu_seqlens, normalizer, weight, tokens, trajectories, max_length, AGGREGATE=aggregate, **ALONE
         )
         tokens_kernel[(partials.shape[0],)](
             logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
-            counts, means, weight, grad_logprobs if need_logprobs else None, grad_entropy if need_entropy else None,
+            inverses, means, weight, grad_logprobs if need_logprobs else None, grad_entropy if need_entropy else None,
             *spread, partials, tokens, trajectories, trajectories.bit_length(), kl_coef, entropy_coef,
             sampler_low, sampler_high, *c, **shape, KL=kl, AGGREGATE=aggregate, **FLAT,
         )  # fmt: skip
         if spread[0] is not None:
-            spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, counts, tokens, **ALONG)
-        sum_kernel[(1,)](partials, scalars, partials.shape[0], **ALONE)
+            spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, inverses, tokens, **ALONG)
+        sum_kernel[(1,)](partials, scalars, partials.shape[0], **SUMMING)
     return scalars, grad_logprobs, grad_entropy
 
 

@@ -54,6 +54,9 @@ struct GroupRule {
 // Of a group's counted rows, measured from the first one's reward: W = sum w, sum w d / W, the standard deviation.
 struct GroupStats {
   double origin, weight, mean, std;
+
+  // In two steps: a rounding of origin + mean would be one of the reward, however small the spread.
+  TK_HD double centred(double reward) const { return (reward - origin) - mean; }
 };
 
 // advantage = ((r - centre) - rest) * gain, where centre + rest is the baseline to twice T's precision; gain 0 gives 0
@@ -63,9 +66,9 @@ struct AdvantageMap {
   T centre, rest, gain;
 };
 
-// grad_r = gain * g - w * (offset + slope * (r - centre)); gain 0 gives 0 likewise.
+// grad_r = gain * g - w * (offset + slope * ((r - origin) - mean)); gain 0 gives 0 likewise.
 struct GradientMap {
-  double centre, gain, offset, slope;
+  double origin, mean, gain, offset, slope;
 };
 
 TK_HD bool needs_group(const GroupRule& rule) { return rule.baseline != kNoBaseline || rule.scale == kStd; }
@@ -101,7 +104,7 @@ TK_HD AdvantageMap<T> advantage_map(const GroupRule& rule, const GroupStats& gro
   const double gain = inverse_scale(rule, group.std);
   if (rule.baseline == kNoBaseline) return {0, 0, T(gain)};
   const double centre = group.origin + group.mean;
-  return {T(centre), T(centre - T(centre)), T(gain * baseline_gain(rule, group.weight))};
+  return {T(centre), T((group.origin - T(centre)) + group.mean), T(gain * baseline_gain(rule, group.weight))};
 }
 
 template <class T>
@@ -113,18 +116,17 @@ TK_HD T advantage(const AdvantageMap<T>& map, T reward) {
 // the baseline's part is gain (g - w G / W), the standard deviation's -(sum g centred / divisor^2) d std / d r,
 // where d std / d r = w (d - mean) / ((W - ddof) std), taken as 0 where std is 0.
 TK_HD GradientMap gradient_map(const GroupRule& rule, const GroupStats& group, double sum_g, double sum_gc) {
-  if (is_alone(rule, group.weight)) return {0, singleton_gain(rule), 0, 0};
+  if (is_alone(rule, group.weight)) return {0, 0, singleton_gain(rule), 0, 0};
   const double inverse = inverse_scale(rule, group.std);
   const double gain = inverse * baseline_gain(rule, group.weight);
-  const double centre = group.origin + group.mean;
   const bool centred = rule.baseline != kNoBaseline;
-  const double sum_ga = gain * (centred ? sum_gc : sum_gc + centre * sum_g);
+  const double sum_ga = gain * (centred ? sum_gc : sum_gc + (group.origin + group.mean) * sum_g);
   const double slope = group.std > 0 ? sum_ga * inverse / ((group.weight - rule.ddof) * group.std) : 0;
-  return {centre, gain, centred ? gain * sum_g / group.weight : 0, slope};
+  return {group.origin, group.mean, gain, centred ? gain * sum_g / group.weight : 0, slope};
 }
 
 TK_HD double reward_gradient(const GradientMap& map, double grad, double weight, double reward) {
-  return map.gain == 0 ? 0 : map.gain * grad - weight * (map.offset + map.slope * (reward - map.centre));
+  return map.gain == 0 ? 0 : map.gain * grad - weight * (map.offset + map.slope * ((reward - map.origin) - map.mean));
 }
 
 // A step of generalised advantage estimation before its recursion A = delta + gamma lam A_next.

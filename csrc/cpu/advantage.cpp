@@ -31,7 +31,7 @@ void part_stats(const Parts& parts, int64_t part, W weights, bool exact, const G
     if (stats[g].weight > 0) stats[g].mean /= stats[g].weight;
   if (rule.scale != kStd) return;
   parts.each_row(part, [=](int32_t g, int64_t k) {
-    const double centred = rewards[k] - (stats[g].origin + stats[g].mean);
+    const double centred = stats[g].centred(rewards[k]);
     stats[g].std += weights[k] * (centred * centred);
   });
   for (int64_t g = parts.first_group(part); g < parts.last_group(part); ++g)
@@ -80,12 +80,12 @@ void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, co
     std::fill(sums.get() + parts.first_group(part), sums.get() + parts.last_group(part), Sums{});
     parts.each_row(part, [&](int32_t g, int64_t k) {
       sums[g].g += parts.grads()[k];
-      sums[g].gc += parts.grads()[k] * (parts.rewards()[k] - (stats[g].origin + stats[g].mean));
+      sums[g].gc += parts.grads()[k] * stats[g].centred(parts.rewards()[k]);
     });
     for (int64_t g = parts.first_group(part); g < parts.last_group(part); ++g)
       maps[g] = gradient_map(rule, stats[g], sums[g].g, sums[g].gc);
   });
-  maps[0] = {0, 0, 0, 0};
+  maps[0] = {};
   parallel_for(in.n, kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       grad_rewards[i] = T(reward_gradient(maps[groups.slot[i]], double(grads[i]), in.weight(i), double(in.rewards[i])));

@@ -97,7 +97,7 @@ double share(Job<Real>& job, TrajectorySums& sums) {
     double& count = sums.of(n)[kCount];
     if (job.options.correction == kSequenceMask) {
       const double w = std::exp(sums.of(n)[kLogSamplerSum] / std::max(count, 1.0));
-      if (!(w >= p.sampler_low && w <= p.sampler_high)) count = 0;
+      if (w < p.sampler_low || w > p.sampler_high) count = 0;
     }
     tokens += count;
     scored += count > 0;
@@ -111,6 +111,7 @@ double share(Job<Real>& job, TrajectorySums& sums) {
     const double count = sums.of(n)[kCount], sum = sums.of(n)[kLogRatioSum];
     Shared<Real>& x = job.shared[n];
     x.weight = count > 0 ? 1 / (aggregate == kSeqMeanTokenMean ? divisor * count : divisor) : 0;
+    x.weight += 0 * sums.of(n)[kLogSamplerSum];  // a NaN reaches the loss
     x.log_ratio = sum / std::max(count, 1.0);
     if (job.options.form == kVespo) {
       const double log_w = std::clamp<double>(sum, -kLogRatioBound, kLogRatioBound);

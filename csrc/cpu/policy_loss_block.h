@@ -165,7 +165,7 @@ struct Block {
     else
       std::fill_n(unmasked, n, Int(-1));
     std::fill_n(unmasked + n, kStep, Int(0));
-    for (int i = 0; i < n; ++i) unmasked[i] = weight[i] > 0 ? unmasked[i] : 0;
+    for (int i = 0; i < n; ++i) unmasked[i] = weight[i] == 0 ? 0 : unmasked[i];
   }
 
   template <class F>

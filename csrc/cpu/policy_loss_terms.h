@@ -1,6 +1,7 @@
 // The policy loss of one token: each form's value, its derivatives, and what multiplies or joins it.
 // V is a vector of floats or doubles (simd.h); every function works lane by lane. A condition only ever picks between two
-// vectors: g++ 12 takes 16-lane conditions that are combined with & or | apart into scalars.
+// vectors (g++ 12 takes 16-lane conditions that are combined with & or | apart into scalars), and is false for a NaN,
+// which so reaches the loss instead of being clipped or dropped.
 #pragma once
 #include <array>
 #include <limits>
@@ -125,13 +126,14 @@ TK_INLINE V one_minus_exp(const V& x) {
   return -(bounded + exp_above_tangent(bounded));
 }
 
-// -min(r A, clip(r) A), and with A < 0 at most -clip_dual A. A token is clipped where that is not -r A.
+// -min(r A, clip(r) A), and with A < 0 at most -clip_dual A; clipped where that is not -r A.
 template <class V>
 TK_INLINE Term<V> clip(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V a = t.advantage, free = -t.ratio * a, bounded = -clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
   const V ceiling = a < 0 ? -p.clip_dual * a : V{} + std::numeric_limits<Scalar<V>>::infinity();
   const V upper = bounded > free ? bounded : free, loss = ceiling < upper ? ceiling : upper;
-  return {loss, loss == free ? free : V{}, V{}, loss == free ? V{} : V{} + 1};
+  const V excess = magnitude(loss - free);
+  return {loss, excess > 0 ? V{} : free, V{}, excess > 0 ? V{} + 1 : V{}};
 }
 
 // The same, with no loss where the token is selected.
@@ -161,11 +163,11 @@ TK_INLINE Term<V> reinforce(const Token<V>& t) {
   return {-t.advantage * t.logprob, V{}, -t.advantage, V{}};
 }
 
-// Valid where the excess over the threshold is not positive.
+// Valid unless past the threshold.
 template <class V>
 TK_INLINE Term<V> dppo(const Token<V>& t, const V& excess) {
-  const V slope = excess <= 0 ? -t.advantage * clamp(t.ratio, 0, 20) : V{};
-  return {slope * t.logprob, V{}, slope, excess <= 0 ? V{} : V{} + 1};
+  const V slope = excess > 0 ? V{} : -t.advantage * clamp(t.ratio, 0, 20);
+  return {slope * t.logprob, V{}, slope, excess > 0 ? V{} + 1 : V{}};
 }
 
 // How far p - q is past the threshold in the direction A pushes it.
@@ -202,8 +204,9 @@ TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Par
 
 template <class V>
 TK_INLINE Term<V> gmpo(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const V directed = magnitude(sign(t.advantage)), excess = directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p);
-  return {t.trajectory, excess == 0 ? directed * t.trajectory_alt : V{}, V{}, excess == 0 ? V{} : V{} + 1};
+  const V directed = magnitude(sign(t.advantage)), slope = directed * t.trajectory_alt;
+  const V excess = magnitude(directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p));
+  return {t.trajectory, excess > 0 ? V{} : slope, V{}, excess > 0 ? V{} + 1 : V{}};
 }
 
 template <class V>
@@ -217,7 +220,8 @@ template <class V>
 TK_INLINE V sampler_factor(int correction, const V& log_w, const Params<Scalar<V>>& p) {
   const V w = exponential(log_w);
   if (correction == kTis) return w > p.sampler_high ? p.sampler_high : w;
-  return clamp(w, p.sampler_low, p.sampler_high) == w ? w : V{};
+  const V kept = w < p.sampler_low ? V{} : w;
+  return kept > p.sampler_high ? V{} : kept;
 }
 
 // The KL estimate of d = logprob - ref, and its derivatives.

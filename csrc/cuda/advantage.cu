@@ -95,7 +95,7 @@ __device__ GroupStats group_stats(const GroupRows<T>& in, int64_t first, const G
   const double mean = warp_sum(sum) / weight;
   if (rule.scale != kStd) return {origin, weight, mean, 0};
   members.each([&](int64_t j) {
-    const double centred = double(in.rewards[j]) - (origin + mean);
+    const double centred = (double(in.rewards[j]) - origin) - mean;
     squares += in.weight(j) * (centred * centred);
   });
   return {origin, weight, mean, group_std(rule, weight, warp_sum(squares))};
@@ -128,7 +128,7 @@ __global__ void group_advantages_backward_kernel(GroupRows<T> in, GroupRule rule
   double sum_g = 0, sum_gc = 0;
   members.each([&](int64_t j) {
     sum_g += double(grads[j]);
-    sum_gc += double(grads[j]) * (double(in.rewards[j]) - (stats.origin + stats.mean));
+    sum_gc += double(grads[j]) * stats.centred(double(in.rewards[j]));
   });
   const GradientMap map = gradient_map(rule, stats, warp_sum(sum_g), warp_sum(sum_gc));
   members.each([&](int64_t j) {

@@ -18,11 +18,11 @@
 constexpr size_t kLargest = 48 * 1024, kArena = kLargest + 4096, kStack = 1 << 16;
 constexpr unsigned char kPoison = 0xff;  // a NaN in every float type
 alignas(16) unsigned char tk_shared_memory[kArena];
+dim3 gridDim, blockDim, blockIdx;
 
 namespace cuda_host {
 
 Thread* current;
-dim3 grid, block, block_index;
 
 namespace {
 
@@ -56,7 +56,7 @@ void resume(Fiber& fiber) {
 }
 
 void prepare(Fiber& fiber, unsigned thread) {
-  fiber.index = dim3(thread % block.x, thread / block.x % block.y, thread / (block.x * block.y));
+  fiber.index = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y));
   fiber.lane = int(thread % 32), fiber.warp = int(thread / 32);
   fiber.started = fiber.finished = false;
   fiber.request = Request();
@@ -80,7 +80,7 @@ std::string describe(const Fiber& fiber) {
 }
 
 [[noreturn]] void fail(const std::string& what, const Fiber& one, const Fiber& other) {
-  throw std::runtime_error(what + " in block " + std::to_string(block_index.x) + ": " + describe(one) + "; " +
+  throw std::runtime_error(what + " in block " + std::to_string(blockIdx.x) + ": " + describe(one) + "; " +
                            describe(other));
 }
 
@@ -162,9 +162,9 @@ void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, const std::functi
   if (threads == 0 || threads > 1024 || grid_size.x == 0 || shared_bytes > kLargest)
     throw std::runtime_error("a launch that the device would refuse");
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
-  grid = grid_size, block = block_size, body = &kernel;
-  for (size_t b = 0; b < size_t{grid.x} * grid.y * grid.z; ++b) {
-    block_index = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
+  gridDim = grid_size, blockDim = block_size, body = &kernel;
+  for (size_t b = 0; b < size_t{gridDim.x} * gridDim.y * gridDim.z; ++b) {
+    blockIdx = dim3(unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y));
     std::memset(tk_shared_memory, kPoison, sizeof tk_shared_memory);
     run_block(threads);
     for (size_t i = shared_bytes; i < kArena; ++i)

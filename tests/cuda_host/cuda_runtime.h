@@ -45,7 +45,6 @@ struct Thread {
 };
 
 extern Thread* current;  // the thread whose fiber runs
-extern dim3 grid, block, block_index;
 
 void wait();  // hands over to the scheduler; returns when every thread named by current->request has arrived
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
@@ -79,9 +78,7 @@ inline unsigned ballot(unsigned mask, bool flag, const char* file, int line) {
 }  // namespace cuda_host
 
 #define threadIdx (cuda_host::current->index)
-#define blockIdx cuda_host::block_index
-#define blockDim cuda_host::block
-#define gridDim cuda_host::grid
+extern dim3 gridDim, blockDim, blockIdx;
 
 #define CUDA_HOST_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 

@@ -244,8 +244,8 @@ class TestTrajectories:
         )  # fmt: skip
         outcomes = []
         for under_the_mask in (-0.5, math.nan):
-            fields = [torch.where(self.MASK, -(1 + i + torch.arange(6, dtype=F64)) / 7, under_the_mask) for i in range(6)]
-            new, old, per_token, ref, sampler, entropy = fields
+            scored = [-(1 + i + torch.arange(6, dtype=F64)) / 7 for i in range(6)]
+            new, old, per_token, ref, sampler, entropy = (torch.where(self.MASK, x, under_the_mask) for x in scored)
             new.requires_grad_(), entropy.requires_grad_()
             loss, metrics = reference.policy_loss(
                 new, old, per_token, self.CU, config=config, mask=self.MASK, ref_logprobs=ref,

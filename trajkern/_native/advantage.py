@@ -12,12 +12,20 @@ from trajkern._checks import check_cu_seqlens
 from trajkern._native._args import DTYPE, check_values, pointer
 
 
-def _call(name: str, x: Tensor, *args: Any) -> Any:
-    """The kernel of x's device; a CUDA kernel runs on torch's current stream there."""
+def _call(name: str, x: Tensor, *args: Any, partial_sums: bool = False) -> Any:
+    """The kernel of x's device; a CUDA kernel runs on torch's current stream there.
+
+    ``partial_sums``: give a CUDA kernel room for three sums a block; the number of blocks depends on the length alone.
+    """
     if x.device.type == "cpu":
         return getattr(_ext.cpu(), name)(*args)
     with torch.cuda.device(x.device):
-        return getattr(_ext.cuda(), name)(*args, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        if not partial_sums:
+            return getattr(_ext.cuda(), name)(*args, stream)
+        blocks = min(max(-(-x.shape[0] // 2048), 1), 1024)
+        partials = x.new_empty(3 * blocks, dtype=torch.float64)
+        return getattr(_ext.cuda(), name)(*args, partials.data_ptr(), blocks, stream)
 
 
 def _rows(rewards: Tensor, group_ids: Tensor, gate: Tensor | None, weights: Tensor | None) -> tuple[int, ...]:
@@ -117,7 +125,7 @@ def whiten(
     out, stats = torch.empty_like(x), x.new_empty(2, dtype=torch.float64)
     _call(
         "whiten", x, x.data_ptr(), DTYPE[x.dtype], pointer(mask), x.shape[0], shift_mean, ddof, eps, out.data_ptr(),
-        stats.data_ptr(),
+        stats.data_ptr(), partial_sums=True,
     )  # fmt: skip
     return out, stats
 
@@ -133,6 +141,6 @@ def whiten_backward(
     grad_x = torch.empty_like(x)
     _call(
         "whiten_backward", x, grad_out.data_ptr(), x.data_ptr(), DTYPE[x.dtype], pointer(mask), x.shape[0],
-        stats.data_ptr(), shift_mean, ddof, grad_x.data_ptr(),
+        stats.data_ptr(), shift_mean, ddof, grad_x.data_ptr(), partial_sums=True,
     )  # fmt: skip
     return grad_x

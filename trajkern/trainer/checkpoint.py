@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Checkpoint(NamedTuple):
 def save(
     path: Path,
     *,
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     place: dict[str, Any],

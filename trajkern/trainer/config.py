@@ -25,15 +25,17 @@ class WarmUp:
         steps: most optimiser steps; 0 skips the warm-up.
         batch: demonstrations a step.
         lr: learning rate after a ramp of 20 steps.
+        weight_decay: AdamW's; it helps few demonstrations go a longer way.
         demonstrations: questions whose answers are shown; by default the task's own number.
         check_every: steps between validations.
         pass_at_1: validation pass@1 that ends the warm-up.
         pass_at_k: validation pass@k that it needs as well.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch: int = 128
     lr: float = 4e-3
+    weight_decay: float = 0.5
     demonstrations: int | None = None
     check_every: int = 20
     pass_at_1: float = 0.25
@@ -59,8 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Warm a small language model up on a reasoning task, then train it by
-    reinforcement learning with trajkern's ops.
+    """Train a small language model on a reasoning task with trajkern's ops.
 
     Args:
         task: a reasoning-gym task; an unknown name lists them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trajkern.trainer.extras import require
+from trajkern.trainer.policy import Policy
 from trajkern.trainer.tasks import Question
 
 
@@ -26,29 +27,29 @@ class HuggingFaceCache:
         return HuggingFaceCache(self.cache, self.keep.repeat_interleave(copies, 0))
 
 
-class HuggingFacePolicy(nn.Module):
-    """Poses the full question, through the tokenizer's chat template where it has one.
+class HuggingFacePolicy(Policy):
+    """Poses the full question after ``shots`` answered ones, through the tokenizer's chat template where it has one.
 
     A pack runs as one row with position ids and a block-diagonal mask, so its attention costs T^2.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, shots: Sequence[Question] = ()) -> None:
         super().__init__()
         self.model, self._tokenizer = model.eval(), tokenizer  # eval: dropout would break the on-policy ratio
         self.eos: int = tokenizer.eos_token_id
+        self._shots = list(shots)
 
     @classmethod
-    def load(cls, name: str) -> HuggingFacePolicy:
+    def load(cls, name: str, shots: Sequence[Question] = ()) -> HuggingFacePolicy:
         """Load "smollm2", a HuggingFace folder or a .gguf file, in float32."""
         transformers = require("transformers")
         folder, options = _locate(name)
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, shots)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
-        """Logits of ``rows`` only; attention stays inside each trajectory."""
         trajectory = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
         place = torch.arange(len(tokens))
         visible = (trajectory[:, None] == trajectory) & (place[:, None] >= place)  # [T, T]
@@ -63,12 +64,11 @@ class HuggingFacePolicy(nn.Module):
         ).logits[0]
 
     def start(self, count: int, room: int) -> HuggingFaceCache:
-        """An empty cache for ``count`` sequences; it grows as needed, so ``room`` is not read."""
+        # transformers' cache grows as needed
         cache = require("transformers").DynamicCache(config=self.model.config)
         return HuggingFaceCache(cache, torch.zeros(count, 0, dtype=torch.bool))
 
     def extend(self, tokens: Tensor, keep: Tensor, cache: HuggingFaceCache) -> Tensor:  # [N, S], [N, S] -> [N, V]
-        """Append S positions, padded where ``keep`` is False, and return the logits after the last."""
         cache.keep = torch.cat((cache.keep, keep), 1)
         positions = (cache.keep.cumsum(1)[:, -tokens.shape[1] :] - 1).clamp_min(0)
         return self.model(
@@ -81,10 +81,11 @@ class HuggingFacePolicy(nn.Module):
 
     def prompt(self, question: Question) -> list[int]:
         if self._tokenizer.chat_template is None:
-            return list(self._tokenizer(question.text + "\n").input_ids)
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": question.text}], add_generation_prompt=True, tokenize=False
-        )
+            shown = "".join(f"{shot.text}\n{shot.answer}\n\n" for shot in self._shots)
+            return list(self._tokenizer(f"{shown}{question.text}\n").input_ids)
+        turns = [turn for shot in self._shots for turn in (("user", shot.text), ("assistant", shot.answer))]
+        messages = [{"role": role, "content": content} for role, content in (*turns, ("user", question.text))]
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def answer(self, text: str) -> list[int]:

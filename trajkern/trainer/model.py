@@ -149,7 +149,8 @@ class CachedAttention:
         causal = column <= column[begin:, None]
         # A padded query sees only padding; a finite bias keeps its unused row free of NaN.
         visible = causal & cache.keep[:, None, None, :end]  # [N, 1, S, end]
-        self.bias = torch.where(visible, 0.0, torch.finfo(cache.keys.dtype).min).to(cache.keys.dtype)
+        bias = torch.zeros(visible.shape, dtype=cache.keys.dtype, device=visible.device)
+        self.bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, S, heads, head_dim] each
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

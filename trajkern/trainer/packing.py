@@ -36,7 +36,8 @@ def pack_rollouts(rollouts: Rollouts, rewards: Tensor, group_ids: Tensor) -> tk.
 
 
 def select(batch: tk.PackedBatch, keep: Tensor) -> tk.PackedBatch:  # [N] bool
-    """The trajectories marked by ``keep``."""
+    """The trajectories of a rollout batch marked by ``keep``."""
+    assert batch.rewards is not None and batch.sampler_logprobs is not None
     tokens = torch.repeat_interleave(keep, batch.lengths)
     cu_seqlens = torch.cat((batch.cu_seqlens.new_zeros(1), batch.lengths[keep].cumsum(0)))
     return tk.PackedBatch(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import abc
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,24 +13,41 @@ from trajkern.trainer.model import ModelConfig, Transformer
 from trajkern.trainer.tasks import Question
 
 
-class Policy(Protocol):
+class Policy(nn.Module, abc.ABC):
     """A causal language model with its tokenizer.
 
     Calling it runs packed trajectories; ``start`` and ``extend`` sample through a key-value cache (an object with
-    ``repeat(copies)``, which repeats every sequence in place of itself).
+    ``repeat(copies)``, which returns it with every sequence that many times, copies adjacent).
     """
 
     eos: int
 
-    def __call__(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor: ...  # [T], [N+1], [P] -> [P, V]
-    def start(self, count: int, room: int) -> Any: ...
-    def extend(self, tokens: Tensor, keep: Tensor, cache: Any) -> Tensor: ...  # [N, S], [N, S] -> [N, V]
-    def prompt(self, question: Question) -> list[int]: ...
-    def answer(self, text: str) -> list[int]: ...
-    def text(self, tokens: list[int]) -> str: ...
+    @abc.abstractmethod
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
+        """Logits of ``rows`` only; attention stays inside each trajectory."""
+
+    @abc.abstractmethod
+    def start(self, count: int, room: int) -> Any:
+        """An empty cache for ``count`` sequences of at most ``room`` padded positions."""
+
+    @abc.abstractmethod
+    def extend(self, tokens: Tensor, keep: Tensor, cache: Any) -> Tensor:  # [N, S], [N, S] bool -> [N, V]
+        """Append S positions, padded where ``keep`` is False, and return the logits after the last."""
+
+    @abc.abstractmethod
+    def prompt(self, question: Question) -> list[int]:
+        """The tokens that pose ``question``."""
+
+    @abc.abstractmethod
+    def answer(self, text: str) -> list[int]:
+        """The tokens of an answer, its end included."""
+
+    @abc.abstractmethod
+    def text(self, tokens: list[int]) -> str:
+        """The answer that ``tokens`` spell."""
 
 
-class CharacterModel(Transformer):
+class CharacterModel(Transformer, Policy):
     """The built-in transformer over characters; it reads a question's short prompt."""
 
     eos = tokenizer.EOS
@@ -46,8 +65,8 @@ class CharacterModel(Transformer):
         return tokenizer.decode(tokens)
 
 
-def load_policy(name: str, tiny: ModelConfig) -> nn.Module:
-    """The policy that ``--model name`` asks for.
+def load_policy(name: str, tiny: ModelConfig, shots: Sequence[Question]) -> Policy:
+    """The policy that ``--model name`` asks for; ``shots`` are what a pretrained one is shown before each question.
 
     Raises ValueError where ``name`` is neither "tiny", "smollm2" nor an existing path.
     """
@@ -55,4 +74,4 @@ def load_policy(name: str, tiny: ModelConfig) -> nn.Module:
         return CharacterModel(tiny)
     from trajkern.trainer.huggingface import HuggingFacePolicy
 
-    return HuggingFacePolicy.load(name)
+    return HuggingFacePolicy.load(name, shots)

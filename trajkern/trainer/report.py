@@ -10,7 +10,8 @@ from typing import Any
 
 from trajkern.trainer.extras import require
 
-Scalar = float | int | str | None
+Scalar = float | int | None
+_SHOWN = ("loss", "reward", "live_groups", "entropy", "val_pass@1", "val_pass@k", "tokens/s")
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where the output is no terminal
 
 
@@ -65,6 +66,7 @@ class Display:
     def begin(self, name: str, total: int, done: int) -> None:
         """Start the display of a phase of ``total`` steps, of which ``done`` are behind us."""
         self._name, self._total = name, total
+        self._latest: dict[str, Scalar] = {}
         if self._console.is_terminal:
             progress = require("rich.progress")
             self._bar = progress.Progress(
@@ -79,7 +81,8 @@ class Display:
             self._bar.start()
 
     def step(self, step: int, values: Mapping[str, Scalar]) -> None:
-        text = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        self._latest |= {k: v for k, v in values.items() if k in _SHOWN and v is not None}
+        text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in self._latest.items())
         if self._bar:
             self._bar.update(self._task, completed=step, values=text)
         elif time.monotonic() - self._printed > _PLAIN_INTERVAL or step == self._total:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
+from trajkern.trainer.policy import Policy
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.tasks import Splits, Task
 
@@ -39,6 +40,11 @@ class Clock:
     training: float = 0.0
 
     @property
+    def rate(self) -> float:
+        """Tokens a second through both."""
+        return (self.sampled + self.trained) / max(self.sampling + self.training, 1e-9)
+
+    @property
     def rates(self) -> tuple[float, float]:
         """Tokens a second, sampled and trained."""
         return self.sampled / max(self.sampling, 1e-9), self.trained / max(self.training, 1e-9)
@@ -51,8 +57,8 @@ class Run:
     config: TrainConfig
     task: Task
     splits: Splits
-    policy: Any
-    anchor: nn.Module | None  # the policy before reinforcement, where the loss has a KL term
+    policy: Policy
+    anchor: Policy | None  # the policy before reinforcement, where the loss has a KL term
     generator: torch.Generator
     max_new: int
     out: Path
@@ -68,8 +74,9 @@ class Run:
 
     def record(self, values: dict[str, float | int | None]) -> None:
         """Write a step's metrics and show them."""
+        values = {**values, "tokens/s": round(self.clock.rate)}
         self.metrics.write(self.phase, self.step, values)
-        self.display.step(self.step, {k: v for k, v in values.items() if v is not None})
+        self.display.step(self.step, values)
 
     def save(self, name: str = CHECKPOINT) -> Path:
         """Write the checkpoint ``name``, from which this run continues step for step."""
@@ -159,7 +166,7 @@ def interruptible() -> Iterator[threading.Event]:
 @contextlib.contextmanager
 def deterministic(threads: int | None) -> Iterator[None]:
     """The same bits for the same seed and number of threads."""
-    memory = torch.utils.deterministic
+    memory: Any = torch.utils.deterministic
     state = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory)
     torch.set_num_threads(threads or state[0])
     torch.use_deterministic_algorithms(True)

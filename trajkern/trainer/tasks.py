@@ -163,12 +163,12 @@ class Task:
             ValueError: the task has too few distinct questions.
         """
         taken: set[str] = set()
-        found: list[list[Question]] = []
+        found: dict[str, list[Question]] = {}
         wanted = {"heldout": heldout, "validation": validation, "demonstrations": demonstrations or self.demonstrations}
         for split, (name, count) in enumerate(wanted.items()):
-            found.append(self.distinct(split, 50 * count, taken, count))
-            if len(found[-1]) < count:
-                raise ValueError(f"{name} must be at most {len(found[-1])} for task {self.name}, got {count}")
+            some = found[name] = self.distinct(split, 50 * count, taken, count)
+            if len(some) < count:
+                raise ValueError(f"{name} must be at most {len(some)} for task {self.name}, got {count}")
             if name != "demonstrations":
-                taken |= {question.prompt for question in found[-1]}
-        return Splits(*found, train=self.distinct(3, train, taken))
+                taken |= {question.prompt for question in some}
+        return Splits(**found, train=self.distinct(3, train, taken))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,7 +64,7 @@ def train(config: TrainConfig) -> Result:
             run.metrics.close()
 
 
-def set_up(config: TrainConfig, interrupt) -> Run:
+def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
     recipes.recipe(config.recipe)
     stored = checkpoint.load(config.resume) if config.resume else None
@@ -77,7 +78,7 @@ def set_up(config: TrainConfig, interrupt) -> Run:
         train=config.questions,
     )
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model, config.tiny)
+    policy = load_policy(config.model, config.tiny, splits.demonstrations[: config.shots])
     phase = stored.place["phase"] if stored else "warmup"
     anchor = copy.deepcopy(policy).requires_grad_(False) if config.loss.kl_coef and phase == "main" else None
     optimizer = make_optimizer(config, policy, phase)
@@ -111,10 +112,10 @@ def set_up(config: TrainConfig, interrupt) -> Run:
     return run
 
 
-def make_optimizer(config: TrainConfig, policy: torch.nn.Module, phase: str) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, policy: Policy, phase: str) -> torch.optim.Optimizer:
     supervised = phase == "warmup" or config.control == "supervised"
-    betas = (0.9, 0.98) if supervised else (0.9, 0.99)
-    return torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=betas, weight_decay=0.0, fused=True)
+    betas, decay = ((0.9, 0.98), config.warmup.weight_decay) if supervised else ((0.9, 0.99), 0.0)
+    return torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def set_lr(run: Run, lr: float) -> None:
@@ -147,23 +148,18 @@ def supervised_step(run: Run) -> float:
     """One optimiser step of cross-entropy on a batch of demonstrations."""
     began = time.perf_counter()
     batch = pack_demonstrations(run.policy, run.draw(run.splits.demonstrations, run.config.warmup.batch))
-    logprobs, _ = score(run.policy, batch)
-    loss = -logprobs.mean()
+    loss = -score(run.policy, batch).logprobs.mean()
     optimise(run, loss)
     run.clock.trained += batch.num_tokens
     run.clock.training += time.perf_counter() - began
     return loss.item()
 
 
-def score(
-    policy: Policy, batch: tk.PackedBatch, *, temperature: float = 1.0, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:  # [P], [P]
-    """Log-probs of the scored tokens, and the entropy they were drawn at; logits of those rows only."""
+def score(policy: Policy, batch: tk.PackedBatch, temperature: float = 1.0) -> tk.TokenStats:
+    """Log-prob of each scored token and the entropy it was drawn at, ``[P]``; logits of those rows only."""
     pairs = batch.head_inputs()
     logits = policy(batch.tokens, batch.cu_seqlens, pairs.rows)
-    outputs = ("entropy",) if entropy else ()
-    stats = tk.token_stats(logits, pairs.targets, outputs=outputs, temperature=temperature, inplace_backward=True)
-    return stats.logprobs, stats.entropy
+    return tk.token_stats(logits, pairs.targets, temperature=temperature, inplace_backward=True)
 
 
 def begin_main(run: Run) -> None:
@@ -233,31 +229,33 @@ def policy_step(run: Run) -> dict[str, float | int | None]:
 def update(run: Run, batch: tk.PackedBatch, advantages: Tensor) -> dict[str, float]:  # [N]
     """``config.updates`` optimiser steps on one batch. The first one's log-probs are the old ones: no extra forward."""
     config, pairs = run.config, batch.head_inputs()
+    assert batch.sampler_logprobs is not None
     drawn = batch.sampler_logprobs[pairs.tokens]
     anchor = None
     if run.anchor is not None:
         with torch.no_grad():
-            anchor, _ = score(run.anchor, batch, temperature=config.temperature)
-    old = None
-    for _ in range(config.updates):
-        logprobs, entropy = score(
-            run.policy, batch, temperature=config.temperature, entropy=config.loss.entropy_coef != 0
-        )
-        old = logprobs.detach() if old is None else old
+            anchor = score(run.anchor, batch, config.temperature).logprobs
+    old = drawn
+    for turn in range(config.updates):
+        stats = score(run.policy, batch, config.temperature)
+        if turn == 0:
+            old = stats.logprobs.detach()
         loss, metrics = tk.policy_loss(
-            logprobs,
+            stats.logprobs,
             old,
             advantages,
             pairs.cu_seqlens,
             config=config.loss,
             ref_logprobs=anchor,
             sampler_logprobs=drawn,
-            entropy=entropy,
+            entropy=stats.entropy,
         )
         optimise(run, loss)
         run.clock.trained += batch.num_tokens
-    drift = (old - drawn).abs().max()
-    return {"loss": loss.item(), "sampler_drift": drift.item(), **{k: v.item() for k, v in metrics.items()}}
+    metrics |= {"loss": loss.detach(), "sampler_drift": (old - drawn).abs().max()}
+    if not config.loss.kl_coef:
+        del metrics["kl"]
+    return {name: value.item() for name, value in metrics.items()}
 
 
 def deal(rewards: Tensor, generator: torch.Generator) -> Tensor:  # [G, rollouts]

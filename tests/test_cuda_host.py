@@ -1,0 +1,252 @@
+"""The CUDA kernels on a machine without a GPU: compiled for the host and run with one fiber per thread.
+
+Proves indexing, logic and the use of barriers and lanes; not speed, nor memory ordering.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import pytest
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern import _ext
+from trajkern.testing import check, run
+from trajkern.testing.advantage import SPECS
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = ROOT / "tests" / "cuda_host"
+# kernels are optimised lightly (they run), the bindings not at all (they compile sooner)
+SOURCES = {
+    **{path: "-O1" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))},
+    HOST / "primitives.cu": "-O1",
+    HOST / "cuda_host.cpp": "-O2",
+    HOST / "module.cpp": "-O0",
+}
+ORDERS = {"forward": 0, "backward": 1, "random": 2}
+SMALL = [
+    pytest.param((spec, case), id=f"{spec.name}-{case.name}")
+    for spec in SPECS
+    for case in spec.cases
+    if not case.large
+]
+COMPILER = shutil.which("g++") or shutil.which("c++")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on the PATH")
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The module _C_cuda_host, built once."""
+    folder = tmp_path_factory.mktemp("cuda_host")
+    includes = [f"-I{path}" for path in (HOST, pybind11.get_include(), sysconfig.get_paths()["include"])]
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"]
+        command = [str(COMPILER), *flags, SOURCES[source], *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    library = folder / f"_C_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library)], check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_C_cuda_host", str(library))
+    spec = importlib.util.spec_from_loader("_C_cuda_host", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class OnHost:
+    """Stands where the launchers find the CPU's module: their kernels come from ``host``, on stream 0."""
+
+    def __init__(self, host: ModuleType, blocks: int = 3) -> None:
+        self.host, self.cpu, self.blocks, self.calls = host, _ext.cpu(), blocks, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(self.host, name):
+            return getattr(self.cpu, name)
+
+        def kernel(*args: Any) -> Any:
+            self.calls += 1
+            if not name.startswith("whiten"):
+                return getattr(self.host, name)(*args, 0)
+            partials = torch.full((3 * self.blocks,), torch.nan, dtype=torch.float64)
+            return getattr(self.host, name)(*args, partials.data_ptr(), self.blocks, 0)
+
+        return kernel
+
+
+@pytest.fixture
+def kernels(host: ModuleType, monkeypatch: pytest.MonkeyPatch, poison: None) -> OnHost:
+    module = OnHost(host)
+    monkeypatch.setattr(_ext, "cpu", lambda: module)
+    host.set_order(ORDERS["forward"], 0)
+    return module
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
+@pytest.mark.parametrize("small", SMALL)
+def test_within_budget(small, dtype: torch.dtype, kernels: OnHost) -> None:
+    spec, case = small
+    shares = check(spec, getattr(tk, spec.name), spec.inputs(case, dtype))
+    assert kernels.calls > 0
+    assert max(shares.values()) <= 1, f"{case.name} ({case.reason}): share of the error budget {shares}"
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_order_of_the_threads_changes_no_bit(small, kernels: OnHost) -> None:
+    """A barrier that is missing shows here."""
+    spec, case = small
+    inputs, function = spec.inputs(case, torch.float32), getattr(tk, spec.name)
+    forward = run(spec, function, inputs)
+    for name, seed in (("backward", 0), ("random", 1), ("random", 2)):
+        kernels.host.set_order(ORDERS[name], seed)
+        _assert_same_bits(forward, run(spec, function, inputs))
+
+
+def _assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, x in left.items():
+        assert torch.equal(x.nan_to_num(123.0), right[name].nan_to_num(123.0)), f"{name} differs"
+
+
+def _members(n: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Shuffled rows, and the positions of ``size`` of them, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=generator), torch.randperm(n, generator=generator)[:size].sort().values
+
+
+# a warp has 32 lanes, compares 256 ids at a time and remembers 256 members
+@pytest.mark.parametrize(("n", "size"), ((700, 3), (40, 33), (300, 255), (300, 257), (1100, 600)))
+def test_group_does_not_see_the_rest_of_the_batch(n: int, size: int, kernels: OnHost) -> None:
+    rewards, at = _members(n, size, seed=n)
+    ids = torch.arange(n) // 3 + 10
+    ids[at] = -7
+    packed, alone = rewards.clone().requires_grad_(), rewards[at].clone().requires_grad_()
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    together = tk.group_advantages(packed, ids)
+    apart = tk.group_advantages(alone, torch.zeros(size, dtype=torch.int64))
+    together.backward(upstream)
+    apart.backward(upstream[at])
+    assert torch.equal(together[at], apart)
+    assert torch.equal(packed.grad[at], alone.grad)
+    expected = (rewards[at].double() - rewards[at].double().mean()) / (rewards[at].double().std() + 1e-6)
+    torch.testing.assert_close(apart.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_trajectory_does_not_see_the_rest_of_the_batch(kernels: OnHost) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 200, generator=generator)
+    mask = torch.rand(200, generator=generator) > 0.3
+    bounds = torch.tensor([0, 5, 5, 111, 112, 200])
+    packed = tk.gae(rewards, values, bounds, gamma=0.9, mask=mask).advantages
+    for a, b in pairwise(bounds.tolist()):
+        alone = tk.gae(rewards[a:b], values[a:b], torch.tensor([0, b - a]), gamma=0.9, mask=mask[a:b]).advantages
+        assert torch.equal(packed[a:b], alone)
+
+
+@pytest.mark.parametrize("blocks", (1, 2, 7))
+def test_whiten_over_any_number_of_blocks(blocks: int, kernels: OnHost) -> None:
+    kernels.blocks = blocks
+    spec = next(s for s in SPECS if s.name == "whiten")
+    inputs = spec.inputs(next(c for c in spec.cases if c.name == "large_mean"), torch.float32)
+    assert max(check(spec, tk.whiten, inputs).values()) <= 1
+
+
+@pytest.mark.parametrize("bounds", ((2, 6, 8), (0, 6, 7), (0, 99, 10), (-5, 3, 10), (0, 7, 3, 10), (4, 4)))
+def test_gae_keeps_to_the_tokens_whatever_the_boundaries(bounds: tuple[int, ...], host: ModuleType) -> None:
+    """On a GPU nobody checks them; tokens outside every trajectory become NaN."""
+    room = torch.full((30,), 55.0)
+    rewards, out, cu_seqlens = torch.ones(10), room[10:20], torch.tensor(bounds)
+    host.gae(rewards.data_ptr(), 0, 0, cu_seqlens.data_ptr(), len(bounds) - 1, 10, 0, 0, 1.0, 1.0, out.data_ptr(), 0)
+    assert (room[:10] == 55).all() and (room[20:] == 55).all()
+    assert torch.isnan(out[: max(bounds[0], 0)]).all() and torch.isnan(out[bounds[-1] :]).all()
+    assert not (out == 55).any()
+
+
+def test_warp_and_block_sums(host: ModuleType) -> None:
+    blocks, threads = 2, 96
+    x = torch.randn(blocks, threads, dtype=torch.float64)
+    warp, block, squares = (torch.full_like(x, torch.nan) for _ in range(3))
+    host.sums(x.data_ptr(), blocks, threads, warp.data_ptr(), block.data_ptr(), squares.data_ptr())
+    by_warp = [[sum(x[b, w : w + 32].tolist()) for w in range(0, threads, 32)] for b in range(blocks)]
+    torch.testing.assert_close(warp, torch.tensor(by_warp, dtype=torch.float64).repeat_interleave(32, 1))
+    for got, values in ((block, x), (squares, x * x)):
+        torch.testing.assert_close(got, torch.tensor([[sum(row)] * threads for row in values.tolist()]).double())
+        assert (got == got[:, :1]).all(), "threads disagree"
+
+
+def test_affine_scan(host: ModuleType) -> None:
+    blocks = 2
+    scale, shift = torch.randn(2, blocks, 32, dtype=torch.float64)
+    scale[0, 7], scale[1, 3], shift[1, 3] = 0.0, 1.0, 0.0  # a segment starts; a lane passes on
+    out_scale, out_shift = torch.full((2, blocks, 32), torch.nan, dtype=torch.float64)
+    host.scan(scale.data_ptr(), shift.data_ptr(), blocks, out_scale.data_ptr(), out_shift.data_ptr())
+    for b in range(blocks):
+        a, c = 1.0, 0.0
+        for k in range(32):
+            a, c = float(scale[b, k]) * a, float(scale[b, k]) * c + float(shift[b, k])
+            assert float(out_scale[b, k]) == pytest.approx(a, rel=1e-12, abs=1e-15)
+            assert float(out_shift[b, k]) == pytest.approx(c, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("lanes", (0, 1, 0x80000000, 0xFFFFFFFF, 0x00F0A001))
+def test_lanes_and_sets_of_lanes(lanes: int, host: ModuleType) -> None:
+    blocks, threads = 2, 64
+    out = torch.full((blocks * threads, 6), -99)
+    host.lanes(lanes, blocks, threads, out.data_ptr())
+    members = [k for k in range(32) if lanes >> k & 1]
+    for i, row in enumerate(out.tolist()):
+        below = [k for k in members if k < i % 32]
+        assert row[:3] == [i % 32, i % threads // 32, i // 32]
+        assert row[3:] == [max(below, default=-1), max(members, default=-1), len(below)]
+
+
+def test_a_missing_barrier_shows(host: ModuleType) -> None:
+    expected = torch.arange(1, 33) % 32 + 100
+
+    def neighbours(synchronised: bool, order: str) -> Tensor:
+        out = torch.full((32,), -1)
+        host.set_order(ORDERS[order], 0)
+        host.neighbour(synchronised, out.data_ptr())
+        return out
+
+    for order in ORDERS:
+        assert torch.equal(neighbours(True, order), expected)
+    assert not all(torch.equal(neighbours(False, order), expected) for order in ORDERS)
+
+
+MISUSES = {  # in the order of primitives.h
+    "absent_lane": "can never arrive.*a vote.*thread 5 has returned",
+    "two_sites": "deadlock.*__syncwarp.*a vote",
+    "divergent_barrier": "can never arrive.*__syncthreads",
+    "two_barriers": "deadlock.*__syncthreads.*__syncthreads",
+    "foreign_source": "outside its mask",
+    "not_in_own_mask": "not in its own mask",
+    "shared_overrun": "byte 64 of shared memory",
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_misuse_is_an_error(misuse: str, order: str, host: ModuleType) -> None:
+    host.set_order(ORDERS[order], 3)
+    with pytest.raises(RuntimeError, match=MISUSES[misuse]):
+        host.misuse(list(MISUSES).index(misuse))

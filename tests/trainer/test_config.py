@@ -1,0 +1,119 @@
+"""Flags, TOML files and what the command line says about mistakes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from trajkern.trainer import cli_main
+from trajkern.trainer.config import TrainConfig, parse
+
+
+def test_every_field_is_a_flag() -> None:
+    config = parse(
+        "--task count_bits --steps 7 --loss.kind dapo --loss.clip-high 0.28 --warmup.steps 3 --eval.heldout 64"
+        " --tiny.layers 3 --control random-rewards --reference --max-new 9 --out here".split()
+    )
+    assert (config.task, config.steps, config.control, config.reference) == ("count_bits", 7, "random-rewards", True)
+    assert (config.loss.kind, config.loss.clip_high, config.loss.clip_low) == ("dapo", 0.28, 0.2)
+    assert (config.warmup.steps, config.eval.heldout, config.tiny.layers) == (3, 64, 3)
+    assert (config.max_new, config.out) == (9, Path("here"))
+    assert parse([]) == TrainConfig()
+
+
+def test_a_pretrained_model_has_gentler_defaults() -> None:
+    config = parse(["--model", "smollm2", "--prompts", "2"])
+    assert (config.model, config.prompts, config.warmup.steps) == ("smollm2", 2, 0)
+    assert config.lr < TrainConfig().lr / 10
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'task = "count_bits"\nsteps = 9\nreference = true\nout = "there"\n[loss]\nkind = "dr_grpo"\nmax_length = 8\n'
+        "[eval]\nheldout = 128\n"
+    )
+    config = parse(["--config", str(file), "--steps", "11", "--no-reference", "--loss.clip-low", "0.1"])
+    assert (config.task, config.steps, config.reference, config.out) == ("count_bits", 11, False, Path("there"))
+    assert (config.loss.kind, config.loss.max_length, config.loss.clip_low) == ("dr_grpo", 8, 0.1)
+    assert config.eval.heldout == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 3", "run.toml must hold settings of trajkern train: task, .*; got 'stepz'"),
+        ("[loss]\nkindd = 'x'", "run.toml must hold settings of loss: kind, .*; got 'kindd'"),
+        ("loss = 3", "run.toml must hold settings of trajkern train: .*; got 'loss'"),
+        ("[steps]\nx = 1", "run.toml must hold settings of trajkern train: .*; got 'steps'"),
+        ("steps = = 3", "config must be a readable TOML file; .*run.toml"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(tmp_path / "run.toml")])
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config must be a readable TOML file; .*none.toml"):
+        parse(["--config", str(tmp_path / "none.toml")])
+
+
+def test_json_round_trip() -> None:
+    config = parse("--out a/b --loss.kind cispo --tiny.width 32 --eval.every 4 --tensorboard t".split())
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--task chess", "task must be one of .*chain_sum.*; got 'chess'"),
+        ("--recipe alchemy", "recipe must be one of 'grpo'.*; got 'alchemy'"),
+        ("--loss.kind ppo", "kind must be one of 'grpo'.*; got 'ppo'"),
+        ("--model /no/such/model", "model must be 'tiny', 'smollm2', or an existing .*; got '/no/such/model'"),
+        ("--rollouts 1", "rollouts must be at least 2, got 1"),
+        ("--temperature 0", "temperature must be above 0, got 0.0"),
+        ("--resume nowhere.safetensors", "checkpoint must be an existing file; got nowhere.safetensors"),
+        ("--control placebo", "placebo"),
+        ("--stepz 3", "--stepz"),
+    ],
+)
+def test_mistakes_exit_with_two_and_list_the_choices(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = "--eval.heldout 8 --eval.validation 4 --warmup.demonstrations 8 --questions 100"
+    try:
+        status = cli_main([*arguments.split(), *small.split()])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert re.search(message, " ".join((captured.out + captured.err).split()))
+    assert not list(tmp_path.iterdir()), "nothing is written before the arguments are checked"
+
+
+def test_help_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as error:
+        parse(["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for flag in ("--task", "--loss.kind", "--warmup.steps", "--eval.heldout", "--tiny.layers", "--control"):
+        assert flag in text
+
+
+@pytest.mark.parametrize("package", ["reasoning_gym", "rich", "tyro"])
+def test_a_missing_extra_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
+    assert cli_main(["--steps", "1"]) == 2
+    assert f"the trainer needs {package}: pip install 'trajkern[train]'" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""Whole runs, small ones: what they leave, how they stop and continue, and that the backends agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trajkern.trainer import cli_main
+from trajkern.trainer import train as training
+from trajkern.trainer.config import TrainConfig, parse
+from trajkern.trainer.run import CHECKPOINT, METRICS, Interrupted
+
+Make = Callable[..., TrainConfig]
+
+
+def _records(folder: Path) -> list[dict]:
+    """The metrics without what depends on the clock."""
+    lines = (folder / METRICS).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens/s"} for line in lines]
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, step: str, after: int) -> None:
+    """Press Ctrl-C during the ``after``-th call of ``training.<step>``."""
+    original, calls = getattr(training, step), []
+
+    def interrupted(*args):
+        calls.append(step)
+        if len(calls) == after:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(training, step, interrupted)
+
+
+def test_a_run_leaves_its_results(config: Make, capsys: pytest.CaptureFixture) -> None:
+    result = training.train(config())
+    text = capsys.readouterr().out
+    for path in (result.curve, result.metrics, result.checkpoint):
+        assert path.stat().st_size > 100 and str(path) in text
+    assert result.curve.read_bytes().startswith(b"\x89PNG")
+    records = _records(result.metrics.parent)
+    assert [r["step"] for r in records if r["phase"] == "warmup"] == list(range(1, 41))
+    assert [r["step"] for r in records if r["phase"] == "main"] == list(range(1, 7))
+    assert [r["step"] for r in records if r["phase"] == "heldout"] == [0, 6]
+    assert sum(r["live_groups"] for r in records if r["phase"] == "main") >= 6, "the case needs something to learn from"
+    assert [r["step"] for r in records if r["phase"] == "main" and "val_pass@1" in r] == [3, 6]
+    for words in ("pass@1", "pass@4", "greedy", "after warm-up", "after 6 steps of grpo", "tokens per second"):
+        assert words in text
+
+
+def test_the_same_seed_gives_the_same_bits(config: Make) -> None:
+    one, two = (training.train(config(out)) for out in ("a", "b"))
+    other = training.train(config("c", seed=1))
+    weights = [load_file(r.checkpoint) for r in (one, two, other)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not torch.equal(weights[0]["policy.head.weight"], weights[2]["policy.head.weight"])
+    assert _records(one.metrics.parent) == _records(two.metrics.parent)
+
+
+@pytest.mark.parametrize(("step", "after"), [("supervised_step", 5), ("policy_step", 3)], ids=["warm-up", "main"])
+def test_resume_equals_an_uninterrupted_run(
+    config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int
+) -> None:
+    whole = training.train(config("whole"))
+    with monkeypatch.context() as patch:
+        _interrupt(patch, step, after)
+        with pytest.raises(Interrupted) as stopped:
+            training.train(config("parts"))
+    checkpoint = stopped.value.args[0]
+    (checkpoint.parent / METRICS).open("a").write('{"phase": "main", "st')  # what a crash may leave behind
+    resumed = training.train(parse(["--resume", str(checkpoint)]))
+    assert resumed.checkpoint == checkpoint
+    expected, came = load_file(whole.checkpoint), load_file(resumed.checkpoint)
+    assert expected.keys() == came.keys()
+    assert [k for k in expected if not torch.equal(expected[k], came[k])] == []
+    assert _records(resumed.metrics.parent) == _records(whole.metrics.parent)
+    assert (resumed.before, resumed.after) == (whole.before, whole.after)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_exits_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    _interrupt(monkeypatch, "policy_step", 2)
+    before = signal.getsignal(signal.SIGINT)
+    arguments = (
+        f"--task chain_sum --steps 6 --prompts 4 --rollouts 4 --questions 100 --out {tmp_path / 'run'} --threads 1"
+        " --warmup.steps 2 --warmup.batch 8 --warmup.demonstrations 16 --eval.heldout 8 --eval.validation 4"
+        " --tiny.layers 1 --tiny.width 16 --tiny.heads 2"
+    )
+    assert cli_main(arguments.split()) == 130
+    assert f"--resume {tmp_path / 'run' / CHECKPOINT}" in capsys.readouterr().err
+    stored = training.checkpoint.load(tmp_path / "run" / CHECKPOINT)
+    assert (stored.place["phase"], stored.place["step"]) == ("main", 2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_reference_gives_the_same_curve(config: Make) -> None:
+    fused, reference = (training.train(config(out, reference=out == "reference")) for out in ("fused", "reference"))
+    for one, two in zip(*(_records(r.metrics.parent) for r in (fused, reference)), strict=True):
+        assert one.keys() == two.keys()
+        assert one.pop("phase") == two.pop("phase")
+        for name in one:
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), f"{name} at step {one['step']}"
+
+
+def test_updates_kl_entropy_and_corrections_reach_the_loss(config: Make) -> None:
+    settings = config(
+        updates=2,
+        loss=dataclasses.replace(config().loss, kl_coef=0.1, entropy_coef=0.01, sampler_correction="tis"),
+    )
+    result = training.train(settings)
+    steps = [r for r in _records(result.metrics.parent) if r["phase"] == "main" and r["live_groups"]]
+    assert steps and all(r["kl"] >= 0 and r["entropy"] > 0 for r in steps)
+    assert any(r["ratio_max"] != 1 for r in steps), "the second update is off-policy"
+    assert any(k.startswith("anchor.") for k in load_file(result.checkpoint))
+
+
+def test_random_rewards_are_the_groups_own() -> None:
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).repeat(50, 1)
+    dealt = training.deal(rewards, torch.Generator().manual_seed(0))
+    assert torch.equal(dealt.sum(1), rewards.sum(1))
+    first = dealt[::3, 0].mean()
+    assert 0.1 < first < 0.45, "a group's single reward should land anywhere"
+
+
+def test_controls_start_from_the_same_warm_up(config: Make) -> None:
+    main = training.train(config("main"))
+    weight = load_file(main.checkpoint)["policy.head.weight"]
+    warm = main.checkpoint.with_name("warmup.safetensors")
+    for control in ("random-rewards", "supervised"):
+        out = main.checkpoint.parent.with_name(control)
+        result = training.train(parse(["--resume", str(warm), "--control", control, "--out", str(out)]))
+        assert result.before == main.before
+        assert not torch.equal(load_file(result.checkpoint)["policy.head.weight"], weight)
+        assert _records(out)[:41] == _records(main.metrics.parent)[:41]
+
+
+def test_supervised_control_costs_what_a_policy_step_costs(config: Make) -> None:
+    settings = config(steps=20, control="supervised", warmup=dataclasses.replace(config().warmup, steps=1))
+    result = training.train(settings)
+    batches = sum(r["batches"] for r in _records(result.metrics.parent) if r["phase"] == "main")
+    demonstrations = training.Task("chain_sum").splits(heldout=16, validation=8, demonstrations=256, train=300)
+    lengths = [(len(q.prompt), len(q.answer) + 1) for q in demonstrations.demonstrations]
+    prompt, answer = (sum(x) / len(x) for x in zip(*lengths, strict=True))
+    policy_step = 16 * prompt + 64 * answer + 3 * 64 * (prompt + answer)
+    assert 32 * 3 * (prompt + answer) * (batches + 1) >= 20 * policy_step
+
+
+def test_the_time_limit_says_when_it_bites(config: Make, capsys: pytest.CaptureFixture) -> None:
+    result = training.train(config(time_limit=1e-6))
+    assert result.steps == 0
+    assert "time limit of 1e-06 s reached: stopped after 0 of 6 steps" in capsys.readouterr().out
+
+
+def test_damaged_or_foreign_checkpoints_overwrite_nothing(config: Make) -> None:
+    result = training.train(config())
+    folder = result.checkpoint.parent
+    contents = {p.name: p.read_bytes() for p in folder.iterdir()}
+    wider = dataclasses.replace(config().tiny, width=16)
+    with pytest.raises(ValueError, match="checkpoint must be of the same model"):
+        training.train(config(resume=result.checkpoint, tiny=wider))
+    cut = folder.parent / "cut.safetensors"
+    cut.write_bytes(contents[CHECKPOINT][:-10])
+    with pytest.raises(ValueError, match="cut.safetensors is damaged"):
+        training.train(config(resume=cut))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == contents
+
+
+def test_tensorboard_gets_the_same_numbers(config: Make, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = training.train(config(tensorboard=tmp_path / "board"))
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    rewards = [e.value for e in events.Scalars("main/reward")]
+    assert rewards == pytest.approx([r["reward"] for r in _records(result.metrics.parent) if r["phase"] == "main"])
