@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -126,19 +127,39 @@ bool resolve(Fiber& fiber, size_t threads) {
   return true;
 }
 
+// Runs each thread of a warp to its next collective, again and again while that leads anywhere, `rounds` times at most.
+bool run_warp(size_t warp, size_t threads, int rounds) {
+  const size_t first = 32 * warp, last = std::min(threads, first + 32);
+  std::vector<size_t> turn(last - first);
+  std::iota(turn.begin(), turn.end(), first);
+  if (order == Order::backward) std::reverse(turn.begin(), turn.end());
+  if (order == Order::random) std::shuffle(turn.begin(), turn.end(), generator);
+  bool any = false;
+  for (bool progress = true; progress && rounds > 0; --rounds) {
+    progress = false;
+    for (size_t i : turn) {
+      Fiber& fiber = *fibers[i];
+      if (fiber.finished) continue;
+      if (fiber.request.kind == Kind::none) resume(fiber), progress = true;
+      if (!fiber.finished && resolve(fiber, threads)) progress = true;
+    }
+    any |= progress;
+  }
+  return any;
+}
+
+// A warp runs as far ahead of the others as it can, except in random order.
 void run_block(size_t threads) {
-  std::vector<size_t> turn(threads);
+  std::vector<size_t> turn((threads + 31) / 32);
   std::iota(turn.begin(), turn.end(), size_t{0});
   if (order == Order::backward) std::reverse(turn.begin(), turn.end());
   for (size_t i = 0; i < threads; ++i) prepare(*fibers[i], unsigned(i));
   for (bool progress = true; progress;) {
     progress = false;
     if (order == Order::random) std::shuffle(turn.begin(), turn.end(), generator);
-    for (size_t i : turn) {
-      Fiber& fiber = *fibers[i];
-      if (fiber.finished) continue;
-      if (fiber.request.kind == Kind::none) resume(fiber), progress = true;
-      if (!fiber.finished && resolve(fiber, threads)) progress = true;
+    for (size_t warp : turn) {
+      const int rounds = order == Order::random ? 1 + int(generator() % 8) : std::numeric_limits<int>::max();
+      progress |= run_warp(warp, threads, rounds);
     }
   }
   std::vector<Fiber*> stuck;

