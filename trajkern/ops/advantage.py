@@ -148,7 +148,7 @@ def group_advantages(
         scale: divide by "std" + eps, or "none". Where std + eps is 0 the divisor is 1.
         ddof: 1 for the unbiased variance, 0 for the population's.
         eps: added to the standard deviation, at least 0.
-        singleton: advantage of a trajectory alone in its group (W <= 1, or W <= ddof with scale "std"): "raw" gives
+        singleton: advantage of a trajectory alone in its group (W <= 1): "raw" gives
             r / (1 + eps) with scale "std" and r with "none"; "zero" gives 0. With neither baseline nor scale it is r.
         gate: bool ``[N]``; a False trajectory gets 0 and enters no statistic. Applied before the singleton rule.
         weights: float ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a False gate.

@@ -28,7 +28,7 @@ def group_advantages(
 ) -> Tensor:
     """See :func:`trajkern.group_advantages`."""
     r = _accumulated(rewards)
-    w = torch.ones_like(r) if weights is None else weights.to(r.dtype)
+    w = torch.ones_like(r) if weights is None else weights.detach().to(r.dtype)
     if gate is not None:
         w = torch.where(gate, w, 0)
     counted = w != 0
@@ -56,7 +56,6 @@ def group_advantages(
         centred = r
     out = centred
     if scale == "std":
-        alone = alone | (total <= ddof)
         variance = group_sum(w * (d - mean_d).square()) / torch.where(alone, 1, total - ddof)
         # the square root has no finite derivative at zero; a constant group's is taken as zero
         std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)

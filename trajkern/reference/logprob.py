@@ -37,7 +37,7 @@ def token_stats(
         z = torch.where(mask[..., None], z, 0)
         targets = torch.where(mask, targets, 0)
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(z.dtype)[..., None]
+        temperature = temperature.detach().to(z.dtype)[..., None]
     target = targets.long()[..., None]
     z_target = z.gather(-1, target)
     # Measured from the largest logit, the target's where it ties: then log p = -log1p(mass of the others), which keeps

@@ -59,10 +59,10 @@ def policy_loss(
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     if not _is_per_token(advantages, logprobs, segments.count, per_token):
         advantages = advantages[segments.of_token]
-    a = torch.where(mask, advantages.to(dtype), 0)
+    a = torch.where(mask, advantages.detach().to(dtype), 0)
 
-    def difference(x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(mask, x.to(dtype) - y.to(dtype), 0)
+    def difference(x: Tensor, y: Tensor) -> Tensor:  # only the policy's own log-probs have a gradient
+        return torch.where(mask, x.to(dtype) - y.detach().to(dtype), 0)
 
     factor, mask = _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments, mask)
     counts = segments.sum(mask.to(dtype))
@@ -72,7 +72,7 @@ def policy_loss(
     if config.resolved_ratio_level == "sequence":
         log_ratio = segments.mean(log_ratio, counts)[segments.of_token]
     ratio = log_ratio.exp()
-    old = torch.where(mask, old_logprobs.to(dtype), 0)
+    old = torch.where(mask, old_logprobs.detach().to(dtype), 0)
     policy, clipped = _policy_term(config, a, new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask)
     loss = policy if factor is None else policy * factor
     zero = loss.new_zeros(())
