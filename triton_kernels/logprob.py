@@ -209,21 +209,21 @@ def token_stats(
     temperature: float,
     mask: Tensor | None,  # [...]
     outputs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     x, shape = _as_rows(logits), targets.shape
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     logprobs, norm = empty(shape), empty((*shape, 2))
-    optional = [empty(shape if outputs & bit else (0,), dtype) for bit, dtype in _OPTIONAL]
+    optional = [empty(shape, dtype) if outputs & bit else None for bit, dtype in _OPTIONAL]
     if logprobs.numel():
         with torch.cuda.device_of(x):
             stats_kernel[(logprobs.numel(),)](
                 x, targets, temperatures, temperature, mask, logprobs, norm,
-                *(y if y.numel() else None for y in optional), *_row_strides(x), **_launch(row_warps(x.shape[-1]), x),
+                *optional, *_row_strides(x), **_launch(row_warps(x.shape[-1]), x),
             )  # fmt: skip
-    return logprobs, norm, *optional
+    return [logprobs, norm, *(y for y in optional if y is not None)]
 
 
 _OPTIONAL = ((1, torch.float32), (2, torch.float32), (4, torch.bool))  # the bits of ``outputs`` and what they ask for

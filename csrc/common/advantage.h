@@ -62,7 +62,7 @@ struct GroupStats {
 // advantage = ((r - centre) - rest) * gain, where centre + rest is the baseline to twice T's precision; gain 0 gives 0
 // whatever r is. A constant group's centre is its reward exactly.
 template <class T>
-struct AdvantageMap {
+struct alignas(4 * sizeof(T)) AdvantageMap {
   T centre, rest, gain;
 };
 

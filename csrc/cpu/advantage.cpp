@@ -7,63 +7,44 @@
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "advantage_groups.h"
+#include "simd.h"
 
 namespace tk {
 namespace {
 
-struct One {
-  double operator[](int64_t) const { return 1; }
-};
-
-// `exact`: sums of equal rewards round nowhere, so they need not be measured from the group's first one.
-template <class W>
-void part_stats(const Parts& parts, int64_t part, W weights, bool exact, const GroupRule& rule, GroupStats* stats) {
-  std::fill(stats + parts.first_group(part), stats + parts.last_group(part), GroupStats{});
-  if (!needs_group(rule)) return;
-  const double* rewards = parts.rewards();
-  if (!exact) parts.each_row_reversed(part, [=](int32_t g, int64_t k) { stats[g].origin = rewards[k]; });
-  parts.each_row(part, [=](int32_t g, int64_t k) {
-    const double w = weights[k];
-    stats[g].weight += w;
-    stats[g].mean += w * (rewards[k] - stats[g].origin);
-  });
-  for (int64_t g = parts.first_group(part); g < parts.last_group(part); ++g)
-    if (stats[g].weight > 0) stats[g].mean /= stats[g].weight;
-  if (rule.scale != kStd) return;
-  parts.each_row(part, [=](int32_t g, int64_t k) {
-    const double centred = stats[g].centred(rewards[k]);
-    stats[g].std += weights[k] * (centred * centred);
-  });
-  for (int64_t g = parts.first_group(part); g < parts.last_group(part); ++g)
-    stats[g].std = group_std(rule, stats[g].weight, stats[g].std);
+// Four rows' maps are four loads and a transposition; one by one they take twice as long.
+void write_advantages(const AdvantageMap<float>* maps, const int32_t* slot, const float* rewards, int64_t begin,
+                      int64_t end, float* advantages) {
+  using V = Vec<float, 4>;
+  using I = Vec<int32_t, 4>;
+  const auto map = [&](int64_t i) { return load<4>(&maps[slot[i]].centre); };
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    const V a = map(i), b = map(i + 1), c = map(i + 2), d = map(i + 3);
+    const V ab = __builtin_shuffle(a, b, I{0, 4, 1, 5}), cd = __builtin_shuffle(c, d, I{0, 4, 1, 5});
+    const V centre = __builtin_shuffle(ab, cd, I{0, 1, 4, 5}), rest = __builtin_shuffle(ab, cd, I{2, 3, 6, 7});
+    const V gain = __builtin_shuffle(__builtin_shuffle(a, b, I{2, 6, 2, 6}), __builtin_shuffle(c, d, I{2, 6, 2, 6}),
+                                     I{0, 1, 4, 5});
+    const V y = ((load<4>(rewards + i) - centre) - rest) * gain;
+    store<4>(advantages + i, gain == 0 ? V{} : y);
+  }
+  for (; i < end; ++i) advantages[i] = advantage(maps[slot[i]], rewards[i]);
 }
 
-// f(part, stats) for every part, with the statistics of its groups.
-template <class T, class F>
-void each_part(const Parts& parts, int64_t count, const GroupRule& rule, F f) {
-  const auto stats = uninitialised<GroupStats>(count + 1);
-  parallel_for(parts.size(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) {
-      if (parts.weights() == nullptr)
-        part_stats(parts, part, One{}, sizeof(T) == 4, rule, stats.get());
-      else
-        part_stats(parts, part, parts.weights(), false, rule, stats.get());
-      f(part, stats.get());
-    }
-  });
+void write_advantages(const AdvantageMap<double>* maps, const int32_t* slot, const double* rewards, int64_t begin,
+                      int64_t end, double* advantages) {
+  for (int64_t i = begin; i < end; ++i) advantages[i] = advantage(maps[slot[i]], rewards[i]);
 }
 
 template <class T>
 void group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages) {
   const Groups groups = find_groups(in);
-  const Parts parts(in, static_cast<const T*>(nullptr), groups);
+  const GroupTable table = tabulate(in, groups, rule);
   const auto maps = uninitialised<AdvantageMap<T>>(groups.count + 1);
-  each_part<T>(parts, groups.count, rule, [&](int64_t part, const GroupStats* stats) {
-    for (int64_t g = parts.first_group(part); g < parts.last_group(part); ++g) maps[g] = advantage_map<T>(rule, stats[g]);
-  });
   maps[0] = {0, 0, 0};
+  table.each(rule, [&](int32_t g, const GroupStats& stats) { maps[g] = advantage_map<T>(rule, stats); });
   parallel_for(in.n, kChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) advantages[i] = advantage(maps[groups.slot[i]], in.rewards[i]);
+    write_advantages(maps.get(), groups.slot.get(), in.rewards, begin, end, advantages);
   });
 }
 
@@ -73,19 +54,18 @@ void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, co
     double g, gc;
   };
   const Groups groups = find_groups(in);
-  const Parts parts(in, grads, groups);
+  const GroupTable table = tabulate(in, groups, rule);
+  const auto stats = uninitialised<GroupStats>(groups.count + 1);
   const auto sums = uninitialised<Sums>(groups.count + 1);
   const auto maps = uninitialised<GradientMap>(groups.count + 1);
-  each_part<T>(parts, groups.count, rule, [&](int64_t part, const GroupStats* stats) {
-    std::fill(sums.get() + parts.first_group(part), sums.get() + parts.last_group(part), Sums{});
-    parts.each_row(part, [&](int32_t g, int64_t k) {
-      sums[g].g += parts.grads()[k];
-      sums[g].gc += parts.grads()[k] * stats[g].centred(parts.rewards()[k]);
-    });
-    for (int64_t g = parts.first_group(part); g < parts.last_group(part); ++g)
-      maps[g] = gradient_map(rule, stats[g], sums[g].g, sums[g].gc);
-  });
-  maps[0] = {};
+  stats[0] = {}, maps[0] = {};
+  table.each(rule, [&](int32_t g, const GroupStats& found) { stats[g] = found, sums[g] = {0, 0}; });
+  for (int64_t i = 0; i < in.n; ++i) {
+    const int32_t g = groups.slot[i];
+    sums[g].g += double(grads[i]);
+    sums[g].gc += double(grads[i]) * stats[g].centred(double(in.rewards[i]));
+  }
+  table.each(rule, [&](int32_t g, const GroupStats&) { maps[g] = gradient_map(rule, stats[g], sums[g].g, sums[g].gc); });
   parallel_for(in.n, kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       grad_rewards[i] = T(reward_gradient(maps[groups.slot[i]], double(grads[i]), in.weight(i), double(in.rewards[i])));

@@ -87,67 +87,80 @@ Groups find_groups(const GroupRows<T>& in) {
   return groups;
 }
 
-// The counted rows, copied apart by group into parts: a part's statistics fit a cache, and threads take whole parts.
-// A part holds its rows in pack order, in one list per chunk of the input.
-class Parts {
- public:
-  template <class T>
-  Parts(const GroupRows<T>& in, const T* grads, const Groups& groups) : count_(groups.count), chunks_(chunks_of(in.n)) {
-    constexpr int64_t kGroups = 1024;
-    while (count_ >> shift_ >= kMost || kGroups >> shift_ > 1) ++shift_;
-    const int64_t room = size() * chunks_ * kChunk;
-    lengths_ = uninitialised<int32_t>(size() * chunks_);
-    slots_ = uninitialised<int32_t>(room);
-    rewards_ = uninitialised<double>(room);
-    if (in.weights != nullptr) weights_ = uninitialised<double>(room);
-    if (grads != nullptr) grads_ = uninitialised<double>(room);
-    parallel_for(chunks_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = first; chunk < last; ++chunk) fill(in, grads, groups, chunk);
+// Per group: W and, in turn, sum w d, then its mean; sum w (d - mean)^2. What is not `present` is not initialised.
+struct GroupTable {
+  struct Sums {
+    double weight, mean;
+  };
+  std::unique_ptr<Sums[]> sums;
+  std::unique_ptr<double[]> squares, origin;  // origin null: measured from 0
+  std::unique_ptr<int32_t[]> present;         // the groups with a counted row, ascending
+  int64_t size = 0;
+
+  GroupStats stats(const GroupRule& rule, int32_t g) const {
+    return {origin == nullptr ? 0 : origin[g], sums[g].weight, sums[g].mean,
+            group_std(rule, sums[g].weight, squares[g])};
+  }
+  // f(group, stats) for every group that is present.
+  template <class F>
+  void each(const GroupRule& rule, F f) const {
+    parallel_for(size, 1024, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) f(present[k], stats(rule, present[k]));
     });
   }
-
-  int64_t size() const { return (count_ >> shift_) + 1; }
-  int64_t first_group(int64_t part) const { return part << shift_; }
-  int64_t last_group(int64_t part) const { return std::min(count_ + 1, (part + 1) << shift_); }
-
-  // f(slot, k) in pack order, where k finds the row in rewards(), weights(), grads().
-  template <class F>
-  void each_row(int64_t part, F f) const {
-    for (int64_t list = part; list < chunks_ * size(); list += size())
-      for (int64_t k = list * kChunk; k < list * kChunk + lengths_[list]; ++k) f(slots_[k], k);
-  }
-  template <class F>
-  void each_row_reversed(int64_t part, F f) const {
-    for (int64_t list = (chunks_ - 1) * size() + part; list >= 0; list -= size())
-      for (int64_t k = list * kChunk + lengths_[list]; k-- > list * kChunk;) f(slots_[k], k);
-  }
-  const double* rewards() const { return rewards_.get(); }
-  const double* weights() const { return weights_.get(); }  // null: all 1
-  const double* grads() const { return grads_.get(); }
-
- private:
-  static constexpr int64_t kMost = 16;
-
-  template <class T>
-  void fill(const GroupRows<T>& in, const T* grads, const Groups& groups, int64_t chunk) {
-    int64_t at[kMost];
-    for (int64_t part = 0; part < size(); ++part) at[part] = (chunk * size() + part) * kChunk;
-    for (int64_t i = chunk * kChunk; i < std::min(in.n, (chunk + 1) * kChunk); ++i) {
-      if (groups.slot[i] == 0) continue;
-      const int64_t k = at[groups.slot[i] >> shift_]++;
-      slots_[k] = groups.slot[i];
-      rewards_[k] = double(in.rewards[i]);
-      if (in.weights != nullptr) weights_[k] = double(in.weights[i]);
-      if (grads != nullptr) grads_[k] = double(grads[i]);
-    }
-    for (int64_t part = 0; part < size(); ++part)
-      lengths_[chunk * size() + part] = int32_t(at[part] - (chunk * size() + part) * kChunk);
-  }
-
-  int64_t count_, chunks_;
-  int shift_ = 0;
-  std::unique_ptr<int32_t[]> lengths_, slots_;
-  std::unique_ptr<double[]> rewards_, weights_, grads_;
 };
+
+struct Constant {
+  double value;
+  double operator[](int64_t) const { return value; }
+};
+
+// The table's sums, row by row in pack order: on one thread, as sharing the rows out costs more than it saves.
+template <class T, class W, class O>
+void add_up(const GroupRows<T>& in, const Groups& groups, W weights, O origin, bool squares, GroupTable& table) {
+  const int32_t* slot = groups.slot.get();
+  GroupTable::Sums* sums = table.sums.get();
+  for (int64_t i = 0; i < in.n; ++i) {
+    const double w = double(weights[i]);
+    sums[slot[i]].weight += w;
+    sums[slot[i]].mean += w * (double(in.rewards[i]) - origin[slot[i]]);
+  }
+  for (int32_t g = 1; g <= groups.count; ++g) {
+    table.present[table.size] = g;
+    table.size += sums[g].weight != 0;  // no branch: nobody could predict it
+  }
+  for (int64_t k = 0; k < table.size; ++k) {
+    const int32_t g = table.present[k];
+    sums[g].mean /= sums[g].weight;
+    table.squares[g] = 0;
+  }
+  if (!squares) return;
+  for (int64_t i = 0; i < in.n; ++i) {
+    const double centred = (double(in.rewards[i]) - origin[slot[i]]) - sums[slot[i]].mean;
+    table.squares[slot[i]] += double(weights[i]) * (centred * centred);
+  }
+}
+
+// Sums of equal float32 rewards round nowhere in float64, so they need not be measured from the group's first one.
+template <class T>
+GroupTable tabulate(const GroupRows<T>& in, const Groups& groups, const GroupRule& rule) {
+  GroupTable table;
+  table.sums = uninitialised<GroupTable::Sums>(groups.count + 1);
+  table.squares = uninitialised<double>(groups.count + 1);
+  table.present = uninitialised<int32_t>(groups.count + 1);
+  std::fill_n(table.sums.get(), groups.count + 1, GroupTable::Sums{0, 0});
+  const bool squares = rule.scale == kStd;
+  if (sizeof(T) == 4 && in.weights == nullptr) {
+    add_up(in, groups, Constant{1}, Constant{0}, squares, table);
+    return table;
+  }
+  table.origin = uninitialised<double>(groups.count + 1);
+  for (int64_t i = in.n; i-- > 0;) table.origin[groups.slot[i]] = double(in.rewards[i]);  // the first row writes last
+  if (in.weights == nullptr)
+    add_up(in, groups, Constant{1}, table.origin.get(), squares, table);
+  else
+    add_up(in, groups, in.weights, table.origin.get(), squares, table);
+  return table;
+}
 
 }  // namespace tk

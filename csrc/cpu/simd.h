@@ -141,6 +141,7 @@ template <class V>
 TK_INLINE V vmax(const V& a, const V& b) {
   return a > b ? a : b;
 }
+
 // The sum, in double, of K vectors as one row of K * W lanes, halved again and again: its order depends on K * W alone.
 template <int W, int K, class T>
 TK_INLINE double fold_sum(const T (&x)[K]) {

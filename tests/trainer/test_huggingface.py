@@ -98,12 +98,13 @@ def _settings(out: Path, model: str, **changes: Any) -> TrainConfig:
         task="chain_sum_text",
         steps=2,
         prompts=2,
-        rollouts=3,
+        rollouts=2,
         questions=50,
-        shots=1,
+        shots=0,
+        max_new=3,
         out=out,
         checkpoint_every=0,
-        eval=Evaluation(heldout=2, validation=2, samples=2, every=10),
+        eval=Evaluation(heldout=1, validation=1, samples=2, every=10),
         **changes,
     )
 
@@ -121,7 +122,7 @@ def _train_two_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tu
         return steps[-1]
 
     monkeypatch.setattr(training, "update", update)
-    training.train(config)
+    training.train(config).checkpoint.unlink()  # a large model's would fill the disk
 
     def moved() -> bool:
         policy, before = policies[0]

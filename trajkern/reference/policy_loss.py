@@ -61,8 +61,10 @@ def policy_loss(
         advantages = advantages[segments.of_token]
     a = torch.where(mask, advantages.detach().to(dtype), 0)
 
+    scored = mask
+
     def difference(x: Tensor, y: Tensor) -> Tensor:  # only the policy's own log-probs have a gradient
-        return torch.where(mask, x.to(dtype) - y.detach().to(dtype), 0)
+        return torch.where(scored, x.to(dtype) - y.detach().to(dtype), 0)
 
     factor, mask = _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments, mask)
     counts = segments.sum(mask.to(dtype))
@@ -130,7 +132,7 @@ def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tenso
     weights = torch.ones_like(counts) / normalizer
     if aggregate == "seq_mean_token_mean":
         weights = weights / counts.clamp_min(1)
-    if aggregate == "seq_mean_token_sum_norm":
+    if config.max_length is not None and aggregate == "seq_mean_token_sum_norm":
         weights = weights / config.max_length
     return weights
 

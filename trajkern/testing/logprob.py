@@ -85,7 +85,7 @@ CASES = (
     Case("v1", _rows(4, 1), "one token: log p is exactly 0"),
     Case("v2", _rows(4, 2), "below every vector width"),
     Case("v7", _rows((2, 3), 7), "below every vector width, two leading dimensions"),
-    Case("v4097", _rows(3, 4097), "one more than a block"),
+    Case("v4097", _rows(8, 4097), "one more than a block"),
     Case("v50257", _rows(3, 50257), "GPT-2's, no multiple of any tile", large=True),
     Case("v151936", _rows(2, 151936, 2.0), "Qwen's: sums of 150,000 terms", large=True),
     Case("many_rows", _rows(257, 33), "rows no multiple of a tile, more rows than threads", large=True),
@@ -128,6 +128,11 @@ def _reversed(inputs: Inputs, g: torch.Generator):
     return {k: v.flip(0) if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}, flip
 
 
+def _vocabulary_reversed(inputs: Inputs) -> Inputs:
+    logits = inputs["logits"]
+    return inputs | {"logits": logits.flip(-1), "targets": logits.shape[-1] - 1 - inputs["targets"]}
+
+
 VARIANTS = (Variant("last_row_alone", _one_at_a_time), Variant("rows_reversed", _reversed))
 
 TOKEN_LOGPROBS = OpSpec(
@@ -161,6 +166,7 @@ TOKEN_STATS = OpSpec(
     ),
     variants=VARIANTS,
     no_grad_outputs=("sum_sq_probs", "is_top1"),
+    reordered=_vocabulary_reversed,
 )
 
 SPECS = (TOKEN_LOGPROBS, TOKEN_STATS)

@@ -57,7 +57,14 @@ def oracle(spec: OpSpec, inputs: Inputs) -> tuple[Outcome, Outcome]:
     low = inputs
     if any(isinstance(inputs.get(k), Tensor) and inputs[k].dtype == torch.float64 for k in spec.typed):
         low = cast(inputs, torch.float32)
-    return run(spec, function, cast(inputs, torch.float64)), run(spec, function, low)
+    high, result = run(spec, function, cast(inputs, torch.float64)), run(spec, function, low)
+    if spec.reordered is not None:  # one order of a sum is one draw of its rounding; the worse of two is steadier
+        for name, x in run(spec, function, spec.reordered(low)).items():
+            if not x.is_floating_point() or name.startswith("grad_"):
+                continue
+            if (x - high[name]).abs().sum() > (result[name] - high[name]).abs().sum():
+                result[name] = x
+    return high, result
 
 
 def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Tensor) -> float:

@@ -22,7 +22,7 @@ def _packed(
     *,
     per_token: bool = False,
     spread: float = 0.3,
-    mask: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    mask: Callable[[Tensor, torch.Generator], Tensor | None] | None = None,
     **options: Any,
 ) -> Callable[[torch.Generator], Inputs]:
     """Random log-probs around a common policy; ``mask`` maps (random mask, generator) to the mask."""
@@ -36,7 +36,7 @@ def _packed(
         old = -torch.rand(total, generator=g, dtype=torch.float64) * 4 - 0.01
         scored = torch.rand(total, generator=g) > 0.3
         return {
-            "logprobs": old + noise(spread),
+            "logprobs": (old + noise(spread)).clamp_max(-1e-3),
             "old_logprobs": old,
             "advantages": torch.randn(total if per_token else len(lengths), generator=g, dtype=torch.float64),
             "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),

@@ -48,6 +48,7 @@ class OpSpec:
     variants: tuple[Variant, ...] = ()
     term_scale: dict[str, float] = field(default_factory=dict)  # size of the terms of an output that is a sum
     no_grad_outputs: tuple[str, ...] = ()
+    reordered: Callable[[Inputs], Inputs] | None = None  # the same outputs, summed in another order
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The case's arguments, its float tensors quantised to ``dtype``."""

@@ -169,7 +169,8 @@ def begin_main(run: Run) -> None:
     run.optimizer = make_optimizer(run.config, run.policy, run.phase)
     if run.config.loss.kl_coef:
         run.anchor = copy.deepcopy(run.policy).requires_grad_(False)
-    run.save("warmup.safetensors")
+    if run.config.warmup.steps:
+        run.save("warmup.safetensors")
 
 
 def reinforce(run: Run) -> None:
