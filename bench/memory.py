@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ PROCESS = Path("/proc/self")
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
     """On a GPU what torch allocates; on the CPU the resident memory, whoever allocates it (Linux only)."""
+    gc.collect()  # what is given back during the call would hide what the call takes
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -93,16 +93,14 @@ class DeviceClock:
 def race(calls: dict[str, Call], clock: Clock, *, seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
     """Samples of each call. A round takes one of each, starting with another one every time.
 
-    The number of rounds fills ``seconds``, within the bounds ``rounds``; what comes before them is thrown away.
+    The number of rounds fills ``seconds``, within the bounds ``rounds``. Every call has run before the first of them.
     """
     order = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in order}
     with _no_collection():
-        repeats = {name: repeats_for(call, clock) for name, call in calls.items()}
-        start = time.perf_counter()
-        for name, call in calls.items():
-            clock(call, repeats[name])
-        count = round(seconds / max(time.perf_counter() - start, 1e-9))
+        fastest = {name: _fastest(call, clock) for name, call in calls.items()}
+        repeats = {name: max(1, math.ceil(clock.sample_seconds / x)) for name, x in fastest.items()}
+        count = round(seconds / sum(fastest[name] * repeats[name] for name in order))
         for i in range(min(max(count, rounds[0]), rounds[1])):
             turn = i % len(order)
             for name in order[turn:] + order[:turn]:
@@ -110,14 +108,14 @@ def race(calls: dict[str, Call], clock: Clock, *, seconds: float, rounds: tuple[
     return samples
 
 
-def repeats_for(call: Call, clock: Clock) -> int:
-    """How many calls fill a sample. By the fastest of a few, lest an interruption passes for a long call."""
+def _fastest(call: Call, clock: Clock) -> float:
+    """Of a few calls, lest an interruption passes for a long one; of one that is long anyway, the first time."""
     fastest = math.inf
     for _ in range(5):
         fastest = min(fastest, clock(call, 1))
         if fastest > 10 * clock.sample_seconds:
             break
-    return max(1, math.ceil(clock.sample_seconds / max(fastest, 1e-9)))
+    return max(fastest, 1e-9)
 
 
 @contextmanager

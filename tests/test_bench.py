@@ -14,7 +14,7 @@ from bench import advantage, logprob, policy_loss, table
 from bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
 from bench.memory import peak_bytes
 from bench.run import Settings, gate, run, verdict
-from bench.timing import Summary, WallClock, race, ratio, repeats_for
+from bench.timing import Summary, WallClock, race, ratio
 
 ALL_CASES = (*logprob.CASES, *advantage.CASES, *policy_loss.CASES)
 SETTINGS = Settings("cpu", seconds=0.0, rounds=(3, 3), compiled=False)
@@ -84,16 +84,18 @@ def test_race_takes_turns_and_starts_with_another_one_each_round() -> None:
     seen: list[str] = []
     calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
     samples = race(calls, CountingClock(), seconds=1e9, rounds=(1, 4))
-    assert "".join(seen) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"  # calibration, one thrown away, four rounds
+    assert "".join(seen) == "abc" + "abc" + "bca" + "cab" + "abc"  # calibration, then four rounds
     assert [len(x) for x in samples.values()] == [4, 4, 4]
-    assert samples["a"] == [7.0, 12.0, 14.0, 16.0]
+    assert samples["a"] == [4.0, 9.0, 11.0, 13.0]
 
 
 def test_race_keeps_to_the_fewest_rounds() -> None:
     assert len(race({"a": lambda: None}, CountingClock(), seconds=0.0, rounds=(5, 9))["a"]) == 5
 
 
-def test_repeats_go_by_the_fastest_of_a_few_calls() -> None:
+def test_short_calls_are_repeated_by_the_fastest_of_a_few() -> None:
+    seen: list[int] = []
+
     class Clock:
         sample_seconds = 1.0
 
@@ -101,9 +103,11 @@ def test_repeats_go_by_the_fastest_of_a_few_calls() -> None:
             self.times = iter([8.0, 0.3, 0.2, 0.3, 0.3])
 
         def __call__(self, call, repeats: int) -> float:
-            return next(self.times)
+            seen.append(repeats)
+            return next(self.times, 0.5)
 
-    assert repeats_for(lambda: None, Clock()) == 5
+    race({"a": lambda: None}, Clock(), seconds=0.0, rounds=(2, 2))
+    assert seen == [1, 1, 1, 1, 1, 5, 5]
 
 
 def test_wall_clock_repeats_and_waits() -> None:
