@@ -1,8 +1,8 @@
 // The policy loss of packed trajectories: the scalar loss, its metrics and its gradients.
 //
-// One pass over the tokens, before it one that counts the unmasked ones, and for the ratio level "sequence" one after it.
-// Tokens are taken in runs. A run is cut only at a trajectory's start or a multiple of kRun tokens from it, so that a
-// trajectory's sums do not depend on what else is in the pack, and no sum on the number of threads.
+// One pass over the tokens, before it one that counts the unmasked ones, and after it one for the ratio level
+// "sequence". Tokens are taken in runs. A run is cut only at a trajectory's start or a multiple of kRun tokens from it,
+// so that a trajectory's sums do not depend on what else is in the pack, and no sum on the number of threads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,7 +25,7 @@ std::vector<Run> cut(const int64_t* cu_seqlens, int64_t trajectories) {
   return runs;
 }
 
-// Sums per trajectory, [N, width]. Only a run's first trajectory can have parts in other runs; those are added in order.
+// Sums per trajectory, [N, width]. Only a run's first trajectory can have parts in other runs; they are added in order.
 struct TrajectorySums {
   int width;
   std::vector<double> total, first;
@@ -86,7 +86,9 @@ TrajectorySums collect(const Job<Real>& job) {
   return sums;
 }
 
-double vespo_weight(double log_w, double k, double decay) { return std::exp(decay + k * log_w - decay * std::exp(log_w)); }
+double vespo_weight(double log_w, double k, double decay) {
+  return std::exp(decay + k * log_w - decay * std::exp(log_w));
+}
 
 // Sets what each trajectory's tokens share; returns the number of unmasked tokens.
 template <class Real>
@@ -229,12 +231,12 @@ void bind_policy_loss(pybind11::module_& m) {
   using namespace tk::policy;
   namespace py = pybind11;
   m.def("policy_loss",
-        [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, const std::array<int, 8>& options,
+        [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, const std::array<int, 8>& o,
            const std::array<double, 15>& params) {
-          const Options o{options[0], options[1], options[2], options[3], options[4], options[5], options[6], options[7]};
+          const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
           py::gil_scoped_release release;
-          if (tk::DType(dtype) == tk::DType::float64) run<double>(pointers, tokens, trajectories, o, params);
-          else run<float>(pointers, tokens, trajectories, o, params);
+          if (tk::DType(dtype) == tk::DType::float64) run<double>(pointers, tokens, trajectories, options, params);
+          else run<float>(pointers, tokens, trajectories, options, params);
         });
   m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {
     py::gil_scoped_release release;

@@ -8,8 +8,8 @@
 
 namespace tk::policy {
 
-constexpr int kRun = 512;      // tokens
-constexpr int kSumLanes = 8;   // every sum has as many partial sums, whatever the width of a vector
+constexpr int kRun = 512;     // tokens
+constexpr int kSumLanes = 8;  // every sum has as many partial sums, whatever the width of a vector
 
 struct Run {
   int64_t begin, trajectory;  // first token, and the trajectory it lies in
@@ -54,7 +54,6 @@ TK_INLINE void for_parts(const int64_t* cu_seqlens, const Run& run, const F& f) 
   }
 }
 
-// The vectors are V.
 // A sum over vectors V, in kSumLanes lanes of double; half a vector fills a vector of doubles.
 template <class V>
 struct Sum {
@@ -78,6 +77,7 @@ struct Sum {
   }
 };
 
+// A run of tokens, in vectors V, and the stages over it.
 template <class V>
 struct Block {
   using Real = Scalar<V>;
@@ -93,7 +93,7 @@ struct Block {
   int length = 0;
   RunTotals totals;
   alignas(64) Int unmasked[kSize];  // all bits set, or none
-  alignas(64) Real weight[kSize], advantage[kSize], level[kSize], value[kSize], value_alt[kSize];
+  alignas(64) Real weight[kSize], advantage[kSize], selected[kSize], level[kSize], value[kSize], value_alt[kSize];
   alignas(64) Real difference[kSize], log_ratio[kSize], ratio[kSize], loss[kSize], d_log_ratio[kSize], d_logprob[kSize];
 
   TK_INLINE explicit Block(const Job<Real>& job) : job(job) {}
@@ -159,11 +159,11 @@ struct Block {
 
   TK_INLINE void read_mask() {
     const int n = length;
-    const uint8_t* mask = job.mask + begin;
-    if (job.mask)
+    std::fill_n(unmasked, n, Int(-1));
+    if (job.mask) {
+      const uint8_t* mask = job.mask + begin;
       for (int i = 0; i < n; ++i) unmasked[i] = mask[i] ? -1 : 0;
-    else
-      std::fill_n(unmasked, n, Int(-1));
+    }
     std::fill_n(unmasked + n, kStep, Int(0));
     for (int i = 0; i < n; ++i) unmasked[i] = weight[i] == 0 ? 0 : unmasked[i];
   }
@@ -177,8 +177,8 @@ struct Block {
     V largest{};
     each([&](int i, int j) TK_INLINE_LAMBDA {
       const V l = at(logs, i), r = exponential(l), own = masked(i, r);
-      const Term<V> x = term(Token<V>{masked(i, at(advantage, i)), l, r, read(now, i, n), read(old, i, n), selected(i),
-                                      at(value, i), at(value_alt, i)});
+      const Term<V> x = term(Token<V>{masked(i, at(advantage, i)), l, r, read(now, i, n), read(old, i, n),
+                                      masked(i, at(selected, i)), at(value, i), at(value_alt, i)});
       store<W>(ratio + i, r);
       store<W>(loss + i, x.loss);
       store<W>(d_log_ratio + i, x.d_log_ratio);
@@ -190,16 +190,18 @@ struct Block {
     totals.clipped = clipped.fold(), totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
   }
 
-  TK_INLINE V selected(int i) const {
-    V x{};
-    if (job.selected)
-      for (int l = 0; l < W && i + l < length; ++l) x[l] = job.selected[begin + i + l];
-    return masked(i, x);
+  TK_INLINE void read_selected() {
+    const int n = length;
+    std::fill_n(selected, n, Real(0));
+    if (!job.selected) return;
+    const uint8_t* flags = job.selected + begin;
+    for (int i = 0; i < n; ++i) selected[i] = flags[i] ? 1 : 0;
   }
 
   TK_INLINE void policy() {
     using T = Token<V>;
     const Params<Real> p = params;
+    if (job.selected || options.form == kKlCov) read_selected();
     switch (options.form) {
       case kClip:
         if (job.selected) return policy([&](const T& t) TK_INLINE_LAMBDA { return clip_selected(t, p); });

@@ -1,7 +1,8 @@
 // The policy loss of one token: each form's value, its derivatives, and what multiplies or joins it.
-// V is a vector of floats or doubles (simd.h); every function works lane by lane. A condition only ever picks between two
-// vectors (g++ 12 takes 16-lane conditions that are combined with & or | apart into scalars), and is false for a NaN,
-// which so reaches the loss instead of being clipped or dropped.
+//
+// V is a vector of floats or doubles (simd.h); every function works lane by lane. A condition only ever picks between
+// two vectors (g++ 12 takes 16-lane conditions that are combined with & or | apart into scalars), and is false for a
+// NaN, which so reaches the loss instead of being clipped or dropped.
 #pragma once
 #include <array>
 #include <limits>
@@ -59,6 +60,11 @@ template <class V>
 TK_INLINE V sign(const V& x) {
   return (x > 0 ? V{} + 1 : V{}) - (x < 0 ? V{} + 1 : V{});
 }
+template <class V>
+TK_INLINE V nonzero(const V& x) {
+  return magnitude(x) > 0 ? V{} + 1 : V{};
+}
+
 // exp(x) for |x| <= 80, in parts: x = n log 2 + r with |r| <= log(2) / 2, power = 2^n, excess = exp(r) - 1 - r.
 template <class V>
 struct Expansion {
@@ -132,8 +138,8 @@ TK_INLINE Term<V> clip(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V a = t.advantage, free = -t.ratio * a, bounded = -clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
   const V ceiling = a < 0 ? -p.clip_dual * a : V{} + std::numeric_limits<Scalar<V>>::infinity();
   const V upper = bounded > free ? bounded : free, loss = ceiling < upper ? ceiling : upper;
-  const V excess = magnitude(loss - free);
-  return {loss, excess > 0 ? V{} : free, V{}, excess > 0 ? V{} + 1 : V{}};
+  const V clipped = nonzero(loss - free);
+  return {loss, clipped > 0 ? V{} : free, V{}, clipped};
 }
 
 // The same, with no loss where the token is selected.
@@ -204,9 +210,9 @@ TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Par
 
 template <class V>
 TK_INLINE Term<V> gmpo(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const V directed = magnitude(sign(t.advantage)), slope = directed * t.trajectory_alt;
-  const V excess = magnitude(directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p));
-  return {t.trajectory, excess > 0 ? V{} : slope, V{}, excess > 0 ? V{} + 1 : V{}};
+  const V directed = nonzero(t.advantage), slope = directed * t.trajectory_alt;
+  const V clipped = nonzero(directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p));
+  return {t.trajectory, clipped > 0 ? V{} : slope, V{}, clipped};
 }
 
 template <class V>
