@@ -98,6 +98,7 @@ DDOF = [
     ("ddof", 2, ValueError, r"one of 0, 1; got 2"),
     ("ddof", -1, ValueError, r"one of 0, 1; got -1"),
     ("ddof", 0.5, ValueError, r"one of 0, 1; got 0.5"),
+    ("ddof", True, ValueError, r"one of 0, 1; got True"),
 ]
 GROUPS = [
     ("rewards", torch.tensor([1, 0, 1]), TypeError, FLOATS + r"int64\[3\]"),
@@ -163,6 +164,7 @@ LOSS = [
     ("normalizer", 0, ValueError, r"greater than 0, got 0"),
     ("normalizer", -3.0, ValueError, r"greater than 0, got -3.0"),
     ("normalizer", "4", TypeError, r"a number, got '4' \(str\)"),
+    ("normalizer", torch.tensor(1j), TypeError, r"dtype float32, .*; got complex64\[\]"),
     ("normalizer", torch.ones(2), ValueError, r"one element; got float32\[2\]"),
     ("normalizer", torch.ones(1, device=META), ValueError, r"on cpu .*; got float32\[1\] on meta"),
     ("normalizer", torch.tensor(0.0), ValueError, r"greater than 0.* 0.0"),
@@ -268,6 +270,7 @@ CONFIGURATIONS = [
     ("max_length", {"kind": "dr_grpo"}, ValueError, r"given .*seq_mean_token_sum_norm.*'dr_grpo'.*, got None"),
     ("max_length", {"aggregate": "seq_mean_token_sum_norm"}, ValueError, r"given .*, got None"),
     ("max_length", {"kind": "dr_grpo", "max_length": 0}, ValueError, r"at least 1, got 0"),
+    ("max_length", {"kind": "dr_grpo", "max_length": 2.5}, ValueError, r"a whole number of tokens, got 2.5"),
     ("sampler_low", {"sampler_low": -1.0}, ValueError, r"at least 0, got -1.0"),
     ("sampler_low", {"sampler_low": 3.0, "sampler_high": 2.0}, ValueError, r"at most .*2.0.* 3.0"),
     ("cov_low", {"cov_low": 3.0, "cov_high": 2.0}, ValueError, r"at most .*2.0.* 3.0"),

@@ -25,7 +25,7 @@ CAPABILITIES = (80, 90, 100)
 MODULES = (logprob, policy_loss)
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
-    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials scalars x scale",
+    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale",
     "*i64": "targets cu_seqlens",
     "*i32": "counts",
     "*i1": "mask is_top1 selected shares",

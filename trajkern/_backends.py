@@ -87,7 +87,7 @@ def wants_reference(family: str, x: Tensor) -> bool:
     """True where the plain torch expression is what runs: asked for, or a GPU family whose kernels are not built."""
     if _asked is not None:
         return _asked == "reference"
-    owner = OWNERS[family].get(x.device.type)
+    owner = OWNERS[family].get("cpu" if x.is_cpu else x.device.type)
     return owner is None or (owner == "cuda" and _ext.problem("_C_cuda") is not None)
 
 
@@ -105,14 +105,10 @@ def _kernels(family: str, device: str, asked: str | None) -> ModuleType:
     return importlib.import_module(f"{_PACKAGE[name]}.{family}")
 
 
-def implement(library: torch.library.Library, family: str, op: str) -> None:
-    """Register ``op``, whose launcher bears its name in the family's module of every backend."""
+def launcher(family: str, device: str, op: str) -> Callable[..., Any]:
+    """Calls ``op``'s launcher for ``device``, which bears its name in the family's module of every backend."""
 
-    def launcher_for(device: str) -> Callable[..., Any]:
-        def launch(*args: Any) -> Any:
-            return getattr(_kernels(family, device, _asked), op)(*args)
+    def launch(*args: Any) -> Any:
+        return getattr(_kernels(family, device, _asked), op)(*args)
 
-        return launch
-
-    library.impl(op, launcher_for("cpu"), "CPU")
-    library.impl(op, launcher_for("cuda"), "CUDA")
+    return launch

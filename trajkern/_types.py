@@ -130,6 +130,8 @@ class PolicyLoss:
             check_number("clip_dual", self.clip_dual, above=1)
         if self.max_length is not None:
             check_number("max_length", self.max_length, low=1)
+            if self.max_length != int(self.max_length):
+                raise ValueError(f"max_length must be a whole number of tokens, got {self.max_length}")
         elif self.resolved_aggregate == "seq_mean_token_sum_norm":
             raise ValueError(
                 f"max_length must be given for aggregate 'seq_mean_token_sum_norm' (kind {self.kind!r}), got None"

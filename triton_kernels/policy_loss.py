@@ -215,7 +215,7 @@ def spread_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def sum_kernel(partials, scalars, programs, BLOCK: tl.constexpr):
+def sum_kernel(partials, loss, metrics, programs, BLOCK: tl.constexpr):
     """Adds up the programs' rows in a fixed order: the loss, means of the metrics, the largest ratio, the tokens."""
     column = tl.arange(0, 8)[None, :]
     total, largest = tl.zeros([BLOCK, 8], tl.float64), tl.zeros([BLOCK, 8], tl.float32)
@@ -229,7 +229,8 @@ def sum_kernel(partials, scalars, programs, BLOCK: tl.constexpr):
     count = tl.sum(tl.where(column == 7, total, 0.0), 0)
     result = tl.where((column == 0) | (column == 7), total, total / tl.maximum(count, 1.0)).to(tl.float32)
     result = tl.where((column == 4) & (total == total), largest, result)
-    tl.store(scalars + column, result)
+    tl.store(loss + column, result, mask=column == 0)
+    tl.store(metrics + column - 1, result, mask=column > 0)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -253,7 +254,7 @@ def policy_loss(
     normalizer: Tensor | None,  # []
     options: list[int],
     params: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     form, sequence, kl, aggregate, correction, per_token, need_logprobs, need_entropy = options
     kl_coef, entropy_coef, max_length, sampler_low, sampler_high = params[3:8]
     tokens, trajectories = _check(logprobs, cu_seqlens)
@@ -261,10 +262,12 @@ def policy_loss(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logprobs.device)
 
-    scalars, partials = empty(8), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
-    grad_logprobs, grad_entropy = empty(tokens * need_logprobs), empty(tokens * need_entropy)
+    loss, metrics, partials = empty(), empty(7), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
+    grad_logprobs, grad_entropy = (empty(tokens) if need else None for need in (need_logprobs, need_entropy))
+    made = [loss, metrics, *(grad for grad in (grad_logprobs, grad_entropy) if grad is not None)]
     if tokens == 0:
-        return scalars.zero_(), grad_logprobs, grad_entropy
+        loss.zero_(), metrics.zero_()
+        return made
     counts, inverses, weight = empty(trajectories, dtype=torch.int32), empty(trajectories), empty()
     by_mean = bool(sequence) or form == GMPO.value
     means = empty(trajectories, COLUMNS.value) if by_mean or form == VESPO.value else None
@@ -281,14 +284,14 @@ def policy_loss(
         )
         tokens_kernel[(partials.shape[0],)](
             logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
-            inverses, means, weight, grad_logprobs if need_logprobs else None, grad_entropy if need_entropy else None,
+            inverses, means, weight, grad_logprobs, grad_entropy,
             *spread, partials, tokens, trajectories, trajectories.bit_length(), kl_coef, entropy_coef,
             sampler_low, sampler_high, *c, **shape, KL=kl, AGGREGATE=aggregate, **FLAT,
         )  # fmt: skip
         if spread[0] is not None:
             spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, inverses, tokens, **ALONG)
-        sum_kernel[(1,)](partials, scalars, partials.shape[0], **SUMMING)
-    return scalars, grad_logprobs, grad_entropy
+        sum_kernel[(1,)](partials, loss, metrics, partials.shape[0], **SUMMING)
+    return made
 
 
 def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:

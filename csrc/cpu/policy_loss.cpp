@@ -178,16 +178,17 @@ std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
 }
 
 template <class Real>
-void write_scalars(const std::vector<RunTotals>& runs, double tokens, Real* scalars) {
+void write_results(const std::vector<RunTotals>& runs, double tokens, Real* loss, Real* metrics) {
   RunTotals sum;
   for (const RunTotals& run : runs) {
     sum.loss += run.loss, sum.clipped += run.clipped, sum.log_ratio += run.log_ratio, sum.ratio += run.ratio;
     sum.entropy += run.entropy, sum.kl += run.kl, sum.ratio_max = std::max(sum.ratio_max, run.ratio_max);
   }
   const double count = std::max(tokens, 1.0);
-  const double out[] = {sum.loss, sum.clipped / count, -sum.log_ratio / count, sum.ratio / count,
+  const double out[] = {sum.clipped / count, -sum.log_ratio / count, sum.ratio / count,
                         std::isnan(sum.ratio) ? sum.ratio : sum.ratio_max, sum.entropy / count, sum.kl / count, tokens};
-  std::copy(std::begin(out), std::end(out), scalars);
+  *loss = sum.loss;
+  std::copy(std::begin(out), std::end(out), metrics);
 }
 
 template <class Real>
@@ -197,7 +198,7 @@ void policy_loss(Job<Real> job) {
   TrajectorySums statistics = collect(job);
   const double tokens = share(job, statistics);
   if (job.options.form == kGmpo) share_geometric_means(job, statistics);
-  write_scalars(form(job, statistics), tokens, job.scalars);
+  write_results(form(job, statistics), tokens, job.loss, job.metrics);
 }
 
 template <class Real>
@@ -213,7 +214,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using Pointers = std::array<uintptr_t, 13>;  // in the order of Job's members
+using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
 
 template <class Real>
 void run(const Pointers& p, int64_t tokens, int64_t trajectories, const Options& options,
@@ -221,7 +222,7 @@ void run(const Pointers& p, int64_t tokens, int64_t trajectories, const Options&
   policy_loss(Job<Real>{pointer<Real>(p[0]), pointer<Real>(p[1]), pointer<Real>(p[2]), pointer<Real>(p[3]),
                         pointer<Real>(p[4]), pointer<Real>(p[5]), pointer<Real>(p[6]), pointer<int64_t>(p[7]),
                         pointer<uint8_t>(p[8]), pointer<uint8_t>(p[9]), pointer<Real>(p[10]), pointer<Real>(p[11]),
-                        pointer<Real>(p[12]), tokens, trajectories, options, params, {}, {}});
+                        pointer<Real>(p[12]), pointer<Real>(p[13]), tokens, trajectories, options, params, {}, {}});
 }
 
 }  // namespace

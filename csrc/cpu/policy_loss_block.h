@@ -35,7 +35,7 @@ struct Job {
   const Real *logprobs, *old_logprobs, *advantages, *ref_logprobs, *sampler_logprobs, *entropy, *normalizer;
   const int64_t* cu_seqlens;
   const uint8_t *mask, *selected;
-  Real *scalars, *grad_logprobs, *grad_entropy;
+  Real *loss, *metrics, *grad_logprobs, *grad_entropy;
   int64_t tokens, trajectories;
   Options options;
   std::array<double, 15> params;

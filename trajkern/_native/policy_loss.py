@@ -22,16 +22,15 @@ def policy_loss(
     normalizer: Tensor | None,  # []
     options: list[int],
     params: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     tokens, dtype = logprobs.shape[0], logprobs.dtype
     check_cu_seqlens(cu_seqlens, tokens)
-    scalars = torch.empty(8, dtype=dtype)
-    grad_logprobs = torch.empty(tokens if options[6] else 0, dtype=dtype)
-    grad_entropy = torch.empty(tokens if options[7] else 0, dtype=dtype)
+    loss, metrics = torch.empty((), dtype=dtype), torch.empty(7, dtype=dtype)
+    grads = [torch.empty(tokens, dtype=dtype) if need else None for need in options[6:]]
     pointers = map(pointer, (logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, normalizer,
-                             cu_seqlens, mask, selected, scalars, grad_logprobs, grad_entropy))  # fmt: skip
+                             cu_seqlens, mask, selected, loss, metrics, *grads))  # fmt: skip
     _ext.cpu().policy_loss(DTYPE[dtype], [*pointers], tokens, cu_seqlens.shape[0] - 1, options, params)
-    return scalars, grad_logprobs, grad_entropy
+    return [loss, metrics, *(g for g in grads if g is not None)]
 
 
 def scale_gradient_(x: Tensor, scale: Tensor) -> None:

@@ -24,6 +24,8 @@ from trajkern._checks import (
     check_shape,
     check_tensor,
     check_values,
+    laid_out,
+    readable,
 )
 from trajkern._library import define
 from trajkern._types import GAE
@@ -119,12 +121,7 @@ class _Whiten(torch.autograd.Function):
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether checking x's values costs no synchronisation (and no graph break)."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return laid_out(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def group_advantages(
@@ -186,9 +183,9 @@ def group_advantages(
     r = _accumulated(rewards)
     return _GroupAdvantages.apply(
         r,
-        group_ids.long().contiguous(),
-        gate if gate is None else gate.contiguous(),
-        weights if weights is None else weights.to(r.dtype).contiguous(),
+        laid_out(group_ids, torch.int64),
+        laid_out(gate, torch.bool),
+        laid_out(weights, r.dtype),
         BASELINES.index(baseline),
         SCALES.index(scale),
         float(ddof),
@@ -199,7 +196,7 @@ def group_advantages(
 
 def _check_values(rewards: Tensor, weights: Tensor | None) -> None:
     """On the reference route; the launchers check what they can read for nothing."""
-    if _readable(rewards):
+    if readable(rewards):
         check_finite("rewards", rewards)
         if weights is not None:
             check_values("weights", weights, 0)
@@ -227,9 +224,9 @@ def discounted_returns(
     _check_scan(rewards, cu_seqlens, mask, gamma=gamma)
     if _backends.wants_reference("advantage", rewards):
         return _backends.reference().discounted_returns(rewards, cu_seqlens, gamma=gamma, mask=mask)
-    mask = mask if mask is None else mask.contiguous()
+    mask = laid_out(mask, torch.bool)
     return _GAE.apply(
-        _accumulated(rewards), None, cu_seqlens.long().contiguous(), None, mask, float(gamma), 1.0
+        _accumulated(rewards), None, laid_out(cu_seqlens, torch.int64), None, mask, float(gamma), 1.0
     )
 
 
@@ -273,10 +270,10 @@ def gae(
             rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask
         )
     r = _accumulated(rewards)
-    v = values.to(r.dtype).contiguous()
-    last = bootstrap if bootstrap is None else bootstrap.to(r.dtype).contiguous()
-    mask = mask if mask is None else mask.contiguous()
-    advantages = _GAE.apply(r, v, cu_seqlens.long().contiguous(), last, mask, float(gamma), float(lam))
+    v = laid_out(values, r.dtype)
+    last = laid_out(bootstrap, r.dtype)
+    mask = laid_out(mask, torch.bool)
+    advantages = _GAE.apply(r, v, laid_out(cu_seqlens, torch.int64), last, mask, float(gamma), float(lam))
     return GAE(advantages, advantages + (v if mask is None else torch.where(mask, v, 0)))
 
 
@@ -290,7 +287,7 @@ def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, **deca
         check_number(name, value, low=0)
         if value > 1:
             raise ValueError(f"{name} must be at most 1, got {value}")
-    if _backends.wants_reference("advantage", rewards) and _readable(cu_seqlens):
+    if _backends.wants_reference("advantage", rewards) and readable(cu_seqlens):
         check_cu_seqlens(cu_seqlens, rewards.shape[0])
 
 
@@ -322,4 +319,4 @@ def whiten(
     check_number("eps", eps, above=0)
     if _backends.wants_reference("advantage", x):
         return _backends.reference().whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, eps=eps)
-    return _Whiten.apply(_accumulated(x), mask if mask is None else mask.contiguous(), shift_mean, ddof, float(eps))
+    return _Whiten.apply(_accumulated(x), laid_out(mask, torch.bool), shift_mean, ddof, float(eps))

@@ -25,6 +25,7 @@ from trajkern._checks import (
     check_targets,
     check_tensor,
     describe,
+    laid_out,
 )
 from trajkern._library import define
 from trajkern._types import TokenStats
@@ -153,15 +154,14 @@ def token_stats(
     temperatures = None
     if isinstance(temperature, Tensor):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        temperatures, temperature = temperature.to(dtype).contiguous(), 1.0
-    if mask is not None:
-        mask = mask.contiguous()
+        temperatures, temperature = laid_out(temperature, dtype), 1.0
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logprobs, *rest = _TokenStats.apply(
-        logits, targets.long().contiguous(), temperatures, float(temperature), mask, bits, inplace
-    )
+        logits, laid_out(targets, torch.int64), temperatures, float(temperature), laid_out(mask, torch.bool), bits,
+        inplace,
+    )  # fmt: skip
     made = iter(rest)
-    return TokenStats(logprobs, *(next(made) if bits >> i & 1 else None for i in range(len(OUTPUTS))))
+    return TokenStats(logprobs, *(next(made) if bits & bit else None for bit in (1, 2, 4)))
 
 
 def _check(logits, targets, outputs, temperature, mask) -> int:

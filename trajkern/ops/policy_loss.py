@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
-from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe
+from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, laid_out, readable
 from trajkern._covariance import largest_covariances
 from trajkern._library import define
 from trajkern._types import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, RATIO_LEVELS, SAMPLER_CORRECTIONS, PolicyLoss
@@ -26,19 +26,16 @@ METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "
 def _policy_loss_fake(logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
                       options, params):  # fmt: skip
     *_, need_logprobs, need_entropy = options
-    length = logprobs.shape[0]
-    return (
-        logprobs.new_empty(8),
-        logprobs.new_empty(length if need_logprobs else 0),
-        logprobs.new_empty(length if need_entropy else 0),
-    )
+    grads = [logprobs.new_empty(logprobs.shape) for need in (need_logprobs, need_entropy) if need]
+    return [logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), *grads]
 
 
+# -> [loss, metrics in METRICS' order, then the gradients in logprobs and entropy that the last two options ask for]
 _policy_loss = define(
     "policy_loss",
     "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
     " Tensor? ref_logprobs, Tensor? sampler_logprobs, Tensor? entropy, Tensor? selected, Tensor? normalizer,"
-    " int[] options, float[] params) -> (Tensor, Tensor, Tensor)",
+    " int[] options, float[] params) -> Tensor[]",
     _policy_loss_fake,
 )
 _scale_gradient_ = define(
@@ -51,21 +48,21 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx: Any, logprobs, entropy, old, advantages, cu_seqlens, mask, ref, sampler, selected, normalizer,
                 options, params):  # fmt: skip
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        scalars, *grads = _policy_loss(
+        loss, metrics, *grads = _policy_loss(
             logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
             [*options, *map(int, needs)], params,
         )  # fmt: skip
-        ctx.grads, ctx.needs = grads, needs
-        metrics = scalars[1:]
+        rest = iter(grads)
+        ctx.grads = [next(rest) if need else None for need in needs]
         ctx.mark_non_differentiable(metrics)
-        return scalars[0], metrics
+        return loss, metrics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, _):
         if ctx.grads is None:
             raise RuntimeError("policy_loss: a second backward; the gradient was formed in the forward and scaled once")
-        grads, ctx.grads = [g if need else None for g, need in zip(ctx.grads, ctx.needs, strict=True)], None
+        grads, ctx.grads = ctx.grads, None
         return *(_scaled(g, grad_loss) for g in grads), *(None,) * 10
 
 
@@ -167,12 +164,11 @@ def policy_loss(
             **optional,
         )  # fmt: skip
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    mask, ref, sampler, entropy = (
-        x if x is None else x.contiguous() if x.dtype == torch.bool else x.to(dtype).contiguous()
-        for x in optional.values()
-    )
-    new, old, a = (x.to(dtype).contiguous() for x in (logprobs, old_logprobs, advantages))
-    cu_seqlens = cu_seqlens.long().contiguous()
+    mask = laid_out(mask, torch.bool)
+    ref, sampler = laid_out(optional["ref_logprobs"], dtype), laid_out(optional["sampler_logprobs"], dtype)
+    entropy = laid_out(entropy, dtype)
+    new, old, a = (laid_out(x, dtype) for x in (logprobs, old_logprobs, advantages))
+    cu_seqlens = laid_out(cu_seqlens, torch.int64)
     selected = _select(config, new, old, a if per_token else None, advantages, cu_seqlens, mask)
     loss, metrics = _PolicyLoss.apply(
         new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, normalizer, *_encode(config, per_token)
@@ -237,7 +233,7 @@ def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_log
     check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=device)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int64, torch.int32), ndim=1, device=device)
     ranks = config.kind in ("kl_cov", "clip_cov")  # reads cu_seqlens before a launcher can check it
-    if _readable(logprobs) and (ranks or _backends.wants_reference("policy_loss", logprobs)):
+    if readable(logprobs) and (ranks or _backends.wants_reference("policy_loss", logprobs)):
         check_cu_seqlens(cu_seqlens, length[0])
 
 
@@ -253,20 +249,15 @@ def _check_advantages(logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, 
     return per_token
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether checking x's values costs no synchronisation (and no graph break)."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
     if normalizer is None:
         return None
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     if isinstance(normalizer, Tensor):
-        check_tensor("normalizer", normalizer, device=logprobs.device)
+        check_tensor("normalizer", normalizer, dtypes=(*FLOATS, torch.int64, torch.int32), device=logprobs.device)
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
-        if _readable(normalizer):
+        if readable(normalizer):
             check_number("normalizer", float(normalizer), above=0)
         return normalizer.detach().to(dtype).reshape(())
     check_number("normalizer", normalizer, above=0)
