@@ -16,6 +16,9 @@ _CASES = {
     "discounted_returns": ("discounted", "mask"),
     "gae": ("typical", "bootstrap"),
     "whiten": ("typical", "mask"),
+    "linear_logprobs": ("typical", "rows"),
+    "linear_token_stats": ("typical", "mask"),
+    "linear_policy_loss": ("grpo", "full", "gspo"),
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov"),
 }
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]

@@ -18,22 +18,27 @@ from trajkern._backends import OWNERS
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {"trajkern"}
 FORMULAS = {"_types", "_covariance"}  # plain data and plain torch that an op and its reference share
+HEAD = {"_head", "_pairs", "_ranks"}  # the head's loops over tiles, which its launchers share
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
     "__init__": {"_backends", "_types", "layout", "ops", "recipes"},
     "__main__": {"cli"},
     "_checks": set(),
+    "_check_head": {"_checks", "_ranks"},
     "_covariance": set(),
+    "_head": HEAD,
+    "_pairs": set(),
+    "_ranks": set(),
     "_types": {"_checks"},
     "_ext": set(),
     "_backends": {"_checks", "_ext"},
     "_library": {"_backends"},
-    "_native": {"_checks", "_ext"},
-    "_triton": set(),
+    "_native": {"_checks", "_ext", "_head"},
+    "_triton": {"_head"},
     "layout": {"_checks", "_types"},
     "reference": FORMULAS,
-    "ops": {"_backends", "_checks", "_library", "layout", *FORMULAS},
+    "ops": {"_backends", "_check_head", "_checks", "_library", "layout", *FORMULAS},
     "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
     "integrations": {"ops", "recipes", *PUBLIC},
     "testing": {"_types", "layout", "ops", "reference", *PUBLIC},

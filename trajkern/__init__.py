@@ -4,6 +4,7 @@ from trajkern._backends import backends, use_backend
 from trajkern._types import GAE, KINDS, PolicyLoss, TokenStats
 from trajkern.layout import HeadInputs, PackedBatch
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
+from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
 
@@ -20,6 +21,9 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "linear_token_stats",
     "policy_loss",
     "policy_loss_kinds",
     "token_logprobs",

@@ -99,7 +99,7 @@ def check_values(name: str, x: Tensor, low: float) -> None:
         raise ValueError(f"{name} must be at least {low:g}; the smallest is {float(x.min())}")
 
 
-def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None, name: str = "targets") -> None:
     """Reads device values."""
     bad = (targets < 0) | (targets >= vocabulary)
     if mask is not None:
@@ -107,20 +107,23 @@ def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None) -> None
     if bool(bad.any()):
         row = int(bad.flatten().nonzero()[0, 0])
         value = int(targets.flatten()[row])
-        raise ValueError(
-            f"targets must lie in [0, {vocabulary}) on every unmasked row; targets is {value} at row {row}"
-        )
+        raise ValueError(f"{name} must lie in [0, {vocabulary}) on every unmasked row; {name} is {value} at row {row}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     """Reads device values."""
-    if cu_seqlens.numel() == 0:
-        raise ValueError("cu_seqlens must hold at least its first 0; it is empty")
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    check_offsets("cu_seqlens", cu_seqlens, length, "tokens")
+
+
+def check_offsets(name: str, offsets: Tensor, length: int, what: str = "entries") -> None:
+    """Reads device values."""
+    if offsets.numel() == 0:
+        raise ValueError(f"{name} must hold at least its first 0; it is empty")
+    first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != length:
-        raise ValueError(f"cu_seqlens must run from 0 to the {length} tokens; it runs from {first} to {last}")
-    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()  # a difference could overflow
+        raise ValueError(f"{name} must run from 0 to the {length} {what}; it runs from {first} to {last}")
+    falls = (offsets[1:] < offsets[:-1]).nonzero()  # a difference could overflow
     if falls.numel():
         at = int(falls[0, 0])
-        pair = cu_seqlens[at : at + 2].tolist()
-        raise ValueError(f"cu_seqlens must never decrease; it goes from {pair[0]} to {pair[1]} at index {at + 1}")
+        pair = offsets[at : at + 2].tolist()
+        raise ValueError(f"{name} must never decrease; it goes from {pair[0]} to {pair[1]} at index {at + 1}")

@@ -17,6 +17,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None = None  # -sum_j p_j log p_j
     sum_sq_probs: Tensor | None = None  # sum_j p_j^2, no gradient
     is_top1: Tensor | None = None  # bool: no other logit is larger than the target's
+    mean_logit: Tensor | None = None  # of the logits over the temperature, no gradient; the head's ops only
 
 
 class GAE(NamedTuple):
@@ -140,6 +141,11 @@ class PolicyLoss:
     @property
     def resolved_ratio_level(self) -> str:
         return self.ratio_level or KINDS[self.kind][0]
+
+    @property
+    def is_token_level(self) -> bool:
+        """Whether a token's gradient needs no other token's log-prob."""
+        return self.resolved_ratio_level == "token" and self.kind not in ("gmpo", "vespo", "kl_cov", "clip_cov")
 
     @property
     def resolved_aggregate(self) -> str:

@@ -8,12 +8,9 @@
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
+#include "huge_pages.h"
 #include "logprob_row.h"
 #include "simd.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace tk::logprob {
 namespace {
@@ -81,7 +78,8 @@ void token_stats(const T* logits, Strides strides, const Problem& p, const Stats
         const T* z = logits + p.offset(strides, r);
         const double scale = p.inverse_temperature<A>(r);
         const bool moments = out.entropy || out.sum_sq_probs;
-        const Sums sums = moments ? row_sums<W, true>(z, p.V, scale) : row_sums<W, false>(z, p.V, scale);
+        Sums sums = moments ? row_sums<W, true>(z, p.V, scale) : row_sums<W, false>(z, p.V, scale);
+        sums.rest += sums.max - sums.max;  // NaN where the maximum is not finite
         finish_row(sums, widen(z[p.targets[r]]), scale, r, out);
       }
     });
@@ -107,18 +105,6 @@ Upstream upstream(const Problem& p, const Gradients<A>& grads, const Stats<const
   return up;
 }
 
-// A large new gradient is mapped at its first touch, which costs more than writing it unless its pages are huge.
-void prefer_huge_pages(void* begin, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#else
-  (void)begin, (void)bytes;
-#endif
-}
-
 template <class T>
 void token_stats_backward(T* grad_logits, Strides grad_strides, const T* logits, Strides strides, const Problem& p,
                           const Gradients<Accumulator<T>>& grads, const Stats<const Accumulator<T>>& saved) {
@@ -132,7 +118,7 @@ void token_stats_backward(T* grad_logits, Strides grad_strides, const T* logits,
         const T* z = logits + p.offset(strides, r);
         const Upstream up = p.masked(r) ? Upstream{} : upstream(p, grads, saved, r);
         if (up.grad_logprob == 0 && up.grad_entropy == 0) {
-          std::memset(static_cast<void*>(grad), 0, p.V * sizeof(T));
+          row_zero(grad, p.V);
           continue;
         }
         if (up.grad_entropy == 0)

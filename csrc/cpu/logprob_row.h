@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../common/dtype.h"
 #include "simd.h"
@@ -43,6 +44,7 @@ struct Sums {
 
 template <class A>
 constexpr A kNegInf = -std::numeric_limits<A>::infinity();
+constexpr float kNegligible = -1e5f;  // a log p whose p is 0, and whose product with that 0 is not NaN
 
 template <class T>
 TK_INLINE T negative_infinity() {
@@ -126,7 +128,7 @@ TK_INLINE void accumulate(const A* stage, int64_t n, A max, A scale, const T* ne
       const auto e = vexp<W>(u);
       rest[k] += e;
       if constexpr (kMoments) {
-        eu[k] += e * vmax(u, broadcast<W>(std::numeric_limits<A>::lowest()));  // 0, not NaN, at u = -inf
+        eu[k] += e * vmax(u, broadcast<W>(A(kNegligible)));
         ee[k] += e * e;
       }
     }
@@ -138,11 +140,11 @@ TK_INLINE void accumulate(const A* stage, int64_t n, A max, A scale, const T* ne
   }
 }
 
+// The sums of a row, or of a further part of one.
 template <int W, bool kMoments, class T>
-TK_INLINE Sums row_sums(const T* z, int64_t V, double scale) {
+TK_INLINE Sums row_sums(const T* z, int64_t V, double scale, Sums sums = {}) {
   using A = Accumulator<T>;
   alignas(64) A stage[kBlock];
-  Sums sums;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t n = std::min<int64_t>(kBlock, V - begin), padded = (n + kLanes - 1) / kLanes * kLanes;
     const A max = fill_stage<W>(z + begin, n, stage);
@@ -155,7 +157,6 @@ TK_INLINE Sums row_sums(const T* z, int64_t V, double scale) {
     const A from = std::max<A>(sums.max, std::numeric_limits<A>::lowest());  // -inf - -inf would be NaN
     accumulate<W, kMoments>(stage, padded, from, static_cast<A>(scale), z + begin + kBlock, sums);
   }
-  sums.rest += sums.max - sums.max;  // NaN where the maximum is not finite
   return sums;
 }
 
@@ -172,19 +173,30 @@ struct Upstream {
   }
 };
 
-// grad_j = -scale p_j (g + g_H (log p_j + H)) for every j, the target included; grad may be z.
-template <int W, bool kEntropy, class T>
-TK_INLINE void row_gradient(T* grad, const T* z, int64_t V, const Upstream& up) {
+template <class T>
+void row_zero(T* grad, int64_t V) {
+  std::memset(static_cast<void*>(grad), 0, V * sizeof(T));
+}
+
+struct Linear {};  // the logits are what the gradient is taken in
+
+// grad_j = -scale p_j (g + g_H (log p_j + H)) for every j, the target included; grad may be z. `chain`, if it is a
+// function, gives what a logit's gradient is multiplied with.
+template <int W, bool kEntropy, class T, class Chain = Linear>
+TK_INLINE void row_gradient(T* grad, const T* z, int64_t V, const Upstream& up, const Chain& chain = {}) {
   using A = Accumulator<T>;
+  const double inverse_sum = std::exp(-up.log_sum);  // a factor rounds p less than log_sum in an exponent would
   const A max = up.max, log_sum = up.log_sum, scale = up.scale;
-  const A gain = -up.scale * (up.grad_logprob + (kEntropy ? up.grad_entropy * up.entropy : 0));
-  const A slope = -up.scale * up.grad_entropy;
+  const A gain = -up.scale * (up.grad_logprob + (kEntropy ? up.grad_entropy * up.entropy : 0)) * inverse_sum;
+  const A slope = -up.scale * up.grad_entropy * inverse_sum;
   const auto group = [&](T* to, const T* from) TK_INLINE_LAMBDA {
     for (int k = 0; k < kLanes; k += W) {
-      const auto logp = (load<W>(from + k) - max) * scale - log_sum;
+      const auto x = load<W>(from + k);
+      const auto u = (x - max) * scale;
       auto g = broadcast<W>(gain);
-      if constexpr (kEntropy) g += slope * vmax(logp, broadcast<W>(std::numeric_limits<A>::lowest()));
-      store<W>(to + k, vexp<W>(logp) * g);
+      if constexpr (kEntropy) g += slope * vmax(u - log_sum, broadcast<W>(A(kNegligible)));
+      if constexpr (!std::is_same_v<Chain, Linear>) g *= chain(x);
+      store<W>(to + k, vexp<W>(u) * g);
     }
   };
   int64_t i = 0;

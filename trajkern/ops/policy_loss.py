@@ -63,15 +63,18 @@ class _PolicyLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("policy_loss: a second backward; the gradient was formed in the forward and scaled once")
         grads, ctx.grads = ctx.grads, None
-        return *(_scaled(g, grad_loss) for g in grads), *(None,) * 10
+        return *(scaled(g, grad_loss) for g in grads), *(None,) * 10
 
 
-def _scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+    """``grad`` times the upstream number, in place where no graph is traced."""
     if grad is None:
         return None
     if torch.compiler.is_compiling():
-        return grad * scale
-    _scale_gradient_(grad, scale)
+        return (grad * scale).to(grad.dtype)
+    if grad.dtype not in (torch.float32, torch.float64):
+        return grad.mul_(scale)
+    _scale_gradient_(grad.view(-1), scale)
     return grad
 
 
@@ -149,34 +152,27 @@ def policy_loss(
     CISPO 2506.13585, SAPO 2511.20347, LUSPO and VESPO as in TRL, GPG 2504.02546, DPPO 2602.04879, KL-Cov and Clip-Cov
     2505.22617; TIS and IcePop as in OpenRLHF and NeMo-RL.
     """
-    _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy)
-    per_token = _check_advantages(logprobs, advantages, cu_seqlens, per_token)
-    normalizer = _check_normalizer(normalizer, logprobs)
-    optional = {
-        "mask": mask,
-        "ref_logprobs": ref_logprobs if config.kl_coef else None,
-        "sampler_logprobs": sampler_logprobs if config.sampler_correction != "none" else None,
-        "entropy": entropy,
-    }
+    per_token, normalizer, ref, sampler = check_policy(
+        logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy,
+        normalizer, per_token,
+    )  # fmt: skip
     if _backends.wants_reference("policy_loss", logprobs):
         return _backends.reference().policy_loss(
-            logprobs, old_logprobs, advantages, cu_seqlens, config=config, normalizer=normalizer, per_token=per_token,
-            **optional,
+            logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref,
+            sampler_logprobs=sampler, entropy=entropy, normalizer=normalizer, per_token=per_token,
         )  # fmt: skip
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    mask = laid_out(mask, torch.bool)
-    ref, sampler = laid_out(optional["ref_logprobs"], dtype), laid_out(optional["sampler_logprobs"], dtype)
-    entropy = laid_out(entropy, dtype)
     new, old, a = (laid_out(x, dtype) for x in (logprobs, old_logprobs, advantages))
-    cu_seqlens = laid_out(cu_seqlens, torch.int64)
+    mask, cu_seqlens = laid_out(mask, torch.bool), laid_out(cu_seqlens, torch.int64)
+    ref, sampler, entropy = laid_out(ref, dtype), laid_out(sampler, dtype), laid_out(entropy, dtype)
     selected = _select(config, new, old, a if per_token else None, advantages, cu_seqlens, mask)
     loss, metrics = _PolicyLoss.apply(
-        new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, normalizer, *_encode(config, per_token)
+        new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, normalizer, *encode(config, per_token)
     )
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
-def _encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
+def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
     """The configuration as the kernels read it: enumerations in ``options``, numbers in ``params``."""
     options = [
         FORMS.index(KINDS[c.kind][2]),
@@ -208,6 +204,18 @@ def _select(c: PolicyLoss, new, old, per_token, advantages, cu_seqlens, mask) ->
     ratio = (new - old).clamp(-20, 20).exp()
     clipped = ratio * per_token > ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * per_token
     return largest_covariances(per_token, new, mask, mask & ~clipped, c.cov_fraction, (c.cov_low, c.cov_high))
+
+
+def check_policy(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy,
+                 normalizer, per_token):  # fmt: skip
+    """Raises, or returns per_token, the normalizer as a tensor, ref_logprobs and sampler_logprobs if they are read."""
+    _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy)
+    return (
+        _check_advantages(logprobs, advantages, cu_seqlens, per_token),
+        _check_normalizer(normalizer, logprobs),
+        ref_logprobs if config.kl_coef else None,
+        sampler_logprobs if config.sampler_correction != "none" else None,
+    )
 
 
 def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy):

@@ -70,7 +70,7 @@ _TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 # Only verifiers that compare or parse: some of reasoning-gym's pass the answer to eval(), which a sampled text must
 # never reach.
 TASKS: dict[str, Spec] = {
-    "chain_sum": Spec("chain_sum", _ONE_DIGIT, _expression, demonstrations=750),
+    "chain_sum": Spec("chain_sum", _ONE_DIGIT, _expression, demonstrations=850),
     "chain_sum_short": Spec("chain_sum", _TWO_DIGITS, _expression),
     "chain_sum_long": Spec("chain_sum", {**_ONE_DIGIT, "min_terms": 4, "max_terms": 4}, _expression),
     "chain_sum_text": Spec("chain_sum", _ONE_DIGIT),

@@ -1,0 +1,141 @@
+"""Checks of the arguments that the head's ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import (
+    check_choice,
+    check_number,
+    check_offsets,
+    check_shape,
+    check_targets,
+    check_tensor,
+    describe,
+    laid_out,
+    readable,
+)
+from trajkern._ranks import shard
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    sampling_support: tuple[Tensor, Tensor] | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    workspace_bytes: int | None = None,
+    process_group: Any = None,
+) -> tuple[Any, ...]:
+    """Raises, or returns the arguments that every op of the family begins with."""
+    check_tensor("hidden", hidden, dtypes=FLOATS, ndim=2)
+    device, tokens = hidden.device, hidden.shape[0]
+    check_tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2, device=device)
+    if weight.shape[1] != hidden.shape[1] or 0 in weight.shape:
+        raise ValueError(f"weight must have shape [V, {hidden.shape[1]}] with V at least 1; got {describe(weight)}")
+    check_tensor("targets", targets, dtypes=INTEGERS, ndim=1, device=device)
+    pairs = tuple(targets.shape)
+    if rows is not None:
+        check_tensor("rows", rows, dtypes=INTEGERS, device=device)
+        check_shape("rows", rows, pairs, "one hidden state a target")
+    elif pairs != (tokens,):
+        raise ValueError(f"targets must have one entry a row of hidden, {tokens}, where rows is None; got {pairs[0]}")
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
+        check_shape("mask", mask, pairs, "one flag a target")
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=(hidden.dtype,), device=device)
+        check_shape("bias", bias, tuple(weight.shape[:1]), "one number a row of weight")
+    temperatures, scales = _check_scales(temperature, softcap, logit_scale, hidden)
+    check_choice("logits_dtype", logits_dtype, {torch.float32, hidden.dtype})
+    group = "" if process_group is None else process_group.group_name
+    of = shard(group, weight)
+    workspace = _check_workspace(workspace_bytes, hidden, logits_dtype, of.widest)
+    if readable(hidden):
+        check_targets(targets, of.vocabulary, mask)
+        if rows is not None:
+            _check_rows(rows, tokens, mask)
+    ids, offsets = _check_support(sampling_support, targets, of.vocabulary, mask)
+    options = [int(logits_dtype != torch.float32), workspace]
+    return (
+        hidden, weight, bias, laid_out(targets, torch.int64), None if rows is None else laid_out(rows, torch.int64),
+        laid_out(mask, torch.bool), temperatures, ids, offsets, scales, options, group,
+    )  # fmt: skip
+
+
+def _check_scales(temperature, softcap, logit_scale, hidden: Tensor) -> tuple[Tensor | None, list[float]]:
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, dtypes=FLOATS, device=hidden.device)
+        check_shape("temperature", temperature, tuple(hidden.shape[:1]), "one a row of hidden")
+        if readable(temperature) and not bool((temperature > 0).all()):
+            raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
+        temperatures, temperature = laid_out(temperature, accumulator(hidden)), 1.0
+    else:
+        check_number("temperature", temperature, above=0)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    check_number("logit_scale", logit_scale)
+    return temperatures, [float(temperature), float(softcap or 0), float(logit_scale)]
+
+
+def _check_workspace(workspace_bytes: int | None, hidden: Tensor, logits_dtype: torch.dtype, vocabulary: int) -> int:
+    dtype = logits_dtype if hidden.dtype != torch.float64 else torch.float64
+    row = vocabulary * dtype.itemsize
+    if workspace_bytes is None:
+        return max(row, WORKSPACE["cpu" if hidden.is_cpu else "cuda"])
+    check_number("workspace_bytes", workspace_bytes)
+    if workspace_bytes < row:
+        raise ValueError(f"workspace_bytes must hold one row of logits, {row} bytes; got {workspace_bytes}")
+    return int(workspace_bytes)
+
+
+def _check_rows(rows: Tensor, tokens: int, mask: Tensor | None) -> None:
+    bad = (rows < 0) | (rows >= tokens)
+    if mask is not None:
+        bad &= mask
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(f"rows must lie in [0, {tokens}) on every unmasked pair; rows is {int(rows[at])} at pair {at}")
+
+
+def _check_support(support, targets: Tensor, vocabulary: int, mask: Tensor | None):
+    if support is None:
+        return None, None
+    if not isinstance(support, tuple) or len(support) != 2:
+        raise TypeError(f"sampling_support must be a tuple (ids, offsets), got {describe(support)}")
+    ids, offsets = support
+    check_tensor("sampling_support ids", ids, dtypes=INTEGERS, ndim=1, device=targets.device)
+    check_tensor("sampling_support offsets", offsets, dtypes=INTEGERS, device=targets.device)
+    check_shape("sampling_support offsets", offsets, (targets.shape[0] + 1,), "one a target, and the end")
+    ids, offsets = laid_out(ids, torch.int64), laid_out(offsets, torch.int64)
+    if readable(targets):
+        check_offsets("sampling_support offsets", offsets, ids.shape[0])
+        check_targets(ids, vocabulary, None, name="sampling_support ids")
+        pair = torch.repeat_interleave(torch.arange(targets.shape[0]), offsets.diff(), output_size=ids.shape[0])
+        held = torch.zeros(targets.shape, dtype=torch.bool)
+        held[pair[ids == targets[pair]]] = True
+        lacks = ~held if mask is None else ~held & mask
+        if bool(lacks.any()):
+            at = int(lacks.nonzero()[0, 0])
+            target = int(targets[at])
+            raise ValueError(f"sampling_support must hold every unmasked target; it lacks {target} at pair {at}")
+    return ids, offsets

@@ -1,0 +1,88 @@
+"""Which rows of the head are computed, and which targets each of them has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """The arguments that every op of the family begins with."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H], of a shard's own tokens
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [P]
+    rows: Tensor | None  # [P]
+    mask: Tensor | None  # [P]
+    temperatures: Tensor | None  # [T]
+    support_ids: Tensor | None  # [E]
+    support_offsets: Tensor | None  # [P+1]
+    scales: list[float]  # temperature, softcap (0: none), logit_scale
+    options: list[int]  # whether logits keep the inputs' 16 bits, bytes of the workspace
+    group: str
+
+    @property
+    def keys(self) -> int:
+        """What the rows of ``norm`` stand for: hidden states, or pairs where each has a support of its own."""
+        return self.hidden.shape[0] if self.support_ids is None else self.targets.shape[0]
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+
+class Pairs(NamedTuple):
+    """The rows to compute, one a slot, and their (row, target) pairs in the order of slots and targets.
+
+    On a GPU, where nobody may ask how many pairs are unmasked, slots at the end may be idle, and pairs without a slot.
+    """
+
+    row: Tensor  # [U] of the hidden states
+    key: Tensor  # [U] what ``norm`` is kept by: the row, or the pair where each has its support; the end for idle slots
+    idle: Tensor  # [U] bool
+    pair: Tensor  # [P'] its index in the arguments
+    slot: Tensor  # [P']
+    offsets: Tensor  # [U+1] first pair of each slot
+
+    def within(self, lo: int, hi: int) -> slice:
+        """The pairs of slots lo:hi; on a GPU all pairs."""
+        if self.row.is_cpu:
+            return slice(int(self.offsets[lo]), int(self.offsets[hi]))
+        return slice(0, self.pair.shape[0])
+
+
+def pairs_of(head: Head, vocabulary: int, keep: Tensor | None) -> Pairs:  # [P]
+    """Pairs that share a row share its slot, unless each was sampled from a support of its own."""
+    device, count, keys = head.hidden.device, head.targets.shape[0], head.keys
+    own = head.rows is None or head.support_ids is not None
+    number = torch.arange(count, device=device) if own else head.rows
+    assert number is not None
+    if keep is None:
+        keep = torch.ones(count, dtype=torch.bool, device=device)
+    if not head.hidden.is_cpu:
+        keep = keep & in_range(head, vocabulary)
+    used = torch.zeros(keys + 1, dtype=torch.bool, device=device)
+    used[torch.where(keep, number, keys)] = True
+    used = used[:keys]
+    slot_of_key = used.cumsum(0) - 1
+    slots = int(used.sum()) if device.type == "cpu" else min(keys, count)
+    key = torch.full((slots + 1,), keys, device=device)
+    key = key.scatter_(0, torch.where(used, slot_of_key, slots), torch.arange(keys, device=device))[:slots]
+    slot = torch.where(keep, slot_of_key[number.clamp(0, keys - 1)], slots) if keys else number
+    index = (slot * vocabulary + head.targets.clamp(0, vocabulary - 1)).argsort(stable=True)
+    if device.type == "cpu":
+        index = index[: int(keep.sum())]
+    slot = slot[index]
+    row = key.clamp_max(max(keys - 1, 0))
+    if own and head.rows is not None:
+        row = head.rows[row].clamp(0, head.hidden.shape[0] - 1)
+    return Pairs(row, key, key == keys, index, slot, torch.searchsorted(slot, torch.arange(slots + 1, device=device)))
+
+
+def in_range(head: Head, vocabulary: int) -> Tensor:
+    """Pairs whose row and target exist."""
+    valid = (head.targets >= 0) & (head.targets < vocabulary)
+    return valid if head.rows is None else valid & (head.rows >= 0) & (head.rows < head.hidden.shape[0])
