@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on, and it compiles nothing", allow_module_level=True)
 
-from trajkern._triton import configs, logprob, policy_loss  # noqa: E402
+from trajkern._triton import configs, head, logprob, policy_loss  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -25,13 +25,15 @@ CAPABILITIES = (80, 90, 100)
 MODULES = (logprob, policy_loss)
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
-    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale",
-    "*i64": "targets cu_seqlens",
+    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale"
+    " z grad state",
+    "*i64": "targets cu_seqlens offsets",
     "*i32": "counts",
     "*i1": "mask is_top1 selected shares",
-    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3",
+    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3"
+    " softcap gain",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
-    " trajectories steps programs size",
+    " trajectories steps programs size stride grad_stride first",
 }
 ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -61,6 +63,18 @@ def _backward(dtype: torch.dtype, length: int, *absent: str) -> Variant:
     name = f"{NAMES[dtype]}-{length}-{len(absent)}"
     types = {"logits": f"*{NAMES[dtype]}", "grad_logits": f"*{NAMES[dtype]}"}
     return Variant(logprob.backward_kernel, name, absent, options, types, options["VECTOR"] > 1)
+
+
+def _fold(dtype: torch.dtype, length: int, moments: bool) -> Variant:
+    options = logprob._launch(configs.row_warps(length), torch.empty(2, length, dtype=dtype)) | {"MOMENTS": moments}
+    name = f"{NAMES[dtype]}-{length}-{moments}"
+    return Variant(head.fold_kernel, name, (), options, {"z": f"*{NAMES[dtype]}"}, options["VECTOR"] > 1)
+
+
+def _gradient(dtype: torch.dtype, length: int, softcap: bool, *absent: str) -> Variant:
+    options = logprob._map_launch(torch.empty(2, length)) | {"SOFTCAP": softcap}
+    types = {"grad": f"*{NAMES[dtype]}", "z": "*fp32"}
+    return Variant(head.gradient_kernel, f"{NAMES[dtype]}-{length}-{softcap}", absent, options, types, True)
 
 
 def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
@@ -105,6 +119,12 @@ VARIANTS = (
     _backward(torch.float16, 1000, *NO_ENTROPY),
     _backward(torch.float32, 151936),
     _backward(torch.float32, 50257),
+    _fold(torch.float32, 151936, True),
+    _fold(torch.float32, 32768, False),
+    _fold(torch.bfloat16, 131072, False),
+    _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy"),
+    _gradient(torch.bfloat16, 131072, True),
+    _gradient(torch.float32, 32768, False),
     _means("clip", False, "none", "means", "mask", "sampler_logprobs"),
     _means("clip", True, "sequence_mask"),
     _means("vespo", False, "none", "sampler_logprobs"),

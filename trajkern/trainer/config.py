@@ -25,7 +25,7 @@ class WarmUp:
         steps: most optimiser steps; 0 skips the warm-up.
         batch: demonstrations a step.
         lr: learning rate after a ramp of 20 steps.
-        weight_decay: AdamW's; it helps few demonstrations go a longer way.
+        weight_decay: AdamW's; by default the task's own number.
         demonstrations: questions whose answers are shown; by default the task's own number.
         check_every: steps between validations.
         pass_at_1: validation pass@1 that ends the warm-up.
@@ -35,7 +35,7 @@ class WarmUp:
     steps: int = 400
     batch: int = 128
     lr: float = 4e-3
-    weight_decay: float = 0.5
+    weight_decay: float | None = None
     demonstrations: int | None = None
     check_every: int = 20
     pass_at_1: float = 0.25

@@ -43,12 +43,14 @@ class Spec:
         settings: of that dataset; small enough for the built-in transformer.
         short: the question in a few characters, from the entry's metadata; None for the task's own text.
         demonstrations: answers that take the built-in transformer into the warm-up's validation band.
+        weight_decay: of the warm-up.
     """
 
     dataset: str
     settings: dict[str, Any]
     short: Callable[[dict[str, Any]], str] | None = None
     demonstrations: int = 3000
+    weight_decay: float = 0.5
 
 
 def _expression(m: dict[str, Any]) -> str:
@@ -70,7 +72,7 @@ _TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 # Only verifiers that compare or parse: some of reasoning-gym's pass the answer to eval(), which a sampled text must
 # never reach.
 TASKS: dict[str, Spec] = {
-    "chain_sum": Spec("chain_sum", _ONE_DIGIT, _expression, demonstrations=850),
+    "chain_sum": Spec("chain_sum", _ONE_DIGIT, _expression, demonstrations=1000, weight_decay=0.1),
     "chain_sum_short": Spec("chain_sum", _TWO_DIGITS, _expression),
     "chain_sum_long": Spec("chain_sum", {**_ONE_DIGIT, "min_terms": 4, "max_terms": 4}, _expression),
     "chain_sum_text": Spec("chain_sum", _ONE_DIGIT),
@@ -122,7 +124,7 @@ class Task:
         if name not in TASKS:
             raise ValueError(f"task must be one of {', '.join(sorted(TASKS))}; got {name!r}")
         self.name, self.seed, self._spec = name, seed, TASKS[name]
-        self.demonstrations = self._spec.demonstrations
+        self.demonstrations, self.weight_decay = self._spec.demonstrations, self._spec.weight_decay
         self._gym = require("reasoning_gym")
         self._verifier = self._dataset(seed=0, size=1)
 

@@ -81,7 +81,7 @@ def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
     policy = load_policy(config.model, config.tiny, splits.demonstrations[: config.shots])
     phase = stored.place["phase"] if stored else "warmup"
     anchor = copy.deepcopy(policy).requires_grad_(False) if config.loss.kl_coef and phase == "main" else None
-    optimizer = make_optimizer(config, policy, phase)
+    optimizer = make_optimizer(config, task, policy, phase)
     if stored:
         checkpoint.restore_model(stored, "policy", policy)
         if anchor:
@@ -112,9 +112,12 @@ def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
     return run
 
 
-def make_optimizer(config: TrainConfig, policy: Policy, phase: str) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) -> torch.optim.Optimizer:
     supervised = phase == "warmup" or config.control == "supervised"
-    betas, decay = ((0.9, 0.98), config.warmup.weight_decay) if supervised else ((0.9, 0.99), 0.0)
+    betas, decay = (0.9, 0.99), 0.0
+    if supervised:
+        own = config.warmup.weight_decay
+        betas, decay = (0.9, 0.98), task.weight_decay if own is None else own
     return torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
 
 
@@ -166,7 +169,7 @@ def begin_main(run: Run) -> None:
     """Measure the start, give the main loop a fresh optimiser, and save the state that every control shares."""
     run.before = report_heldout(run, 0)
     run.phase, run.step, run.clock = "main", 0, Clock()
-    run.optimizer = make_optimizer(run.config, run.policy, run.phase)
+    run.optimizer = make_optimizer(run.config, run.task, run.policy, run.phase)
     if run.config.loss.kl_coef:
         run.anchor = copy.deepcopy(run.policy).requires_grad_(False)
     if run.config.warmup.steps:
