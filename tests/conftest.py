@@ -24,7 +24,10 @@ def _devices(config: pytest.Config) -> list[str]:
 
 
 def _dtypes(spec, device: str, backend: str | None):
-    return spec.triton_dtypes if backend == "triton" or (device == "cuda" and spec.triton_dtypes) else spec.dtypes
+    if backend == "triton":
+        return spec.triton_dtypes
+    double = torch.float64 if device == "cuda" and spec.triton_dtypes else None
+    return [dtype for dtype in spec.dtypes if dtype != double]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

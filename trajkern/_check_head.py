@@ -67,7 +67,7 @@ def check_head(
     temperatures, scales = _check_scales(temperature, softcap, logit_scale, hidden)
     check_choice("logits_dtype", logits_dtype, {torch.float32, hidden.dtype})
     group = "" if process_group is None else process_group.group_name
-    of = shard(group, weight)
+    of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
     workspace = _check_workspace(workspace_bytes, hidden, logits_dtype, of.widest)
     if readable(hidden):
         check_targets(targets, of.vocabulary, mask)

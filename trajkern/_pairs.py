@@ -54,26 +54,35 @@ class Pairs(NamedTuple):
         return slice(0, self.pair.shape[0])
 
 
-def pairs_of(head: Head, vocabulary: int, keep: Tensor | None) -> Pairs:  # [P]
-    """Pairs that share a row share its slot, unless each was sampled from a support of its own."""
+def pairs_of(
+    head: Head,
+    vocabulary: int,
+    keep: Tensor | None,  # [P]
+    exact: bool | None = None,
+) -> Pairs:
+    """Pairs that share a row share its slot, unless each was sampled from a support of its own.
+
+    ``exact``: count slots and pairs; None: where the tensors are on a CPU.
+    """
+    exact = head.hidden.is_cpu if exact is None else exact
     device, count, keys = head.hidden.device, head.targets.shape[0], head.keys
     own = head.rows is None or head.support_ids is not None
     number = torch.arange(count, device=device) if own else head.rows
     assert number is not None
     if keep is None:
         keep = torch.ones(count, dtype=torch.bool, device=device)
-    if not head.hidden.is_cpu:
+    if not exact:
         keep = keep & in_range(head, vocabulary)
     used = torch.zeros(keys + 1, dtype=torch.bool, device=device)
     used[torch.where(keep, number, keys)] = True
     used = used[:keys]
     slot_of_key = used.cumsum(0) - 1
-    slots = int(used.sum()) if device.type == "cpu" else min(keys, count)
+    slots = int(used.sum()) if exact else min(keys, count)
     key = torch.full((slots + 1,), keys, device=device)
     key = key.scatter_(0, torch.where(used, slot_of_key, slots), torch.arange(keys, device=device))[:slots]
     slot = torch.where(keep, slot_of_key[number.clamp(0, keys - 1)], slots) if keys else number
     index = (slot * vocabulary + head.targets.clamp(0, vocabulary - 1)).argsort(stable=True)
-    if device.type == "cpu":
+    if exact:
         index = index[: int(keep.sum())]
     slot = slot[index]
     row = key.clamp_max(max(keys - 1, 0))

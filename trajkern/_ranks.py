@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,18 +57,15 @@ def shard(group: str, weight: Tensor) -> Shard:  # [V, H]
     size, width = weight.shape
     if not group:
         return Shard(0, size, size, None)
-    first, vocabulary, widest = _layout(group, size, width, weight.device)
-    return Shard(first, vocabulary, widest, resolve(group))
+    ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return Shard(*_layout(ranks, size, width, weight.device), ranks)
 
 
-def resolve(group: str) -> dist.ProcessGroup:
-    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+def _layout(ranks: dist.ProcessGroup, size: int, width: int, device: torch.device) -> tuple[int, int, int]:
+    """(first token, vocabulary, widest shard) of this rank; every rank checks every rank's shard.
 
-
-@lru_cache(maxsize=64)  # a shard keeps its size
-def _layout(group: str, size: int, width: int, device: torch.device) -> tuple[int, int, int]:
-    """(first token, vocabulary, widest shard) of this rank; every rank checks every rank's shard."""
-    ranks = resolve(group)
+    Asked in every call, as no rank could tell alone that another one's shard has changed.
+    """
     shapes = [torch.empty(2, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(ranks))]
     dist.all_gather(shapes, torch.tensor([size, width], device=device), group=ranks)
     sizes, widths = zip(*(x.tolist() for x in shapes), strict=True)

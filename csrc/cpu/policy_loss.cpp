@@ -16,6 +16,7 @@ constexpr int64_t kGrain = 8192;  // tokens worth a thread
 
 std::vector<Run> cut(const int64_t* cu_seqlens, int64_t trajectories) {
   std::vector<Run> runs;
+  runs.reserve(2 * cu_seqlens[trajectories] / kRun + 1);  // any two neighbours hold more than kRun tokens
   for (int64_t n = 0; n < trajectories; ++n)
     for (int64_t begin = cu_seqlens[n]; begin < cu_seqlens[n + 1]; begin += kRun) {
       const int length = std::min<int64_t>(kRun, cu_seqlens[n + 1] - begin);
@@ -58,6 +59,21 @@ void for_runs(const Job<Real>& job, const F& f) {
   });
 }
 
+// How many of at most kRun bytes are not 0.
+TK_INLINE int count_flags(const uint8_t* x, int n) {
+  constexpr int kBytes = 16;
+  static_assert(kRun / kBytes < 256, "a byte counts a run's share");
+  Vec<uint8_t, kBytes> sums{}, bytes;
+  int i = 0, count = 0;
+  for (; i + kBytes <= n; i += kBytes) {
+    std::memcpy(&bytes, x + i, kBytes);
+    sums += bytes != 0 ? Vec<uint8_t, kBytes>{} + 1 : Vec<uint8_t, kBytes>{};
+  }
+  for (; i < n; ++i) count += x[i] != 0;
+  for (int l = 0; l < kBytes; ++l) count += sums[l];
+  return count;
+}
+
 enum Statistic { kCount, kLogRatioSum, kLogSamplerSum, kStatistics };
 
 // Unmasked tokens per trajectory, and where something needs them the sums of the log-ratio and of log w.
@@ -68,18 +84,15 @@ TrajectorySums collect(const Job<Real>& job) {
   const bool reads = removes || job.options.sequence_level || job.options.form == kVespo;
   for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
     const Run& run = job.runs[r];
-    if (reads) block.open(run);
-    if (removes) block.sampler_terms();
+    if (reads) {
+      block.open(run);
+      block.statistics();
+    }
     for_parts(job.cu_seqlens, run, [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
       double* part = sums.part(job.runs, r, n);
-      int count = length;
-      if (job.mask) {
-        count = 0;
-        for (int i = 0; i < length; ++i) count += job.mask[run.begin + offset + i];
-      }
-      part[kCount] = count;
-      if (reads) part[kLogRatioSum] = block.sum_of(block.log_ratio + offset, length);
-      if (removes) part[kLogSamplerSum] = block.sum_of(block.loss + offset, length);
+      part[kCount] = job.mask ? count_flags(job.mask + run.begin + offset, length) : length;
+      if (reads) part[kLogRatioSum] = block.sum_of(block.first + offset, length);
+      if (removes) part[kLogSamplerSum] = block.sum_of(block.second + offset, length);
     });
   });
   sums.combine(job.runs);
@@ -133,9 +146,9 @@ void share_geometric_means(Job<Real>& job, TrajectorySums& statistics) {
     block.geometric_terms();
     for_parts(job.cu_seqlens, job.runs[r], [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
       double* part = sums.part(job.runs, r, n);
-      part[0] = block.sum_of(block.loss + offset, length);
-      part[1] = block.sum_of(block.advantage + offset, length);
-      part[2] = block.sum_of(block.ratio + offset, length);
+      part[0] = block.sum_of(block.first + offset, length);
+      part[1] = block.sum_of(block.second + offset, length);
+      part[2] = block.sum_of(block.third + offset, length);
     });
   });
   sums.combine(job.runs);
@@ -155,15 +168,11 @@ std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
   TrajectorySums slopes(1, waits ? job.trajectories : 0, waits ? job.runs.size() : 0);
   for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
     block.open(job.runs[r]);
-    block.policy();
-    if (block.corrects) block.correct();
-    block.add_kl();
-    if (job.entropy) block.add_entropy();
-    block.finish();
+    block.form();
     totals[r] = block.totals;
     if (!waits) return;
     for_parts(job.cu_seqlens, job.runs[r], [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
-      *slopes.part(job.runs, r, n) = block.sum_of(block.d_log_ratio + offset, length);
+      *slopes.part(job.runs, r, n) = block.sum_of(block.first + offset, length);
     });
   });
   if (!waits) return totals;
@@ -209,6 +218,12 @@ void scale(Real* x, int64_t length, Real factor) {
   });
 }
 
+// From 0 to tokens, never decreasing.
+bool covers(const int64_t* cu_seqlens, int64_t trajectories, int64_t tokens) {
+  if (trajectories < 0 || cu_seqlens[0] != 0 || cu_seqlens[trajectories] != tokens) return false;
+  return std::is_sorted(cu_seqlens, cu_seqlens + trajectories + 1);
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -234,10 +249,12 @@ void bind_policy_loss(pybind11::module_& m) {
   m.def("policy_loss",
         [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, const std::array<int, 8>& o,
            const std::array<double, 15>& params) {
+          if (!covers(pointer<int64_t>(pointers[7]), trajectories, tokens)) return false;
           const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
           py::gil_scoped_release release;
           if (tk::DType(dtype) == tk::DType::float64) run<double>(pointers, tokens, trajectories, options, params);
           else run<float>(pointers, tokens, trajectories, options, params);
+          return true;
         });
   m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {
     py::gil_scoped_release release;

@@ -1,5 +1,5 @@
-// A run of tokens of a packed batch and the stages of the policy loss over it, in buffers that stay in the first-level
-// cache. A masked token, and the padding behind the last one, is read as zeros.
+// A run of tokens of a packed batch and the stages of the policy loss over it. A masked token, and the padding behind
+// the last one, is read as zeros.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -9,7 +9,7 @@
 namespace tk::policy {
 
 constexpr int kRun = 512;     // tokens
-constexpr int kSumLanes = 8;  // every sum has as many partial sums, whatever the width of a vector
+constexpr int kSumLanes = 16;  // every sum has as many partial sums, whatever the width of a vector
 
 struct Run {
   int64_t begin, trajectory;  // first token, and the trajectory it lies in
@@ -23,7 +23,7 @@ struct Options {  // in the order of the launcher's
 // What the tokens of a trajectory share. Weight 0: no unmasked token, or removed by the sequence mask.
 template <class Real>
 struct Shared {
-  Real weight = 1, log_ratio = 0, value = 0, value_alt = 0;  // the values as in Token
+  Real weight = 1, log_ratio = 0, value = 0, value_alt = 0;  // the values: what gmpo() and vespo() take
 };
 
 struct RunTotals {
@@ -54,26 +54,22 @@ TK_INLINE void for_parts(const int64_t* cu_seqlens, const Run& run, const F& f) 
   }
 }
 
-// A sum over vectors V, in kSumLanes lanes of double; half a vector fills a vector of doubles.
+// A sum over vectors V in kSumLanes lanes; they are added in double.
 template <class V>
 struct Sum {
-  static constexpr int kHalf = kLanes<V> / 2, kParts = kSumLanes / kHalf;
-  using Wide = Vec<double, kHalf>;
-  Wide parts[kParts] = {};
+  static constexpr int W = kLanes<V>;
+  V parts[kSumLanes / W] = {};
 
-  // i: the index of x's first element, a multiple of the lanes of V.
-  TK_INLINE void add(int i, const V& x) {
-    const auto wide = __builtin_convertvector(x, Vec<double, kLanes<V>>);
-    Wide half[2];
-    std::memcpy(half, &wide, sizeof(half));
-    for (int h = 0; h < 2; ++h) parts[(i / kHalf + h) % kParts] += half[h];
-  }
+  // i: the index of x's first element, a multiple of the lanes of V, in its step.
+  TK_INLINE void add(int i, const V& x) { parts[i / W] += x; }
   TK_INLINE double fold() const {
-    double lane[kSumLanes];
+    Scalar<V> lane[kSumLanes];
+    double sum[kSumLanes / 2];
     std::memcpy(lane, parts, sizeof(lane));
-    for (int half = kSumLanes / 2; half; half /= 2)
-      for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-    return lane[0];
+    for (int l = 0; l < kSumLanes / 2; ++l) sum[l] = double(lane[l]) + double(lane[l + kSumLanes / 2]);
+    for (int half = kSumLanes / 4; half; half /= 2)
+      for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+    return sum[0];
   }
 };
 
@@ -81,9 +77,8 @@ struct Sum {
 template <class V>
 struct Block {
   using Real = Scalar<V>;
-  static constexpr int W = kLanes<V>, kStep = std::max(W, kSumLanes), kSize = kRun + kStep;  // room for a whole step
-  using Int = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
-  using Bits = Vec<Int, W>;
+  static constexpr int W = kLanes<V>, kStep = kSumLanes, kSize = kRun + kStep;  // room for a whole step
+  using Bits = Vec<std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>, W>;
 
   const Job<Real>& job;
   const Options options = job.options;
@@ -92,13 +87,16 @@ struct Block {
   int64_t begin = 0;
   int length = 0;
   RunTotals totals;
-  alignas(64) Int unmasked[kSize];  // all bits set, or none
-  alignas(64) Real weight[kSize], advantage[kSize], selected[kSize], level[kSize], value[kSize], value_alt[kSize];
-  alignas(64) Real difference[kSize], log_ratio[kSize], ratio[kSize], loss[kSize], d_log_ratio[kSize], d_logprob[kSize];
+  const Real *logprobs, *old_logprobs, *ref_logprobs, *sampler_logprobs, *entropy;  // of the run
+  const uint8_t *mask, *selected;
+  alignas(64) Real weight[kSize], advantage[kSize], level[kSize], value[kSize], value_alt[kSize];
+  alignas(64) Real first[kSize], second[kSize], third[kSize];  // results of a stage
+  Real copies[5][kSize];
+  uint8_t flag_copies[2][kSize];
 
   TK_INLINE explicit Block(const Job<Real>& job) : job(job) {}
 
-  // f(index in the buffers, the same for sums) for every vector.
+  // f(index in the buffers, index in the step) for every vector.
   template <class F>
   TK_INLINE void each(const F& f) const {
     const int n = length;
@@ -107,43 +105,41 @@ struct Block {
   }
 
   static TK_INLINE V at(const Real* x, int i) { return load<W>(x + i); }
-  TK_INLINE V masked(int i, const V& x) const {
-    Bits bits;
-    std::memcpy(&bits, unmasked + i, sizeof(bits));
-    return bit_cast<V>(bit_cast<Bits>(x) & bits);
+  static TK_INLINE V masked(const Bits& kept, const V& x) { return bit_cast<V>(bit_cast<Bits>(x) & kept); }
+  static TK_INLINE Bits flags(const uint8_t* x, int i) {
+    Vec<uint8_t, W> bytes;
+    std::memcpy(&bytes, x + i, sizeof(bytes));
+    const auto words = __builtin_convertvector(bytes, Vec<uint16_t, W>);  // g++ 12 widens past double lane by lane
+    return __builtin_convertvector(__builtin_convertvector(words, Vec<int32_t, W>), Bits);
   }
-  // Of n tokens in the pack.
-  TK_INLINE V read(const Real* from, int i, int n) const {
-    if (i + W <= n) return masked(i, at(from, i));
-    V x{};
-    for (int l = 0; i + l < n; ++l) x[l] = from[i + l];
-    return masked(i, x);
-  }
-  static TK_INLINE void write(Real* to, int i, int n, const V& x) {
-    if (i + W <= n) return store<W>(to + i, x);
-    for (int l = 0; i + l < n; ++l) to[i + l] = x[l];
+  // All bits set where the token takes part, else none.
+  TK_INLINE Bits unmasked(int i) const {
+    const Bits all = at(weight, i) == 0 ? Bits{} : Bits{} - 1;
+    if (!mask) return all;
+    return flags(mask, i) == 0 ? Bits{} : all;
   }
   static TK_INLINE void fill(Real* to, Real x, int n) {
     for (int i = 0; i < n; i += W) store<W>(to + i, V{} + x);
   }
 
-  TK_INLINE void open(const Run& run) {
-    begin = run.begin, length = run.length, totals = {};
-    spread(run);
-    read_mask();
-    const int n = length;
-    const Real *now = job.logprobs + begin, *old = job.old_logprobs + begin;
-    Sum<V> sum;
-    each([&](int i, int j) TK_INLINE_LAMBDA {
-      const V d = read(now, i, n) - read(old, i, n), l = clamp(d, -kLogRatioBound, kLogRatioBound);
-      store<W>(difference + i, d);
-      store<W>(log_ratio + i, l);
-      sum.add(j, l);
-    });
-    totals.log_ratio = sum.fold();
+  // The run's part of x, readable up to a whole step: a copy at the pack's end.
+  template <class T>
+  TK_INLINE const T* part(const T* x, T* copy) const {
+    if (!x || begin + (length + kStep - 1) / kStep * kStep <= job.tokens) return x ? x + begin : x;
+    std::fill(std::copy_n(x + begin, length, copy), copy + kSize, T(0));
+    return copy;
   }
 
-  // What the trajectories share, to their tokens.
+  TK_INLINE void open(const Run& run) {
+    begin = run.begin, length = run.length;
+    logprobs = part(job.logprobs, copies[0]), old_logprobs = part(job.old_logprobs, copies[1]);
+    ref_logprobs = part(job.ref_logprobs, copies[2]), sampler_logprobs = part(job.sampler_logprobs, copies[3]);
+    entropy = part(job.entropy, copies[4]);
+    mask = part(job.mask, flag_copies[0]), selected = part(job.selected, flag_copies[1]);
+    spread(run);
+  }
+
+  // What the trajectories share, to their tokens; weight 0 behind the last.
   TK_INLINE void spread(const Run& run) {
     const bool has_values = options.form == kGmpo || options.form == kVespo;
     for_parts(job.cu_seqlens, run, [&](int64_t n, int offset, int count) TK_INLINE_LAMBDA {
@@ -154,162 +150,129 @@ struct Block {
       if (options.sequence_level || has_values) fill(value + offset, x.value, count);
       if (has_values) fill(value_alt + offset, x.value_alt, count);
     });
+    fill(weight + length, 0, kStep);
     if (options.per_token) std::copy_n(job.advantages + begin, length, advantage);
   }
 
-  TK_INLINE void read_mask() {
-    const int n = length;
-    std::fill_n(unmasked, n, Int(-1));
-    if (job.mask) {
-      const uint8_t* mask = job.mask + begin;
-      for (int i = 0; i < n; ++i) unmasked[i] = mask[i] ? -1 : 0;
-    }
-    std::fill_n(unmasked + n, kStep, Int(0));
-    for (int i = 0; i < n; ++i) unmasked[i] = weight[i] == 0 ? 0 : unmasked[i];
+  // Of a token, with zeros where it is masked.
+  struct Lane {
+    Bits kept;
+    Token<V> token;
+    V difference, bounded;  // logprob - old_logprob
+  };
+  TK_INLINE Lane lane(int i) const {
+    Lane x;
+    x.kept = unmasked(i);
+    x.token.logprob = masked(x.kept, at(logprobs, i)), x.token.old_logprob = masked(x.kept, at(old_logprobs, i));
+    x.difference = x.token.logprob - x.token.old_logprob;
+    x.bounded = clamp(x.difference, -kLogRatioBound, kLogRatioBound);
+    x.token.log_ratio = options.sequence_level ? masked(x.kept, at(level, i)) : x.bounded;
+    x.token.advantage = masked(x.kept, at(advantage, i));
+    return x;
   }
-
-  template <class F>
-  TK_INLINE void policy(const F& term) {
-    const int n = length;
-    const Real *now = job.logprobs + begin, *old = job.old_logprobs + begin;
-    const Real* logs = options.sequence_level ? level : log_ratio;
-    Sum<V> ratios, clipped;
-    V largest{};
-    each([&](int i, int j) TK_INLINE_LAMBDA {
-      const V l = at(logs, i), r = exponential(l), own = masked(i, r);
-      const Term<V> x = term(Token<V>{masked(i, at(advantage, i)), l, r, read(now, i, n), read(old, i, n),
-                                      masked(i, at(selected, i)), at(value, i), at(value_alt, i)});
-      store<W>(ratio + i, r);
-      store<W>(loss + i, x.loss);
-      store<W>(d_log_ratio + i, x.d_log_ratio);
-      store<W>(d_logprob + i, x.d_logprob);
-      clipped.add(j, masked(i, x.clipped));
-      ratios.add(j, own);
-      largest = vmax(own, largest);
-    });
-    totals.clipped = clipped.fold(), totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
+  TK_INLINE V chosen(const Lane& x, int i) const {
+    if (!selected) return V{};
+    return masked(x.kept, flags(selected, i) == 0 ? V{} : V{} + 1);
   }
-
-  TK_INLINE void read_selected() {
-    const int n = length;
-    std::fill_n(selected, n, Real(0));
-    if (!job.selected) return;
-    const uint8_t* flags = job.selected + begin;
-    for (int i = 0; i < n; ++i) selected[i] = flags[i] ? 1 : 0;
-  }
-
-  TK_INLINE void policy() {
-    using T = Token<V>;
-    const Params<Real> p = params;
-    if (job.selected || options.form == kKlCov) read_selected();
-    switch (options.form) {
-      case kClip:
-        if (job.selected) return policy([&](const T& t) TK_INLINE_LAMBDA { return clip_selected(t, p); });
-        return policy([&](const T& t) TK_INLINE_LAMBDA { return clip(t, p); });
-      case kCispo: return policy([&](const T& t) TK_INLINE_LAMBDA { return cispo(t, p); });
-      case kSapo: return policy([&](const T& t) TK_INLINE_LAMBDA { return sapo(t, p); });
-      case kReinforce: return policy([&](const T& t) TK_INLINE_LAMBDA { return reinforce(t); });
-      case kDppoTv: return policy([&](const T& t) TK_INLINE_LAMBDA { return dppo_tv(t, p); });
-      case kDppoKl: return policy([&](const T& t) TK_INLINE_LAMBDA { return dppo_kl(t, p); });
-      case kKlCov: return policy([&](const T& t) TK_INLINE_LAMBDA { return kl_cov(t, p); });
-      case kGmpo: return policy([&](const T& t) TK_INLINE_LAMBDA { return gmpo(t, p); });
-      default: return policy([&](const T& t) TK_INLINE_LAMBDA { return vespo(t); });
-    }
-  }
-
-  TK_INLINE V log_sampler_weight(int i) const {
-    const V d = read(job.old_logprobs + begin, i, length) - read(job.sampler_logprobs + begin, i, length);
+  TK_INLINE V log_sampler_weight(const Lane& x, int i) const {
+    const V d = x.token.old_logprob - masked(x.kept, at(sampler_logprobs, i));
     return clamp(d, -kLogRatioBound, kLogRatioBound);
   }
 
-  TK_INLINE void correct() {
-    const bool own = options.form != kGmpo;  // gmpo's derivative already holds the trajectory's factors
-    each([&](int i, int) TK_INLINE_LAMBDA {
-      const V factor = sampler_factor(options.correction, log_sampler_weight(i), params);
-      store<W>(loss + i, at(loss, i) * factor);
-      store<W>(d_logprob + i, at(d_logprob, i) * factor);
-      if (own) store<W>(d_log_ratio + i, at(d_log_ratio, i) * factor);
-    });
-  }
-
-  template <int estimator>
-  TK_INLINE void add_kl() {
-    const int n = length;
-    const Real *now = job.logprobs + begin, *ref = job.ref_logprobs + begin;
-    const Real coef = params.kl_coef;
-    Sum<V> sum;
-    each([&](int i, int j) TK_INLINE_LAMBDA {
-      const Term<V> x = kl<estimator>(read(now, i, n) - read(ref, i, n), at(ratio, i));
-      store<W>(loss + i, at(loss, i) + coef * x.loss);
-      store<W>(d_logprob + i, at(d_logprob, i) + coef * x.d_logprob);
-      if (estimator == kK3Corrected) store<W>(d_log_ratio + i, at(d_log_ratio, i) + coef * x.d_log_ratio);
-      sum.add(j, masked(i, x.loss));
-    });
-    totals.kl = sum.fold();
-  }
-
-  TK_INLINE void add_kl() {
-    switch (options.kl) {
-      case kNoKl: return;
-      case kK1: return add_kl<kK1>();
-      case kK2: return add_kl<kK2>();
-      case kK3: return add_kl<kK3>();
-      default: return add_kl<kK3Corrected>();
+  TK_INLINE Term<V> policy(const Lane& x, int i) const {
+    const Token<V>& t = x.token;
+    switch (options.form) {
+      case kClip: return selected ? drop(clip(t, params), chosen(x, i)) : clip(t, params);
+      case kCispo: return cispo(t, params);
+      case kSapo: return sapo(t, params);
+      case kReinforce: return reinforce(t);
+      case kDppoTv: return dppo_tv(t, params);
+      case kDppoKl: return dppo_kl(t, params);
+      case kKlCov: return kl_cov(t, chosen(x, i), params);
+      case kGmpo: return gmpo(t, at(value, i), at(value_alt, i), params);
+      default: return vespo(t, at(value, i), at(value_alt, i));
     }
   }
 
-  TK_INLINE void add_entropy() {
-    const int n = length;
-    const Real* entropy = job.entropy + begin;
-    const Real coef = params.entropy_coef;
-    Sum<V> sum;
-    each([&](int i, int j) TK_INLINE_LAMBDA {
-      const V x = read(entropy, i, n);
-      store<W>(loss + i, at(loss, i) - coef * x);
-      sum.add(j, x);
-    });
-    totals.entropy = sum.fold();
+  // gmpo's derivative in a log-ratio already holds the trajectory's factors.
+  TK_INLINE void correct(Term<V>& term, const V& factor) const {
+    term.loss *= factor, term.d_logprob *= factor;
+    if (options.form != kGmpo) term.d_log_ratio *= factor;
   }
 
-  // The weighted loss and the gradients. At sequence level the log-ratio's gradient waits for its trajectory's sum.
-  TK_INLINE void finish() {
-    const int n = length;
-    const bool own = !options.sequence_level;
-    Real* grad_logprobs = options.need_grad_logprobs ? job.grad_logprobs + begin : nullptr;
-    Real* grad_entropy = options.need_grad_entropy ? job.grad_entropy + begin : nullptr;
-    const Real coef = -params.entropy_coef;
-    Sum<V> sum;
+  // The weighted loss and the gradients. The options branch inside the loop, always the same way: nothing is stored
+  // between stages, and the code is there once. At sequence level the log-ratio's gradient, in `first`, waits for its
+  // trajectory's sum.
+  TK_INLINE void form() {
+    Sum<V> losses, clipped, log_ratios, ratios, entropies, kls;
+    V largest{};
     each([&](int i, int j) TK_INLINE_LAMBDA {
-      const V w = at(weight, i), through = own ? through_clamp(i, at(d_log_ratio, i)) : V{};
-      sum.add(j, masked(i, w * at(loss, i)));
-      if (grad_logprobs) write(grad_logprobs, i, n, masked(i, w * (through + at(d_logprob, i))));
-      if (grad_entropy) write(grad_entropy, i, n, masked(i, w * coef));
+      Lane x = lane(i);
+      const V ratio = x.token.ratio = exponential(x.token.log_ratio), own = masked(x.kept, ratio), w = at(weight, i);
+      Term<V> term = policy(x, i);
+      clipped.add(j, masked(x.kept, term.clipped));
+      log_ratios.add(j, x.bounded);
+      ratios.add(j, own);
+      largest = vmax(own, largest);
+      if (corrects) correct(term, sampler_factor(options.correction, log_sampler_weight(x, i), params));
+      if (options.kl) {
+        const Term<V> y = kl(options.kl, x.token.logprob - masked(x.kept, at(ref_logprobs, i)), ratio);
+        term.loss += params.kl_coef * y.loss, term.d_logprob += params.kl_coef * y.d_logprob;
+        if (options.kl == kK3Corrected) term.d_log_ratio += params.kl_coef * y.d_log_ratio;
+        kls.add(j, masked(x.kept, y.loss));
+      }
+      if (entropy) {
+        const V y = masked(x.kept, at(entropy, i));
+        term.loss -= params.entropy_coef * y;
+        entropies.add(j, y);
+      }
+      losses.add(j, masked(x.kept, w * term.loss));
+      if (options.sequence_level) store<W>(first + i, masked(x.kept, term.d_log_ratio));
+      else term.d_logprob += through_clamp(x, term.d_log_ratio);
+      if (options.need_grad_logprobs) write(job.grad_logprobs, i, masked(x.kept, w * term.d_logprob));
+      if (options.need_grad_entropy) write(job.grad_entropy, i, masked(x.kept, w * -params.entropy_coef));
     });
-    totals.loss = sum.fold();
+    totals.loss = losses.fold(), totals.clipped = clipped.fold(), totals.log_ratio = log_ratios.fold();
+    totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
+    totals.entropy = entropies.fold(), totals.kl = kls.fold();
+  }
+
+  TK_INLINE void write(Real* to, int i, const V& x) const {
+    to += begin + i;
+    if (i + W <= length) return store<W>(to, x);
+    Real tail[W];
+    store<W>(tail, x);
+    for (int l = 0; i + l < length; ++l) to[l] = tail[l];
   }
 
   // The gradient in logprob - old_logprob of what has this gradient in the clamped value.
-  TK_INLINE V through_clamp(int i, const V& grad) const { return at(difference, i) == at(log_ratio, i) ? grad : V{}; }
+  static TK_INLINE V through_clamp(const Lane& x, const V& grad) { return x.difference == x.bounded ? grad : V{}; }
 
   TK_INLINE void add_sequence_gradient() {
-    each([&](int i, int) TK_INLINE_LAMBDA { store<W>(loss + i, masked(i, through_clamp(i, at(value, i)))); });
-    for (int i = 0; i < length; ++i) job.grad_logprobs[begin + i] += loss[i];
-  }
-
-  // loss = log w of the sampler correction; 0 where masked.
-  TK_INLINE void sampler_terms() {
-    each([&](int i, int) TK_INLINE_LAMBDA { store<W>(loss + i, log_sampler_weight(i)); });
-  }
-
-  // loss = gmpo's bounded log-ratio, advantage = A, ratio = the factor of the policy term; 0 where masked.
-  TK_INLINE void geometric_terms() {
-    const Real* logs = options.sequence_level ? level : log_ratio;
     each([&](int i, int) TK_INLINE_LAMBDA {
-      const V a = masked(i, at(advantage, i));
-      const V factor = corrects ? sampler_factor(options.correction, log_sampler_weight(i), params) : V{} + 1;
-      store<W>(loss + i, directed_log_ratio(a, at(logs, i), params));
-      store<W>(advantage + i, a);
-      store<W>(ratio + i, masked(i, factor));
+      const Lane x = lane(i);
+      store<W>(first + i, masked(x.kept, through_clamp(x, at(value, i))));
+    });
+    for (int i = 0; i < length; ++i) job.grad_logprobs[begin + i] += first[i];
+  }
+
+  // first = the log-ratio, second = log w of the sampler correction.
+  TK_INLINE void statistics() {
+    each([&](int i, int) TK_INLINE_LAMBDA {
+      const Lane x = lane(i);
+      store<W>(first + i, x.bounded);
+      if (sampler_logprobs) store<W>(second + i, log_sampler_weight(x, i));
+    });
+  }
+
+  // first = gmpo's bounded log-ratio, second = A, third = the factor of the policy term.
+  TK_INLINE void geometric_terms() {
+    each([&](int i, int) TK_INLINE_LAMBDA {
+      const Lane x = lane(i);
+      const V factor = corrects ? sampler_factor(options.correction, log_sampler_weight(x, i), params) : V{} + 1;
+      store<W>(first + i, directed_log_ratio(x.token.advantage, x.token.log_ratio, params));
+      store<W>(second + i, x.token.advantage);
+      store<W>(third + i, masked(x.kept, factor));
     });
   }
 

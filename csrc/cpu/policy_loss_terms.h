@@ -33,8 +33,7 @@ constexpr int kLogRatioBound = 20;  // exp of it is finite in float32, so 0 * in
 
 template <class V>
 struct Token {
-  V advantage, log_ratio, ratio, logprob, old_logprob, selected;
-  V trajectory, trajectory_alt;  // gmpo: loss, its derivative in one bounded log-ratio; vespo: weight for A >= 0, A < 0
+  V advantage, log_ratio, ratio, logprob, old_logprob;
 };
 template <class V>
 struct Term {
@@ -54,7 +53,8 @@ TK_INLINE V clamp(const V& x, Scalar<V> low, Scalar<V> high) {
 }
 template <class V>
 TK_INLINE V magnitude(const V& x) {
-  return x < 0 ? -x : x;
+  using Bits = Vec<std::conditional_t<sizeof(Scalar<V>) == 8, uint64_t, uint32_t>, kLanes<V>>;
+  return bit_cast<V>(bit_cast<Bits>(x) << 1 >> 1);
 }
 template <class V>
 TK_INLINE V sign(const V& x) {
@@ -72,13 +72,17 @@ struct Expansion {
 
   TK_INLINE explicit Expansion(const V& x) {
     constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
-    const V t = x * 1.44269504f + shift, n = t - shift;
-    r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // log 2, high part of 12 bits: n times it is exact
-    const V r2 = r * r, low = r * 0x1.555556p-3f + 0.5f, middle = r * 0x1.11114cp-7f + 0x1.5554e8p-5f;
-    const V high = r * 0x1.a0731ap-13f + 0x1.6d43fep-10f;
-    excess = r2 * ((high * r2 + middle) * r2 + low);  // short chains of dependent operations, as it is latency-bound
+    const V t = fma(x, 0x1.715476p0f, V{} + shift), n = t - shift;
+    r = fma(n, 0x1.05c610p-29f, fma(n, -0x1.62e430p-1f, x));
+    const V low = fma(r, 0x1.555492p-3f, V{} + 0x1.fffffcp-2f), middle = fma(r, 0x1.123a2p-7f, V{} + 0x1.5558f2p-5f);
+    const V r2 = r * r;
+    excess = r2 * fma(r2, fma(r2, 0x1.6a23cep-10f, middle), low);
     power = bit_cast<V>(bit_cast<Vec<uint32_t, kLanes<V>>>(t) << 23);
   }
+
+ private:
+  static TK_INLINE V fma(const V& a, float b, const V& c) { return vfma<kLanes<V>>(a, V{} + b, c); }
+  static TK_INLINE V fma(const V& a, const V& b, const V& c) { return vfma<kLanes<V>>(a, b, c); }
 };
 
 // exp(x), for |x| <= 80.
@@ -87,7 +91,7 @@ TK_INLINE V exponential(const V& x) {
   if constexpr (std::is_same_v<Scalar<V>, double>) return vexp<kLanes<V>>(x);
   else {
     const Expansion<V> e(x);
-    return e.power * (1 + (e.r + e.excess));
+    return vfma<kLanes<V>>(e.power, e.r + e.excess, e.power);
   }
 }
 
@@ -100,7 +104,7 @@ TK_INLINE V exp_above_tangent(const V& x) {
     return y - x;
   } else {
     const Expansion<V> e(x);
-    return e.power * e.excess + ((e.power * e.r - x) + (e.power - 1));
+    return vfma<kLanes<V>>(e.power, e.excess, vfma<kLanes<V>>(e.power, e.r, -x) + (e.power - 1));
   }
 }
 
@@ -135,19 +139,18 @@ TK_INLINE V one_minus_exp(const V& x) {
 // -min(r A, clip(r) A), and with A < 0 at most -clip_dual A; clipped where that is not -r A.
 template <class V>
 TK_INLINE Term<V> clip(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const V a = t.advantage, free = -t.ratio * a, bounded = -clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
-  const V ceiling = a < 0 ? -p.clip_dual * a : V{} + std::numeric_limits<Scalar<V>>::infinity();
+  const V a = -t.advantage, free = t.ratio * a, bounded = clamp(t.ratio, p.ratio_low, p.ratio_high) * a;
+  const V ceiling = a > 0 ? p.clip_dual * a : V{} + std::numeric_limits<Scalar<V>>::infinity();
   const V upper = bounded > free ? bounded : free, loss = ceiling < upper ? ceiling : upper;
   const V clipped = nonzero(loss - free);
   return {loss, clipped > 0 ? V{} : free, V{}, clipped};
 }
 
-// The same, with no loss where the token is selected.
+// No loss where the token is selected.
 template <class V>
-TK_INLINE Term<V> clip_selected(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const Term<V> x = clip(t, p);
-  const V kept = 1 - t.selected;
-  return {kept * x.loss, kept * x.d_log_ratio, V{}, kept * x.clipped + t.selected};
+TK_INLINE Term<V> drop(const Term<V>& x, const V& selected) {
+  const V kept = 1 - selected;
+  return {kept * x.loss, kept * x.d_log_ratio, V{}, kept * x.clipped + selected};
 }
 
 template <class V>
@@ -195,9 +198,9 @@ TK_INLINE Term<V> dppo_kl(const Token<V>& t, const Params<Scalar<V>>& p) {
 }
 
 template <class V>
-TK_INLINE Term<V> kl_cov(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const V penalty = t.selected * p.cov_coef, free = -t.ratio * t.advantage;
-  return {free + penalty * magnitude(t.log_ratio), free + penalty * sign(t.log_ratio), V{}, t.selected};
+TK_INLINE Term<V> kl_cov(const Token<V>& t, const V& selected, const Params<Scalar<V>>& p) {
+  const V penalty = selected * p.cov_coef, free = -t.ratio * t.advantage;
+  return {free + penalty * magnitude(t.log_ratio), free + penalty * sign(t.log_ratio), V{}, selected};
 }
 
 // gmpo's log-ratio, bounded in the direction of A; 0 where A is 0.
@@ -208,16 +211,18 @@ TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Par
   return (advantage > 0 ? up : V{}) + (advantage < 0 ? down : V{});
 }
 
+// Of its trajectory: the loss, and its derivative in one bounded log-ratio.
 template <class V>
-TK_INLINE Term<V> gmpo(const Token<V>& t, const Params<Scalar<V>>& p) {
-  const V directed = nonzero(t.advantage), slope = directed * t.trajectory_alt;
+TK_INLINE Term<V> gmpo(const Token<V>& t, const V& loss, const V& derivative, const Params<Scalar<V>>& p) {
+  const V directed = nonzero(t.advantage), slope = directed * derivative;
   const V clipped = nonzero(directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p));
-  return {t.trajectory, clipped > 0 ? V{} : slope, V{}, clipped};
+  return {loss, clipped > 0 ? V{} : slope, V{}, clipped};
 }
 
+// Of its trajectory: the weights for A >= 0 and A < 0.
 template <class V>
-TK_INLINE Term<V> vespo(const Token<V>& t) {
-  const V slope = -(t.advantage >= 0 ? t.trajectory : t.trajectory_alt) * t.advantage;
+TK_INLINE Term<V> vespo(const Token<V>& t, const V& weight_pos, const V& weight_neg) {
+  const V slope = -(t.advantage >= 0 ? weight_pos : weight_neg) * t.advantage;
   return {slope * t.logprob, V{}, slope, V{}};
 }
 
@@ -231,8 +236,8 @@ TK_INLINE V sampler_factor(int correction, const V& log_w, const Params<Scalar<V
 }
 
 // The KL estimate of d = logprob - ref, and its derivatives.
-template <int estimator, class V>
-TK_INLINE Term<V> kl(const V& d, const V& ratio) {
+template <class V>
+TK_INLINE Term<V> kl(int estimator, const V& d, const V& ratio) {
   if (estimator == kK1) return {d, V{}, V{} + 1, V{}};
   if (estimator == kK2) return {Scalar<V>(0.5) * d * d, V{}, d, V{}};
   const V x = clamp(-d, -kLogRatioBound, kLogRatioBound), k3 = exp_above_tangent(x);

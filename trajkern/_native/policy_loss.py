@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._native._args import DTYPE, check_cu_seqlens, pointer
+from trajkern._checks import check_cu_seqlens
+from trajkern._native._args import DTYPE, pointer
 
 
 def policy_loss(
@@ -24,13 +25,17 @@ def policy_loss(
     params: list[float],
 ) -> list[Tensor]:
     tokens, dtype = logprobs.shape[0], logprobs.dtype
-    check_cu_seqlens(cu_seqlens, tokens)
     loss, metrics = torch.empty((), dtype=dtype), torch.empty(7, dtype=dtype)
-    grads = [torch.empty(tokens, dtype=dtype) if need else None for need in options[6:]]
-    pointers = map(pointer, (logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, normalizer,
-                             cu_seqlens, mask, selected, loss, metrics, *grads))  # fmt: skip
-    _ext.cpu().policy_loss(DTYPE[dtype], [*pointers], tokens, cu_seqlens.shape[0] - 1, options, params)
-    return [loss, metrics, *(g for g in grads if g is not None)]
+    grad = torch.empty(tokens, dtype=dtype) if options[6] else None
+    grad_entropy = torch.empty(tokens, dtype=dtype) if options[7] else None
+    pointers = [
+        logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), pointer(ref_logprobs),
+        pointer(sampler_logprobs), pointer(entropy), pointer(normalizer), cu_seqlens.data_ptr(), pointer(mask),
+        pointer(selected), loss.data_ptr(), metrics.data_ptr(), pointer(grad), pointer(grad_entropy),
+    ]  # fmt: skip
+    if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, tokens, cu_seqlens.shape[0] - 1, options, params):
+        check_cu_seqlens(cu_seqlens, tokens)
+    return [x for x in (loss, metrics, grad, grad_entropy) if x is not None]
 
 
 def scale_gradient_(x: Tensor, scale: Tensor) -> None:

@@ -171,7 +171,8 @@ def linear_logprobs(
         workspace_bytes: bound of the memory for logits, at least one row of them; 64 MiB on a CPU and 256 MiB on a GPU
             if None. The bits change only where the number of rows that fit does.
         process_group: of torch.distributed, whose ranks hold the vocabulary's rows in order, in shards of any size.
-            Every rank must make the call with the same hidden states; O(T) numbers travel, and d hidden.
+            Every rank must make the call with the same hidden states; O(T) numbers travel, and d hidden. The sizes of
+            the shards are exchanged first, which waits for the GPU.
 
     Returns:
         log p ``[P]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight and bias; with only
