@@ -329,17 +329,19 @@ def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
 
 
 def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
-    """[loss, metrics, the gradients that ``needs`` asks for]: logits once, gradients formed block by block."""
+    """[loss, metrics, logprobs, the gradients asked for]: logits once, gradients formed block by block."""
     head, rest = Head(*args[:12]), args[12:]
-    old, advantages, cu_seqlens, ref, sampler, normalizer, options, params, needs = rest
-    form_entropy = bool(params[4])
-    tiles, stats = _Tiles(head, kernels), Stats.zeros(head, int(form_entropy))
-    stats.logprobs.copy_(old)  # of pairs not yet computed: finite, and in no sum until the last call
+    old, advantages, cu_seqlens, ref, sampler, normalizer, options, params, outputs, needs = rest
+    tiles, stats, has_entropy_term = _Tiles(head, kernels), Stats.zeros(head, outputs), params[4] != 0
+    if old is None:
+        old = stats.logprobs
+    else:
+        stats.logprobs.copy_(old)  # of pairs not yet computed: finite, and in no sum until the last call
 
     def policy(form_grads: bool) -> list[Tensor]:
         return kernels.policy_loss(
             stats.logprobs, old, advantages, cu_seqlens, head.mask, ref, sampler, stats.entropy, None, normalizer,
-            [*options, int(form_grads), int(form_grads and form_entropy)], params,
+            [*options, int(form_grads), int(form_grads and has_entropy_term)], params,
         )  # fmt: skip
 
     live = _live(head, advantages, cu_seqlens, options, params)
@@ -347,7 +349,7 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     rows, columns = tiles.whole_rows(pairs.row.shape[0])
     z, grads = tiles.empty(rows, tiles.size), Grads.of(tiles, needs, pairs.row.shape[0])
     for block in _blocks(tiles, pairs, rows):
-        stats.write(tiles, pairs, block, _fold(tiles, pairs, block, columns, z, int(form_entropy)))
+        stats.write(tiles, pairs, block, _fold(tiles, pairs, block, columns, z, outputs))
         grad_logprobs, *grad_entropy = policy(True)[2:]
         _chain(tiles, pairs, block, columns, z, stats, grad_logprobs, grad_entropy[0] if grad_entropy else None, grads,
                kept=True)  # fmt: skip
@@ -356,9 +358,11 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
         rows, columns = tiles.fold_shape(others.row.shape[0])
         z = tiles.empty(rows, columns)
         for block in _blocks(tiles, others, rows):
-            stats.write(tiles, others, block, _fold(tiles, others, block, columns, z, 0))
+            stats.write(tiles, others, block, _fold(tiles, others, block, columns, z, outputs))
     stats.finish(tiles)
-    return policy(False) + grads.finish(head, tiles.shard)
+    if head.mask is not None:
+        stats.logprobs.masked_fill_(~head.mask, 0)
+    return [*policy(False), stats.logprobs, *grads.finish(head, tiles.shard)]
 
 
 def _live(head: Head, advantages: Tensor, cu_seqlens: Tensor, options: list[int], params: list[float]) -> Tensor | None:

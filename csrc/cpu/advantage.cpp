@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "advantage_groups.h"
@@ -36,16 +38,19 @@ void write_advantages(const AdvantageMap<double>* maps, const int32_t* slot, con
   for (int64_t i = begin; i < end; ++i) advantages[i] = advantage(maps[slot[i]], rewards[i]);
 }
 
+// False where a reward or a weight is illegal: nothing is written then.
 template <class T>
-void group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages) {
-  const Groups groups = find_groups(in);
-  const GroupTable table = tabulate(in, groups, rule);
+bool group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages) {
+  const Survey found = survey(in);
+  if (!found.legal) return false;
+  const Groups groups = find_groups(in, found.differing);
   const auto maps = uninitialised<AdvantageMap<T>>(groups.count + 1);
   maps[0] = {0, 0, 0};
-  table.each(rule, [&](int32_t g, const GroupStats& stats) { maps[g] = advantage_map<T>(rule, stats); });
+  tabulate(in, rule, groups, [&](int64_t g) { maps[g] = advantage_map<T>(rule, groups.tally[g]); });
   parallel_for(in.n, kChunk, [&](int64_t begin, int64_t end) {
     write_advantages(maps.get(), groups.slot.get(), in.rewards, begin, end, advantages);
   });
+  return true;
 }
 
 template <class T>
@@ -53,22 +58,23 @@ void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, co
   struct Sums {
     double g, gc;
   };
-  const Groups groups = find_groups(in);
-  const GroupTable table = tabulate(in, groups, rule);
-  const auto stats = uninitialised<GroupStats>(groups.count + 1);
+  const Groups groups = find_groups(in, survey(in).differing);
+  const int32_t* slot = groups.slot.get();
   const auto sums = uninitialised<Sums>(groups.count + 1);
   const auto maps = uninitialised<GradientMap>(groups.count + 1);
-  stats[0] = {}, maps[0] = {};
-  table.each(rule, [&](int32_t g, const GroupStats& found) { stats[g] = found, sums[g] = {0, 0}; });
+  sums[0] = {}, maps[0] = {};
+  tabulate(in, rule, groups, [&](int64_t g) { sums[g] = {}; });
   for (int64_t i = 0; i < in.n; ++i) {
-    const int32_t g = groups.slot[i];
-    sums[g].g += double(grads[i]);
-    sums[g].gc += double(grads[i]) * stats[g].centred(double(in.rewards[i]));
+    Sums& sum = sums[slot[i]];
+    sum.g += double(grads[i]);
+    sum.gc += double(grads[i]) * groups.tally[slot[i]].centred(double(in.rewards[i]));
   }
-  table.each(rule, [&](int32_t g, const GroupStats&) { maps[g] = gradient_map(rule, stats[g], sums[g].g, sums[g].gc); });
+  parallel_for(groups.count, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin + 1; g <= end; ++g) maps[g] = gradient_map(rule, groups.tally[g], sums[g].g, sums[g].gc);
+  });
   parallel_for(in.n, kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      grad_rewards[i] = T(reward_gradient(maps[groups.slot[i]], double(grads[i]), in.weight(i), double(in.rewards[i])));
+      grad_rewards[i] = T(reward_gradient(maps[slot[i]], double(grads[i]), in.weight(i), double(in.rewards[i])));
     }
   });
 }
@@ -123,65 +129,135 @@ void gae_backward(const T* grads, const Trajectories& in, double gamma, double l
   });
 }
 
-// Sums over a chunk in fixed lanes, which a compiler may hold in vectors of any width.
-template <class F>
-double chunk_sum(int64_t begin, int64_t end, F f) {
-  constexpr int64_t kLanes = 8;
-  double lanes[kLanes] = {}, sum = 0;
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += f(i + lane);
-  for (; i < end; ++i) lanes[i % kLanes] += f(i);
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
+constexpr int kLanes = 8;  // a sum's partial sums, whatever the width of a vector
+using Lanes8 = Vec<double, kLanes>;
+using Kept = Vec<int64_t, kLanes>;  // all bits, or none
 
-// The sum of f(i) over the unmasked.
-template <class F>
-double masked_sum(const bool* mask, int64_t n, F f) {
-  const auto partial = uninitialised<double>(chunks_of(n));
-  parallel_for(chunks_of(n), 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t begin = chunk * kChunk, end = std::min(n, begin + kChunk);
-      partial[chunk] = mask == nullptr ? chunk_sum(begin, end, f)
-                                       : chunk_sum(begin, end, [&](int64_t i) { return mask[i] ? f(i) : 0.0; });
-    }
-  });
-  return chunk_sum(0, chunks_of(n), [&](int64_t chunk) { return partial[chunk]; });
+TK_INLINE Lanes8 keep(const Kept& kept, const Lanes8& x) { return bit_cast<Lanes8>(bit_cast<Kept>(x) & kept); }
+
+TK_INLINE double fold(const Lanes8& x) {
+  const Lanes8 row[1] = {x};
+  return fold_sum<kLanes>(row);
 }
 
 template <class T>
-double count_kept(const Masked<T>& in) {
-  return in.mask == nullptr ? double(in.n) : masked_sum(in.mask, in.n, [](int64_t) { return 1.0; });
+TK_INLINE Lanes8 read(const T* x, int count) {
+  Vec<T, kLanes> y{};
+  if (count == kLanes) return __builtin_convertvector(load<kLanes>(x), Lanes8);
+  for (int l = 0; l < count; ++l) y[l] = x[l];
+  return __builtin_convertvector(y, Lanes8);
 }
 
-// out[i] = f(i), and 0 for the masked.
-template <class T, class F>
-void write_masked(const Masked<T>& in, T* out, F f) {
-  parallel_for(in.n, kChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] = in.kept(i) ? T(f(i)) : T(0);
+template <class T>
+TK_INLINE void write(T* x, int count, const Lanes8& y) {
+  const auto narrow = __builtin_convertvector(y, Vec<T, kLanes>);
+  if (count == kLanes) return store<kLanes>(x, narrow);
+  for (int l = 0; l < count; ++l) x[l] = narrow[l];
+}
+
+// f(i, kept, count) for the count values from i on, kLanes but for the last ones.
+template <class F>
+TK_INLINE void each_step(const bool* mask, int64_t begin, int64_t end, const F& f) {
+  Kept byte;  // a lane's among eight flags
+  for (int l = 0; l < kLanes; ++l) byte[l] = bit_cast<int64_t>(uint64_t{0xff} << 8 * l);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    Kept kept = Kept{} == 0;
+    if (mask != nullptr) {
+      int64_t flags;
+      std::memcpy(&flags, mask + i, sizeof(flags));
+      kept = (broadcast<kLanes>(flags) & byte) != 0;
+    }
+    f(i, kept, kLanes);
+  }
+  if (i == end) return;
+  Kept kept{};
+  for (int l = 0; i + l < end; ++l) kept[l] = mask == nullptr || mask[i + l] ? -1 : 0;
+  f(i, kept, int(end - i));
+}
+
+// f(chunk, begin, end) for every chunk, compiled for this machine's vectors.
+template <class F>
+void each_chunk(int64_t n, const F& f) {
+  parallel_for(chunks_of(n), 1, [&](int64_t first, int64_t last) {
+    dispatch([&](auto) TK_INLINE_LAMBDA {
+      for (int64_t chunk = first; chunk < last; ++chunk) f(chunk, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
+    });
   });
 }
 
+// The moments of each chunk are about its own mean, while it is in the first-level cache.
 template <class T>
 void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* out, double* stats) {
-  const double count = count_kept(in);
-  const double mean = count > 0 ? masked_sum(in.mask, in.n, [&](int64_t i) { return double(in.x[i]); }) / count : 0;
-  const double squares = masked_sum(in.mask, in.n, [&](int64_t i) { return (double(in.x[i]) - mean) * (double(in.x[i]) - mean); });
-  const double rstd = whiten_rstd(count, squares, ddof, eps);
-  write_masked(in, out, [&](int64_t i) { return whitened(double(in.x[i]), mean, rstd, shift_mean); });
+  struct Moments {
+    double count, sum, squares;
+    double mean() const { return count > 0 ? sum / count : 0; }
+  };
+  const auto moments = uninitialised<Moments>(chunks_of(in.n));
+  each_chunk(in.n, [&](int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    Lanes8 counts{}, sums{}, squares{};
+    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+      counts += keep(kept, Lanes8{} + 1);
+      sums += keep(kept, read(in.x + i, count));
+    });
+    Moments found{in.mask == nullptr ? double(end - begin) : fold(counts), fold(sums), 0};
+    const double mean = found.mean();
+    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+      const Lanes8 centred = keep(kept, read(in.x + i, count) - mean);
+      squares += centred * centred;
+    });
+    found.squares = fold(squares);
+    moments[chunk] = found;
+  });
+  Moments all{};
+  for (int64_t chunk = 0; chunk < chunks_of(in.n); ++chunk) {
+    all.count += moments[chunk].count, all.sum += moments[chunk].sum, all.squares += moments[chunk].squares;
+  }
+  const double mean = all.mean();
+  for (int64_t chunk = 0; chunk < chunks_of(in.n); ++chunk) {
+    const double apart = moments[chunk].mean() - mean;
+    all.squares += moments[chunk].count * apart * apart;
+  }
+  const double rstd = whiten_rstd(all.count, all.squares, ddof, eps);
+  each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+      const Lanes8 y = (read(in.x + i, count) - mean) * rstd + (shift_mean ? 0 : mean);
+      write(out + i, count, keep(kept, y));
+    });
+  });
   stats[0] = mean, stats[1] = rstd;
 }
 
 template <class T>
 void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean, double ddof,
                      T* grad_x) {
+  struct Sums {
+    double count, g, gc;
+  };
   const double mean = stats[0];
-  const double count = count_kept(in);
-  const double sum_g = masked_sum(in.mask, in.n, [&](int64_t i) { return double(grads[i]); });
-  const double sum_gc = masked_sum(in.mask, in.n, [&](int64_t i) { return double(grads[i]) * (double(in.x[i]) - mean); });
-  const WhitenGradient map = whiten_gradient(mean, stats[1], count, sum_g, sum_gc, shift_mean, ddof);
-  write_masked(in, grad_x, [&](int64_t i) { return whitened_gradient(map, double(grads[i]), double(in.x[i])); });
+  const auto sums = uninitialised<Sums>(chunks_of(in.n));
+  each_chunk(in.n, [&](int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    Lanes8 counts{}, sum_g{}, sum_gc{};
+    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+      const Lanes8 g = read(grads + i, count);
+      counts += keep(kept, Lanes8{} + 1);
+      sum_g += keep(kept, g);
+      sum_gc += keep(kept, g * (read(in.x + i, count) - mean));
+    });
+    sums[chunk] = {in.mask == nullptr ? double(end - begin) : fold(counts), fold(sum_g), fold(sum_gc)};
+  });
+  Sums all{};
+  for (int64_t chunk = 0; chunk < chunks_of(in.n); ++chunk) {
+    all.count += sums[chunk].count, all.g += sums[chunk].g, all.gc += sums[chunk].gc;
+  }
+  const WhitenGradient map = whiten_gradient(mean, stats[1], all.count, all.g, all.gc, shift_mean, ddof);
+  each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+      const Lanes8 centred = read(in.x + i, count) - map.mean;
+      const Lanes8 y = map.rstd * read(grads + i, count) + map.offset + map.slope * centred;
+      write(grad_x + i, count, keep(kept, y));
+    });
+  });
 }
 
 template <class T>
@@ -201,13 +277,15 @@ GroupRows<T> group_rows(uintptr_t rewards, uintptr_t ids, uintptr_t gate, uintpt
   return {as<const T>(rewards), as<const int64_t>(ids), as<const bool>(gate), as<const T>(weights), n};
 }
 
-void bound_group_advantages(uintptr_t rewards, int dtype, uintptr_t ids, uintptr_t gate, uintptr_t weights, int64_t n,
+bool bound_group_advantages(uintptr_t rewards, int dtype, uintptr_t ids, uintptr_t gate, uintptr_t weights, int64_t n,
                             int baseline, int scale, double ddof, double eps, int singleton, uintptr_t advantages) {
+  bool legal = false;
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
-    group_advantages(group_rows<T>(rewards, ids, gate, weights, n), {baseline, scale, ddof, eps, singleton},
-                     as<T>(advantages));
+    legal = group_advantages(group_rows<T>(rewards, ids, gate, weights, n), {baseline, scale, ddof, eps, singleton},
+                             as<T>(advantages));
   });
+  return legal;
 }
 
 void bound_group_advantages_backward(uintptr_t grads, uintptr_t rewards, int dtype, uintptr_t ids, uintptr_t gate,

@@ -1,11 +1,13 @@
-// Which rows form a group, and the rows copied apart by group, for the CPU's group statistics.
+// Which rows form a group, and the statistics of every group, for the CPU's group advantages.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "../common/advantage.h"
 #include "../common/parallel.h"
+#include "simd.h"
 
 namespace tk {
 
@@ -18,41 +20,74 @@ std::unique_ptr<T[]> uninitialised(int64_t n) {
   return std::unique_ptr<T[]>(new T[n]);
 }
 
-// Row i belongs to group slot[i] in [1, count], or is not counted and has slot 0.
-struct Groups {
-  std::unique_ptr<int32_t[]> slot;
-  int64_t count;
+// While the rows are added up: mean is sum w d, std is sum w d^2. One line of the cache a row.
+struct alignas(32) Tally : GroupStats {
+  Tally() = default;
+  explicit Tally(double first) : GroupStats{first, 0, 0, 0} {}
 };
 
-// Slots by the bits in which an id differs from the first one; returns the union of those bits.
+// Row i belongs to group slot[i] in [1, count], numbered in the order of appearance, or is not counted and has slot 0.
+struct Groups {
+  std::unique_ptr<int32_t[]> slot;
+  std::unique_ptr<Tally[]> tally;  // [count + 1]
+  int64_t count = 0;
+};
+
+// The bits in which ids differ from the first one; whether rewards are finite, weights finite and at least 0.
+struct Survey {
+  uint64_t differing = 0;
+  bool legal = true;
+};
+
 template <class T>
-uint64_t number_chunk(const GroupRows<T>& in, int64_t begin, int64_t end, int32_t* slot) {
-  const uint64_t origin = uint64_t(in.ids[0]);
-  uint64_t all = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const uint64_t id = uint64_t(in.ids[i]) ^ origin;
-    all |= id;
-    slot[i] = int32_t(id + 1);
+bool all_legal(const T* x, int64_t begin, int64_t end, T low) {
+  int bad = 0;  // no early exit, so that it vectorises
+  for (int64_t i = begin; i < end; ++i) bad |= !(x[i] - x[i] == 0) | !(x[i] >= low);
+  return !bad;
+}
+
+template <class T>
+Survey survey(const GroupRows<T>& in) {
+  const auto found = uninitialised<Survey>(chunks_of(in.n));
+  parallel_for(chunks_of(in.n), 2, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = chunk * kChunk, end = std::min(in.n, begin + kChunk);
+      const uint64_t origin = uint64_t(in.ids[0]);
+      uint64_t differing = 0;
+      for (int64_t i = begin; i < end; ++i) differing |= uint64_t(in.ids[i]) ^ origin;
+      found[chunk] = {differing, all_legal(in.rewards, begin, end, -std::numeric_limits<T>::infinity()) &&
+                                     (in.weights == nullptr || all_legal(in.weights, begin, end, T(0)))};
+    }
+  });
+  Survey all;
+  for (int64_t chunk = 0; chunk < chunks_of(in.n); ++chunk) {
+    all.differing |= found[chunk].differing;
+    all.legal &= found[chunk].legal;
   }
-  if (in.gate == nullptr && in.weights == nullptr) return all;
-  for (int64_t i = begin; i < end; ++i)
-    if (!in.counted(i)) slot[i] = 0;
   return all;
 }
 
-// Ids that differ in a few low bits only are numbered by those bits.
+// Ids that differ in a few low bits index a table. No branch: nobody could predict which row is a group's first.
 template <class T>
-bool number_directly(const GroupRows<T>& in, Groups& groups) {
-  const auto differing = uninitialised<uint64_t>(chunks_of(in.n));
-  parallel_for(chunks_of(in.n), 2, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk)
-      differing[chunk] = number_chunk(in, chunk * kChunk, std::min(in.n, (chunk + 1) * kChunk), groups.slot.get());
-  });
-  uint64_t all = 0;
-  for (int64_t chunk = 0; chunk < chunks_of(in.n); ++chunk) all |= differing[chunk];
-  if (all >= uint64_t(2 * in.n + 1024)) return false;
-  for (groups.count = 1; uint64_t(groups.count) <= all;) groups.count *= 2;
-  return true;
+void number_directly(const GroupRows<T>& in, uint64_t size, Groups& groups) {
+  const auto table = uninitialised<int32_t>(size + 1);
+  int32_t *numbers = table.get(), *slot = groups.slot.get(), next = 1;
+  std::fill_n(numbers, size, -1);
+  numbers[size] = 0;  // of the rows that are not counted
+  const auto number = [&](auto counted) {
+    for (int64_t i = 0; i < in.n; ++i) {
+      const uint64_t id = uint64_t(in.ids[i]) ^ uint64_t(in.ids[0]), at = counted(i) ? id : size;
+      const int32_t known = numbers[at];
+      groups.tally[next] = Tally(double(in.rewards[i]));
+      slot[i] = numbers[at] = known < 0 ? next : known;
+      next += known < 0;
+    }
+  };
+  if (in.gate == nullptr && in.weights == nullptr)
+    number([](int64_t) { return true; });
+  else
+    number([&](int64_t i) { return in.counted(i); });
+  groups.count = next - 1;
 }
 
 inline uint64_t mixed(uint64_t x) {
@@ -61,7 +96,7 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ (x >> 33);
 }
 
-// Any ids: an open-addressing table, at most half full, numbers them in the order of their appearance.
+// Any ids: an open-addressing table, at most half full.
 template <class T>
 void number_by_hash(const GroupRows<T>& in, Groups& groups) {
   uint64_t size = 16;
@@ -69,98 +104,85 @@ void number_by_hash(const GroupRows<T>& in, Groups& groups) {
   const auto ids = uninitialised<int64_t>(size);
   const auto numbers = uninitialised<int32_t>(size);
   std::fill_n(numbers.get(), size, 0);
-  groups.count = 0;
   for (int64_t i = 0; i < in.n; ++i) {
     groups.slot[i] = 0;
     if (!in.counted(i)) continue;
     uint64_t at = mixed(uint64_t(in.ids[i])) & (size - 1);
     while (numbers[at] != 0 && ids[at] != in.ids[i]) at = (at + 1) & (size - 1);
-    if (numbers[at] == 0) ids[at] = in.ids[i], numbers[at] = int32_t(++groups.count);
+    if (numbers[at] == 0) {
+      ids[at] = in.ids[i], numbers[at] = int32_t(++groups.count);
+      groups.tally[groups.count] = Tally(double(in.rewards[i]));
+    }
     groups.slot[i] = numbers[at];
   }
 }
 
 template <class T>
-Groups find_groups(const GroupRows<T>& in) {
-  Groups groups{uninitialised<int32_t>(in.n), 0};
-  if (!number_directly(in, groups)) number_by_hash(in, groups);
+Groups find_groups(const GroupRows<T>& in, uint64_t differing) {
+  Groups groups{uninitialised<int32_t>(in.n), uninitialised<Tally>(in.n + 2)};
+  if (differing < uint64_t(2 * in.n + 1024))
+    number_directly(in, differing + 1, groups);
+  else
+    number_by_hash(in, groups);
+  groups.tally[0] = Tally(0);
   return groups;
 }
 
-// Per group: W and, in turn, sum w d, then its mean; sum w (d - mean)^2. What is not `present` is not initialised.
-struct GroupTable {
-  struct Sums {
-    double weight, mean;
-  };
-  std::unique_ptr<Sums[]> sums;
-  std::unique_ptr<double[]> squares, origin;  // origin null: measured from 0
-  std::unique_ptr<int32_t[]> present;         // the groups with a counted row, ascending
-  int64_t size = 0;
-
-  GroupStats stats(const GroupRule& rule, int32_t g) const {
-    return {origin == nullptr ? 0 : origin[g], sums[g].weight, sums[g].mean,
-            group_std(rule, sums[g].weight, squares[g])};
-  }
-  // f(group, stats) for every group that is present.
-  template <class F>
-  void each(const GroupRule& rule, F f) const {
-    parallel_for(size, 1024, [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) f(present[k], stats(rule, present[k]));
-    });
-  }
+struct Ones {
+  double operator[](int64_t) const { return 1; }
 };
 
-struct Constant {
-  double value;
-  double operator[](int64_t) const { return value; }
-};
-
-// The table's sums, row by row in pack order: on one thread, as sharing the rows out costs more than it saves.
-template <class T, class W, class O>
-void add_up(const GroupRows<T>& in, const Groups& groups, W weights, O origin, bool squares, GroupTable& table) {
-  const int32_t* slot = groups.slot.get();
-  GroupTable::Sums* sums = table.sums.get();
-  for (int64_t i = 0; i < in.n; ++i) {
-    const double w = double(weights[i]);
-    sums[slot[i]].weight += w;
-    sums[slot[i]].mean += w * (double(in.rewards[i]) - origin[slot[i]]);
-  }
-  for (int32_t g = 1; g <= groups.count; ++g) {
-    table.present[table.size] = g;
-    table.size += sums[g].weight != 0;  // no branch: nobody could predict it
-  }
-  for (int64_t k = 0; k < table.size; ++k) {
-    const int32_t g = table.present[k];
-    sums[g].mean /= sums[g].weight;
-    table.squares[g] = 0;
-  }
-  if (!squares) return;
-  for (int64_t i = 0; i < in.n; ++i) {
-    const double centred = (double(in.rewards[i]) - origin[slot[i]]) - sums[slot[i]].mean;
-    table.squares[slot[i]] += double(weights[i]) * (centred * centred);
+// Row by row in pack order, on one thread: sharing the rows out costs more than it saves.
+template <class T, class W>
+TK_INLINE void add_up(const T* rewards, W weights, const int32_t* slot, int64_t n, Tally* tally) {
+  for (int64_t i = 0; i < n; ++i) {
+    double* group = &tally[slot[i]].origin;
+    const double w = double(weights[i]), d = double(rewards[i]) - group[0];
+    store<4>(group, load<4>(group) + Vec<double, 4>{0, w, w * d, w * (d * d)});
   }
 }
 
-// Sums of equal float32 rewards round nowhere in float64, so they need not be measured from the group's first one.
+// Where S2 - S1^2 / W will do for the sum of squares: as (mean - first)^2 <= W var, it loses a factor of W + 1 at most,
+// which of 4,096 rows is far below float32's rounding. Weights could lose W / w_first.
 template <class T>
-GroupTable tabulate(const GroupRows<T>& in, const Groups& groups, const GroupRule& rule) {
-  GroupTable table;
-  table.sums = uninitialised<GroupTable::Sums>(groups.count + 1);
-  table.squares = uninitialised<double>(groups.count + 1);
-  table.present = uninitialised<int32_t>(groups.count + 1);
-  std::fill_n(table.sums.get(), groups.count + 1, GroupTable::Sums{0, 0});
-  const bool squares = rule.scale == kStd;
-  if (sizeof(T) == 4 && in.weights == nullptr) {
-    add_up(in, groups, Constant{1}, Constant{0}, squares, table);
-    return table;
+bool in_one_pass(const GroupRows<T>& in, const GroupStats& group) {
+  return sizeof(T) == 4 && in.weights == nullptr && group.weight <= 4096;
+}
+
+// Statistics of every group into groups.tally, each followed by f(group).
+template <class T, class F>
+void tabulate(const GroupRows<T>& in, const GroupRule& rule, const Groups& groups, F f) {
+  Tally* tally = groups.tally.get();
+  const int32_t* slot = groups.slot.get();
+  dispatch([&](auto) TK_INLINE_LAMBDA {
+    if (in.weights == nullptr) return add_up(in.rewards, Ones{}, slot, in.n, tally);
+    add_up(in.rewards, in.weights, slot, in.n, tally);
+  });
+  const auto each = [&](auto settle) {
+    parallel_for(groups.count, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin + 1; g <= end; ++g) settle(g, tally[g]);
+    });
+  };
+  each([&](int64_t g, Tally& group) {
+    const double sum = group.mean;
+    group.mean = sum / group.weight;
+    if (!in_one_pass(in, group)) return void(group.std = 0);
+    group.std = group_std(rule, group.weight, std::max(0.0, group.std - sum * group.mean));
+    f(g);
+  });
+  bool again = false;
+  for (int64_t g = 1; g <= groups.count; ++g) again |= !in_one_pass(in, tally[g]);
+  if (!again) return;
+  for (int64_t i = 0; i < in.n; ++i) {
+    Tally& group = tally[slot[i]];
+    const double centred = group.centred(double(in.rewards[i]));
+    group.std += in_one_pass(in, group) ? 0 : in.weight(i) * (centred * centred);
   }
-  table.origin = uninitialised<double>(groups.count + 1);
-  for (int64_t i = in.n; i-- > 0;) table.origin[groups.slot[i]] = double(in.rewards[i]);  // the first row writes last
-  if (in.weights == nullptr)
-    add_up(in, groups, Constant{1}, table.origin.get(), squares, table);
-  else
-    add_up(in, groups, in.weights, table.origin.get(), squares, table);
-  return table;
+  each([&](int64_t g, Tally& group) {
+    if (in_one_pass(in, group)) return;
+    group.std = group_std(rule, group.weight, group.std);
+    f(g);
+  });
 }
 
 }  // namespace tk

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trajkern import _checks, _ext
-
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -28,17 +26,3 @@ def as_rows(x: Tensor) -> Tensor:
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     return x if x.ndim <= 3 else x.flatten(0, -3)
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
-    if _ext.cpu().first_bad_offset(cu_seqlens.data_ptr(), cu_seqlens.shape[0], length) >= 0:
-        _checks.check_cu_seqlens(cu_seqlens, length)
-
-
-def check_values(name: str, x: Tensor | None, low: float = -float("inf")) -> None:
-    """Finite and at least ``low``; on a GPU taken as valid."""
-    if x is None or x.device.type != "cpu":
-        return
-    at = _ext.cpu().first_outside(x.data_ptr(), x.dtype == torch.float64, x.shape[0], low)
-    if at >= 0:
-        _checks.check_values(name, x, low)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_cu_seqlens
-from trajkern._native._args import DTYPE, check_values, pointer
+from trajkern._checks import check_cu_seqlens, check_finite, check_values
+from trajkern._native._args import DTYPE, pointer
 
 
 def _call(name: str, x: Tensor, *args: Any, partial_sums: bool = False) -> Any:
@@ -46,11 +46,12 @@ def group_advantages(
     eps: float,
     singleton: int,
 ) -> Tensor:
-    check_values("rewards", rewards)
-    check_values("weights", weights, 0)
     advantages = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
-    _call("group_advantages", rewards, *rows, baseline, scale, ddof, eps, singleton, advantages.data_ptr())
+    rule = baseline, scale, ddof, eps, singleton
+    if _call("group_advantages", rewards, *rows, *rule, advantages.data_ptr()) is False:
+        check_finite("rewards", rewards)
+        check_values("weights", cast(Tensor, weights), 0)
     return advantages
 
 

@@ -56,14 +56,16 @@ _linear_token_stats_backward = define(
     " Tensor? entropy, bool[] needs) -> Tensor[]",
     lambda hidden, weight, *rest: _grads_fake(hidden, weight, rest[-1]),
 )
-# -> [loss, metrics, the gradients in hidden, weight and bias that ``needs`` asks for]
+# -> [loss, metrics, logprobs, the gradients in hidden, weight and bias that ``needs`` asks for]
 _linear_policy_loss = define(
     "head",
-    f"linear_policy_loss({_HEAD}, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? ref_logprobs,"
-    " Tensor? sampler_logprobs, Tensor? normalizer, int[] loss_options, float[] params, bool[] needs) -> Tensor[]",
+    f"linear_policy_loss({_HEAD}, Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? ref_logprobs,"
+    " Tensor? sampler_logprobs, Tensor? normalizer, int[] loss_options, float[] params, int outputs, bool[] needs)"
+    " -> Tensor[]",
     lambda hidden, weight, *rest: [
         hidden.new_empty((), dtype=accumulator(hidden)),
         hidden.new_empty(len(METRICS), dtype=accumulator(hidden)),
+        hidden.new_empty(rest[1].shape, dtype=accumulator(hidden)),
         *_grads_fake(hidden, weight, rest[-1]),
     ],
 )
@@ -116,15 +118,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, *rest):
         needs = ctx.needs_input_grad[:3]
-        loss, metrics, *grads = _linear_policy_loss(hidden, weight, bias, *rest, [*needs])
+        loss, metrics, logprobs, *grads = _linear_policy_loss(hidden, weight, bias, *rest, [*needs])
         made = iter(grads)
         ctx.grads, ctx.count = [next(made) if need else None for need in needs], len(rest)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        ctx.mark_non_differentiable(metrics, logprobs)
+        return loss, metrics, logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss, _):
+    def backward(ctx: Any, grad_loss, *_):
         if ctx.grads is None:
             raise RuntimeError(
                 "linear_policy_loss: a second backward; the gradient was formed in the forward and scaled once"
@@ -230,7 +232,7 @@ def linear_policy_loss(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [P]
-    old_logprobs: Tensor,  # [P]
+    old_logprobs: Tensor | None,  # [P]
     advantages: Tensor,  # [N] or [P]
     cu_seqlens: Tensor,  # [N+1]
     *,
@@ -239,6 +241,8 @@ def linear_policy_loss(
     sampler_logprobs: Tensor | None = None,  # [P]
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
+    with_entropy: bool = False,
+    with_logprobs: bool = False,
     **head: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy loss of :func:`policy_loss` inside the head: ``policy_loss(linear_logprobs(...))`` in fewer FLOP.
@@ -254,7 +258,9 @@ def linear_policy_loss(
             logits_dtype, workspace_bytes, process_group): as in :func:`linear_logprobs`.
         old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, normalizer, per_token: as in
             :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
-        The entropy is computed here, for every unmasked pair, when config.entropy_coef is not 0.
+        with_entropy: compute the entropy as a metric also where config.entropy_coef is 0.
+        with_logprobs: also return the log-probs ``[P]``, detached, as ``metrics["logprobs"]``: the old ones of a second
+            update on the batch.
 
     Returns:
         (loss, metrics) as :func:`policy_loss`, the loss differentiable once in hidden, weight and bias.
@@ -267,25 +273,29 @@ def linear_policy_loss(
     mask = head.get("mask")
     like = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)
     per_token, normalizer, ref, sampler = check_policy(
-        like, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, like, normalizer,
-        per_token,
+        like, like if old_logprobs is None else old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs,
+        sampler_logprobs, like, normalizer, per_token,
     )  # fmt: skip
     if _backends.wants_reference("head", hidden):
         return _backends.reference().linear_policy_loss(
             hidden, weight, targets, old_logprobs, advantages, cu_seqlens, config=config, ref_logprobs=ref,
-            sampler_logprobs=sampler, normalizer=normalizer, per_token=per_token, **head,
+            sampler_logprobs=sampler, normalizer=normalizer, per_token=per_token, with_entropy=with_entropy,
+            with_logprobs=with_logprobs, **head,
         )  # fmt: skip
+    with_entropy |= config.entropy_coef != 0
     if not config.is_token_level or not torch.is_grad_enabled():
-        outputs = ("entropy",) if config.entropy_coef else ()
+        outputs = ("entropy",) if with_entropy else ()
         stats = linear_token_stats(hidden, weight, targets, outputs=outputs, **head)
-        return policy_loss(
+        loss, metrics = policy_loss(
             stats.logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
             sampler_logprobs=sampler_logprobs, entropy=stats.entropy, normalizer=normalizer, per_token=per_token,
         )  # fmt: skip
+        return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})
     dtype = accumulator(hidden)
     old, a = laid_out(old_logprobs, dtype), laid_out(advantages, dtype)
-    loss, metrics = _LinearPolicyLoss.apply(
+    loss, values, logprobs = _LinearPolicyLoss.apply(
         *arguments, old, a, laid_out(cu_seqlens, torch.int64), laid_out(ref, dtype), laid_out(sampler, dtype),
-        normalizer, *encode(config, per_token),
+        normalizer, *encode(config, per_token), int(with_entropy),
     )  # fmt: skip
-    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+    metrics = dict(zip(METRICS, values.unbind(), strict=True))
+    return loss, metrics | ({"logprobs": logprobs} if with_logprobs else {})

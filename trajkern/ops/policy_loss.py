@@ -80,7 +80,7 @@ def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
 
 def policy_loss(
     logprobs: Tensor,  # [T]
-    old_logprobs: Tensor,  # [T]
+    old_logprobs: Tensor | None,  # [T]
     advantages: Tensor,  # [N] or [T]
     cu_seqlens: Tensor,  # [N+1]
     *,
@@ -127,6 +127,7 @@ def policy_loss(
 
     Args:
         logprobs, old_logprobs: float ``[T]``; log p of each token now and when it was sampled (or at the last sync).
+            None: the policy has not moved since, so the old ones are these.
         advantages: float, per trajectory ``[N]`` or per token ``[T]``.
         cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T, never decreasing (checked on the CPU).
         config: :class:`PolicyLoss`.
@@ -152,6 +153,8 @@ def policy_loss(
     CISPO 2506.13585, SAPO 2511.20347, LUSPO and VESPO as in TRL, GPG 2504.02546, DPPO 2602.04879, KL-Cov and Clip-Cov
     2505.22617; TIS and IcePop as in OpenRLHF and NeMo-RL.
     """
+    if old_logprobs is None and isinstance(logprobs, Tensor):
+        old_logprobs = logprobs.detach()
     per_token, normalizer, ref, sampler = check_policy(
         logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy,
         normalizer, per_token,

@@ -74,7 +74,7 @@ def linear_policy_loss(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [P]
-    old_logprobs: Tensor,  # [P]
+    old_logprobs: Tensor | None,  # [P]
     advantages: Tensor,  # [N] or [P]
     cu_seqlens: Tensor,  # [N+1]
     *,
@@ -84,14 +84,18 @@ def linear_policy_loss(
     sampler_logprobs: Tensor | None = None,  # [P]
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
+    with_entropy: bool = False,
+    with_logprobs: bool = False,
     **head: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`trajkern.linear_policy_loss`."""
-    outputs = ("entropy",) if config.entropy_coef else ()
+    outputs = ("entropy",) if config.entropy_coef or with_entropy else ()
     stats = linear_token_stats(hidden, weight, targets, outputs=outputs, mask=mask, **head)
     if per_token is None:
         per_token = advantages.shape[0] != cu_seqlens.shape[0] - 1
-    return policy_loss(
-        stats.logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
+    old = stats.logprobs.detach() if old_logprobs is None else old_logprobs
+    loss, metrics = policy_loss(
+        stats.logprobs, old, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs, entropy=stats.entropy, normalizer=normalizer, per_token=per_token,
     )  # fmt: skip
+    return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern._types import PolicyLoss
+from trajkern.ops.policy_loss import METRICS
 from trajkern.reference import linear_logprobs
 from trajkern.testing.registry import Case, Inputs, OpSpec
 
@@ -220,6 +221,10 @@ def _per_token(x: Inputs) -> None:
     x["advantages"] = x["old_logprobs"].sin()
 
 
+def _on_policy(x: Inputs) -> None:
+    x["old_logprobs"] = None
+
+
 _KINDS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gmpo", "cispo", "sapo", "luspo", "vespo", "gpg", "reinforce",
           "dppo_tv", "dppo_kl", "kl_cov", "clip_cov")  # fmt: skip
 _FULL = PolicyLoss("dapo", clip_high=0.28, clip_dual=3.0, kl_coef=0.1, kl="k3", entropy_coef=0.05,
@@ -238,6 +243,10 @@ LOSS_CASES = (
     Case("small_workspace", _loss(_FULL, mask=_mask, workspace_bytes=65 * 4 * 5), "many blocks of few rows"),
     Case("normalizer", _loss(PolicyLoss("dapo"), normalizer=11.0), "an external normaliser"),
     Case("nothing_scored", _loss(PolicyLoss("dapo"), mask=_none), "an empty sum is 0"),
+    Case("on_policy", _edited(_loss(_FULL, mask=_mask), _on_policy), "no old log-probs: every ratio is 1"),
+    Case("on_policy_sequence", _edited(_loss(PolicyLoss("gspo")), _on_policy), "the same in two passes"),
+    Case("with_entropy", _edited(_loss(PolicyLoss("grpo")), lambda x: x.update(with_entropy=True)), "a metric only"),
+    Case("with_logprobs", _edited(_loss(_FULL, mask=_mask), lambda x: x.update(with_logprobs=True)), "one output more"),
     Case("shared_rows", _loss(_FULL, rows=_tree, mask=_mask), "several targets a row"),
     Case("support", _loss(PolicyLoss("grpo"), sampling_support=_support(9)), "the softmax over each token's own set"),
 )
@@ -245,7 +254,7 @@ LINEAR_POLICY_LOSS = _spec(
     "linear_policy_loss",
     LOSS_CASES,
     lambda x: {"loss": x[0], **x[1]},
-    no_grad_outputs=("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens"),
+    no_grad_outputs=(*METRICS, "logprobs"),
     term_scale=dict.fromkeys(("loss", "approx_kl", "entropy", "kl"), 8.0),  # the logits that log p is made of
 )
 

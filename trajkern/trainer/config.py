@@ -81,6 +81,8 @@ class TrainConfig:
         questions: draws that make the pool of training questions.
         time_limit: seconds after which no further step starts.
         threads: torch threads; by default one a physical core.
+        head: "fused" never forms the logits; "eager" does, and shows at the end what that
+            costs in time and memory.
         reference: run every op as plain torch.
         out: folder of the results; by default a new one under runs/.
         checkpoint_every: steps between checkpoints; 0 for the last one only.
@@ -110,6 +112,7 @@ class TrainConfig:
     questions: int = 20_000
     time_limit: float = 240.0
     threads: int | None = None
+    head: Literal["fused", "eager"] = "fused"
     reference: bool = False
     out: Path | None = None
     checkpoint_every: int = 100

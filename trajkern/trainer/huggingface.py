@@ -35,7 +35,8 @@ class HuggingFacePolicy(Policy):
 
     def __init__(self, model: nn.Module, tokenizer: Any, shots: Sequence[Question] = ()) -> None:
         super().__init__()
-        self.model, self._tokenizer = model.eval(), tokenizer  # eval: dropout would break the on-policy ratio
+        self.model: Any = model.eval()  # eval: dropout would break the on-policy ratio
+        self._tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         self._shots = list(shots)
 
@@ -50,18 +51,19 @@ class HuggingFacePolicy(Policy):
         return cls(model, tokenizer, shots)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
-        trajectory = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
-        place = torch.arange(len(tokens))
-        visible = (trajectory[:, None] == trajectory) & (place[:, None] >= place)  # [T, T]
-        bias = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
-        positions = place - cu_seqlens.long()[trajectory]
-        return self.model(
-            input_ids=tokens[None],
-            attention_mask=bias[None, None],
-            position_ids=positions[None],
-            logits_to_keep=rows,
-            use_cache=False,
-        ).logits[0]
+        return self.model(**_packed(tokens, cu_seqlens), logits_to_keep=rows).logits[0]
+
+    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, H]
+        return self.model.base_model(**_packed(tokens, cu_seqlens)).last_hidden_state[0, rows]
+
+    def head_arguments(self) -> dict[str, Any]:
+        head, config = self.model.get_output_embeddings(), self.model.config
+        return {
+            "weight": head.weight,
+            "bias": head.bias,
+            "softcap": getattr(config, "final_logit_softcapping", None),
+            "logit_scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
+        }
 
     def start(self, count: int, room: int) -> HuggingFaceCache:
         # transformers' cache grows as needed
@@ -93,6 +95,19 @@ class HuggingFacePolicy(Policy):
 
     def text(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _packed(tokens: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:  # [T], [N+1]
+    """The model's arguments for a pack: one row, in which a token sees its own trajectory's past."""
+    trajectory = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
+    place = torch.arange(len(tokens))
+    visible = (trajectory[:, None] == trajectory) & (place[:, None] >= place)  # [T, T]
+    return {
+        "input_ids": tokens[None],
+        "attention_mask": torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
+        "position_ids": (place - cu_seqlens.long()[trajectory])[None],
+        "use_cache": False,
+    }
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:

@@ -69,9 +69,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
         """Logits of ``rows`` only; attention stays inside each trajectory."""
+        return self.head(self.hidden(tokens, cu_seqlens, rows))
+
+    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, width]
+        """What the head reads of ``rows``."""
         attend = PackedAttention(cu_seqlens, self.head_dim)
         x = self._blocks(self.embed(tokens), attend.positions, attend)
-        return self.head(self.norm(x[rows]))
+        return self.norm(x[rows])
 
     def start(self, count: int, room: int) -> Cache:
         """An empty cache for ``count`` sequences of at most ``room`` padded positions."""

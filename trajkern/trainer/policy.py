@@ -27,6 +27,14 @@ class Policy(nn.Module, abc.ABC):
         """Logits of ``rows`` only; attention stays inside each trajectory."""
 
     @abc.abstractmethod
+    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, H]
+        """What the head makes these logits of."""
+
+    @abc.abstractmethod
+    def head_arguments(self) -> dict[str, Any]:
+        """The head as :func:`trajkern.linear_logprobs` takes it: weight, and what else there is."""
+
+    @abc.abstractmethod
     def start(self, count: int, room: int) -> Any:
         """An empty cache for ``count`` sequences of at most ``room`` padded positions."""
 
@@ -54,6 +62,9 @@ class CharacterModel(Transformer, Policy):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, tokenizer.VOCABULARY)
+
+    def head_arguments(self) -> dict[str, Any]:
+        return {"weight": self.head.weight}
 
     def prompt(self, question: Question) -> list[int]:
         return tokenizer.encode(question.prompt)

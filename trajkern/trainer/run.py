@@ -69,6 +69,7 @@ class Run:
     phase: str = "warmup"
     step: int = 0
     before: Accuracy | None = None
+    last: tuple[Any, ...] | None = None  # batch, pairs, advantages and given log-probs of the last update
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
 

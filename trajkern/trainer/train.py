@@ -7,8 +7,9 @@ import math
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ import trajkern as tk
 from trajkern import recipes
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.cost import measure
 from trajkern.trainer.evaluate import Accuracy, evaluate, rewards_of
 from trajkern.trainer.packing import pack_demonstrations, pack_rollouts, select
 from trajkern.trainer.plot import plot
@@ -151,18 +153,21 @@ def supervised_step(run: Run) -> float:
     """One optimiser step of cross-entropy on a batch of demonstrations."""
     began = time.perf_counter()
     batch = pack_demonstrations(run.policy, run.draw(run.splits.demonstrations, run.config.warmup.batch))
-    loss = -score(run.policy, batch).logprobs.mean()
+    loss = -score(run.policy, batch, run.config.head).mean()
     optimise(run, loss)
     run.clock.trained += batch.num_tokens
     run.clock.training += time.perf_counter() - began
     return loss.item()
 
 
-def score(policy: Policy, batch: tk.PackedBatch, temperature: float = 1.0) -> tk.TokenStats:
-    """Log-prob of each scored token and the entropy it was drawn at, ``[P]``; logits of those rows only."""
+def score(policy: Policy, batch: tk.PackedBatch, head: str, temperature: float = 1.0) -> Tensor:
+    """Log-prob of each scored token, ``[P]``; the head reads those rows only."""
     pairs = batch.head_inputs()
-    logits = policy(batch.tokens, batch.cu_seqlens, pairs.rows)
-    return tk.token_stats(logits, pairs.targets, temperature=temperature, inplace_backward=True)
+    where = (batch.tokens, batch.cu_seqlens, pairs.rows)
+    if head == "eager":
+        return tk.token_logprobs(policy(*where), pairs.targets, temperature=temperature, inplace_backward=True)
+    hidden, arguments = policy.hidden(*where), policy.head_arguments()
+    return tk.linear_logprobs(hidden, targets=pairs.targets, temperature=temperature, **arguments)
 
 
 def begin_main(run: Run) -> None:
@@ -234,32 +239,56 @@ def update(run: Run, batch: tk.PackedBatch, advantages: Tensor) -> dict[str, flo
     """``config.updates`` optimiser steps on one batch. The first one's log-probs are the old ones: no extra forward."""
     config, pairs = run.config, batch.head_inputs()
     assert batch.sampler_logprobs is not None
-    drawn = batch.sampler_logprobs[pairs.tokens]
-    anchor = None
+    given: dict[str, Any] = {"sampler_logprobs": batch.sampler_logprobs[pairs.tokens]}
     if run.anchor is not None:
         with torch.no_grad():
-            anchor = score(run.anchor, batch, config.temperature).logprobs
-    old = drawn
-    for turn in range(config.updates):
-        stats = score(run.policy, batch, config.temperature)
-        if turn == 0:
-            old = stats.logprobs.detach()
-        loss, metrics = tk.policy_loss(
-            stats.logprobs,
-            old,
-            advantages,
-            pairs.cu_seqlens,
-            config=config.loss,
-            ref_logprobs=anchor,
-            sampler_logprobs=drawn,
-            entropy=stats.entropy,
-        )
+            given["ref_logprobs"] = score(run.anchor, batch, config.head, config.temperature)
+    old: Tensor | None = None
+    for _ in range(config.updates):
+        loss, metrics = policy_term(run, batch, pairs, advantages, old, config.head, given)
+        old = old if old is not None else metrics["logprobs"]
+        del metrics["logprobs"]
         optimise(run, loss)
         run.clock.trained += batch.num_tokens
-    metrics |= {"loss": loss.detach(), "sampler_drift": (old - drawn).abs().max()}
+    assert old is not None
+    metrics |= {"loss": loss.detach(), "sampler_drift": (old - given["sampler_logprobs"]).abs().max()}
+    run.last = (batch, pairs, advantages, given)
     if not config.loss.kl_coef:
         del metrics["kl"]
     return {name: value.item() for name, value in metrics.items()}
+
+
+def policy_term(
+    run: Run,
+    batch: tk.PackedBatch,
+    pairs: tk.HeadInputs,
+    advantages: Tensor,  # [N]
+    old: Tensor | None,  # [P]
+    head: str,
+    given: dict[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its metrics, the entropy and the log-probs among them."""
+    config, where = run.config, (batch.tokens, batch.cu_seqlens, pairs.rows)
+    if head == "eager":
+        logits = run.policy(*where)
+        stats = tk.token_stats(logits, pairs.targets, temperature=config.temperature, inplace_backward=True)
+        loss, metrics = tk.policy_loss(
+            stats.logprobs, old, advantages, pairs.cu_seqlens, config=config.loss, entropy=stats.entropy, **given
+        )
+        return loss, metrics | {"logprobs": stats.logprobs.detach()}
+    return tk.linear_policy_loss(
+        run.policy.hidden(*where),
+        targets=pairs.targets,
+        old_logprobs=old,
+        advantages=advantages,
+        cu_seqlens=pairs.cu_seqlens,
+        config=config.loss,
+        temperature=config.temperature,
+        with_entropy=True,
+        with_logprobs=True,
+        **run.policy.head_arguments(),
+        **given,
+    )
 
 
 def deal(rewards: Tensor, generator: torch.Generator) -> Tensor:  # [G, rollouts]
@@ -315,6 +344,12 @@ def finish(run: Run) -> Result:
     assert run.before is not None
     result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
     run.display.say(summary(config, kind, result))
+    if config.head == "eager" and run.last:
+        batch, pairs, advantages, given = run.last
+        for head in ("eager", "fused"):
+            term = partial(policy_term, run, batch, pairs, advantages, None, head, given)
+            cost = measure(lambda term=term: term()[0].backward())  # type: ignore[misc]
+            run.display.say(f"{head:5} head on the last batch, model included: {cost}")
     return result
 
 
