@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
-from bench import advantage, ceilings, logprob, policy_loss
+from bench import advantage, ceilings, head, logprob, policy_loss
 from bench.case import OURS
 from bench.run import Settings, clocks, release, run
 from bench.table import markdown, seconds
 
-FAMILIES = {"logprob": logprob.CASES, "advantage": advantage.CASES, "policy_loss": policy_loss.CASES}
+FAMILIES = {
+    "logprob": logprob.CASES,
+    "head": head.CASES,
+    "advantage": advantage.CASES,
+    "policy_loss": policy_loss.CASES,
+}
 
 
 def main() -> int:

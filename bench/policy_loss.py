@@ -56,7 +56,7 @@ def _make(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str], 
         return Problem(
             op="policy_loss",
             inputs=inputs,
-            rivals=with_compiled(_grpo_form(trajectory.to(device), _weights(mask, cu_seqlens).to(device))),
+            rivals=with_compiled(_grpo_form(trajectory.to(device), token_weights(mask, cu_seqlens).to(device))),
             floor=torch.stack([inputs["logprobs"]] * 2).clone,  # three arrays read and one written move as much
             bytes=4 * inputs["logprobs"].nbytes + mask.nbytes,
             grad=True,
@@ -66,7 +66,7 @@ def _make(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str], 
     return make
 
 
-def _weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+def token_weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     bounds = list(pairwise(cu_seqlens.tolist()))
     counts = [mask[a:b].sum() for a, b in bounds]
     scored = sum(bool(n) for n in counts)

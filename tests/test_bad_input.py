@@ -149,7 +149,6 @@ LOSS = [
     ("logprobs", torch.ones(4).long(), TypeError, FLOATS + r"int64\[4\]"),
     ("logprobs", torch.ones(2, 2), ValueError, r"1 dimension; got float32\[2, 2\]"),
     ("old_logprobs", torch.ones(3), ValueError, r"shape \[4\] \(one value a token\); got float32\[3\]"),
-    ("old_logprobs", None, ValueError, r"given .*kind 'grpo'.*, got None"),
     ("old_logprobs", torch.ones(4, device=META), ValueError, r"on cpu .*; got float32\[4\] on meta"),
     ("advantages", torch.ones(2), ValueError, r"length 3 \(one a trajectory\) or 4 \(one a token\); got float32\[2\]"),
     ("advantages", torch.ones(3).long(), TypeError, FLOATS + r"int64\[3\]"),

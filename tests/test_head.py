@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import trajkern as tk
+from bench.memory import peak_bytes
 from trajkern import _pairs, reference
 from trajkern.testing import budget_share, oracle, run
 from trajkern.testing.head import LINEAR_LOGPROBS, LINEAR_POLICY_LOSS
@@ -291,3 +292,19 @@ def test_vocabulary_over_ranks(cuts: list[int], tmp_path: Path) -> None:
     for results in found:
         assert "targets must lie in [0, 130)" in results["['targets', 'weight']"]
         assert "the same H on every rank" in results["['hidden', 'weight']"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
+def test_memory_is_the_workspace() -> None:
+    """At 4,096 x 151,936, where the logits would take 2.5 GB, forward and backward hold 64 MiB beyond the gradients."""
+    hidden, weight, targets = _inputs(tokens=4096, vocabulary=151_936)
+    old = torch.full((4096,), -12.0)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        tk.linear_policy_loss(
+            hidden, weight, targets, old, torch.ones(1), torch.tensor([0, 4096]), config=CONFIG
+        )[0].backward()  # fmt: skip
+
+    gradients = hidden.nbytes + weight.nbytes
+    assert peak_bytes(step, "cpu") - gradients <= (64 + 8) << 20  # 8 MiB of pages and thread stacks are not ours

@@ -1,0 +1,166 @@
+"""Cases of the head: log-probs and the policy loss from hidden states, beside the bare products of the same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from bench.case import FLOOR, Case, Function, Problem, Target, with_compiled
+from bench.policy_loss import token_weights
+from trajkern.testing.numerics import Outcome
+from trajkern.testing.registry import Inputs
+
+CONFIG = tk.PolicyLoss("grpo")
+TRAJECTORIES = 8
+GATE_ROWS = 16
+
+
+def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **_) -> Outcome:
+    """The whole logits, as a trainer without a fused head forms them."""
+    logits = (hidden @ weight.t()).float()
+    return {"logprobs": logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)}
+
+
+def _loss_form(trajectory: Tensor, weights: Tensor) -> Function:
+    """The clipped objective; each token's trajectory and weight are given."""
+
+    def form(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, **_) -> Outcome:
+        count = targets.shape[0]
+        a = advantages[trajectory[:count]]
+        ratio = (logprobs(hidden, weight, targets)["logprobs"] - old_logprobs).exp()
+        loss = -torch.minimum(ratio * a, ratio.clamp(1 - CONFIG.clip_low, 1 + CONFIG.clip_high) * a)
+        return {"loss": (loss * weights[:count]).sum() * (weights.shape[0] / count)}
+
+    return form
+
+
+def _inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str) -> Inputs:
+    g = torch.Generator(device).manual_seed(0)
+    return {
+        "hidden": torch.randn(rows, width, generator=g, device=device, dtype=dtype),
+        "weight": torch.randn(vocabulary, width, generator=g, device=device, dtype=dtype) / width**0.5,
+        "targets": torch.randint(vocabulary, (rows,), generator=g, device=device),
+    }
+
+
+def _loss_inputs(inputs: Inputs, trajectories: int) -> Inputs:
+    """Old log-probs a step away from the policy, so that some tokens are clipped."""
+    rows, device = inputs["targets"].shape[0], inputs["hidden"].device
+    with torch.no_grad():
+        old = tk.linear_logprobs(**inputs)
+    moved = 0.1 * torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(device)
+    return inputs | {
+        "old_logprobs": old + moved,
+        "advantages": torch.randn(trajectories, generator=torch.Generator().manual_seed(2)).to(device),
+        "cu_seqlens": torch.arange(trajectories + 1, device=device) * (rows // trajectories),
+        "config": CONFIG,
+    }
+
+
+def _products(x: Inputs, count: int) -> Callable[[], object]:
+    """The bare matrix products: the logits', and those of both gradients."""
+    hidden, weight = x["hidden"], x["weight"]
+
+    def run() -> None:
+        logits = hidden @ weight.t()
+        if count == 3:
+            _ = logits @ weight, logits.t() @ hidden
+
+    return run
+
+
+def _bytes(x: Inputs, backward: bool) -> int:
+    return (x["hidden"].nbytes + x["weight"].nbytes) * (2 if backward else 1)
+
+
+def _forward(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> Callable[[str], Problem]:
+    def make(device: str) -> Problem:
+        x = _inputs(rows, width, vocabulary, dtype, device)
+        return Problem(
+            op="linear_logprobs",
+            inputs=x,
+            rivals=with_compiled(logprobs),
+            floor=_products(x, 1),
+            bytes=_bytes(x, False),
+            small=_inputs(GATE_ROWS, width, vocabulary, dtype, device),
+        )
+
+    return make
+
+
+def _loss(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> Callable[[str], Problem]:
+    def make(device: str) -> Problem:
+        x = _loss_inputs(_inputs(rows, width, vocabulary, dtype, device), TRAJECTORIES)
+        small = _loss_inputs(_inputs(GATE_ROWS, width, vocabulary, dtype, device), 1)
+        trajectory = torch.repeat_interleave(torch.arange(TRAJECTORIES), rows // TRAJECTORIES).to(device)
+        weights = token_weights(torch.ones(rows, dtype=torch.bool), x["cu_seqlens"].cpu()).to(device)
+        return Problem(
+            op="linear_policy_loss",
+            inputs=x,
+            rivals=with_compiled(_loss_form(trajectory, weights)),
+            floor=_products(x, 3),
+            bytes=_bytes(x, True),
+            grad=True,
+            upstream={"loss": torch.ones((), device=device)},
+            small=small,
+        )
+
+    return make
+
+
+def _less(change: Callable[[Inputs], Inputs], rows: int, width: int, vocabulary: int) -> Callable[[str], Problem]:
+    """A batch with less to do; the floor is the time of the whole one."""
+
+    def make(device: str) -> Problem:
+        whole = _loss(rows, width, vocabulary, torch.float32)(device)
+        assert whole.small is not None
+        return Problem(
+            op=whole.op,
+            inputs=change(whole.inputs),
+            rivals={},
+            floor=whole.step("trajkern"),
+            bytes=whole.bytes,
+            grad=True,
+            upstream=whole.upstream,
+            small=change(whole.small),
+        )
+
+    return make
+
+
+def _masked(x: Inputs) -> Inputs:
+    rows = x["targets"].shape[0]
+    return x | {"mask": torch.arange(rows) % 10 < 3}
+
+
+def _half_zero(x: Inputs) -> Inputs:
+    return x | {"advantages": x["advantages"] * (torch.arange(len(x["advantages"])) % 2)}
+
+
+def _cases(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, bounds: tuple[float, float]):
+    shape = f"{rows:,} × {width:,} × {vocabulary:,} {str(dtype)[6:]}"
+    forward, loss = ((Target("times", bound, FLOOR, (device,)),) for bound in bounds)
+    yield Case("linear_logprobs", "forward", shape, _forward(rows, width, vocabulary, dtype), forward, (device,))
+    yield Case(
+        "linear_policy_loss", "forward + backward", shape, _loss(rows, width, vocabulary, dtype), loss, (device,),
+        memory_of="weight",
+    )  # fmt: skip
+
+
+_SMALL = (1024, 1024, 32768)
+CASES = (
+    *_cases(*_SMALL, torch.float32, "cpu", (1.10, 1.10)),
+    *_cases(512, 512, 151_936, torch.float32, "cpu", (1.10, 1.10)),
+    Case(
+        "linear_policy_loss", "forward + backward, 30% scored", "1,024 × 1,024 × 32,768 float32",
+        _less(_masked, *_SMALL), (Target("times", 0.36, FLOOR),), ("cpu",),
+    ),
+    Case(
+        "linear_policy_loss", "forward + backward, half the advantages 0", "1,024 × 1,024 × 32,768 float32",
+        _less(_half_zero, *_SMALL), (Target("times", 0.70, FLOOR),), ("cpu",),
+    ),
+    *_cases(8192, 4096, 131_072, torch.bfloat16, "cuda", (1.10, 1.15)),
+)  # fmt: skip
