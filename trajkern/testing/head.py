@@ -255,7 +255,8 @@ LINEAR_POLICY_LOSS = _spec(
     LOSS_CASES,
     lambda x: {"loss": x[0], **x[1]},
     no_grad_outputs=(*METRICS, "logprobs"),
-    term_scale=dict.fromkeys(("loss", "approx_kl", "entropy", "kl"), 8.0),  # the logits that log p is made of
+    # log p is made of logits of about this size, and a ratio has log p's error
+    term_scale=dict.fromkeys(("loss", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl"), 8.0),
 )
 
 SPECS = (LINEAR_LOGPROBS, LINEAR_TOKEN_STATS, LINEAR_POLICY_LOSS)
