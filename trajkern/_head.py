@@ -169,7 +169,15 @@ def _blocks(tiles: _Tiles, pairs: Pairs, rows: int) -> Iterator[_Block]:
     for lo in range(0, slots, rows):
         hi = min(lo + rows, slots)
         row = pairs.row[lo:hi]
-        yield _Block(lo, hi, tiles.head.hidden[row], tiles.scale(row), pairs.within(lo, hi))
+        hidden = tiles.head.hidden[row]
+        if pairs.idle is not None:  # what they would read may be NaN
+            hidden = hidden.masked_fill(pairs.idle[lo:hi, None], 0)
+        yield _Block(lo, hi, hidden, tiles.scale(row), pairs.within(lo, hi))
+
+
+def _part(z: Tensor, rows: int, columns: int) -> Tensor:
+    """A contiguous tile in the memory of a larger one."""
+    return z.view(-1)[: rows * columns].view(rows, columns)
 
 
 def _slices(size: int, columns: int) -> Iterator[slice]:
@@ -200,7 +208,7 @@ def _fold(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, o
     local, owned = tiles.local[index], (slot >= 0) & (slot < rows)
     picked = state.new_zeros(index.shape[0])
     for part in _slices(tiles.size, columns):
-        tile = z[:rows, part] if z.shape[1] == tiles.size else z[:rows, : part.stop - part.start]
+        tile = z[:rows, part] if z.shape[1] == tiles.size else _part(z, rows, part.stop - part.start)
         tiles.logits(block.hidden, part, tile)
         if total is not None:
             total += tile.sum(1, dtype=state.dtype)
@@ -300,17 +308,19 @@ def _chain(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, 
         narrow = tiles.empty(rows, columns, tiles.head.weight.dtype)
     for part in _slices(tiles.size, columns):
         width = part.stop - part.start
-        tile = z[:rows, part] if kept else z[:rows, :width]
+        tile = z[:rows, part] if kept else _part(z, rows, width)
         if not kept:
             tiles.logits(block.hidden, part, tile)
             tiles.restrict(pairs, block.lo, block.hi, part, tile)
-        grad = tile if narrow is None else narrow[:, :width]
+        grad = tile if narrow is None else _part(narrow, rows, width)
         tiles.kernels.gradient(
             grad, tile, part.start, norm, block.scale, offsets, *made, tiles.softcap, tiles.logit_scale
         )
         tiles.chain(grad, block.hidden, part, block.lo == 0, grads, grad_hidden)
     if grads.hidden is not None and grad_hidden is not None:
-        home = torch.where(pairs.idle, grads.hidden.shape[0] - 1, pairs.row)[block.lo : block.hi]
+        home = pairs.row[block.lo : block.hi]
+        if pairs.idle is not None:
+            home = torch.where(pairs.idle[block.lo : block.hi], grads.hidden.shape[0] - 1, home)
         grads.hidden.index_put_((home,), grad_hidden, accumulate=True)
 
 

@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
 
     row: Tensor  # [U] of the hidden states
     key: Tensor  # [U] what ``norm`` is kept by: the row, or the pair where each has its support; the end for idle slots
-    idle: Tensor  # [U] bool
+    idle: Tensor | None  # [U] bool; None: none is
     pair: Tensor  # [P'] its index in the arguments
     slot: Tensor  # [P']
     offsets: Tensor  # [U+1] first pair of each slot
@@ -88,7 +88,8 @@ def pairs_of(
     row = key.clamp_max(max(keys - 1, 0))
     if own and head.rows is not None:
         row = head.rows[row].clamp(0, head.hidden.shape[0] - 1)
-    return Pairs(row, key, key == keys, index, slot, torch.searchsorted(slot, torch.arange(slots + 1, device=device)))
+    offsets = torch.searchsorted(slot, torch.arange(slots + 1, device=device))
+    return Pairs(row, key, None if exact else key == keys, index, slot, offsets)
 
 
 def in_range(head: Head, vocabulary: int) -> Tensor:
