@@ -71,7 +71,8 @@ class _TokenStats(torch.autograd.Function):
         entropy = rest[0] if outputs & 1 else None
         ctx.save_for_backward(logits, targets, temperatures, mask, logprobs, norm, entropy)
         ctx.temperature, ctx.inplace = temperature, inplace
-        ctx.mark_non_differentiable(*rest[outputs & 1 :])
+        if outputs & 6:
+            ctx.mark_non_differentiable(*rest[outputs & 1 :])
         ctx.set_materialize_grads(False)
         return logprobs, *rest
 
@@ -119,9 +120,7 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    return token_stats(
-        logits, targets, outputs=(), temperature=temperature, mask=mask, inplace_backward=inplace_backward
-    ).logprobs
+    return _stats(logits, targets, (), temperature, mask, inplace_backward)[0]
 
 
 def token_stats(
@@ -146,25 +145,35 @@ def token_stats(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    bits = _check(logits, targets, outputs, temperature, mask)
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise TypeError(f"outputs must be a sequence of names, got {describe(outputs)}")
+    for name in outputs:
+        check_choice("outputs", name, OUTPUTS)
+    made = iter(_stats(logits, targets, outputs, temperature, mask, inplace_backward))
+    return TokenStats(next(made), *(next(made) if name in outputs else None for name in OUTPUTS))
+
+
+def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Sequence[Tensor]:
+    """Log p, then the outputs in their order."""
+    _check(logits, targets, temperature, mask)
     if _backends.wants_reference("logprob", logits):
         if not torch.compiler.is_compiling():
             check_targets(targets, logits.shape[-1], mask)
-        return _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=temperature, mask=mask)
+        stats = _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=temperature, mask=mask)
+        return [x for x in stats if x is not None]
     temperatures = None
     if isinstance(temperature, Tensor):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         temperatures, temperature = laid_out(temperature, dtype), 1.0
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    logprobs, *rest = _TokenStats.apply(
+    bits = sum(1 << i for i, name in enumerate(OUTPUTS) if name in outputs) if outputs else 0
+    return _TokenStats.apply(
         logits, laid_out(targets, torch.int64), temperatures, float(temperature), laid_out(mask, torch.bool), bits,
         inplace,
     )  # fmt: skip
-    made = iter(rest)
-    return TokenStats(logprobs, *(next(made) if bits & bit else None for bit in (1, 2, 4)))
 
 
-def _check(logits, targets, outputs, temperature, mask) -> int:
+def _check(logits, targets, temperature, mask) -> None:
     check_tensor("logits", logits, dtypes=LOGITS_DTYPES)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have a last dimension V of at least 1; got {describe(logits)}")
@@ -183,8 +192,3 @@ def _check(logits, targets, outputs, temperature, mask) -> int:
                 raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
     else:
         check_number("temperature", temperature, above=0)
-    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
-        raise TypeError(f"outputs must be a sequence of names, got {describe(outputs)}")
-    for name in outputs:
-        check_choice("outputs", name, OUTPUTS)
-    return sum(1 << OUTPUTS.index(name) for name in set(outputs))

@@ -177,11 +177,17 @@ def _spec(name: str, cases: tuple[Case, ...], outputs, **more) -> OpSpec:
         triton_dtypes=DTYPES[:1],  # a tile is float32 whatever the inputs are
         cases=cases,
         reordered=_reordered,
+        own_sums=False,
         **more,
     )
 
 
-LINEAR_LOGPROBS = _spec("linear_logprobs", CASES, lambda x: {"logprobs": x})
+_FEW = ("typical", "rows", "same_target_twice", "margin_40")  # for the interpreter, which has the rest of token_stats
+LINEAR_LOGPROBS = _spec(
+    "linear_logprobs",
+    tuple(Case(c.name, c.make, c.reason, c.large or c.name not in _FEW) for c in CASES),
+    lambda x: {"logprobs": x},
+)
 LINEAR_TOKEN_STATS = _spec(
     "linear_token_stats",
     tuple(Case(c.name, _edited(c.make, lambda x: x.setdefault("outputs", STATS)), c.reason, c.large) for c in CASES)
@@ -250,9 +256,10 @@ LOSS_CASES = (
     Case("shared_rows", _loss(_FULL, rows=_tree, mask=_mask), "several targets a row"),
     Case("support", _loss(PolicyLoss("grpo"), sampling_support=_support(9)), "the softmax over each token's own set"),
 )
+_FEW_LOSSES = ("grpo", "full", "shared_rows", "on_policy")  # the policy loss itself has specs of its own
 LINEAR_POLICY_LOSS = _spec(
     "linear_policy_loss",
-    LOSS_CASES,
+    tuple(Case(c.name, c.make, c.reason, c.name not in _FEW_LOSSES) for c in LOSS_CASES),
     lambda x: {"loss": x[0], **x[1]},
     no_grad_outputs=(*METRICS, "logprobs"),
     # log p is made of logits of about this size, and a ratio has log p's error
