@@ -1,14 +1,16 @@
 // trajkern._C: the CPU kernels. Each family's file binds its own functions.
 #include <pybind11/pybind11.h>
 
+void bind_advantage(pybind11::module_& m);
+void bind_divergence(pybind11::module_& m);
 void bind_head(pybind11::module_& m);
 void bind_logprob(pybind11::module_& m);
-void bind_advantage(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
+  bind_advantage(m);
+  bind_divergence(m);
   bind_head(m);
   bind_logprob(m);
-  bind_advantage(m);
   bind_policy_loss(m);
 }

@@ -19,6 +19,7 @@ _CASES = {
     "linear_logprobs": ("typical", "rows"),
     "linear_token_stats": ("typical", "mask"),
     "linear_policy_loss": ("grpo", "full", "gspo"),
+    "linear_divergence": ("typical", "mask"),
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov"),
 }
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]

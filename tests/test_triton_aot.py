@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on, and it compiles nothing", allow_module_level=True)
 
-from trajkern._triton import configs, head, logprob, policy_loss  # noqa: E402
+from trajkern._triton import configs, divergence, head, logprob, policy_loss  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -26,14 +26,14 @@ MODULES = (logprob, policy_loss)
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
     " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale"
-    " z grad state",
+    " z grad state student teacher state_s state_t divergence saved upstream",
     "*i64": "targets cu_seqlens offsets",
     "*i32": "counts",
     "*i1": "mask is_top1 selected shares",
     "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3"
-    " softcap gain",
+    " softcap gain of_s of_t",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
-    " trajectories steps programs size stride grad_stride first",
+    " trajectories steps programs size stride grad_stride first stride_s stride_t",
 }
 ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -75,6 +75,17 @@ def _gradient(dtype: torch.dtype, length: int, softcap: bool, *absent: str) -> V
     options = logprob._map_launch(torch.empty(2, length)) | {"SOFTCAP": softcap}
     types = {"grad": f"*{NAMES[dtype]}", "z": "*fp32"}
     return Variant(head.gradient_kernel, f"{NAMES[dtype]}-{length}-{softcap}", absent, options, types, True)
+
+
+def _divergence(length: int, kind: int) -> Variant:
+    options = logprob._launch(configs.row_warps(length), torch.empty(2, length)) | {"KIND": kind}
+    return Variant(divergence.divergence_kernel, f"{length}-{kind}", (), options, {}, options["VECTOR"] > 1)
+
+
+def _slope(dtype: torch.dtype, length: int, kind: int) -> Variant:
+    options = logprob._map_launch(torch.empty(2, length)) | {"KIND": kind}
+    types = {"grad": f"*{NAMES[dtype]}"}
+    return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", (), options, types, True)
 
 
 def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
@@ -125,6 +136,13 @@ VARIANTS = (
     _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy"),
     _gradient(torch.bfloat16, 131072, True),
     _gradient(torch.float32, 32768, False),
+    _divergence(151936, 0),
+    _divergence(151936, 1),
+    _divergence(50257, 2),
+    _divergence(131072, 2),
+    _slope(torch.bfloat16, 32768, 0),
+    _slope(torch.float32, 32768, 1),
+    _slope(torch.bfloat16, 32768, 2),
     _means("clip", False, "none", "means", "mask", "sampler_logprobs"),
     _means("clip", True, "sequence_mask"),
     _means("vespo", False, "none", "sampler_logprobs"),

@@ -14,10 +14,14 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("module", ["test_numerics.py", "test_invariance.py"])
-def test_in_the_interpreter(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "chosen"),
+    [("test_numerics.py", "test"), ("test_invariance.py", "not twice")],  # it runs programs in order: twice is the same
+    ids=["numerics", "invariance"],
+)
+def test_in_the_interpreter(module: str, chosen: str) -> None:
     """Numerics and same bits; NaN-poisoned memory is on there as it is here."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / module)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / module), "-k", chosen]
     command += ["--backend", "triton", "--device", "cpu"]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=HERE.parent

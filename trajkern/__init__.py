@@ -4,6 +4,7 @@ from trajkern._backends import backends, use_backend
 from trajkern._types import GAE, KINDS, PolicyLoss, TokenStats
 from trajkern.layout import HeadInputs, PackedBatch
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
+from trajkern.ops.divergence import linear_divergence, topk_divergence
 from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
@@ -21,6 +22,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_token_stats",
@@ -28,6 +30,7 @@ __all__ = [
     "policy_loss_kinds",
     "token_logprobs",
     "token_stats",
+    "topk_divergence",
     "use_backend",
     "whiten",
 ]

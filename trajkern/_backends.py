@@ -18,6 +18,7 @@ from trajkern._checks import check_choice
 
 NAMES = ("reference", "native", "triton", "cuda")
 OWNERS = {  # family -> device -> backend
+    "divergence": {"cpu": "native", "cuda": "triton"},
     "head": {"cpu": "native", "cuda": "triton"},
     "logprob": {"cpu": "native", "cuda": "triton"},
     "advantage": {"cpu": "native", "cuda": "cuda"},

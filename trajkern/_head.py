@@ -32,7 +32,7 @@ class Kernels(NamedTuple):
     policy_loss: Callable[..., list[Tensor]]
 
 
-class _Tiles:
+class Tiles:
     """Tiles of one call: their sizes, the products that fill and use them, the kernels on them."""
 
     def __init__(self, head: Head, kernels: Kernels) -> None:
@@ -130,7 +130,7 @@ class Grads(NamedTuple):
     bias: Tensor | None  # [V]
 
     @classmethod
-    def of(cls, tiles: _Tiles, needs: list[bool], blocks: int) -> Grads:
+    def of(cls, tiles: Tiles, needs: list[bool], blocks: int) -> Grads:
         """For sums over ``blocks``, of which the first writes the weight's; zero if there is none."""
         head, (hidden, weight, bias) = tiles.head, needs
         tokens, width = head.hidden.shape
@@ -164,7 +164,7 @@ class _Block(NamedTuple):
     pairs: slice
 
 
-def _blocks(tiles: _Tiles, pairs: Pairs, rows: int) -> Iterator[_Block]:
+def _blocks(tiles: Tiles, pairs: Pairs, rows: int) -> Iterator[_Block]:
     slots = pairs.row.shape[0]
     for lo in range(0, slots, rows):
         hi = min(lo + rows, slots)
@@ -175,12 +175,12 @@ def _blocks(tiles: _Tiles, pairs: Pairs, rows: int) -> Iterator[_Block]:
         yield _Block(lo, hi, hidden, tiles.scale(row), pairs.within(lo, hi))
 
 
-def _part(z: Tensor, rows: int, columns: int) -> Tensor:
+def part_of(z: Tensor, rows: int, columns: int) -> Tensor:
     """A contiguous tile in the memory of a larger one."""
     return z.view(-1)[: rows * columns].view(rows, columns)
 
 
-def _slices(size: int, columns: int) -> Iterator[slice]:
+def slices(size: int, columns: int) -> Iterator[slice]:
     for first in range(0, size, columns):
         yield slice(first, min(first + columns, size))
 
@@ -197,7 +197,7 @@ class Folded(NamedTuple):
         return self.state[:, 1].log1p()
 
 
-def _fold(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, outputs: int) -> Folded:
+def _fold(tiles: Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, outputs: int) -> Folded:
     """Statistics of a block's rows; ``z`` keeps the logits where it is wide enough for whole rows."""
     rows = block.hi - block.lo
     state = torch.zeros(rows, 4, dtype=tiles.state_dtype, device=z.device)
@@ -207,8 +207,8 @@ def _fold(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, o
     slot = pairs.slot[block.pairs] - block.lo
     local, owned = tiles.local[index], (slot >= 0) & (slot < rows)
     picked = state.new_zeros(index.shape[0])
-    for part in _slices(tiles.size, columns):
-        tile = z[:rows, part] if z.shape[1] == tiles.size else _part(z, rows, part.stop - part.start)
+    for part in slices(tiles.size, columns):
+        tile = z[:rows, part] if z.shape[1] == tiles.size else part_of(z, rows, part.stop - part.start)
         tiles.logits(block.hidden, part, tile)
         if total is not None:
             total += tile.sum(1, dtype=state.dtype)
@@ -242,7 +242,7 @@ class Stats(NamedTuple):
         wanted = [new(count, dtype=kind) if outputs >> bit & 1 else None for bit, kind in enumerate(kinds)]
         return cls(new(count, dtype=dtype), new(head.keys + 1, 2, dtype=dtype), *wanted)
 
-    def write(self, tiles: _Tiles, pairs: Pairs, block: _Block, folded: Folded) -> None:
+    def write(self, tiles: Tiles, pairs: Pairs, block: _Block, folded: Folded) -> None:
         """The block's pairs; those of other blocks stay."""
         state, log_sum = folded.state, folded.log_sum
         slot, index = pairs.slot[block.pairs] - block.lo, pairs.pair[block.pairs]
@@ -262,7 +262,7 @@ class Stats(NamedTuple):
         put(self.mean_logit, lambda: (total / tiles.shard.vocabulary)[slot] if total is not None else log_sum)
         self.norm[pairs.key[block.lo : block.hi]] = state[:, :2].to(self.norm.dtype)
 
-    def finish(self, tiles: _Tiles) -> list[Tensor]:
+    def finish(self, tiles: Tiles) -> list[Tensor]:
         """NaN for a GPU's pairs whose row or target does not exist."""
         head = tiles.head
         if not tiles.cpu:
@@ -276,7 +276,7 @@ class Stats(NamedTuple):
 def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
     """[logprobs, norm, the outputs asked for, and with ``unit`` d logprobs / d hidden]."""
     head, (outputs, unit) = Head(*args[:-2]), args[-2:]
-    tiles, stats = _Tiles(head, kernels), Stats.zeros(head, outputs)
+    tiles, stats = Tiles(head, kernels), Stats.zeros(head, outputs)
     pairs = pairs_of(head, tiles.shard.vocabulary, head.mask)
     rows, columns = (tiles.whole_rows if unit else tiles.fold_shape)(pairs.row.shape[0])
     z = tiles.empty(rows, tiles.size if unit else columns)
@@ -290,7 +290,7 @@ def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
     return stats.finish(tiles) + ([tiles.shard.sum(grads.hidden[:-1])] if grads.hidden is not None else [])
 
 
-def _chain(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, stats: Stats, grad_logprobs: Tensor,
+def _chain(tiles: Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, stats: Stats, grad_logprobs: Tensor,
            grad_entropy: Tensor | None, grads: Grads, *, kept: bool) -> None:  # fmt: skip
     """Adds a block to the gradients. ``kept``: ``z`` holds the block's logits; otherwise it has room for a slice."""
     rows = block.hi - block.lo
@@ -306,13 +306,13 @@ def _chain(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, 
     narrow = None
     if not tiles.cpu and tiles.head.weight.dtype != tiles.dtype:
         narrow = tiles.empty(rows, columns, tiles.head.weight.dtype)
-    for part in _slices(tiles.size, columns):
+    for part in slices(tiles.size, columns):
         width = part.stop - part.start
-        tile = z[:rows, part] if kept else _part(z, rows, width)
+        tile = z[:rows, part] if kept else part_of(z, rows, width)
         if not kept:
             tiles.logits(block.hidden, part, tile)
             tiles.restrict(pairs, block.lo, block.hi, part, tile)
-        grad = tile if narrow is None else _part(narrow, rows, width)
+        grad = tile if narrow is None else part_of(narrow, rows, width)
         tiles.kernels.gradient(
             grad, tile, part.start, norm, block.scale, offsets, *made, tiles.softcap, tiles.logit_scale
         )
@@ -327,7 +327,7 @@ def _chain(tiles: _Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, 
 def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     """The gradients that ``needs`` asks for, the logits computed again."""
     head, (grad_logprobs, grad_entropy, logprobs, norm, entropy, needs) = Head(*args[:-6]), args[-6:]
-    tiles = _Tiles(head, kernels)
+    tiles = Tiles(head, kernels)
     idle = torch.cat((norm, norm.new_zeros(1, 2)))
     stats = Stats(logprobs, idle, entropy, None, None, None)
     pairs = pairs_of(head, tiles.shard.vocabulary, head.mask)
@@ -342,7 +342,7 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     """[loss, metrics, logprobs, the gradients asked for]: logits once, gradients formed block by block."""
     head, rest = Head(*args[:12]), args[12:]
     old, advantages, cu_seqlens, ref, sampler, normalizer, options, params, outputs, needs = rest
-    tiles, stats, has_entropy_term = _Tiles(head, kernels), Stats.zeros(head, outputs), params[4] != 0
+    tiles, stats, has_entropy_term = Tiles(head, kernels), Stats.zeros(head, outputs), params[4] != 0
     if old is None:
         old = stats.logprobs
     else:

@@ -1,6 +1,7 @@
 """The oracle: every public op in plain torch, any float dtype, differentiable. Arguments are taken as valid."""
 
 from trajkern.reference.advantage import discounted_returns, gae, group_advantages, whiten
+from trajkern.reference.divergence import linear_divergence, topk_divergence
 from trajkern.reference.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.reference.logprob import token_logprobs, token_stats
 from trajkern.reference.policy_loss import policy_loss
@@ -9,11 +10,13 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
     "token_logprobs",
     "token_stats",
+    "topk_divergence",
     "whiten",
 ]

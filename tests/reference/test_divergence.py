@@ -1,0 +1,138 @@
+"""The reference divergences against literal numbers, 60-digit decimal arithmetic, and numerical derivatives."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from trajkern import reference
+
+BETAS = (0.0, 0.25, 0.5, 0.9, 1.0)
+HALF, QUARTER, EIGHTH = (math.log(x) for x in (1 / 2, 1 / 4, 1 / 8))
+INF = math.inf
+
+
+def of_logprobs(student: list[float], teacher: list[float], **options) -> Tensor:
+    """linear_divergence of heads whose logits are these: hidden states of one dimension, 1."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    weights = (torch.tensor(x, dtype=torch.float64)[:, None] for x in (student, teacher))
+    student_weight, teacher_weight = weights
+    return reference.linear_divergence(one, student_weight, one, teacher_weight, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("beta", "expected"),
+    [
+        # student (1/2, 1/2), teacher (1/4, 3/4)
+        (0.0, 0.25 * math.log(0.5) + 0.75 * math.log(1.5)),  # KL(teacher || student)
+        (1.0, 0.5 * math.log(2) + 0.5 * math.log(2 / 3)),  # KL(student || teacher)
+        # m = (3/8, 5/8): t / m = (2/3, 6/5), s / m = (4/3, 4/5)
+        (0.5, (math.log(2 / 3) + 3 * math.log(6 / 5)) / 8 + (math.log(4 / 3) + math.log(4 / 5)) / 4),
+        # m = (5/16, 11/16): t / m = (4/5, 12/11), s / m = (8/5, 8/11)
+        (0.75, (math.log(4 / 5) + 3 * math.log(12 / 11)) * 3 / 16 + (math.log(8 / 5) + math.log(8 / 11)) / 8),
+    ],
+)
+def test_table(beta: float, expected: float) -> None:
+    found = of_logprobs([HALF, HALF], [QUARTER, math.log(0.75)], beta=beta)
+    assert float(found) == pytest.approx(expected, rel=1e-14)
+
+
+def exact(student: list[float], teacher: list[float], beta: float, temperature: float) -> float:
+    """By the definition, in 60 digits."""
+    with localcontext() as context:
+        context.prec = 60
+        b = Decimal(beta)
+
+        def softmax(logits: list[float]) -> list[Decimal]:
+            masses = [(Decimal(z) / Decimal(temperature)).exp() for z in logits]
+            return [m / sum(masses) for m in masses]
+
+        def kl(p: list[Decimal], q: list[Decimal]) -> Decimal:
+            return sum((x * (x / y).ln() for x, y in zip(p, q, strict=True)), Decimal(0))
+
+        s, t = softmax(student), softmax(teacher)
+        if beta in (0, 1):
+            return float(kl(t, s) if beta == 0 else kl(s, t))
+        m = [(1 - b) * x + b * y for x, y in zip(s, t, strict=True)]
+        return float(b * kl(t, m) + (1 - b) * kl(s, m))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_exact(beta: float, temperature: float) -> None:
+    student, teacher = [3 * math.sin(2.7 * j) for j in range(23)], [2 * math.cos(1.3 * j) for j in range(23)]
+    found = of_logprobs(student, teacher, beta=beta, temperature=temperature)
+    assert float(found) == pytest.approx(exact(student, teacher, beta, temperature), rel=1e-13)
+
+
+def test_ends_of_the_mixture() -> None:
+    """Divided by beta it tends to KL(teacher || student), by 1 - beta to KL(student || teacher)."""
+    student, teacher = [0.0, 1.0, -2.0], [1.5, 0.0, 0.5]
+    for beta, end in ((1e-6, 0.0), (1 - 1e-6, 1.0)):
+        found = of_logprobs(student, teacher, beta=beta) / min(beta, 1 - beta)
+        assert float(found) == pytest.approx(float(of_logprobs(student, teacher, beta=end)), rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck(beta: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, teacher, teacher_weight = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((4, 3), (6, 3), (4, 2), (6, 2))
+    )
+    mask = torch.tensor([True, False, True, True])
+
+    def of(h: Tensor, w: Tensor) -> Tensor:
+        return reference.linear_divergence(h, w, teacher, teacher_weight, beta=beta, temperature=0.7, mask=mask)
+
+    assert torch.autograd.gradcheck(of, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+class TestTopK:
+    def test_all_ids_but_one_are_the_whole(self) -> None:
+        student, teacher = [0.3, -1.0, 2.0, 0.0], [1.0, 0.5, -0.5, 0.2]
+        rows = [torch.log_softmax(torch.tensor(x, dtype=torch.float64), 0) for x in (student, teacher)]
+        for beta in BETAS:
+            found = reference.topk_divergence(rows[0][None, :3], rows[1][None, :3], beta=beta)
+            assert float(found) == pytest.approx(float(of_logprobs(student, teacher, beta=beta)), rel=1e-12)
+
+    def test_table(self) -> None:
+        """Student (1/4, 1/4 | 1/2), teacher (1/2, 1/4 | 1/4)."""
+        student, teacher = torch.tensor([[QUARTER, QUARTER]]), torch.tensor([[HALF, QUARTER]])
+        found = reference.topk_divergence(student, teacher)
+        assert float(found) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), rel=1e-6)
+
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_gradcheck(self, beta: float) -> None:
+        g = torch.Generator().manual_seed(1)
+        student, teacher = (
+            torch.log_softmax(torch.randn(5, 9, generator=g, dtype=torch.float64), -1)[:, :4] for _ in range(2)
+        )
+        mask = torch.tensor([True, True, False, True, True])
+        assert torch.autograd.gradcheck(
+            lambda x: reference.topk_divergence(x, teacher, beta=beta, mask=mask), (student.requires_grad_(),)
+        )
+
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_small_tail(self, beta: float) -> None:
+        """A rest of 1e-9 beside a p that float32 holds only as its logarithm."""
+        student, teacher = torch.tensor([[-1e-9]]), torch.tensor([[-4e-9]])
+        s, t = float(-student.double().expm1()), float(-teacher.double().expm1())
+        found = float(reference.topk_divergence(student, teacher, beta=beta))
+        m = (1 - beta) * s + beta * t
+        terms = {0.0: t * math.log(t / s) + s - t, 1.0: s * math.log(s / t) + t - s}
+        between = beta * (t * math.log(t / m)) + (1 - beta) * (s * math.log(s / m))
+        assert found == pytest.approx(terms.get(beta, between), rel=1e-5)
+
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_impossible_ids(self, beta: float) -> None:
+        """Where both have p = 0 nothing is added; a p that only the other has adds its share."""
+        student, teacher = torch.tensor([[QUARTER, -INF, EIGHTH]]), torch.tensor([[HALF, -INF, EIGHTH]])
+        found = reference.topk_divergence(student.requires_grad_(), teacher, beta=beta)
+        kept = reference.topk_divergence(student[:, [0, 2]], teacher[:, [0, 2]], beta=beta)
+        assert torch.equal(found, kept)
+        found.sum().backward()
+        assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad[0, 1]) == 0

@@ -1,0 +1,53 @@
+"""Launchers of csrc/cpu/divergence.cpp, inside the loops over blocks of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern import _divergence, _ext
+from trajkern._native import head
+
+
+def rows(
+    student: Tensor,  # [R, V]
+    teacher: Tensor,  # [R, V]
+    scale: Tensor,  # [R] 1 / temperature
+    beta: float,
+    divergence: Tensor,  # [R]
+    saved: Tensor,  # [R, 6]
+) -> None:
+    _ext.cpu().divergence_rows(*_tile(student, teacher), scale.data_ptr(), beta, divergence.data_ptr(),
+                               saved.data_ptr())  # fmt: skip
+
+
+def gradient(
+    grad: Tensor,  # [R, columns], which is student
+    student: Tensor,  # [R, columns]
+    teacher: Tensor,  # [R, columns]
+    scale: Tensor,  # [R]
+    beta: float,
+    saved: Tensor,  # [R, 6]
+    upstream: Tensor,  # [R]
+) -> None:
+    assert grad.data_ptr() == student.data_ptr()
+    _ext.cpu().divergence_gradient(*_tile(student, teacher), scale.data_ptr(), beta, saved.data_ptr(),
+                                   upstream.data_ptr())  # fmt: skip
+
+
+def _tile(student: Tensor, teacher: Tensor) -> tuple[int | bool, ...]:
+    double = student.dtype == torch.float64
+    return student.data_ptr(), teacher.data_ptr(), double, student.stride(0), teacher.stride(0), *student.shape
+
+
+_KERNELS = _divergence.Kernels(head._KERNELS, rows, gradient)
+
+
+def linear_divergence(*args: Any) -> list[Tensor]:
+    return _divergence.linear_divergence(_KERNELS, *args)
+
+
+def linear_divergence_backward(*args: Any) -> list[Tensor]:
+    return _divergence.linear_divergence_backward(_KERNELS, *args)

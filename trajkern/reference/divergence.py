@@ -1,0 +1,76 @@
+"""The divergences of a student from a teacher in plain torch: the whole logits are formed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def linear_divergence(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    teacher_hidden: Tensor,  # [T, H']
+    teacher_weight: Tensor,  # [V, H']
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,  # [T]
+    **_: Any,
+) -> Tensor:
+    """See :func:`trajkern.linear_divergence`; the workspace has no meaning here."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if mask is not None:
+        hidden, teacher_hidden = (torch.where(mask[:, None], h, 0) for h in (hidden, teacher_hidden))
+    student = torch.log_softmax(hidden.to(dtype) @ weight.to(dtype).t() / temperature, -1)
+    with torch.no_grad():
+        teacher = torch.log_softmax(teacher_hidden.to(dtype) @ teacher_weight.to(dtype).t() / temperature, -1)
+    divergence = _divergence(student, teacher, beta)
+    return divergence if mask is None else torch.where(mask, divergence, 0)
+
+
+def topk_divergence(
+    student_logprobs: Tensor,  # [T, K]
+    teacher_logprobs: Tensor,  # [T, K]
+    *,
+    beta: float = 0.0,
+    mask: Tensor | None = None,  # [T]
+) -> Tensor:
+    """See :func:`trajkern.topk_divergence`. In float64: the tail is what little the K ids leave of 1."""
+    student, teacher = student_logprobs.double(), teacher_logprobs.detach().double()
+    if mask is not None:
+        uniform = -math.log(student.shape[1] + 1)
+        student, teacher = (torch.where(mask[:, None], x, uniform) for x in (student, teacher))
+    student, teacher = (torch.cat((x, _log_tail(x)), -1) for x in (student, teacher))
+    divergence = _divergence(student, teacher, beta)
+    if mask is not None:
+        divergence = torch.where(mask, divergence, 0)
+    return divergence.to(torch.float64 if student_logprobs.dtype == torch.float64 else torch.float32)
+
+
+def _log_tail(logprobs: Tensor) -> Tensor:  # [T, K] -> [T, 1]
+    total = logprobs.exp().sum(-1, keepdim=True)
+    some = total < 1
+    floor = math.log(torch.finfo(total.dtype).tiny)
+    return torch.where(some, torch.log1p(-torch.where(some, total, 0)), floor)
+
+
+def _divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Of log-probs [..., V] along the last dimension; see :func:`trajkern.linear_divergence`."""
+    neither = (student == -math.inf) & (teacher == -math.inf)  # exp(-1e4) is 0, and its products are not NaN
+    student, teacher = (torch.where(neither, -1e4, x) for x in (student, teacher))
+    if beta == 0:
+        return _kl(teacher, student)
+    if beta == 1:
+        return _kl(student, teacher)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """sum p (log p - log q) of log-probs; a p of 0 adds 0."""
+    some = p > -math.inf
+    p, q = (torch.where(some, x, -1e4) for x in (p, q))
+    return (p.exp() * (p - q)).sum(-1)
