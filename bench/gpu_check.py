@@ -91,11 +91,18 @@ def describe_machine(gpu: Any) -> dict[str, Any]:
     }
 
 
+def _heed_interrupts() -> None:
+    """A job that a shell puts in the background starts with them ignored, and so would its stages."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, Any]:
     """Run a stage, showing its output; one that outlasts its limit is interrupted, so that it can still report."""
     start, tail = time.monotonic(), []
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True, preexec_fn=_heed_interrupts,
+    )  # fmt: skip
     timers = [
         threading.Timer(limit, os.killpg, (process.pid, signal.SIGINT)),
         threading.Timer(limit + GRACE, os.killpg, (process.pid, signal.SIGKILL)),
