@@ -6,6 +6,8 @@ void bind_divergence(pybind11::module_& m);
 void bind_head(pybind11::module_& m);
 void bind_logprob(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
+void bind_tree(pybind11::module_& m);
+void bind_tree_layout(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   bind_advantage(m);
@@ -13,4 +15,6 @@ PYBIND11_MODULE(_C, m) {
   bind_head(m);
   bind_logprob(m);
   bind_policy_loss(m);
+  bind_tree(m);
+  bind_tree_layout(m);
 }

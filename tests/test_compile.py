@@ -20,6 +20,10 @@ _CASES = {
     "linear_token_stats": ("typical", "mask"),
     "linear_policy_loss": ("grpo", "full", "gspo"),
     "linear_divergence": ("typical", "mask"),
+    "subtree_reduce": ("mean", "max"),
+    "sibling_advantages": ("mean", "parent"),
+    "branch_coefficients": ("weights",),
+    "spread": ("tree", "batch"),
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov"),
 }
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]

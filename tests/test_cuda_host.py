@@ -23,19 +23,21 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern import _ext
-from trajkern.testing import check, run
-from trajkern.testing.advantage import SPECS
+from trajkern import _ext, reference
+from trajkern._native import tree as tree_launchers
+from trajkern.testing import advantage, check, run, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "tests" / "cuda_host"
 # kernels are optimised lightly (they run), the bindings not at all (they compile sooner)
 SOURCES = {
     **{path: "-O1" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))},
+    ROOT / "csrc" / "cuda" / "bind_tree.cpp": "-O0",
     HOST / "primitives.cu": "-O1",
     HOST / "cuda_host.cpp": "-O2",
     HOST / "module.cpp": "-O0",
 }
+SPECS = (*advantage.SPECS, *tree.SPECS)
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 SMALL = [
     pytest.param((spec, case), id=f"{spec.name}-{case.name}")
@@ -94,10 +96,15 @@ class OnHost:
         return kernel
 
 
+def _poisoned_scratch(x: Tensor, tree: list[Tensor]) -> Tensor:
+    return torch.full((12 * tree[5].shape[0] + tree[0].shape[0],), torch.nan, dtype=torch.float64)
+
+
 @pytest.fixture
 def kernels(host: ModuleType, monkeypatch: pytest.MonkeyPatch, poison: None) -> OnHost:
     module = OnHost(host)
     monkeypatch.setattr(_ext, "cpu", lambda: module)
+    monkeypatch.setattr(tree_launchers, "_scratch", _poisoned_scratch)
     host.set_order(ORDERS["forward"], 0)
     return module
 
@@ -263,3 +270,33 @@ def test_misuse_is_an_error(misuse: str, order: str, host: ModuleType) -> None:
     host.set_order(ORDERS[order], 3)
     with pytest.raises(RuntimeError, match=MISUSES[misuse]):
         host.misuse(list(MISUSES).index(misuse))
+
+
+def _forest_and_parts() -> tuple[list[tk.Tree], tk.Tree]:
+    g = torch.Generator().manual_seed(0)
+    parts = [tree.star(2500), tree.comb(40), tree.regular_tree(4, 7), tree.random_tree(g, 300), tree.chain(3)]
+    return parts, tree.joined(parts)
+
+
+@pytest.mark.parametrize("op", ("sum", "mean", "max", "min", "var"))
+def test_tree_does_not_see_the_rest_of_the_forest(op: str, kernels: OnHost) -> None:
+    """Summaries of 32 and of 1,024 leaves begin anew in each tree."""
+    parts, forest = _forest_and_parts()
+    values = torch.randn(forest.num_leaves, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(forest.num_nodes, generator=torch.Generator().manual_seed(2))
+
+    def both(x: Tensor, where: tk.Tree, up: Tensor) -> dict[str, Tensor]:
+        x = x.clone().requires_grad_()
+        out = tk.subtree_reduce(x, where, op)
+        out.backward(up)
+        return {"out": out.detach(), "grad": x.grad}
+
+    whole = _in_every_order(kernels.host, lambda: both(values, forest, upstream))
+    node = leaf = 0
+    for part in parts:
+        nodes, leaves = slice(node, node + part.num_nodes), slice(leaf, leaf + part.num_leaves)
+        alone = both(values[leaves], part, upstream[nodes])
+        assert torch.equal(whole["out"][nodes], alone["out"]) and torch.equal(whole["grad"][leaves], alone["grad"])
+        node, leaf = nodes.stop, leaves.stop
+    expected = reference.subtree_reduce(values.double(), forest, op)
+    torch.testing.assert_close(whole["out"].double(), expected, rtol=1e-6, atol=1e-6)

@@ -22,8 +22,9 @@ HEAD = {"_head", "_pairs", "_ranks"}  # the head's loops over tiles, which its l
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
-    "__init__": {"_backends", "_types", "layout", "ops", "recipes"},
+    "__init__": {"_backends", "_types", "layout", "ops", "recipes", "tree_layout"},
     "__main__": {"cli"},
+    "_block_mask": set(),
     "_checks": set(),
     "_check_head": {"_checks", "_ranks"},
     "_covariance": set(),
@@ -31,6 +32,7 @@ ARROWS = {
     "_head": HEAD,
     "_pairs": set(),
     "_ranks": set(),
+    "_tree_nodes": {"_ext"},
     "_types": {"_checks"},
     "_ext": set(),
     "_backends": {"_checks", "_ext"},
@@ -38,11 +40,12 @@ ARROWS = {
     "_native": {"_checks", "_divergence", "_ext", "_head"},
     "_triton": {"_divergence", "_head"},
     "layout": {"_checks", "_types"},
+    "tree_layout": {"_block_mask", "_checks", "_ext", "_tree_nodes", "_types", "layout"},
     "reference": FORMULAS,
-    "ops": {"_backends", "_check_head", "_checks", "_library", "layout", *FORMULAS},
+    "ops": {"_backends", "_check_head", "_checks", "_library", "layout", "tree_layout", *FORMULAS},
     "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
     "integrations": {"ops", "recipes", *PUBLIC},
-    "testing": {"_types", "layout", "ops", "reference", *PUBLIC},
+    "testing": {"_types", "layout", "ops", "reference", "tree_layout", *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
     "cli": {"_backends", "_ext", "testing", "trainer", *PUBLIC},
 }

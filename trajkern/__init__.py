@@ -1,24 +1,29 @@
 """Kernels for reinforcement learning of language-model agents, on packed batches of rollouts."""
 
 from trajkern._backends import backends, use_backend
-from trajkern._types import GAE, KINDS, PolicyLoss, TokenStats
+from trajkern._types import GAE, KINDS, Branch, PolicyLoss, TokenStats
 from trajkern.layout import HeadInputs, PackedBatch
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
 from trajkern.ops.divergence import linear_divergence, topk_divergence
 from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
+from trajkern.ops.tree import branch_coefficients, sibling_advantages, spread, subtree_reduce
+from trajkern.tree_layout import Tree
 
 __version__ = "0.1.0"
 policy_loss_kinds = tuple(KINDS)
 
 __all__ = [
+    "Branch",
     "GAE",
     "HeadInputs",
     "PackedBatch",
     "PolicyLoss",
     "TokenStats",
+    "Tree",
     "backends",
+    "branch_coefficients",
     "discounted_returns",
     "gae",
     "group_advantages",
@@ -28,6 +33,9 @@ __all__ = [
     "linear_token_stats",
     "policy_loss",
     "policy_loss_kinds",
+    "sibling_advantages",
+    "spread",
+    "subtree_reduce",
     "token_logprobs",
     "token_stats",
     "topk_divergence",

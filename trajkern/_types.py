@@ -27,6 +27,16 @@ class GAE(NamedTuple):
     returns: Tensor  # [T]
 
 
+class Branch(NamedTuple):
+    """What the leaves below each node (or each token's node) add up to, with leaf weights w and advantages A."""
+
+    positive: Tensor  # sum of w A over A > 0
+    negative: Tensor  # sum of w A over A < 0
+    leaf_count: Tensor  # sum of w, no gradient
+    positive_count: Tensor  # leaves with A > 0 and w not 0, no gradient
+    negative_count: Tensor  # leaves with A < 0 and w not 0, no gradient
+
+
 # kind -> (ratio level, aggregation) where the configuration names none, and the form a kernel computes
 KINDS = {
     "grpo": ("token", "seq_mean_token_mean", "clip"),

@@ -5,8 +5,10 @@ from trajkern.reference.divergence import linear_divergence, topk_divergence
 from trajkern.reference.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.reference.logprob import token_logprobs, token_stats
 from trajkern.reference.policy_loss import policy_loss
+from trajkern.reference.tree import branch_coefficients, sibling_advantages, spread, subtree_reduce
 
 __all__ = [
+    "branch_coefficients",
     "discounted_returns",
     "gae",
     "group_advantages",
@@ -15,6 +17,9 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
+    "sibling_advantages",
+    "spread",
+    "subtree_reduce",
     "token_logprobs",
     "token_stats",
     "topk_divergence",

@@ -1,9 +1,9 @@
 """One registry of op specs, which the tests, the validation and the benchmarks share."""
 
-from trajkern.testing import advantage, divergence, head, logprob, policy_loss
+from trajkern.testing import advantage, divergence, head, logprob, policy_loss, tree
 from trajkern.testing.numerics import budget_share, check, oracle, run
 from trajkern.testing.registry import Case, OpSpec, Variant
 
-SPECS = (*logprob.SPECS, *advantage.SPECS, *policy_loss.SPECS, *head.SPECS, *divergence.SPECS)
+SPECS = (*logprob.SPECS, *advantage.SPECS, *policy_loss.SPECS, *head.SPECS, *divergence.SPECS, *tree.SPECS)
 
 __all__ = ["SPECS", "Case", "OpSpec", "Variant", "budget_share", "check", "oracle", "run"]

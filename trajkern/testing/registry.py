@@ -59,7 +59,7 @@ class OpSpec:
 
 def _typed(x: Any, dtype: torch.dtype | None, device: str) -> Any:
     if not isinstance(x, Tensor):
-        return x
+        return x.to(device) if hasattr(x, "to") else x  # a layout moves as a tensor does
     if not x.is_floating_point():
         return x.to(device)
     if dtype is None:

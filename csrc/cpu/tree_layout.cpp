@@ -1,0 +1,128 @@
+// What a tree's parents imply, its flat form, and the tree of a packed batch's shared prefixes: all linear.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "tree_prefix.h"
+
+namespace tk {
+namespace {
+
+template <class T>
+T* as(uintptr_t pointer) {
+  return reinterpret_cast<T*>(pointer);
+}
+
+// Written by derive(), one entry a node but for child_begin's [M+1], child's [M - roots] and tree_begin's [L].
+struct Derived {
+  int32_t *parent, *child_begin, *child, *leaf_begin, *leaf_end, *tree_begin, *root, *depth;
+  int64_t *position, *previous;
+};
+
+struct Counts {
+  int64_t bad = -1, leaves = 0, roots = 0, levels = 0;
+};
+
+// The children of every node, ascending, by counting.
+void list_children(int64_t m, const Derived& out) {
+  std::fill_n(out.child_begin, m + 1, 0);
+  for (int64_t n = 0; n < m; ++n)
+    if (out.parent[n] >= 0) ++out.child_begin[out.parent[n] + 1];
+  for (int64_t n = 0; n < m; ++n) out.child_begin[n + 1] += out.child_begin[n];
+  const std::unique_ptr<int32_t[]> next(new int32_t[m]);
+  std::copy_n(out.child_begin, m, next.get());
+  for (int64_t n = 0; n < m; ++n)
+    if (out.parent[n] >= 0) out.child[next[out.parent[n]]++] = int32_t(n);
+}
+
+// `bad`: the first node whose parent is no earlier node; nothing else is written then.
+Counts derive(const int64_t* parent, const int64_t* lengths, int64_t m, const Derived& out) {
+  Counts found;
+  for (int64_t n = 0; n < m; ++n) {
+    if (parent[n] < -1 || parent[n] >= n) return {n, 0, 0, 0};
+    out.parent[n] = int32_t(parent[n]);
+  }
+  list_children(m, out);
+  std::fill_n(out.leaf_end, m, 0);  // counts first
+  for (int64_t n = m; n-- > 0;) {
+    if (out.child_begin[n] == out.child_begin[n + 1]) out.leaf_end[n] = 1;
+    if (parent[n] >= 0) out.leaf_end[parent[n]] += out.leaf_end[n];
+  }
+  const std::unique_ptr<int32_t[]> next(new int32_t[m]);  // where the next child's leaves begin
+  const std::unique_ptr<int64_t[]> last(new int64_t[m]);  // a node's last token, or the one before it
+  int64_t tokens = 0;
+  for (int64_t n = 0; n < m; ++n) {
+    const int64_t p = parent[n];
+    const int32_t below = out.leaf_end[n];
+    if (p < 0) {
+      out.leaf_begin[n] = int32_t(found.leaves);
+      std::fill_n(out.tree_begin + found.leaves, below, int32_t(found.leaves));
+      out.root[n] = int32_t(found.roots++), out.depth[n] = 0;
+      out.position[n] = 0, out.previous[n] = -1;
+      found.leaves += below;
+    } else {
+      out.leaf_begin[n] = next[p];
+      out.root[n] = out.root[p], out.depth[n] = out.depth[p] + 1;
+      out.position[n] = out.position[p] + lengths[p], out.previous[n] = last[p];
+      next[p] += below;
+    }
+    next[n] = out.leaf_begin[n], out.leaf_end[n] = out.leaf_begin[n] + below;
+    tokens += lengths[n];
+    last[n] = lengths[n] > 0 ? tokens - 1 : out.previous[n];
+    found.levels = std::max<int64_t>(found.levels, out.depth[n] + 1);
+  }
+  return found;
+}
+
+pybind11::tuple bound_derive(uintptr_t parent, uintptr_t lengths, int64_t m, uintptr_t parent32, uintptr_t child_begin,
+                             uintptr_t child, uintptr_t leaf_begin, uintptr_t leaf_end, uintptr_t tree_begin,
+                             uintptr_t root, uintptr_t depth, uintptr_t position, uintptr_t previous) {
+  using I = int32_t;
+  const Derived out{as<I>(parent32),   as<I>(child_begin), as<I>(child), as<I>(leaf_begin),     as<I>(leaf_end),
+                    as<I>(tree_begin), as<I>(root),        as<I>(depth), as<int64_t>(position), as<int64_t>(previous)};
+  const Counts found = derive(as<const int64_t>(parent), as<const int64_t>(lengths), m, out);
+  return pybind11::make_tuple(found.bad, found.leaves, found.roots, found.levels);
+}
+
+// Packed token of every flat one. Each leaf's row is filled from its end, node by node up to the root.
+void bound_flat(uintptr_t parent_, uintptr_t offsets_, uintptr_t leaves_, int64_t count, uintptr_t flat_offsets_,
+                uintptr_t index_) {
+  const auto* parent = as<const int64_t>(parent_);
+  const auto* offsets = as<const int64_t>(offsets_);
+  for (int64_t l = 0; l < count; ++l) {
+    int64_t* end = as<int64_t>(index_) + as<const int64_t>(flat_offsets_)[l + 1];
+    for (int64_t n = as<const int64_t>(leaves_)[l]; n >= 0; n = parent[n])
+      for (int64_t t = offsets[n + 1]; t-- > offsets[n];) *--end = t;
+  }
+}
+
+// (mismatch or None, parent, lengths, source of each node's tokens, group of each root), as bytes of int64.
+pybind11::tuple bound_prefixes(uintptr_t tokens, uintptr_t mask, uintptr_t cu_seqlens, uintptr_t group, int64_t count,
+                               int64_t groups, const std::vector<uintptr_t>& logprobs, double tolerance, bool split) {
+  PrefixBatch in{as<const int64_t>(tokens), as<const bool>(mask), as<const int64_t>(cu_seqlens),
+                 as<const int64_t>(group),  count,                groups,
+                 tolerance,                 {}};
+  for (const uintptr_t x : logprobs) in.logprobs.push_back(as<const double>(x));
+  PrefixTree tree(in, split);
+  const bool done = tree.build();
+  const PrefixTree::Mismatch at = tree.mismatch();
+  const auto bytes = [](const std::vector<int64_t>& x) {
+    return pybind11::bytearray(reinterpret_cast<const char*>(x.data()), x.size() * sizeof(int64_t));
+  };
+  if (!done) return pybind11::make_tuple(pybind11::make_tuple(at.field, at.here, at.there));
+  const PrefixTree::Numbered out = tree.numbered();
+  return pybind11::make_tuple(pybind11::none(), bytes(out.parent), bytes(out.lengths), bytes(out.source),
+                              bytes(out.root_groups));
+}
+
+}  // namespace
+}  // namespace tk
+
+void bind_tree_layout(pybind11::module_& m) {
+  m.def("tree_derive", &tk::bound_derive);
+  m.def("tree_flat", &tk::bound_flat);
+  m.def("tree_prefixes", &tk::bound_prefixes);
+}

@@ -1,0 +1,176 @@
+// Passes over a tree's nodes on the CPU: up from the leaves, and down from the roots. One pass each, in an order that
+// is the tree's own: no depth costs more, and no other tree changes a bit.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+#include "../common/tree.h"
+#include "huge_pages.h"
+
+namespace tk {
+
+template <class T>
+std::unique_ptr<T[]> unwritten(int64_t n) {
+  std::unique_ptr<T[]> made(new T[n]);
+  prefer_huge_pages(made.get(), n * int64_t(sizeof(T)));
+  return made;
+}
+
+template <class T>
+inline bool all_finite(const T* x, int64_t n) {
+  int bad = 0;  // no early exit, so that it vectorises
+  for (int64_t i = 0; i < n; ++i) bad |= !(x[i] - x[i] == 0);
+  return !bad;
+}
+
+// Bottom up: leaf(n, l) for leaf number l at node n, inner(n, begin, end) once its children child[begin:end] are done.
+template <class Leaf, class Inner>
+inline void upwards(const TreeNodes& tree, const Leaf& leaf, const Inner& inner) {
+  int64_t l = tree.leaves;
+  int32_t end = tree.child_begin[tree.nodes];
+  for (int64_t n = tree.nodes; n-- > 0;) {
+    const int32_t begin = tree.child_begin[n];
+    if (begin == end)
+      leaf(n, --l);
+    else
+      inner(n, tree.child + begin, tree.child + end);
+    end = begin;
+  }
+}
+
+// Children that follow each other in memory, the usual case, need no indices; the sum's order is the same.
+template <class F>
+inline double sum_children(const int32_t* begin, const int32_t* end, const F& value) {
+  const int64_t first = *begin, count = end - begin;
+  double sum = 0;
+  if (end[-1] - first == count - 1) {
+    for (int64_t c = first; c < first + count; ++c) sum += value(c);
+  } else {
+    for (const int32_t* c = begin; c < end; ++c) sum += value(*c);
+  }
+  return sum;
+}
+
+template <class T, class Out>
+void subtree_sums(const T* leaf_values, const TreeNodes& tree, double* sums, const Out& out) {
+  upwards(
+      tree, [&](int64_t n, int64_t l) { out(n, sums[n] = double(leaf_values[l])); },
+      [&](int64_t n, const int32_t* begin, const int32_t* end) {
+        out(n, sums[n] = sum_children(begin, end, [&](int64_t c) { return sums[c]; }));
+      });
+}
+
+struct Moments {
+  double mean, squares;  // the mean of the leaves below, less the tree's first leaf, and the sum of squares about it
+};
+
+// Means measured from the first child's, so that equal leaves have a variance of exactly 0.
+template <class T>
+void subtree_moments(const T* leaf_values, const TreeNodes& tree, Moments* found) {
+  const auto first = [&](int64_t n) { return double(leaf_values[tree.order[tree.tree_begin[tree.leaf_begin[n]]]]); };
+  upwards(
+      tree, [&](int64_t n, int64_t l) { found[n] = {double(leaf_values[l]) - first(n), 0}; },
+      [&](int64_t n, const int32_t* begin, const int32_t* end) {
+        const double origin = found[*begin].mean;
+        const double sum = sum_children(
+            begin, end, [&](int64_t c) { return double(tree.leaf_count(c)) * (found[c].mean - origin); });
+        const double mean = sum / double(tree.leaf_count(n));
+        const double squares = sum_children(begin, end, [&](int64_t c) {
+          const double apart = (found[c].mean - origin) - mean;
+          return found[c].squares + double(tree.leaf_count(c)) * (apart * apart);
+        });
+        found[n] = {origin + mean, squares};
+      });
+}
+
+// The leaf of the greatest or the least value below each node; of equal ones the first.
+template <class T>
+void subtree_extremes(const T* leaf_values, const TreeNodes& tree, bool greatest, int32_t* found) {
+  upwards(
+      tree, [&](int64_t n, int64_t l) { found[n] = int32_t(l); },
+      [&](int64_t n, const int32_t* begin, const int32_t* end) {
+        int32_t best = found[*begin];
+        for (const int32_t* c = begin + 1; c < end; ++c) {
+          const int32_t other = found[*c];
+          const T a = leaf_values[other], b = leaf_values[best];
+          if ((greatest ? a > b : a < b) || (a == b && other < best)) best = other;
+        }
+        found[n] = best;
+      });
+}
+
+// False where a value is not finite: nothing is written then.
+template <class T>
+bool subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out) {
+  if (!all_finite(leaf_values, tree.leaves)) return false;
+  if (op == kMax || op == kMin) {
+    const auto best = unwritten<int32_t>(tree.nodes);
+    subtree_extremes(leaf_values, tree, op == kMax, best.get());
+    for (int64_t n = 0; n < tree.nodes; ++n) out[n] = leaf_values[best[n]];
+  } else if (op == kVariance) {
+    const auto moments = unwritten<Moments>(tree.nodes);
+    subtree_moments(leaf_values, tree, moments.get());
+    for (int64_t n = 0; n < tree.nodes; ++n) out[n] = T(moments[n].squares / double(tree.leaf_count(n)));
+  } else {
+    const auto sums = unwritten<double>(tree.nodes);
+    if (op == kSum)
+      subtree_sums(leaf_values, tree, sums.get(), [&](int64_t n, double sum) { out[n] = T(sum); });
+    else
+      subtree_sums(leaf_values, tree, sums.get(),
+                   [&](int64_t n, double sum) { out[n] = T(sum / double(tree.leaf_count(n))); });
+  }
+  return true;
+}
+
+// Top down: step(n, above) is what n hands on, `above` its parent's; leaf(l, it) what leaf l ends with.
+template <class S, class Step, class Leaf>
+inline void downwards(const TreeNodes& tree, const Step& step, const Leaf& leaf) {
+  const auto found = unwritten<S>(tree.nodes);
+  int64_t l = 0;
+  for (int64_t n = 0; n < tree.nodes; ++n) {
+    const int32_t p = tree.parent[n];
+    found[n] = step(n, p < 0 ? nullptr : &found[p]);
+    if (tree.is_leaf(n)) leaf(l++, found[n]);
+  }
+}
+
+// A leaf's gradient is the sum along its path of each node's share for that leaf: g, g / count; g where the leaf is the
+// extreme one; 2 g / count times the leaf's distance from the node's mean.
+template <class T>
+void subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, int op, T* grad_leaves) {
+  if (op == kMax || op == kMin) {
+    const auto best = unwritten<int32_t>(tree.nodes);
+    subtree_extremes(leaf_values, tree, op == kMax, best.get());
+    downwards<double>(  // the nodes of which a leaf is the extreme one are the lower end of its path
+        tree,
+        [&](int64_t n, const double* above) {
+          return double(grads[n]) + (above && best[n] == best[tree.parent[n]] ? *above : 0);
+        },
+        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+  } else if (op == kVariance) {
+    struct Slope {
+      double sum, at;  // sum of s over the path, and of s (mean here - mean there), with s = 2 g / count
+    };
+    const auto moments = unwritten<Moments>(tree.nodes);
+    subtree_moments(leaf_values, tree, moments.get());
+    downwards<Slope>(
+        tree,
+        [&](int64_t n, const Slope* above) {
+          const double s = 2 * double(grads[n]) / double(tree.leaf_count(n));
+          if (!above) return Slope{s, 0};
+          return Slope{above->sum + s,
+                       above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
+        },
+        [&](int64_t l, const Slope& slope) { grad_leaves[l] = T(slope.at); });
+  } else {
+    downwards<double>(
+        tree,
+        [&](int64_t n, const double* above) {
+          const double g = double(grads[n]);
+          return (above ? *above : 0) + (op == kSum ? g : g / double(tree.leaf_count(n)));
+        },
+        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+  }
+}
+
+}  // namespace tk

@@ -1,0 +1,35 @@
+"""A mask as flex_attention wants it, built in memory that grows with the tokens, not with their square."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+def block_mask(visible: Callable[..., Tensor], tokens: int, device: torch.device) -> Any:
+    """The ``BlockMask`` of ``visible(batch, head, row, column)`` over ``tokens`` rows and columns."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks = -(-tokens // BLOCK)
+    some, whole = (torch.zeros(blocks, blocks, dtype=torch.bool, device=device) for _ in range(2))
+    column = torch.arange(blocks * BLOCK, device=device).clamp_max(max(tokens - 1, 0))
+    real = torch.arange(blocks * BLOCK, device=device) < tokens
+    for b in range(blocks):
+        rows = slice(b * BLOCK, (b + 1) * BLOCK)
+        seen = visible(None, None, column[rows, None], column) & real & real[rows, None]
+        seen = seen.view(BLOCK, blocks, BLOCK)
+        some[b], whole[b] = seen.any(2).any(0), seen.all(2).all(0)
+    partial = some & ~whole
+
+    def listed(kept: Tensor) -> tuple[Tensor, Tensor]:
+        count = kept.sum(1, dtype=torch.int32)
+        return count[None, None], kept.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(partial), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens)
+    )

@@ -1,0 +1,80 @@
+"""What a tree's parents and lengths imply, computed once on the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trajkern import _ext
+
+
+class Nodes(NamedTuple):
+    """What the parents and lengths imply; the first seven are the kernels' view of the tree."""
+
+    parent: Tensor  # [M]
+    child_begin: Tensor  # [M+1]
+    child: Tensor  # [M - roots]
+    leaf_begin: Tensor  # [M]
+    leaf_end: Tensor  # [M]
+    order: Tensor  # [L] leaf number at each place of the depth-first order
+    tree_begin: Tensor  # [L] the place at which the tree begins to which each place belongs
+    root: Tensor  # [M]
+    depth: Tensor  # [M]
+    position: Tensor  # [M] tokens before the node on its path
+    previous: Tensor  # [M] the last token before the node on its path, or -1
+    leaves: Tensor  # [L]
+    node_offsets: Tensor  # [M+1]
+    token_node: Tensor  # [T]
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    """Sums of what stands before each entry, and of all, int64."""
+    out = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=out[1:])
+    return out
+
+
+def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
+    device, m = parent.device, parent.shape[0]
+    up, lengths = parent.cpu().long().contiguous(), node_lengths.cpu().long().contiguous()
+    if bool((lengths < 0).any()):
+        at = int((lengths < 0).nonzero()[0, 0])
+        raise ValueError(f"node_lengths must be at least 0; node {at}'s is {int(lengths[at])}")
+    short = {name: torch.empty(m, dtype=torch.int32) for name in
+             ("parent", "child", "leaf_begin", "leaf_end", "tree_begin", "root", "depth")}  # fmt: skip
+    child_begin = torch.empty(m + 1, dtype=torch.int32)
+    position, previous = torch.empty(2, m, dtype=torch.int64)
+    bad, leaves, roots, levels = _ext.cpu().tree_derive(
+        up.data_ptr(), lengths.data_ptr(), m, short["parent"].data_ptr(), child_begin.data_ptr(),
+        *(x.data_ptr() for name, x in short.items() if name != "parent"), position.data_ptr(), previous.data_ptr(),
+    )  # fmt: skip
+    if bad >= 0:
+        _refuse_parent(up, bad)
+    short["child"] = short["child"][: m - roots].clone()
+    short["tree_begin"] = short["tree_begin"][:leaves].clone()
+    leaf = (child_begin.diff() == 0).nonzero().squeeze(1)
+    order = torch.empty(leaves, dtype=torch.int32)
+    order[short["leaf_begin"][leaf].long()] = torch.arange(leaves, dtype=torch.int32)
+    nodes = Nodes(
+        child_begin=child_begin, order=order, position=position, previous=previous, leaves=leaf,
+        node_offsets=offsets_of(lengths), token_node=torch.repeat_interleave(torch.arange(m), lengths), **short,
+    )  # fmt: skip
+    return Nodes(*(x.to(device) for x in nodes)), roots, levels
+
+
+def _refuse_parent(parent: Tensor, node: int) -> None:
+    above, count = int(parent[node]), parent.shape[0]
+    if not -1 <= above < count:
+        raise ValueError(f"parent must lie in [-1, {count}); node {node}'s is {above}")
+    path, seen = [node], {node}
+    while 0 <= above < count and above not in seen:
+        path.append(above)
+        seen.add(above)
+        above = int(parent[above])
+    if above in seen:
+        cycle = path[path.index(above) :] + [above]
+        shown = cycle if len(cycle) <= 9 else [*cycle[:4], "...", *cycle[-4:]]
+        raise ValueError(f"parent must lead every node to a root; it has the cycle {' -> '.join(map(str, shown))}")
+    raise ValueError(f"parent must come before its child; node {node}'s is {int(parent[node])}")

@@ -1,0 +1,358 @@
+"""The tree of rollouts: segments of tokens that share their prefixes, each stored once.
+
+Node n owns ``node_lengths[n]`` tokens, in the order of the nodes; a leaf ends one rollout, whose tokens are those of
+the nodes from its root down to it. In depth-first order the leaves below a node are a contiguous range, which is what
+makes a reduction over a subtree independent of the tree's depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern import _ext
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor
+from trajkern._tree_nodes import Nodes, derive, offsets_of
+from trajkern._types import AGGREGATES
+from trajkern.layout import HeadInputs, PackedBatch
+
+_INTEGER = (torch.int64, torch.int32)
+_PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+DENSE_TOKENS = 4096  # up to here attention_mask() is dense
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A forest of M nodes, L leaves and T tokens, each shared prefix stored once.
+
+    Args:
+        parent: int64 or int32 ``[M]``; the node above each node, which must come before it, or -1 for a root.
+        node_lengths: int64 or int32 ``[M]``, at least 0; the tokens of each node.
+        group_ids: int64 or int32, one id a root (in the order of the roots); equal ids share a prompt. Without it each
+            root is a group of its own.
+        source: int64 or int32 ``[T]``; where each token stands in the flat batch that the tree was made from
+            (``batch.tokens[tree.source]``), or None.
+
+    Leaves are numbered in ascending order of their nodes, and every ``[L]`` argument follows them.
+    Construction reads device values (one synchronisation), and so do the first uses of :attr:`flat_index` and
+    :meth:`attention_mask`; nothing else does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    parent: Tensor  # [M]
+    node_lengths: Tensor  # [M]
+    group_ids: Tensor | None = None  # [roots]
+    source: Tensor | None = None  # [T]
+
+    def __post_init__(self) -> None:
+        check_tensor("parent", self.parent, dtypes=_INTEGER, ndim=1)
+        device, count = self.parent.device, self.parent.numel()
+        if count >= 2**31 - 1:
+            raise ValueError(f"parent must hold fewer than 2**31 - 1 nodes, got {count}")
+        check_tensor("node_lengths", self.node_lengths, dtypes=_INTEGER, device=device)
+        check_shape("node_lengths", self.node_lengths, (count,), "one length a node")
+        derived, roots, levels = derive(self.parent, self.node_lengths)
+        object.__setattr__(self, "_derived", (derived, roots, levels))
+        if self.group_ids is not None:
+            check_tensor("group_ids", self.group_ids, dtypes=_INTEGER, device=device)
+            check_shape("group_ids", self.group_ids, (roots,), "one id a root")
+        if self.source is not None:
+            check_tensor("source", self.source, dtypes=_INTEGER, device=device)
+            check_shape("source", self.source, tuple(derived.token_node.shape), "one place a token")
+
+    @property
+    def num_nodes(self) -> int:
+        """M."""
+        return self.parent.shape[0]
+
+    @property
+    def num_leaves(self) -> int:
+        """L."""
+        return self._nodes.order.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._nodes.token_node.shape[0]
+
+    @property
+    def num_roots(self) -> int:
+        return self._derived[1]  # type: ignore[attr-defined]
+
+    @property
+    def levels(self) -> int:
+        """Nodes on the longest path."""
+        return self._derived[2]  # type: ignore[attr-defined]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parent.device
+
+    @property
+    def _nodes(self) -> Nodes:
+        return self._derived[0]  # type: ignore[attr-defined]
+
+    @property
+    def arrays(self) -> list[Tensor]:
+        """What the kernels read, int32: parent, child_begin, child, leaf_begin, leaf_end, order, tree_begin."""
+        return list(self._nodes[:7])
+
+    @property
+    def leaves(self) -> Tensor:
+        """Nodes without children, ascending, int64 ``[L]``."""
+        return self._nodes.leaves
+
+    @property
+    def node_offsets(self) -> Tensor:
+        """Node n's tokens are ``node_offsets[n]:node_offsets[n+1]``, int64 ``[M+1]``."""
+        return self._nodes.node_offsets
+
+    @property
+    def token_node(self) -> Tensor:
+        """The node of each token, int64 ``[T]``."""
+        return self._nodes.token_node
+
+    @cached_property
+    def leaf_count(self) -> Tensor:
+        """Leaves at or below each node, int64 ``[M]``."""
+        return (self._nodes.leaf_end - self._nodes.leaf_begin).long()
+
+    @cached_property
+    def depth(self) -> Tensor:
+        """Nodes above each node, int64 ``[M]``."""
+        return self._nodes.depth.long()
+
+    @cached_property
+    def node_root(self) -> Tensor:
+        """The number of each node's root, in the order of the roots, int64 ``[M]``."""
+        return self._nodes.root.long()
+
+    @cached_property
+    def leaf_root(self) -> Tensor:
+        """The number of each leaf's root, in the order of the roots, int64 ``[L]``."""
+        return self.node_root[self.leaves]
+
+    @cached_property
+    def leaf_group(self) -> Tensor:
+        """The group id of each leaf: its root's, or its root's number where no ids were given, ``[L]``."""
+        return self.leaf_root if self.group_ids is None else self.group_ids[self.leaf_root]
+
+    @cached_property
+    def sibling_offsets(self) -> Tensor:
+        """The children of node p are ``sibling_indices[sibling_offsets[p]:sibling_offsets[p+1]]``, int64 ``[M+1]``."""
+        return self._nodes.child_begin.long()
+
+    @cached_property
+    def sibling_indices(self) -> Tensor:
+        """The children of one node after those of another, ascending in each, int64 ``[M - roots]``."""
+        return self._nodes.child.long()
+
+    @cached_property
+    def leaf_range(self) -> tuple[Tensor, Tensor]:
+        """(begin, end) of the leaves below each node as a range of :attr:`leaf_order`, int64 ``[M]``."""
+        return self._nodes.leaf_begin.long(), self._nodes.leaf_end.long()
+
+    @cached_property
+    def leaf_order(self) -> Tensor:
+        """The leaf number at each place of the depth-first order, int64 ``[L]``."""
+        return self._nodes.order.long()
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position id of each token: how many tokens stand before it on its path, int64 ``[T]``."""
+        within = torch.arange(self.num_tokens, device=self.device) - self.node_offsets[self.token_node]
+        return self._nodes.position[self.token_node] + within
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The token whose hidden state predicts each token: the one before it on its path, or -1; int64 ``[T]``."""
+        token = torch.arange(self.num_tokens, device=self.device)
+        first = token == self.node_offsets[self.token_node]
+        return torch.where(first, self._nodes.previous[self.token_node], token - 1)
+
+    @cached_property
+    def flat_lengths(self) -> Tensor:
+        """Tokens of each rollout, from its root to its leaf, int64 ``[L]``."""
+        return self._nodes.position[self.leaves] + self.node_lengths[self.leaves].long()
+
+    @cached_property
+    def flat_cu_seqlens(self) -> Tensor:
+        """Boundaries of the rollouts in :attr:`flat_index`, int64 ``[L+1]``."""
+        return offsets_of(self.flat_lengths)
+
+    @cached_property
+    def flat_index(self) -> Tensor:
+        """The packed token of every token of the flat, duplicated rollouts: ``x[tree.flat_index]`` repeats prefixes."""
+        parent, offsets, leaves, bounds = (
+            x.cpu().long().contiguous() for x in (self.parent, self.node_offsets, self.leaves, self.flat_cu_seqlens)
+        )
+        index = torch.empty(int(bounds[-1]), dtype=torch.int64)
+        _ext.cpu().tree_flat(
+            parent.data_ptr(), offsets.data_ptr(), leaves.data_ptr(), leaves.shape[0], bounds.data_ptr(),
+            index.data_ptr(),
+        )  # fmt: skip
+        return index.to(self.device)
+
+    def pairs(
+        self,
+        tokens: Tensor,  # [T]
+        loss_mask: Tensor | None = None,  # [T]
+    ) -> HeadInputs:
+        """The (row, target) pairs of the packed tree: each token is the target of one.
+
+        Its row is the token before it on its path: the one before it in its node, or the last token of the nearest
+        ancestor that has one. A rollout's first token has none. ``loss_mask`` (bool) chooses among them; without it all
+        pairs are returned. ``cu_seqlens`` ``[M+1]`` counts the pairs of each node. Reads device values.
+        """
+        check_tensor("tokens", tokens, dtypes=_INTEGER, device=self.device)
+        check_shape("tokens", tokens, (self.num_tokens,), "one id a token of the tree")
+        scored = self.rows >= 0
+        if loss_mask is not None:
+            self._check_mask("loss_mask", loss_mask)
+            first = (loss_mask & ~scored).nonzero()
+            if first.numel():
+                raise ValueError(
+                    "loss_mask must be False on the first token of every rollout (nothing predicts it); "
+                    f"it is True at token {int(first[0, 0])}"
+                )
+            scored = loss_mask
+        target = scored.nonzero().squeeze(1)
+        return HeadInputs(self.rows[target], tokens[target].long(), target, offsets_of(scored)[self.node_offsets])
+
+    def leaf_weights(
+        self,
+        mask: Tensor,  # [T]
+        aggregate: str,
+        *,
+        max_length: int | None = None,
+    ) -> Tensor:
+        """The weight of each rollout's token losses with which their sum is ``aggregate`` over the flat rollouts.
+
+        With c_l the masked tokens on the path of leaf l, and N the leaves that have one: 1 for "token_sum" and
+        "token_mean" (which divides by the mask times the leaf counts besides), 1 / N for "seq_mean_token_sum",
+        1 / (N c_l) for "seq_mean_token_mean", 1 / (N max_length) for "seq_mean_token_sum_norm". Where c_l is 0 it is 0.
+
+        Returns:
+            float64 ``[L]``, to be given to :func:`trajkern.branch_coefficients`.
+        """
+        self._check_mask("mask", mask)
+        check_choice("aggregate", aggregate, AGGREGATES)
+        if aggregate == "seq_mean_token_sum_norm":
+            if max_length is None:
+                raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
+            check_number("max_length", max_length, low=1)
+        counts = self._masked_lengths(mask)
+        counted = (counts > 0).double()
+        if aggregate in ("token_sum", "token_mean"):
+            return counted
+        weights = counted / counted.sum().clamp_min(1)
+        if aggregate == "seq_mean_token_mean":
+            return weights / counts.clamp_min(1)
+        return weights / max_length if max_length and aggregate == "seq_mean_token_sum_norm" else weights
+
+    def _masked_lengths(self, mask: Tensor) -> Tensor:
+        """Masked tokens of each rollout: each node's count, added where its leaves begin, taken at their end; [L]."""
+        per_node = offsets_of(mask)[self.node_offsets].diff()
+        begin, end = self.leaf_range
+        step = torch.zeros(self.num_leaves + 1, dtype=torch.int64, device=self.device)
+        step = step.index_add(0, begin, per_node).index_add(0, end, -per_node)
+        counts = torch.empty_like(self.leaf_order)
+        counts[self.leaf_order] = step.cumsum(0)[:-1]
+        return counts
+
+    def _check_mask(self, name: str, mask: Tensor) -> None:
+        check_tensor(name, mask, dtypes=(torch.bool,), device=self.device)
+        check_shape(name, mask, (self.num_tokens,), "one flag a token of the tree")
+
+    def attention_mask(self, *, dense: bool | None = None) -> Any:
+        """Who sees whom: each token itself and the tokens before it on its path.
+
+        Returns:
+            Bool ``[1, 1, T, T]`` (True: may be seen), or a ``torch.nn.attention.flex_attention.BlockMask`` with
+            ``dense=False``, which is the default above 4,096 tokens. Used with :attr:`positions` as position ids, a
+            forward of the packed tree gives every rollout's own hidden states.
+        """
+        if dense is None:
+            dense = self.num_tokens <= DENSE_TOKENS
+        begin, end = (x[self.token_node] for x in self.leaf_range)
+        position = self.positions
+
+        def visible(batch: Any, head: Any, row: Tensor, column: Tensor) -> Tensor:
+            """An earlier token on the same path: the leaves below it hold those below the row's."""
+            inside = (begin[column] <= begin[row]) & (end[row] <= end[column])
+            return inside & (position[column] <= position[row])
+
+        if not dense:
+            from trajkern._block_mask import block_mask
+
+            return block_mask(visible, self.num_tokens, self.device)
+        token = torch.arange(self.num_tokens, device=self.device)
+        return visible(None, None, token[:, None], token)[None, None]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tree:
+        """The same tree on another device, not validated again."""
+        moved = object.__new__(Tree)
+        for field in fields(self):
+            x = getattr(self, field.name)
+            object.__setattr__(moved, field.name, None if x is None else x.to(device, non_blocking=non_blocking))
+        nodes = Nodes(*(x.to(device, non_blocking=non_blocking) for x in self._nodes))
+        object.__setattr__(moved, "_derived", (nodes, self.num_roots, self.levels))
+        return moved
+
+    @classmethod
+    def from_trajectories(
+        cls, batch: PackedBatch, on_mismatch: str = "raise", *, tolerance: float = 1e-3
+    ) -> Tree:
+        """The tree of a batch's shared prefixes, inside each group and where the loss masks agree too.
+
+        Inner nodes come first; then each trajectory has a leaf of its own (of length 0 where it is a prefix or a
+        duplicate of another), so that L = N and every ``[N]`` field is an ``[L]`` one. ``tree.source`` takes the
+        batch's per-token fields to the packed tree, and ``flat_index`` takes the tree's to the batch.
+
+        Args:
+            batch: the trajectories, on any device.
+            on_mismatch: what happens where two trajectories share tokens but not their log-probs (old, reference or
+                sampler's, at tokens whose loss mask is True): "raise", or "split" to let them part there.
+            tolerance: how far such log-probs may lie apart. The first trajectory's are kept.
+        """
+        check_choice("on_mismatch", on_mismatch, ("raise", "split"))
+        check_number("tolerance", tolerance, low=0)
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
+        tokens, cu_seqlens, group = (
+            x.cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
+        )
+        mask = batch.loss_mask.cpu().contiguous()
+        given = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
+        logprobs = {name: x.cpu().double().contiguous() for name, x in given.items()}
+        mismatch, *found = _ext.cpu().tree_prefixes(
+            tokens.data_ptr(), mask.data_ptr(), cu_seqlens.data_ptr(), group.data_ptr(), batch.num_trajectories,
+            batch.num_groups, [x.data_ptr() for x in logprobs.values()], tolerance, on_mismatch == "split",
+        )  # fmt: skip
+        if mismatch is not None:
+            field, *places = mismatch
+            _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)
+        parent, lengths, source, root_groups = (
+            torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in found
+        )
+        ids = torch.empty(batch.num_groups, dtype=batch.group_ids.dtype)
+        ids[group] = batch.group_ids.cpu()
+        return cls(parent, lengths, ids[root_groups], source).to(batch.device)
+
+
+def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> None:
+    name, x = field
+    at = torch.searchsorted(cu_seqlens, torch.tensor(places), right=True) - 1
+    first, second = at.tolist()
+    values = x[places].tolist()
+    raise ValueError(
+        f"{name} must agree to {tolerance:g} along the prefix that trajectories {first} and {second} share; at its "
+        f"token {places[1] - int(cu_seqlens[second])} they are {values[0]:g} and {values[1]:g} "
+        "(on_mismatch='split' lets the trajectories part there)"
+    )
