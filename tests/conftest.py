@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for device in _devices(metafunc.config):
         for spec in specs:
             for case in spec.cases if "case" in names else (None,):
-                if case and case.large and backend == "triton" and device == "cpu":
+                if case and backend == "triton" and (case.mixed or case.large and device == "cpu"):
                     continue
                 for dtype in _dtypes(spec, device, backend) if "dtype" in names else (None,):
                     values = {"spec": spec, "case": case, "dtype": dtype, "device": device}

@@ -18,13 +18,13 @@ _CASES = {
     "whiten": ("typical", "mask"),
     "linear_logprobs": ("typical", "rows"),
     "linear_token_stats": ("typical", "mask"),
-    "linear_policy_loss": ("grpo", "full", "gspo"),
+    "linear_policy_loss": ("grpo", "full", "gspo", "tree_full"),
     "linear_divergence": ("typical", "mask"),
     "subtree_reduce": ("mean", "max"),
     "sibling_advantages": ("mean", "parent"),
     "branch_coefficients": ("weights",),
     "spread": ("tree", "batch"),
-    "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov"),
+    "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov", "branch_cispo", "tree_grpo", "tree_gspo"),
 }
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]
 

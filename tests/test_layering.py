@@ -22,7 +22,7 @@ HEAD = {"_head", "_pairs", "_ranks"}  # the head's loops over tiles, which its l
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
-    "__init__": {"_backends", "_types", "layout", "ops", "recipes", "tree_layout"},
+    "__init__": {"_backends", "_paths", "_types", "layout", "ops", "recipes", "tree_layout"},
     "__main__": {"cli"},
     "_block_mask": set(),
     "_checks": set(),
@@ -31,6 +31,7 @@ ARROWS = {
     "_divergence": {"_head", "_pairs"},
     "_head": HEAD,
     "_pairs": set(),
+    "_paths": {"_backends", "_checks", "_tree_nodes", "_types", "ops", "tree_layout"},
     "_ranks": set(),
     "_tree_nodes": {"_ext"},
     "_types": {"_checks"},
@@ -42,10 +43,10 @@ ARROWS = {
     "layout": {"_checks", "_types"},
     "tree_layout": {"_block_mask", "_checks", "_ext", "_tree_nodes", "_types", "layout"},
     "reference": FORMULAS,
-    "ops": {"_backends", "_check_head", "_checks", "_library", "layout", "tree_layout", *FORMULAS},
+    "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", "layout", "tree_layout", *FORMULAS},
     "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
     "integrations": {"ops", "recipes", *PUBLIC},
-    "testing": {"_types", "layout", "ops", "reference", "tree_layout", *PUBLIC},
+    "testing": {"_paths", "_types", "layout", "ops", "reference", "tree_layout", *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
     "cli": {"_backends", "_ext", "testing", "trainer", *PUBLIC},
 }

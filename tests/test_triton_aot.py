@@ -102,9 +102,12 @@ def _means(form: str, sequence: bool, correction: str, *absent: str) -> Variant:
     return Variant(policy_loss.means_kernel, f"{form}-{sequence}-{correction}", absent, options)
 
 
-def _tokens(form: str, sequence: bool, kl: int, correction: str, aggregate: int, *absent: str) -> Variant:
+def _tokens(
+    form: str, sequence: bool, kl: int, correction: str, aggregate: int, *absent: str, branch: bool = False
+) -> Variant:
     options = _loss_options(form, sequence, correction) | {"KL": kl, "AGGREGATE": aggregate} | policy_loss.FLAT
-    return Variant(policy_loss.tokens_kernel, f"{form}-{sequence}-{kl}-{correction}", absent, options)
+    name = f"{form}-{sequence}-{kl}-{correction}-{branch}"
+    return Variant(policy_loss.tokens_kernel, name, absent, options | {"BRANCH": branch})
 
 
 def _weight(aggregate: int, *absent: str) -> Variant:
@@ -156,6 +159,8 @@ VARIANTS = (
     _tokens("clip", False, 3, "none", 4, *BY_TOKEN, "selected"),
     _tokens("clip", True, 4, "sequence_mask", 2, "selected"),
     _tokens("cispo", False, 1, "tis", 0, *BY_TOKEN, "selected"),
+    _tokens("clip", False, 3, "tis", 1, *BY_TOKEN, "selected", branch=True),
+    _tokens("dppo_kl", False, 4, "icepop", 0, *BY_TOKEN, "selected", branch=True),
     _tokens("sapo", True, 2, "icepop", 4, "selected"),
     _tokens("dppo_tv", False, 3, "none", 0, *BY_TOKEN, "selected"),
     _tokens("dppo_kl", True, 4, "icepop", 0, "selected"),

@@ -1,6 +1,7 @@
 """Kernels for reinforcement learning of language-model agents, on packed batches of rollouts."""
 
 from trajkern._backends import backends, use_backend
+from trajkern._paths import Paths
 from trajkern._types import GAE, KINDS, Branch, PolicyLoss, TokenStats
 from trajkern.layout import HeadInputs, PackedBatch
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
@@ -19,6 +20,7 @@ __all__ = [
     "GAE",
     "HeadInputs",
     "PackedBatch",
+    "Paths",
     "PolicyLoss",
     "TokenStats",
     "Tree",

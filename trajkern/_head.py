@@ -382,6 +382,8 @@ def _live(head: Head, advantages: Tensor, cu_seqlens: Tensor, options: list[int]
     if kl_coef or entropy_coef or not head.hidden.is_cpu:
         return head.mask
     live = advantages != 0  # a NaN is
+    if live.ndim == 2:  # a branch: sums over positive and over negative advantages, and more
+        live = live[0] | live[1]
     if not per_token:
         live = live.repeat_interleave(cu_seqlens.diff(), output_size=head.targets.shape[0])
     if bool(live.all()):

@@ -35,6 +35,7 @@ class Branch(NamedTuple):
     leaf_count: Tensor  # sum of w, no gradient
     positive_count: Tensor  # leaves with A > 0 and w not 0, no gradient
     negative_count: Tensor  # leaves with A < 0 and w not 0, no gradient
+    zero_count: Tensor  # leaves with A = 0 and w not 0, no gradient
 
 
 # kind -> (ratio level, aggregation) where the configuration names none, and the form a kernel computes
@@ -60,6 +61,7 @@ RATIO_LEVELS = ("token", "sequence")
 AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
 FORMS = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "kl_cov", "gmpo", "vespo")
+METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens")
 SAMPLER_CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
 
 

@@ -25,6 +25,22 @@ _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 
 
+def aggregate_weights(
+    counts: Tensor,  # [L]
+    aggregate: str,
+    max_length: int | None,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    """See :meth:`Tree.leaf_weights`; ``normalizer`` stands for N."""
+    counted = (counts > 0).double()
+    if aggregate in ("token_sum", "token_mean"):
+        return counted
+    weights = counted / (counted.sum().clamp_min(1) if normalizer is None else normalizer)
+    if aggregate == "seq_mean_token_mean":
+        return weights / counts.clamp_min(1)
+    return weights / max_length if max_length and aggregate == "seq_mean_token_sum_norm" else weights
+
+
 @dataclass(frozen=True, eq=False)
 class Tree:
     """A forest of M nodes, L leaves and T tokens, each shared prefix stored once.
@@ -247,18 +263,14 @@ class Tree:
             if max_length is None:
                 raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
             check_number("max_length", max_length, low=1)
-        counts = self._masked_lengths(mask)
-        counted = (counts > 0).double()
-        if aggregate in ("token_sum", "token_mean"):
-            return counted
-        weights = counted / counted.sum().clamp_min(1)
-        if aggregate == "seq_mean_token_mean":
-            return weights / counts.clamp_min(1)
-        return weights / max_length if max_length and aggregate == "seq_mean_token_sum_norm" else weights
+        counts = self.along_paths(offsets_of(mask)[self.node_offsets].diff())
+        return aggregate_weights(counts, aggregate, max_length)
 
-    def _masked_lengths(self, mask: Tensor) -> Tensor:
-        """Masked tokens of each rollout: each node's count, added where its leaves begin, taken at their end; [L]."""
-        per_node = offsets_of(mask)[self.node_offsets].diff()
+    def along_paths(self, per_node: Tensor) -> Tensor:  # [M]
+        """The sum of integers over the nodes from each leaf up to its root, int64 ``[L]``.
+
+        Each node's is added where its leaves begin and taken away where they end.
+        """
         begin, end = self.leaf_range
         step = torch.zeros(self.num_leaves + 1, dtype=torch.int64, device=self.device)
         step = step.index_add(0, begin, per_node).index_add(0, end, -per_node)

@@ -26,6 +26,7 @@ from .policy_loss_terms import (
     load_advantage,
     load_log_ratio,
     load_mask,
+    load_rollouts,
     token_loss,
 )
 from .primitives import KEEP_NAN, exp
@@ -131,14 +132,14 @@ def weight_kernel(
 
 
 @triton.jit
-def _store_partial(partials, value, clipped, own, r, h, kl, count):
+def _store_partial(partials, value, clipped, own, r, largest, h, kl, count):
     """One row of sums over a program's tokens: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
     ratio_sum = tl.sum(r, 0)
     tl.store(partials, tl.sum(value, 0))
     tl.store(partials + 1, tl.sum(clipped, 0))
     tl.store(partials + 2, -tl.sum(own, 0))
     tl.store(partials + 3, ratio_sum)
-    tl.store(partials + 4, tl.where(ratio_sum == ratio_sum, tl.max(r, 0), ratio_sum))
+    tl.store(partials + 4, tl.where(ratio_sum == ratio_sum, tl.max(largest, 0), ratio_sum))
     tl.store(partials + 5, tl.sum(h, 0))
     tl.store(partials + 6, tl.sum(kl, 0))
     tl.store(partials + 7, tl.sum(count, 0))
@@ -156,25 +157,32 @@ def _trajectory_of(cu_seqlens, at, trajectories, steps):
     return tl.minimum(low, trajectories - 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "trajectories", "steps"])
+@triton.jit(do_not_specialize=["tokens", "trajectories", "steps", "stride"])
 def tokens_kernel(
     logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
     inverses, means, weight,  # [N], [N, COLUMNS], []
     grad_logprobs, grad_entropy, mean_slopes, shares, partials,  # [T] or None; partials [programs, 8]
-    tokens, trajectories, steps, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
+    tokens, trajectories, steps, stride, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
     FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
-    AGGREGATE: tl.constexpr, BLOCK: tl.constexpr,
+    AGGREGATE: tl.constexpr, BRANCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = _trajectory_of(cu_seqlens, at, trajectories, steps)
     keep = load_mask(mask, at, at < tokens)
     if CORRECTION == SEQUENCE_MASK:
         keep = keep & (tl.load(inverses + n) > 0)
+    one = tl.where(keep, 1.0, 0.0)
+    if BRANCH:
+        stride = stride.to(tl.int64)
+        up, down, level = load_rollouts(advantages, stride, at, n, keep, PER_TOKEN)
+        one = up + down + level
+        keep = keep & (one > 0)
     if means is not None:
         means += n.to(tl.int64) * COLUMNS
-    value, slope, mean_slope, share, clipped, own, r, h, kl = token_loss(
+    value, slope, mean_slope, share, clipped, own, r, h, kl, leaves = token_loss(
         at, n, keep, logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, selected, means,
-        kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN,
+        stride, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
+        FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN, BRANCH,
     )  # fmt: skip
     w = tl.load(weight)
     if AGGREGATE == SEQ_MEAN_TOKEN_MEAN:
@@ -185,12 +193,15 @@ def tokens_kernel(
         tl.store(mean_slopes + at, tl.where(keep, w * mean_slope, 0.0), mask=at < tokens)
         tl.store(shares + at, keep & share, mask=at < tokens)
     if grad_entropy is not None:
-        tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * w, 0.0), mask=at < tokens)
-    one = tl.where(keep, 1.0, 0.0)
+        tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * leaves * w, 0.0), mask=at < tokens)
+    clipped, r = tl.where(keep, clipped, 0.0), tl.where(keep, r, 0.0)
+    largest = r
+    if BRANCH:  # a token counts as often as it has rollouts
+        own, r, h, kl = own * one, r * one, h * one, kl * one
     _store_partial(
-        partials + tl.program_id(0).to(tl.int64) * 8, tl.where(keep, value * w, 0.0), tl.where(clipped, one, 0.0), own,
-        tl.where(keep, r, 0.0), h, kl, one,
-    )  # fmt: skip
+        partials + tl.program_id(0).to(tl.int64) * 8, tl.where(keep, value * w, 0.0), clipped, own, r, largest, h, kl,
+        one,
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -244,7 +255,7 @@ def scale_kernel(x, scale, size, BLOCK: tl.constexpr):
 def policy_loss(
     logprobs: Tensor,  # [T]
     old_logprobs: Tensor,  # [T]
-    advantages: Tensor,  # [N] or [T]
+    advantages: Tensor,  # [N] or [T], or a branch's rows of them [6, N or T]
     cu_seqlens: Tensor,  # [N+1]
     mask: Tensor | None,  # [T]
     ref_logprobs: Tensor | None,  # [T]
@@ -285,8 +296,9 @@ def policy_loss(
         tokens_kernel[(partials.shape[0],)](
             logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
             inverses, means, weight, grad_logprobs, grad_entropy,
-            *spread, partials, tokens, trajectories, trajectories.bit_length(), kl_coef, entropy_coef,
-            sampler_low, sampler_high, *c, **shape, KL=kl, AGGREGATE=aggregate, **FLAT,
+            *spread, partials, tokens, trajectories, trajectories.bit_length(), advantages.shape[-1], kl_coef,
+            entropy_coef, sampler_low, sampler_high, *c, **shape, KL=kl, AGGREGATE=aggregate,
+            BRANCH=advantages.ndim == 2, **FLAT,
         )  # fmt: skip
         if spread[0] is not None:
             spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, inverses, tokens, **ALONG)

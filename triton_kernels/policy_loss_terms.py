@@ -127,15 +127,24 @@ def _kl_term(d, r, KL: tl.constexpr):
 
 
 @triton.jit
+def load_rollouts(branch, stride, at, n, keep, PER_TOKEN: tl.constexpr):
+    """How many of the rollouts that share a token have a positive, a negative and a zero advantage."""
+    up = load_advantage(branch + 3 * stride, at, n, keep, PER_TOKEN)
+    down = load_advantage(branch + 4 * stride, at, n, keep, PER_TOKEN)
+    return up, down, load_advantage(branch + 5 * stride, at, n, keep, PER_TOKEN)
+
+
+@triton.jit
 def token_loss(
     at, n, keep,  # [BLOCK]
     logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, selected,  # [T]
     means,  # [BLOCK] pointers to the trajectory's means
-    kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
+    stride, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
     FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A token's loss; its derivatives in its own log p and in the trajectory's mean, and whether that mean moves with
-    the token's log p; its metrics."""
+    the token's log p; its metrics, the first the number of rollouts whose ratio is clipped."""
     a = load_advantage(advantages, at, n, keep, PER_TOKEN)
     new, old = tl.load(logprobs + at, mask=keep, other=0.0), tl.load(old_logprobs + at, mask=keep, other=0.0)
     own, within = clamp_log_ratio(new - old), tl.abs(new - old) <= LOG_RATIO_BOUND
@@ -144,7 +153,18 @@ def token_loss(
     chosen = None
     if selected is not None:
         chosen = tl.load(selected + at, mask=keep, other=0) != 0
-    value, slope, direct, clipped = _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM)
+    value, slope, direct, clips = _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM)
+    clipped = tl.where(clips, 1.0, 0.0)
+    if BRANCH:  # linear in A > 0, and in A < 0: summed over the leaves, those of the sums of either
+        up, down, level = load_rollouts(advantages, stride, at, n, keep, PER_TOKEN)
+        b = load_advantage(advantages + stride, at, n, keep, PER_TOKEN)
+        value_b, slope_b, direct_b, clips_b = _policy_term(
+            b, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM
+        )
+        if FORM != CLIP:  # A = 0 is clipped as A < 0 is; by CLIP never
+            down += level
+        value, slope, direct = value + value_b, slope + slope_b, direct + direct_b
+        clipped = up * clipped + tl.where(clips_b, down, 0.0)
     if CORRECTION == TIS or CORRECTION == ICEPOP:
         w = exp(clamp_log_ratio(old - tl.load(sampler_logprobs + at, mask=keep, other=0.0)))
         if CORRECTION == TIS:
@@ -158,16 +178,19 @@ def token_loss(
         if SEQUENCE:
             mean_slope *= tl.load(means + 3)
         else:
-            share = within & (a != 0) & ~clipped
-    kl, h = tl.zeros_like(a), tl.zeros_like(a)
+            share = within & (a != 0) & ~clips
+    kl, h, leaves = tl.zeros_like(a), tl.zeros_like(a), tl.full(a.shape, 1.0, tl.float32)
+    if BRANCH:
+        leaves = load_advantage(advantages + 2 * stride, at, n, keep, PER_TOKEN)
     if KL != 0:
         d = new - tl.load(ref_logprobs + at, mask=keep, other=0.0)
         kl, kl_slope, kl_direct = _kl_term(d, r, KL)
-        value, slope, direct = value + kl_coef * kl, slope + kl_coef * kl_slope, direct + kl_coef * kl_direct
+        c = kl_coef * leaves
+        value, slope, direct = value + c * kl, slope + c * kl_slope, direct + c * kl_direct
     if entropy is not None:
         h = tl.load(entropy + at, mask=keep, other=0.0)
-        value -= entropy_coef * h
+        value -= entropy_coef * leaves * h
     if SEQUENCE:
         mean_slope, slope = mean_slope + slope, tl.zeros_like(a)
     slope = tl.where(within, slope, 0.0) + direct
-    return value, slope, mean_slope, share, clipped, own, r, h, kl
+    return value, slope, mean_slope, share, clipped, own, r, h, kl, leaves

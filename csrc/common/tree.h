@@ -79,17 +79,19 @@ TK_HD double value_gradient(const SiblingGradient& map, const SiblingStats& grou
 
 // What a leaf, or the leaves below a node, give to a branch. A leaf of weight 0 counts nowhere.
 struct BranchSums {
-  double positive, negative, weight, positive_count, negative_count;
+  double positive, negative, weight, positive_count, negative_count, zero_count;
 
   TK_HD void add(const BranchSums& x) {
     positive += x.positive, negative += x.negative, weight += x.weight;
-    positive_count += x.positive_count, negative_count += x.negative_count;
+    positive_count += x.positive_count, negative_count += x.negative_count, zero_count += x.zero_count;
   }
 };
 
 TK_HD BranchSums branch_leaf(double advantage, double weight) {
   const bool up = advantage > 0 && weight != 0, down = advantage < 0 && weight != 0;
-  return {up ? weight * advantage : 0, down ? weight * advantage : 0, weight, double(up), double(down)};
+  const bool neither = weight != 0 && !up && !down;
+  return {up ? weight * advantage : 0, down ? weight * advantage : 0, weight, double(up), double(down),
+          double(neither)};
 }
 
 }  // namespace tk

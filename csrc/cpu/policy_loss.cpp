@@ -187,12 +187,14 @@ std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
 }
 
 template <class Real>
-void write_results(const std::vector<RunTotals>& runs, double tokens, Real* loss, Real* metrics) {
+void write_results(const std::vector<RunTotals>& runs, double tokens, bool branches, Real* loss, Real* metrics) {
   RunTotals sum;
   for (const RunTotals& run : runs) {
     sum.loss += run.loss, sum.clipped += run.clipped, sum.log_ratio += run.log_ratio, sum.ratio += run.ratio;
     sum.entropy += run.entropy, sum.kl += run.kl, sum.ratio_max = std::max(sum.ratio_max, run.ratio_max);
+    sum.tokens += run.tokens;
   }
+  if (branches) tokens = sum.tokens;
   const double count = std::max(tokens, 1.0);
   const double out[] = {sum.clipped / count, -sum.log_ratio / count, sum.ratio / count,
                         std::isnan(sum.ratio) ? sum.ratio : sum.ratio_max, sum.entropy / count, sum.kl / count, tokens};
@@ -207,7 +209,7 @@ void policy_loss(Job<Real> job) {
   TrajectorySums statistics = collect(job);
   const double tokens = share(job, statistics);
   if (job.options.form == kGmpo) share_geometric_means(job, statistics);
-  write_results(form(job, statistics), tokens, job.loss, job.metrics);
+  write_results(form(job, statistics), tokens, job.branch_stride, job.loss, job.metrics);
 }
 
 template <class Real>
@@ -232,12 +234,13 @@ T* pointer(uintptr_t address) {
 using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
 
 template <class Real>
-void run(const Pointers& p, int64_t tokens, int64_t trajectories, const Options& options,
+void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch_stride, const Options& options,
          const std::array<double, 15>& params) {
   policy_loss(Job<Real>{pointer<Real>(p[0]), pointer<Real>(p[1]), pointer<Real>(p[2]), pointer<Real>(p[3]),
                         pointer<Real>(p[4]), pointer<Real>(p[5]), pointer<Real>(p[6]), pointer<int64_t>(p[7]),
                         pointer<uint8_t>(p[8]), pointer<uint8_t>(p[9]), pointer<Real>(p[10]), pointer<Real>(p[11]),
-                        pointer<Real>(p[12]), pointer<Real>(p[13]), tokens, trajectories, options, params, {}, {}});
+                        pointer<Real>(p[12]), pointer<Real>(p[13]), tokens, trajectories, branch_stride, options,
+                        params, {}, {}});
 }
 
 }  // namespace
@@ -247,13 +250,14 @@ void bind_policy_loss(pybind11::module_& m) {
   using namespace tk::policy;
   namespace py = pybind11;
   m.def("policy_loss",
-        [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, const std::array<int, 8>& o,
-           const std::array<double, 15>& params) {
+        [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, int64_t branch_stride,
+           const std::array<int, 8>& o, const std::array<double, 15>& params) {
           if (!covers(pointer<int64_t>(pointers[7]), trajectories, tokens)) return false;
           const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
           py::gil_scoped_release release;
-          if (tk::DType(dtype) == tk::DType::float64) run<double>(pointers, tokens, trajectories, options, params);
-          else run<float>(pointers, tokens, trajectories, options, params);
+          if (tk::DType(dtype) == tk::DType::float64)
+            run<double>(pointers, tokens, trajectories, branch_stride, options, params);
+          else run<float>(pointers, tokens, trajectories, branch_stride, options, params);
           return true;
         });
   m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {

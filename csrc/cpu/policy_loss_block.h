@@ -26,8 +26,11 @@ struct Shared {
   Real weight = 1, log_ratio = 0, value = 0, value_alt = 0;  // the values: what gmpo() and vespo() take
 };
 
+// The rows of a branch's advantages: sums over the leaves below a token, and how many have each sign of advantage.
+enum BranchRow { kPositive, kNegative, kLeafWeight, kPositiveCount, kNegativeCount, kZeroCount, kBranchRows };
+
 struct RunTotals {
-  double loss = 0, clipped = 0, log_ratio = 0, ratio = 0, ratio_max = 0, entropy = 0, kl = 0;
+  double loss = 0, clipped = 0, log_ratio = 0, ratio = 0, ratio_max = 0, entropy = 0, kl = 0, tokens = 0;
 };
 
 template <class Real>
@@ -36,7 +39,7 @@ struct Job {
   const int64_t* cu_seqlens;
   const uint8_t *mask, *selected;
   Real *loss, *metrics, *grad_logprobs, *grad_entropy;
-  int64_t tokens, trajectories;
+  int64_t tokens, trajectories, branch_stride;  // between a branch's rows in advantages; 0: there is none
   Options options;
   std::array<double, 15> params;
   std::vector<Run> runs;
@@ -83,13 +86,15 @@ struct Block {
   const Job<Real>& job;
   const Options options = job.options;
   const Params<Real> params{job.params};
-  const bool corrects = options.correction == kTis || options.correction == kIcepop;
+  const bool corrects = options.correction == kTis || options.correction == kIcepop, branches = job.branch_stride;
+  const int rows = branches ? kBranchRows : 1;
   int64_t begin = 0;
   int length = 0;
   RunTotals totals;
   const Real *logprobs, *old_logprobs, *ref_logprobs, *sampler_logprobs, *entropy;  // of the run
   const uint8_t *mask, *selected;
-  alignas(64) Real weight[kSize], advantage[kSize], level[kSize], value[kSize], value_alt[kSize];
+  alignas(64) Real advantages[kBranchRows][kSize];  // the first row without a branch
+  alignas(64) Real weight[kSize], level[kSize], value[kSize], value_alt[kSize];
   alignas(64) Real first[kSize], second[kSize], third[kSize];  // results of a stage
   Real copies[5][kSize];
   uint8_t flag_copies[2][kSize];
@@ -114,7 +119,8 @@ struct Block {
   }
   // All bits set where the token takes part, else none.
   TK_INLINE Bits unmasked(int i) const {
-    const Bits all = at(weight, i) == 0 ? Bits{} : Bits{} - 1;
+    Bits all = at(weight, i) == 0 ? Bits{} : Bits{} - 1;
+    if (branches) all = rollouts(i) == 0 ? Bits{} : all;
     if (!mask) return all;
     return flags(mask, i) == 0 ? Bits{} : all;
   }
@@ -139,19 +145,26 @@ struct Block {
     spread(run);
   }
 
+  TK_INLINE const Real* row_of(int row) const { return job.advantages + row * job.branch_stride; }
+
   // What the trajectories share, to their tokens; weight 0 behind the last.
   TK_INLINE void spread(const Run& run) {
     const bool has_values = options.form == kGmpo || options.form == kVespo;
     for_parts(job.cu_seqlens, run, [&](int64_t n, int offset, int count) TK_INLINE_LAMBDA {
       const Shared<Real> x = job.shared[n];
       fill(weight + offset, x.weight, count);
-      if (!options.per_token) fill(advantage + offset, job.advantages[n], count);
+      for (int row = 0; row < rows && !options.per_token; ++row) fill(advantages[row] + offset, row_of(row)[n], count);
       if (options.sequence_level) fill(level + offset, x.log_ratio, count);
       if (options.sequence_level || has_values) fill(value + offset, x.value, count);
       if (has_values) fill(value_alt + offset, x.value_alt, count);
     });
     fill(weight + length, 0, kStep);
-    if (options.per_token) std::copy_n(job.advantages + begin, length, advantage);
+    for (int row = 0; row < rows && options.per_token; ++row) std::copy_n(row_of(row) + begin, length, advantages[row]);
+  }
+
+  // The rollouts that share a token.
+  TK_INLINE V rollouts(int i) const {
+    return at(advantages[kPositiveCount], i) + at(advantages[kNegativeCount], i) + at(advantages[kZeroCount], i);
   }
 
   // Of a token, with zeros where it is masked.
@@ -167,7 +180,7 @@ struct Block {
     x.difference = x.token.logprob - x.token.old_logprob;
     x.bounded = clamp(x.difference, -kLogRatioBound, kLogRatioBound);
     x.token.log_ratio = options.sequence_level ? masked(x.kept, at(level, i)) : x.bounded;
-    x.token.advantage = masked(x.kept, at(advantage, i));
+    x.token.advantage = masked(x.kept, at(advantages[0], i));
     return x;
   }
   TK_INLINE V chosen(const Lane& x, int i) const {
@@ -194,6 +207,19 @@ struct Block {
     }
   }
 
+  // The forms that a branch can have are linear in A > 0, and in A < 0: their sums over the leaves are those of the
+  // sums of either.
+  TK_INLINE Term<V> policy_of_branch(Lane& x, int i) const {
+    Term<V> sum = policy(x, i);
+    sum.clipped *= at(advantages[kPositiveCount], i);
+    x.token.advantage = masked(x.kept, at(advantages[kNegative], i));
+    const Term<V> down = policy(x, i);
+    sum.loss += down.loss, sum.d_log_ratio += down.d_log_ratio, sum.d_logprob += down.d_logprob;
+    const V level = options.form == kClip ? V{} : at(advantages[kZeroCount], i);  // clipped as A < 0 is, or never
+    sum.clipped += (at(advantages[kNegativeCount], i) + level) * down.clipped;
+    return sum;
+  }
+
   // gmpo's derivative in a log-ratio already holds the trajectory's factors.
   TK_INLINE void correct(Term<V>& term, const V& factor) const {
     term.loss *= factor, term.d_logprob *= factor;
@@ -204,37 +230,41 @@ struct Block {
   // between stages, and the code is there once. At sequence level the log-ratio's gradient, in `first`, waits for its
   // trajectory's sum.
   TK_INLINE void form() {
-    Sum<V> losses, clipped, log_ratios, ratios, entropies, kls;
+    Sum<V> losses, clipped, log_ratios, ratios, entropies, kls, tokens;
     V largest{};
     each([&](int i, int j) TK_INLINE_LAMBDA {
       Lane x = lane(i);
       const V ratio = x.token.ratio = exponential(x.token.log_ratio), own = masked(x.kept, ratio), w = at(weight, i);
-      Term<V> term = policy(x, i);
+      Term<V> term = branches ? policy_of_branch(x, i) : policy(x, i);
+      const V times = branches ? masked(x.kept, rollouts(i)) : V{} + 1;
+      const V leaves = branches ? at(advantages[kLeafWeight], i) : V{} + 1;
       clipped.add(j, masked(x.kept, term.clipped));
-      log_ratios.add(j, x.bounded);
-      ratios.add(j, own);
+      log_ratios.add(j, times * x.bounded);
+      ratios.add(j, times * own);
+      if (branches) tokens.add(j, times);
       largest = vmax(own, largest);
       if (corrects) correct(term, sampler_factor(options.correction, log_sampler_weight(x, i), params));
       if (options.kl) {
         const Term<V> y = kl(options.kl, x.token.logprob - masked(x.kept, at(ref_logprobs, i)), ratio);
-        term.loss += params.kl_coef * y.loss, term.d_logprob += params.kl_coef * y.d_logprob;
-        if (options.kl == kK3Corrected) term.d_log_ratio += params.kl_coef * y.d_log_ratio;
-        kls.add(j, masked(x.kept, y.loss));
+        const V coefficient = leaves * params.kl_coef;
+        term.loss += coefficient * y.loss, term.d_logprob += coefficient * y.d_logprob;
+        if (options.kl == kK3Corrected) term.d_log_ratio += coefficient * y.d_log_ratio;
+        kls.add(j, masked(x.kept, times * y.loss));
       }
       if (entropy) {
         const V y = masked(x.kept, at(entropy, i));
-        term.loss -= params.entropy_coef * y;
-        entropies.add(j, y);
+        term.loss -= leaves * params.entropy_coef * y;
+        entropies.add(j, times * y);
       }
       losses.add(j, masked(x.kept, w * term.loss));
       if (options.sequence_level) store<W>(first + i, masked(x.kept, term.d_log_ratio));
       else term.d_logprob += through_clamp(x, term.d_log_ratio);
       if (options.need_grad_logprobs) write(job.grad_logprobs, i, masked(x.kept, w * term.d_logprob));
-      if (options.need_grad_entropy) write(job.grad_entropy, i, masked(x.kept, w * -params.entropy_coef));
+      if (options.need_grad_entropy) write(job.grad_entropy, i, masked(x.kept, w * leaves * -params.entropy_coef));
     });
     totals.loss = losses.fold(), totals.clipped = clipped.fold(), totals.log_ratio = log_ratios.fold();
     totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
-    totals.entropy = entropies.fold(), totals.kl = kls.fold();
+    totals.entropy = entropies.fold(), totals.kl = kls.fold(), totals.tokens = tokens.fold();
   }
 
   TK_INLINE void write(Real* to, int i, const V& x) const {

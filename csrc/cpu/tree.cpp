@@ -103,7 +103,7 @@ int branch_coefficients(const T* advantages, const T* weights, const TreeNodes& 
   const auto write = [&](int64_t n) {
     const BranchSums& x = sums[n];
     out[0][n] = T(x.positive), out[1][n] = T(x.negative), out[2][n] = T(x.weight);
-    out[3][n] = T(x.positive_count), out[4][n] = T(x.negative_count);
+    out[3][n] = T(x.positive_count), out[4][n] = T(x.negative_count), out[5][n] = T(x.zero_count);
   };
   upwards(
       tree,
@@ -224,11 +224,11 @@ void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dt
 }
 
 int bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const Arrays& tree, int64_t nodes,
-                              int64_t leaves, const std::array<uintptr_t, 5>& out, uintptr_t /*scratch*/) {
+                              int64_t leaves, const std::array<uintptr_t, 6>& out, uintptr_t /*scratch*/) {
   int bad = 0;
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
-    T* const results[] = {as<T>(out[0]), as<T>(out[1]), as<T>(out[2]), as<T>(out[3]), as<T>(out[4])};
+    T* const results[] = {as<T>(out[0]), as<T>(out[1]), as<T>(out[2]), as<T>(out[3]), as<T>(out[4]), as<T>(out[5])};
     bad = branch_coefficients(as<const T>(advantages), as<const T>(weights), tree_nodes(tree, nodes, leaves), results);
   });
   return bad;

@@ -69,11 +69,11 @@ void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dt
 }
 
 void bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const Arrays& tree, int64_t nodes,
-                              int64_t leaves, const std::array<uintptr_t, 5>& out, uintptr_t scratch,
+                              int64_t leaves, const std::array<uintptr_t, 6>& out, uintptr_t scratch,
                                uintptr_t stream) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
-    T* const results[] = {as<T>(out[0]), as<T>(out[1]), as<T>(out[2]), as<T>(out[3]), as<T>(out[4])};
+    T* const results[] = {as<T>(out[0]), as<T>(out[1]), as<T>(out[2]), as<T>(out[3]), as<T>(out[4]), as<T>(out[5])};
     cuda::branch_coefficients(as<const T>(advantages), as<const T>(weights), tree_nodes(tree, nodes, leaves), results,
                               as<void>(scratch), as<void>(stream));
   });

@@ -65,10 +65,11 @@ struct WriteExtreme {
 
 template <class T>
 struct WriteBranches {
-  T *positive, *negative, *weight, *positive_count, *negative_count;
+  T *positive, *negative, *weight, *positive_count, *negative_count, *zero_count;
   __device__ void operator()(const TreeNodes&, int64_t n, const Branches& x) const {
     positive[n] = T(x.positive), negative[n] = T(x.negative), weight[n] = T(x.weight);
     positive_count[n] = T(x.positive_count), negative_count[n] = T(x.negative_count);
+    zero_count[n] = T(x.zero_count);
   }
 };
 
@@ -243,8 +244,8 @@ void sibling_advantages_backward(const T* grads, const T* values, const TreeNode
 template <class T>
 void branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree, T* const* out, void* scratch,
                          void* stream) {
-  reduce(tree, BranchesOf<T>{advantages, weights}, WriteBranches<T>{out[0], out[1], out[2], out[3], out[4]}, scratch,
-         stream);
+  reduce(tree, BranchesOf<T>{advantages, weights},
+         WriteBranches<T>{out[0], out[1], out[2], out[3], out[4], out[5]}, scratch, stream);
 }
 
 template <class T>

@@ -52,10 +52,10 @@ struct Extreme {
 };
 
 struct Branches : BranchSums {
-  __device__ static Branches none() { return {{0, 0, 0, 0, 0}}; }
+  __device__ static Branches none() { return {{0, 0, 0, 0, 0, 0}}; }
   __device__ Branches from(int offset) const {
     return {{lower(positive, offset), lower(negative, offset), lower(weight, offset), lower(positive_count, offset),
-             lower(negative_count, offset)}};
+             lower(negative_count, offset), lower(zero_count, offset)}};
   }
 };
 

@@ -88,6 +88,7 @@ def test_branch_coefficients() -> None:
         "leaf_count": ([3, 2, 1, 1, 1, 1], [2.5, 0.5, 2, 0.5, 0, 3]),
         "positive_count": ([2, 1, 1, 0, 1, 0], [1, 0, 1, 0, 0, 0]),
         "negative_count": ([1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 0, 0]),
+        "zero_count": ([0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]),
     }
     for name, (without, with_weights) in expected.items():
         assert getattr(plain, name).tolist() == without and getattr(weighted, name).tolist() == with_weights

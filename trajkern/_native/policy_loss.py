@@ -13,7 +13,7 @@ from trajkern._native._args import DTYPE, pointer
 def policy_loss(
     logprobs: Tensor,  # [T]
     old_logprobs: Tensor,  # [T]
-    advantages: Tensor,  # [N] or [T]
+    advantages: Tensor,  # [N] or [T], or a branch's rows of them [6, N or T]
     cu_seqlens: Tensor,  # [N+1]
     mask: Tensor | None,  # [T]
     ref_logprobs: Tensor | None,  # [T]
@@ -33,7 +33,8 @@ def policy_loss(
         pointer(sampler_logprobs), pointer(entropy), pointer(normalizer), cu_seqlens.data_ptr(), pointer(mask),
         pointer(selected), loss.data_ptr(), metrics.data_ptr(), pointer(grad), pointer(grad_entropy),
     ]  # fmt: skip
-    if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, tokens, cu_seqlens.shape[0] - 1, options, params):
+    sizes = tokens, cu_seqlens.shape[0] - 1, advantages.shape[1] if advantages.ndim == 2 else 0
+    if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, *sizes, options, params):
         check_cu_seqlens(cu_seqlens, tokens)
     return [x for x in (loss, metrics, grad, grad_entropy) if x is not None]
 

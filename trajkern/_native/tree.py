@@ -100,7 +100,7 @@ def branch_coefficients(
     leaf_weights: Tensor | None,  # [L]
     tree: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    out = tuple(leaf_advantages.new_empty(tree[0].shape[0]) for _ in range(5))
+    out = tuple(leaf_advantages.new_empty(tree[0].shape[0]) for _ in range(6))
     scratch = _scratch(leaf_advantages, tree)
     bad = _call(
         "branch_coefficients", leaf_advantages, leaf_advantages.data_ptr(), DTYPE[leaf_advantages.dtype],

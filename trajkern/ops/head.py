@@ -20,8 +20,9 @@ from trajkern import _backends
 from trajkern._check_head import accumulator, check_head
 from trajkern._checks import check_choice, describe, laid_out, readable
 from trajkern._library import define
-from trajkern._types import PolicyLoss, TokenStats
-from trajkern.ops.policy_loss import METRICS, check_policy, encode, policy_loss, scaled
+from trajkern._paths import Paths, read_branch
+from trajkern._types import METRICS, Branch, PolicyLoss, TokenStats
+from trajkern.ops.policy_loss import check_policy, encode, policy_loss, scaled
 
 OUTPUTS = ("entropy", "sum_sq_probs", "is_top1", "mean_logit")  # bit i of the ops' ``outputs``
 
@@ -233,12 +234,13 @@ def linear_policy_loss(
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [P]
     old_logprobs: Tensor | None,  # [P]
-    advantages: Tensor,  # [N] or [P]
+    advantages: Tensor | None,  # [N] or [P]
     cu_seqlens: Tensor,  # [N+1]
     *,
     config: PolicyLoss,
     ref_logprobs: Tensor | None = None,  # [P]
     sampler_logprobs: Tensor | None = None,  # [P]
+    branch: Branch | Paths | None = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
     with_entropy: bool = False,
@@ -256,8 +258,8 @@ def linear_policy_loss(
     Args:
         hidden, weight, targets, and ``head`` (rows, bias, temperature, softcap, logit_scale, mask, sampling_support,
             logits_dtype, workspace_bytes, process_group): as in :func:`linear_logprobs`.
-        old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, normalizer, per_token: as in
-            :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
+        old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, branch, normalizer, per_token: as
+            in :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
         with_entropy: compute the entropy as a metric also where config.entropy_coef is 0.
         with_logprobs: also return the log-probs ``[P]``, detached, as ``metrics["logprobs"]``: the old ones of a second
             update on the batch.
@@ -272,30 +274,37 @@ def linear_policy_loss(
     arguments = check_head(hidden, weight, targets, **head)
     mask = head.get("mask")
     like = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)
-    per_token, normalizer, ref, sampler = check_policy(
+    a, per_token, divisor, ref, sampler = check_policy(
         like, like if old_logprobs is None else old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs,
-        sampler_logprobs, like, normalizer, per_token,
+        sampler_logprobs, like, branch, normalizer, per_token,
     )  # fmt: skip
     if _backends.wants_reference("head", hidden):
         return _backends.reference().linear_policy_loss(
             hidden, weight, targets, old_logprobs, advantages, cu_seqlens, config=config, ref_logprobs=ref,
-            sampler_logprobs=sampler, normalizer=normalizer, per_token=per_token, with_entropy=with_entropy,
-            with_logprobs=with_logprobs, **head,
+            sampler_logprobs=sampler, branch=branch, normalizer=divisor, per_token=per_token,
+            with_entropy=with_entropy, with_logprobs=with_logprobs, **head,
         )  # fmt: skip
     with_entropy |= config.entropy_coef != 0
-    if not config.is_token_level or not torch.is_grad_enabled():
+    needs_logprobs = isinstance(branch, Paths) and old_logprobs is None and config.sampler_correction == "sequence_mask"
+    if needs_logprobs or not config.is_token_level or not torch.is_grad_enabled():
         outputs = ("entropy",) if with_entropy else ()
         stats = linear_token_stats(hidden, weight, targets, outputs=outputs, **head)
         loss, metrics = policy_loss(
             stats.logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
-            sampler_logprobs=sampler_logprobs, entropy=stats.entropy, normalizer=normalizer, per_token=per_token,
+            sampler_logprobs=sampler_logprobs, entropy=stats.entropy, branch=branch, normalizer=normalizer,
+            per_token=per_token,
         )  # fmt: skip
         return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})
     dtype = accumulator(hidden)
-    old, a = laid_out(old_logprobs, dtype), laid_out(advantages, dtype)
+    old, ref, sampler = laid_out(old_logprobs, dtype), laid_out(ref, dtype), laid_out(sampler, dtype)
+    cu_seqlens, mask = laid_out(cu_seqlens, torch.int64), laid_out(mask, torch.bool)
+    if branch is not None:
+        a, config, divisor = read_branch(
+            branch, config, cu_seqlens, mask, old, sampler, divisor, per_token, dtype
+        )
     loss, values, logprobs = _LinearPolicyLoss.apply(
-        *arguments, old, a, laid_out(cu_seqlens, torch.int64), laid_out(ref, dtype), laid_out(sampler, dtype),
-        normalizer, *encode(config, per_token), int(with_entropy),
+        *arguments, old, laid_out(a, dtype), cu_seqlens, ref, sampler,
+        divisor, *encode(config, per_token), int(with_entropy),
     )  # fmt: skip
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
     return loss, metrics | ({"logprobs": logprobs} if with_logprobs else {})

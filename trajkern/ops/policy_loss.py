@@ -7,6 +7,7 @@ scales it, in place, by the upstream number.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,33 @@ from trajkern import _backends
 from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, laid_out, readable
 from trajkern._covariance import largest_covariances
 from trajkern._library import define
-from trajkern._types import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, RATIO_LEVELS, SAMPLER_CORRECTIONS, PolicyLoss
+from trajkern._paths import (
+    LOG_RATIO_BOUND,
+    Paths,
+    check_branch,
+    gate_of,
+    leaf_counts,
+    path_sums,
+    read_branch,
+    sampler_factor,
+    scored,
+    summed,
+    weights_of,
+)
+from trajkern._types import (
+    AGGREGATES,
+    FORMS,
+    KINDS,
+    KL_ESTIMATORS,
+    METRICS,
+    RATIO_LEVELS,
+    SAMPLER_CORRECTIONS,
+    Branch,
+    PolicyLoss,
+)
+from trajkern.ops.tree import branch_coefficients
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens")
 
 
 def _policy_loss_fake(logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
@@ -81,7 +105,7 @@ def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
 def policy_loss(
     logprobs: Tensor,  # [T]
     old_logprobs: Tensor | None,  # [T]
-    advantages: Tensor,  # [N] or [T]
+    advantages: Tensor | None,  # [N] or [T]
     cu_seqlens: Tensor,  # [N+1]
     *,
     config: PolicyLoss,
@@ -89,6 +113,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,  # [T]
     sampler_logprobs: Tensor | None = None,  # [T]
     entropy: Tensor | None = None,  # [T]
+    branch: Branch | Paths | None = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,16 +150,30 @@ def policy_loss(
     that have an unmasked token, "seq_mean_token_sum_norm" also by config.max_length, and "seq_mean_token_mean" takes
     the mean over such trajectories of each one's token mean. An empty sum is 0.
 
+    **Trees.** With ``branch`` the tokens are those of a packed tree, each prefix once, and the loss, its gradient and
+    the metrics are those of the flat rollouts, one a leaf. A shared token has one r, and an advantage A_l and a weight
+    w_l (by the aggregation) for every leaf l below it. Every token-level kind here but kl_cov and clip_cov has
+    f(r, c A) = c f(r, A) for c >= 0, the clipped ones too, since min and clip scale with A; so
+
+        sum_l w_l f(r, A_l) = f(r, sum of w_l A_l over A_l > 0) + f(r, sum of w_l A_l over A_l < 0),
+
+    which takes two numbers a token and not one: A_l of both signs are clipped on different sides. KL and entropy have
+    the coefficient sum_l w_l. At ratio level "sequence" a leaf's log-ratio is a mean along its path: the log-ratios are
+    summed down the paths, the loss is formed a leaf, and its derivatives are summed back up.
+
     Args:
         logprobs, old_logprobs: float ``[T]``; log p of each token now and when it was sampled (or at the last sync).
             None: the policy has not moved since, so the old ones are these.
-        advantages: float, per trajectory ``[N]`` or per token ``[T]``.
+        advantages: float, per trajectory ``[N]`` or per token ``[T]``; None where ``branch`` is given.
         cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T, never decreasing (checked on the CPU).
         config: :class:`PolicyLoss`.
         mask: bool ``[T]``; a False token is not read and has gradient 0.
         ref_logprobs: float ``[T]``, needed when config.kl_coef is not 0, and read only then.
         sampler_logprobs: float ``[T]``, needed by config.sampler_correction: what the sampling engine reported.
         entropy: float ``[T]``, differentiable; needed when config.entropy_coef is not 0, else only a metric.
+        branch: :class:`Paths`, for tokens of a packed tree of which ``cu_seqlens`` bounds the nodes (as
+            ``tree.pairs(...)`` gives it); any aggregation. Or a :class:`Branch` of sums per node or per token, for
+            advantages that are not a leaf's own; "token_mean" and "token_sum", ratios per token.
         normalizer: a positive number or a tensor of one element, in place of the token count of "token_mean" and the
             trajectory count of "seq_mean_*" (for gradient accumulation and data parallelism).
         per_token: whether advantages are per token; None: by their length, per trajectory where N = T.
@@ -155,24 +194,64 @@ def policy_loss(
     """
     if old_logprobs is None and isinstance(logprobs, Tensor):
         old_logprobs = logprobs.detach()
-    per_token, normalizer, ref, sampler = check_policy(
-        logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy,
+    advantages, per_token, divisor, ref, sampler = check_policy(
+        logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy, branch,
         normalizer, per_token,
     )  # fmt: skip
     if _backends.wants_reference("policy_loss", logprobs):
         return _backends.reference().policy_loss(
             logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref,
-            sampler_logprobs=sampler, entropy=entropy, normalizer=normalizer, per_token=per_token,
+            sampler_logprobs=sampler, entropy=entropy, branch=branch, normalizer=divisor, per_token=per_token,
         )  # fmt: skip
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    new, old, a = (laid_out(x, dtype) for x in (logprobs, old_logprobs, advantages))
+    new, old = laid_out(logprobs, dtype), laid_out(old_logprobs, dtype)
     mask, cu_seqlens = laid_out(mask, torch.bool), laid_out(cu_seqlens, torch.int64)
     ref, sampler, entropy = laid_out(ref, dtype), laid_out(sampler, dtype), laid_out(entropy, dtype)
+    if isinstance(branch, Paths):
+        if config.resolved_ratio_level == "sequence":
+            return _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, branch, divisor)
+    if branch is not None:
+        advantages, config, divisor = read_branch(
+            branch, config, cu_seqlens, mask, old, sampler, divisor, per_token, dtype
+        )
+    a = laid_out(advantages, dtype)
     selected = _select(config, new, old, a if per_token else None, advantages, cu_seqlens, mask)
     loss, metrics = _PolicyLoss.apply(
-        new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, normalizer, *encode(config, per_token)
+        new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, divisor, *encode(config, per_token)
     )
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+def _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, paths, normalizer):
+    """The policy term a leaf, from its path's mean log-ratio; KL and entropy a token, as often as it has leaves."""
+    tree, gate = paths.tree, gate_of(paths, config, cu_seqlens, mask, old, sampler)
+    counts = leaf_counts(paths, cu_seqlens, mask, gate)
+    weights = weights_of(config, counts, normalizer)
+    own = replace(summed(config), ratio_level="token")
+    log_ratio = scored(new - old, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    log_ratio = path_sums(log_ratio, cu_seqlens, tree) / counts.clamp_min(1)
+    terms = counts
+    if own.sampler_correction != "none":
+        terms = path_sums(scored(sampler_factor(own, old - sampler), mask), cu_seqlens, tree)
+    a, each = paths.advantages.detach().to(new.dtype), torch.arange(tree.num_leaves + 1, device=new.device)
+    own = replace(own, sampler_correction="none")
+    policy_alone = replace(own, kl_coef=0.0, entropy_coef=0.0)
+
+    def of_leaves(w: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        w, signs = w.to(new.dtype), (counts * sign for sign in (a > 0, a < 0, a == 0))
+        leaves = Branch(w * a.relu(), -w * (-a).relu(), w, *signs)
+        zeros = torch.zeros_like(log_ratio)
+        return policy_loss(log_ratio, zeros, None, each, config=policy_alone, branch=leaves, per_token=True)
+
+    policy, of_ratio = of_leaves(weights * terms)
+    if terms is not counts:  # a correction of 0 takes a rollout's loss, not its place in the metrics
+        of_ratio = of_leaves(counts)[1]
+    branch = branch_coefficients(torch.zeros_like(a), tree, leaf_weights=weights)
+    rest, metrics = policy_loss(
+        new, old, None, cu_seqlens, branch=branch, mask=mask, ref_logprobs=ref, entropy=entropy, per_token=False,
+        config=replace(own, kind="reinforce"),
+    )  # fmt: skip
+    return policy + rest, metrics | {k: of_ratio[k] for k in ("clip_fraction", "ratio_mean", "ratio_max")}
 
 
 def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
@@ -210,10 +289,23 @@ def _select(c: PolicyLoss, new, old, per_token, advantages, cu_seqlens, mask) ->
 
 
 def check_policy(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy,
-                 normalizer, per_token):  # fmt: skip
-    """Raises, or returns per_token, the normalizer as a tensor, ref_logprobs and sampler_logprobs if they are read."""
-    _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy)
+                 branch, normalizer, per_token):  # fmt: skip
+    """Raises, or returns the advantages (a branch's positive ones), per_token, the normalizer as a tensor, and
+    ref_logprobs and sampler_logprobs if they are read."""
+    if branch is not None and advantages is not None:
+        raise ValueError(f"advantages must be None where branch is given; got {describe(advantages)}")
+    _check(logprobs, old_logprobs, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy)
+    if branch is not None:
+        check_branch(branch, config, logprobs, cu_seqlens)
+        if readable(logprobs):
+            check_cu_seqlens(cu_seqlens, logprobs.shape[0])
+    if isinstance(branch, Paths):
+        per_token, advantages = False, logprobs.new_empty(cu_seqlens.shape[0] - 1)
+    elif branch is not None:
+        advantages = branch.positive
+    check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=logprobs.device)
     return (
+        advantages,
         _check_advantages(logprobs, advantages, cu_seqlens, per_token),
         _check_normalizer(normalizer, logprobs),
         ref_logprobs if config.kl_coef else None,
@@ -221,7 +313,7 @@ def check_policy(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, r
     )
 
 
-def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy):
+def _check(logprobs, old_logprobs, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy):
     check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
     device, length = logprobs.device, tuple(logprobs.shape)
     if not isinstance(config, PolicyLoss):
@@ -241,7 +333,6 @@ def _check(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_log
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
         check_shape("mask", mask, length, "one flag a token")
-    check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=device)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int64, torch.int32), ndim=1, device=device)
     ranks = config.kind in ("kl_cov", "clip_cov")  # reads cu_seqlens before a launcher can check it
     if readable(logprobs) and (ranks or _backends.wants_reference("policy_loss", logprobs)):

@@ -73,8 +73,8 @@ _sibling_advantages_backward = define(
 _branch_coefficients = define(
     "tree",
     "branch_coefficients(Tensor leaf_advantages, Tensor? leaf_weights, Tensor[] tree)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda leaf_advantages, leaf_weights, tree: tuple(_nodes(leaf_advantages, tree) for _ in range(5)),
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda leaf_advantages, leaf_weights, tree: tuple(_nodes(leaf_advantages, tree) for _ in range(6)),
 )
 _branch_coefficients_backward = define(
     "tree",

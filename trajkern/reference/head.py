@@ -75,13 +75,14 @@ def linear_policy_loss(
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [P]
     old_logprobs: Tensor | None,  # [P]
-    advantages: Tensor,  # [N] or [P]
+    advantages: Tensor | None,  # [N] or [P]
     cu_seqlens: Tensor,  # [N+1]
     *,
     config: PolicyLoss,
     mask: Tensor | None = None,  # [P]
     ref_logprobs: Tensor | None = None,  # [P]
     sampler_logprobs: Tensor | None = None,  # [P]
+    branch: Any = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
     with_entropy: bool = False,
@@ -91,11 +92,10 @@ def linear_policy_loss(
     """See :func:`trajkern.linear_policy_loss`."""
     outputs = ("entropy",) if config.entropy_coef or with_entropy else ()
     stats = linear_token_stats(hidden, weight, targets, outputs=outputs, mask=mask, **head)
-    if per_token is None:
-        per_token = advantages.shape[0] != cu_seqlens.shape[0] - 1
     old = stats.logprobs.detach() if old_logprobs is None else old_logprobs
     loss, metrics = policy_loss(
         stats.logprobs, old, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
-        sampler_logprobs=sampler_logprobs, entropy=stats.entropy, normalizer=normalizer, per_token=per_token,
+        sampler_logprobs=sampler_logprobs, entropy=stats.entropy, branch=branch, normalizer=normalizer,
+        per_token=per_token,
     )  # fmt: skip
     return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from trajkern._covariance import largest_covariances
-from trajkern._types import PolicyLoss
+from trajkern._types import METRICS, Branch, PolicyLoss
 
 LOG_RATIO_BOUND = 20.0  # exp of it is finite in float32, so 0 * inf cannot arise
 
@@ -35,14 +37,10 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
-
-
 def policy_loss(
     logprobs: Tensor,  # [T]
     old_logprobs: Tensor,  # [T]
-    advantages: Tensor,  # [N] or [T]
+    advantages: Tensor | None,  # [N] or [T]
     cu_seqlens: Tensor,  # [N+1]
     *,
     config: PolicyLoss,
@@ -50,17 +48,22 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,  # [T]
     sampler_logprobs: Tensor | None = None,  # [T]
     entropy: Tensor | None = None,  # [T]
+    branch: Any = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`trajkern.policy_loss`."""
+    if branch is not None and not isinstance(branch, Branch):
+        return _flat_policy_loss(branch, config, cu_seqlens, normalizer, logprobs=logprobs, old_logprobs=old_logprobs,
+                                 mask=mask, ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs,
+                                 entropy=entropy)  # fmt: skip
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     segments = _Segments(cu_seqlens.long())
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    if not _is_per_token(advantages, logprobs, segments.count, per_token):
-        advantages = advantages[segments.of_token]
-    a = torch.where(mask, advantages.detach().to(dtype), 0)
-
+    a, times, leaves = _per_token(advantages, branch, logprobs, segments, per_token, dtype)
+    total = torch.stack(times).sum(0)
+    mask = mask & (total > 0)
+    a = [torch.where(mask, x, 0) for x in a]
     scored = mask
 
     def difference(x: Tensor, y: Tensor) -> Tensor:  # only the policy's own log-probs have a gradient
@@ -75,32 +78,60 @@ def policy_loss(
         log_ratio = segments.mean(log_ratio, counts)[segments.of_token]
     ratio = log_ratio.exp()
     old = torch.where(mask, old_logprobs.detach().to(dtype), 0)
-    policy, clipped = _policy_term(config, a, new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask)
-    loss = policy if factor is None else policy * factor
-    zero = loss.new_zeros(())
-    kl_mean, entropy_mean = zero, zero
+    given = new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask
+    terms = [_policy_term(config, x, *given) for x in a]
+    loss = sum(term for term, _ in terms) * (1 if factor is None else factor)
+    kl = torch.zeros_like(loss)
     if config.kl_coef:
         kl = _kl(config.kl, difference(logprobs, ref_logprobs), ratio)  # type: ignore[arg-type]
-        loss, kl_mean = loss + config.kl_coef * kl, _mean(kl, mask)
-    if entropy is not None:
-        entropy = torch.where(mask, entropy.to(dtype), 0)
-        loss, entropy_mean = loss - config.entropy_coef * entropy, _mean(entropy, mask)
-    metrics = {
-        "clip_fraction": _mean(clipped.to(dtype), mask),
-        "approx_kl": _mean(-token_log_ratio, mask),
-        "ratio_mean": _mean(ratio, mask),
-        "ratio_max": torch.where(mask, ratio, 0).amax() if ratio.numel() else zero,
-        "entropy": entropy_mean,
-        "kl": kl_mean,
-        "num_tokens": mask.sum().to(dtype),
-    }
-    weights = _token_weights(config, counts, normalizer)[segments.of_token]
-    total = torch.where(mask, loss * weights, 0).sum()
-    return total, {name: x.detach() for name, x in metrics.items()}
+        loss = loss + config.kl_coef * leaves * kl
+    entropy = torch.zeros_like(loss) if entropy is None else torch.where(mask, entropy.to(dtype), 0)
+    loss = loss - config.entropy_coef * leaves * entropy
+    clipped = sum(clipped * n for (_, clipped), n in zip(terms, times, strict=True)) / total.clamp_min(1)
+    means = {"clip_fraction": clipped, "approx_kl": -token_log_ratio, "ratio_mean": ratio, "entropy": entropy, "kl": kl}
+    metrics = _metrics(means, torch.where(mask, total, 0))
+    weights = _token_weights(config, segments.sum(torch.where(mask, leaves, 0)), normalizer)[segments.of_token]
+    return torch.where(mask, loss * weights, 0).sum(), {name: metrics[name].detach() for name in METRICS}
 
 
-def _is_per_token(advantages: Tensor, logprobs: Tensor, trajectories: int, per_token: bool | None) -> bool:
-    return advantages.numel() != trajectories if per_token is None else per_token
+def _metrics(means: dict[str, Tensor], copies: Tensor) -> dict[str, Tensor]:
+    """Over the tokens, each as often as it has unmasked rollouts."""
+    count, some, ratio = copies.sum(), copies > 0, means["ratio_mean"]
+    metrics = {name: torch.where(some, x * copies, 0).sum() / count.clamp_min(1) for name, x in means.items()}
+    largest = torch.where(some, ratio, 0).amax() if ratio.numel() else count
+    return metrics | {"ratio_max": largest, "num_tokens": count}
+
+
+def _flat_policy_loss(
+    paths: Any, config: PolicyLoss, cu_seqlens: Tensor, normalizer: Any, **per_token: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the flat rollouts: every prefix repeated, a trajectory for each leaf."""
+    tree = type(paths.tree)(paths.tree.parent, cu_seqlens.diff())
+    flat: dict[str, Any] = {k: None if x is None else x[tree.flat_index] for k, x in per_token.items()}
+    if paths.gate is not None:
+        counted = torch.repeat_interleave(paths.gate, tree.flat_lengths)
+        flat["mask"] = counted if flat["mask"] is None else flat["mask"] & counted
+    return policy_loss(
+        advantages=paths.advantages, cu_seqlens=tree.flat_cu_seqlens, config=config, normalizer=normalizer,
+        per_token=False, **flat,
+    )  # fmt: skip
+
+
+def _per_token(advantages: Any, branch: Branch | None, logprobs: Tensor, segments: _Segments, per_token: bool | None,
+               dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """The advantages under which a token's loss is taken, for how many rollouts each, and the weight of its KL."""
+    size = (advantages if branch is None else branch.positive).numel()
+    is_per_token = size != segments.count if per_token is None else per_token
+
+    def of_token(x: Tensor) -> Tensor:
+        x = x.detach().to(dtype)
+        return x if is_per_token else x[segments.of_token]
+
+    if branch is None:
+        one = torch.ones_like(logprobs, dtype=dtype)
+        return [of_token(advantages)], [one], one
+    positive, negative, leaves, *times = map(of_token, branch)
+    return [positive, negative, torch.zeros_like(positive)], times, leaves
 
 
 def _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments, mask):
@@ -128,7 +159,7 @@ def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tenso
         return torch.ones_like(counts)
     if normalizer is None:
         normalizer = counts.sum() if aggregate == "token_mean" else (counts > 0).sum()
-        normalizer = normalizer.clamp_min(1)
+        normalizer = torch.where(normalizer == 0, 1, normalizer)
     weights = torch.ones_like(counts) / normalizer
     if aggregate == "seq_mean_token_mean":
         weights = weights / counts.clamp_min(1)

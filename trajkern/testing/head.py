@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from trajkern._types import PolicyLoss
-from trajkern.ops.policy_loss import METRICS
+from trajkern._paths import Paths
+from trajkern._types import METRICS, PolicyLoss
 from trajkern.reference import linear_logprobs
 from trajkern.testing.registry import Case, Inputs, OpSpec
+from trajkern.testing.tree import regular_tree
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATS = ("entropy", "sum_sq_probs", "is_top1", "mean_logit")
@@ -219,6 +221,22 @@ def _loss(config: PolicyLoss, tokens: int = 24, cuts: tuple[int, ...] = (0, 5, 5
     return make
 
 
+def _tree_loss(config: PolicyLoss, **options):
+    """The pairs of a packed tree, children of one node on one row."""
+
+    def make(g: torch.Generator) -> Inputs:
+        tree = regular_tree(3, 3, 2)
+        pairs = tree.pairs(torch.randint(0, 65, (tree.num_tokens,), generator=g))
+        cuts = tuple(pairs.cu_seqlens.tolist())
+        own = {"targets": lambda g, x: pairs.targets, "rows": lambda g, x: pairs.rows}
+        made = _loss(config, tree.num_tokens, cuts, **own, **options)(g)
+        advantages = _randn(g, tree.num_leaves)
+        advantages[:4] = 0
+        return made | {"advantages": None, "branch": Paths(tree, advantages)}
+
+    return make
+
+
 def _half_zero(x: Inputs) -> None:
     x["advantages"][::2] = 0
 
@@ -235,6 +253,7 @@ _KINDS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gmpo", "cispo", "sapo", "l
           "dppo_tv", "dppo_kl", "kl_cov", "clip_cov")  # fmt: skip
 _FULL = PolicyLoss("dapo", clip_high=0.28, clip_dual=3.0, kl_coef=0.1, kl="k3", entropy_coef=0.05,
                    sampler_correction="tis")  # fmt: skip
+_REMOVING = dataclasses.replace(_FULL, sampler_correction="sequence_mask")
 LOSS_CASES = (
     *(Case(kind, _loss(PolicyLoss(kind, max_length=16)), "the kind alone") for kind in _KINDS),
     Case("full", _loss(_FULL, mask=_mask), "KL, entropy, dual clip, sampler correction and a mask"),
@@ -254,12 +273,16 @@ LOSS_CASES = (
     Case("with_entropy", _edited(_loss(PolicyLoss("grpo")), lambda x: x.update(with_entropy=True)), "a metric only"),
     Case("with_logprobs", _edited(_loss(_FULL, mask=_mask), lambda x: x.update(with_logprobs=True)), "one output more"),
     Case("shared_rows", _loss(_FULL, rows=_tree, mask=_mask), "several targets a row"),
+    *(Case(f"tree_{kind}", _tree_loss(PolicyLoss(kind, max_length=16, clip_dual=3.0)), "a packed tree", mixed=True)
+      for kind in _KINDS[:5]),  # fmt: skip
+    Case("tree_full", _tree_loss(_FULL, mask=_mask), "every term and a mask", mixed=True),
+    Case("tree_mask", _tree_loss(_REMOVING), "rollouts removed", mixed=True),
     Case("support", _loss(PolicyLoss("grpo"), sampling_support=_support(9)), "the softmax over each token's own set"),
 )
 _FEW_LOSSES = ("grpo", "full", "shared_rows", "on_policy")  # the policy loss itself has specs of its own
 LINEAR_POLICY_LOSS = _spec(
     "linear_policy_loss",
-    tuple(Case(c.name, c.make, c.reason, c.name not in _FEW_LOSSES) for c in LOSS_CASES),
+    tuple(dataclasses.replace(c, large=c.name not in _FEW_LOSSES) for c in LOSS_CASES),
     lambda x: {"loss": x[0], **x[1]},
     no_grad_outputs=(*METRICS, "logprobs"),
     # log p is made of logits of about this size, and a ratio has log p's error

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._types import AGGREGATES, KINDS, KL_ESTIMATORS, PolicyLoss
+from trajkern._paths import Paths
+from trajkern._types import AGGREGATES, KINDS, KL_ESTIMATORS, Branch, PolicyLoss
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
+from trajkern.testing.tree import random_tree
 
 _LENGTHS = (9, 0, 40, 1, 23, 5)  # of which one is empty
 _PER_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "entropy", "mask")
@@ -83,6 +85,54 @@ def _zero_advantages(x: Inputs) -> None:
     x["advantages"] = x["advantages"].relu()
 
 
+def _tree(config: PolicyLoss, nodes: int = 17, gated: bool = False, **options: Any):
+    """The tokens of a packed tree, some of whose leaves have an advantage of 0."""
+
+    def make(g: torch.Generator) -> Inputs:
+        tree = random_tree(g, nodes)
+        made = _packed(config, tuple(tree.node_lengths.tolist()), **options)(g)
+        advantages = torch.randn(tree.num_leaves, generator=g, dtype=torch.float64)
+        advantages[::4] = 0
+        gate = torch.arange(tree.num_leaves) % 5 > 0 if gated else None
+        return made | {"advantages": None, "branch": Paths(tree, advantages, gate)}
+
+    return make
+
+
+def _branch(config: PolicyLoss, lengths: tuple[int, ...] = _LENGTHS, **options: Any):
+    """Sums over rollouts that are no tree's; a third of the nodes, or of the tokens, have none."""
+
+    def make(g: torch.Generator) -> Inputs:
+        made = _packed(config, lengths, **options)(g)
+        size = made["advantages"].shape[0]
+        counts = torch.randint(0, 4, (3, size), generator=g).double()
+        counts[:, ::3] = 0
+        sizes = torch.rand(3, size, generator=g, dtype=torch.float64) * counts
+        branch = Branch(sizes[0], -sizes[1], 0.7 * counts.sum(0) + sizes[2], *counts)
+        return made | {"advantages": None, "branch": branch}
+
+    return make
+
+
+def _tree_cases() -> Iterator[Case]:
+    for kind in ("grpo", "dapo", "dr_grpo", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "gspo", "luspo"):
+        yield Case(f"tree_{kind}", _tree(_full(kind)), "a packed tree, every term on", mixed=True)
+    for aggregate in AGGREGATES:
+        yield Case(f"tree_{aggregate}", _tree(_full("grpo", aggregate=aggregate)), "each aggregation", mixed=True)
+    for correction in ("tis", "icepop", "sequence_mask"):
+        for kind in ("grpo", "gspo"):
+            config = _full(kind, sampler_correction=correction, sampler_low=0.9, sampler_high=1.1)
+            yield Case(f"tree_{correction}_{kind}", _tree(config, gated=True), "sampler mismatch, a gate", mixed=True)
+    for kind in ("dapo", "cispo", "dppo_kl"):
+        yield Case(f"branch_{kind}", _branch(_full(kind)), "sums a node")
+        config = _full(kind, sampler_correction="tis", kl="k3_corrected")
+        yield Case(f"branch_{kind}_per_token", _branch(config, per_token=True), "sums a token")
+    yield Case("branch_normalizer", _branch(_full("grpo", aggregate="token_mean"), normalizer=5.5), "its own divisor")
+    yield Case("branch_unmasked", _branch(_DAPO, mask=lambda m, g: None), "a branch, every token scored")
+    yield Case("branch_rubbish", _edited(_branch(_DAPO), _rubbish), "NaN under the mask of a branch")
+    yield Case("branch_no_tokens", _branch(_DAPO, (0, 0)), "a branch and T = 0")
+
+
 def _cases() -> Iterator[Case]:
     for kind in KINDS:
         yield Case(kind, _packed(PolicyLoss(kind, max_length=40)), "the kind with its own aggregation")
@@ -108,6 +158,7 @@ _DAPO = _full("dapo")
 
 CASES = (
     *_cases(),
+    *_tree_cases(),
     Case("no_mask", _packed(_DAPO, mask=lambda m, g: None), "every token scored"),
     Case("nothing_scored", _packed(_DAPO, mask=lambda m, g: m & False), "an empty sum is 0"),
     Case("one_silent", _packed(_full("gspo"), mask=lambda m, g: m & (torch.arange(m.numel()) >= 9)), "one silent"),
@@ -120,6 +171,7 @@ CASES = (
     Case("no_trajectories", _packed(_DAPO, ()), "N = 0"),
     Case("one_token", _packed(_DAPO, (1,), per_token=True), "N = T = 1"),
     Case("one_trajectory", _packed(_full("gspo"), (3000,)), "longer than any chunk", large=True),
+    Case("large_tree", _tree(_full("dapo"), 900), "several runs of nodes", large=True, mixed=True),
     Case("many_trajectories", _packed(_full("gspo"), (3,) * 700), "shorter than any vector", large=True),
 )
 
@@ -129,8 +181,14 @@ def _reversed_trajectories(inputs: Inputs, g: torch.Generator):
     order = [torch.arange(a, b) for a, b in pairwise(bounds)][::-1]
     index = torch.cat(order) if order else torch.arange(0)
     turned = {k: v[index] if k in _PER_TOKEN and v is not None else v for k, v in inputs.items()}
-    per_token = inputs["advantages"].shape[0] != len(order)
-    turned["advantages"] = inputs["advantages"][index] if per_token else inputs["advantages"].flip(0)
+    if isinstance(inputs.get("branch"), Paths):
+        return inputs, lambda name, x: x  # a tree's nodes cannot come before their parents
+    if inputs["advantages"] is None:
+        per_token = inputs["branch"].positive.shape[0] != len(order)
+        turned["branch"] = Branch(*(x[index] if per_token else x.flip(0) for x in inputs["branch"]))
+    else:
+        per_token = inputs["advantages"].shape[0] != len(order)
+        turned["advantages"] = inputs["advantages"][index] if per_token else inputs["advantages"].flip(0)
     turned["cu_seqlens"] = torch.tensor([0, *map(len, order)]).cumsum(0)
 
     def undo(name: str, x: Tensor) -> Tensor:
@@ -144,7 +202,7 @@ POLICY_LOSS = OpSpec(
     family="policy_loss",
     outputs=lambda x: {"loss": x[0]} | x[1],
     differentiable=("logprobs", "entropy"),
-    typed=("logprobs", "old_logprobs", "advantages", "ref_logprobs", "sampler_logprobs", "entropy"),
+    typed=("logprobs", "old_logprobs", "advantages", "branch", "ref_logprobs", "sampler_logprobs", "entropy"),
     dtypes=(torch.float32, torch.float64, torch.bfloat16),
     triton_dtypes=(torch.float32,),
     cases=CASES,

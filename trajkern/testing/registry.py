@@ -20,6 +20,7 @@ class Case:
     make: Callable[[torch.Generator], Inputs]  # keyword arguments; floats in float64
     reason: str
     large: bool = False  # too slow for an interpreted kernel
+    mixed: bool = False  # needs another family's ops, which a backend chosen for all may not have
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class OpSpec:
 
 
 def _typed(x: Any, dtype: torch.dtype | None, device: str) -> Any:
+    if isinstance(x, tuple):
+        parts = (_typed(part, dtype, device) for part in x)
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not isinstance(x, Tensor):
         return x.to(device) if hasattr(x, "to") else x  # a layout moves as a tensor does
     if not x.is_floating_point():

@@ -196,7 +196,7 @@ BRANCH_COEFFICIENTS = OpSpec(
         *_shaped("advantage", leaf_weights=_ones),
     ),
     variants=(_OTHERS,),
-    no_grad_outputs=("leaf_count", "positive_count", "negative_count"),
+    no_grad_outputs=("leaf_count", "positive_count", "negative_count", "zero_count"),
     term_scale={"positive": 1.0, "negative": 1.0, "leaf_count": 1.0, "grad_leaf_advantages": 1.0},
 )
 

@@ -1,0 +1,193 @@
+"""The rollouts of a packed tree as the policy loss reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
+from trajkern._tree_nodes import offsets_of
+from trajkern._types import FORMS, KINDS, Branch, PolicyLoss
+from trajkern.ops import tree as ops
+from trajkern.tree_layout import Tree, aggregate_weights
+
+LOG_RATIO_BOUND = 20.0
+_SUM = ops.REDUCTIONS.index("sum")
+_TOKEN_FORMS = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl")  # linear in A > 0, and in A < 0
+_SEQUENCE_FORMS = ("clip", "sapo")  # whose policy term is a function of the trajectory's ratio and A
+assert set(_TOKEN_FORMS) <= set(FORMS)
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """The rollouts of a tree, one a leaf, with their advantages: ``branch=Paths(...)`` of :func:`trajkern.policy_loss`.
+
+    Args:
+        tree: the packed tree.
+        advantages: float ``[L]``, finite (checked on the CPU), in the order of ``tree.leaves``.
+        gate: bool ``[L]``; a False rollout counts nowhere, as if it were not there. None: all count.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    tree: Tree
+    advantages: Tensor  # [L]
+    gate: Tensor | None = None  # [L]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tree, Tree):
+            raise TypeError(f"tree must be a Tree, got {describe(self.tree)}")
+        device, shape = self.tree.device, (self.tree.num_leaves,)
+        check_tensor("advantages", self.advantages, dtypes=ops.FLOATS, device=device)
+        check_shape("advantages", self.advantages, shape, "one advantage a leaf")
+        if readable(self.advantages):
+            check_finite("advantages", self.advantages)
+        if self.gate is not None:
+            check_tensor("gate", self.gate, dtypes=(torch.bool,), device=device)
+            check_shape("gate", self.gate, shape, "one flag a leaf")
+
+    def to(self, device: torch.device | str) -> Paths:
+        gate = None if self.gate is None else self.gate.to(device)
+        return Paths(self.tree.to(device), self.advantages.to(device), gate)
+
+
+class _NodeSums(torch.autograd.Function):
+    """The sum of each node's values, ``[P]`` -> ``[M]``: the adjoint of giving every value its node's."""
+
+    @staticmethod
+    def forward(ctx: Any, values, offsets):
+        ctx.save_for_backward(offsets)
+        ctx.count = values.shape[0]
+        return ops._spread_backward(values, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return ops._spread(grad.contiguous(), *ctx.saved_tensors, ctx.count), None
+
+
+class _PathSums(torch.autograd.Function):
+    """The sum over the nodes from each leaf up to its root, ``[M]`` -> ``[L]``: the adjoint of the sums over leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, values, leaves, *tree):
+        ctx.save_for_backward(*tree)
+        return ops._subtree_reduce_backward(values, leaves, list(tree), _SUM)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return ops._subtree_reduce(grad.contiguous(), list(ctx.saved_tensors), _SUM), *(None,) * 8
+
+
+def path_sums(
+    values: Tensor,  # [P]
+    offsets: Tensor,  # [M+1]
+    tree: Tree,
+) -> Tensor:
+    """The sum of the values along each leaf's path, ``[L]``; those of node n are ``offsets[n]:offsets[n+1]``."""
+    if _backends.wants_reference("tree", values):
+        flat = Tree(tree.parent, offsets.diff())
+        leaf = torch.repeat_interleave(torch.arange(tree.num_leaves, device=values.device), flat.flat_lengths)
+        return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[flat.flat_index])
+    return _PathSums.apply(_NodeSums.apply(values, offsets), values.new_zeros(tree.num_leaves), *tree.arrays)
+
+
+def check_branch(branch: Any, config: PolicyLoss, pairs: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises where the branch cannot be read, or where its sums do not give this loss exactly."""
+    form, sequence = KINDS[config.kind][2], config.resolved_ratio_level == "sequence"
+    exact = form in (_SEQUENCE_FORMS if sequence else _TOKEN_FORMS) and config.kind != "clip_cov"
+    if not exact or (sequence and config.kl_coef and config.kl == "k3_corrected"):
+        what = f"kind {config.kind!r}, ratio level {config.resolved_ratio_level!r}, kl {config.kl!r}"
+        raise ValueError(
+            f"branch must come with a loss that sums over the leaves give exactly; {what} needs the flat rollouts: "
+            "index everything per token with tree.flat_index, and pass tree.flat_cu_seqlens and the leaves' advantages"
+        )
+    if isinstance(branch, Paths):
+        nodes = (branch.tree.num_nodes + 1,)
+        return check_shape("cu_seqlens", cu_seqlens, nodes, "the boundaries of the tree's nodes")
+    if not isinstance(branch, Branch):
+        raise TypeError(f"branch must be a Branch or Paths, got {describe(branch)}")
+    if sequence or config.sampler_correction == "sequence_mask":
+        raise ValueError("branch must be Paths where the ratio or the correction is a trajectory's; got a Branch")
+    if config.resolved_aggregate.startswith("seq_mean"):
+        raise ValueError(
+            f"branch must be Paths for aggregate {config.resolved_aggregate!r}; got a Branch, whose leaf weights are "
+            "tree.leaf_weights(mask, aggregate), with which the aggregate is 'token_sum'"
+        )
+    for name, x in branch._asdict().items():
+        check_tensor(f"branch.{name}", x, dtypes=(*ops.FLOATS, torch.int64, torch.int32), ndim=1, device=pairs.device)
+        check_shape(f"branch.{name}", x, tuple(branch.positive.shape), "like branch.positive")
+
+
+def leaf_counts(paths: Paths, cu_seqlens: Tensor, mask: Tensor | None, gate: Tensor | None) -> Tensor:
+    """Unmasked pairs on the path of each leaf that the gate lets through, else 0; int64 ``[L]``."""
+    counts = paths.tree.along_paths(node_counts(cu_seqlens, mask))
+    return counts if gate is None else counts * gate
+
+
+def node_counts(cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+    """Unmasked pairs of each node, int64 ``[M]``."""
+    return cu_seqlens.diff() if mask is None else offsets_of(mask)[cu_seqlens].diff()
+
+
+def gate_of(paths: Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
+            sampler: Tensor | None) -> Tensor | None:  # fmt: skip
+    """The rollouts that the gate and the sampler's sequence mask leave. NaN counts as inside, and reaches the loss."""
+    if config.sampler_correction != "sequence_mask":
+        return paths.gate
+    assert old is not None and sampler is not None
+    counts = leaf_counts(paths, cu_seqlens, mask, None).clamp_min(1)
+    log_w = scored(old - sampler, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    w = (path_sums(log_w, cu_seqlens, paths.tree) / counts).exp()
+    kept = ~((w < config.sampler_low) | (w > config.sampler_high))
+    return kept if paths.gate is None else kept & paths.gate
+
+
+def sampler_factor(config: PolicyLoss, log_w: Tensor) -> Tensor:
+    """What "tis" or "icepop" multiplies a token's policy term by."""
+    w = log_w.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    if config.sampler_correction == "tis":
+        return w.clamp_max(config.sampler_high)
+    return torch.where((w < config.sampler_low) | (w > config.sampler_high), 0, w)
+
+
+def scored(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask, x, 0)
+
+
+def weights_of(config: PolicyLoss, counts: Tensor, normalizer: Tensor | None) -> Tensor:
+    """With which the sum over all (token, leaf) pairs is the aggregate; float64 ``[L]``."""
+    weights = aggregate_weights(counts, config.resolved_aggregate, config.max_length, normalizer)
+    if config.resolved_aggregate != "token_mean":
+        return weights
+    return weights / (counts.sum().clamp_min(1) if normalizer is None else normalizer)
+
+
+def summed(config: PolicyLoss) -> PolicyLoss:
+    """The configuration once weights and gates are in the coefficients."""
+    correction = "none" if config.sampler_correction == "sequence_mask" else config.sampler_correction
+    return replace(config, aggregate="token_sum", sampler_correction=correction)
+
+
+def read_branch(branch: Branch | Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
+                sampler: Tensor | None, normalizer: Tensor | None, per_token: bool, dtype: torch.dtype,
+                ) -> tuple[Tensor, PolicyLoss, Tensor | None]:  # fmt: skip
+    """The branch as the kernels read it, [6, M] or [6, P]; the loss whose sum over tokens, with these coefficients, is
+    the flat rollouts'; and what divides that sum."""
+    if isinstance(branch, Paths):
+        gate = gate_of(branch, config, cu_seqlens, mask, old, sampler)
+        weights = weights_of(config, leaf_counts(branch, cu_seqlens, mask, gate), normalizer)
+        branch = ops.branch_coefficients(branch.advantages.detach(), branch.tree, leaf_weights=weights)
+        config, normalizer = summed(config), None
+    elif config.resolved_aggregate == "token_mean" and normalizer is None:
+        leaves = branch.leaf_count.detach().double()
+        total = (scored(leaves, mask) if per_token else leaves * node_counts(cu_seqlens, mask)).sum()
+        normalizer = torch.where(total == 0, 1, total).to(dtype)
+    return torch.stack([x.detach().to(dtype) for x in branch]), config, normalizer
