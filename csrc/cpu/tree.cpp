@@ -107,7 +107,10 @@ int branch_coefficients(const T* advantages, const T* weights, const TreeNodes& 
   };
   upwards(
       tree,
-      [&](int64_t n, int64_t l) { sums[n] = branch_leaf(double(advantages[l]), weight_of(weights, l)), write(n); },
+      [&](int64_t n, int64_t l, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+          sums[n + i] = branch_leaf(double(advantages[l + i]), weight_of(weights, l + i)), write(n + i);
+      },
       [&](int64_t n, const int32_t* begin, const int32_t* end) {
         BranchSums sum{};
         for (const int32_t* c = begin; c < end; ++c) sum.add(sums[*c]);

@@ -1,9 +1,11 @@
 // Passes over a tree's nodes on the CPU: up from the leaves, and down from the roots. One pass each, in an order that
-// is the tree's own: no depth costs more, and no other tree changes a bit.
+// is the tree's own: no depth costs more, and no other tree or thread changes a bit.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
+#include "../common/parallel.h"
 #include "../common/tree.h"
 #include "huge_pages.h"
 
@@ -23,19 +25,50 @@ inline bool all_finite(const T* x, int64_t n) {
   return !bad;
 }
 
-// Bottom up: leaf(n, l) for leaf number l at node n, inner(n, begin, end) once its children child[begin:end] are done.
-template <class Leaf, class Inner>
-inline void upwards(const TreeNodes& tree, const Leaf& leaf, const Inner& inner) {
-  int64_t l = tree.leaves;
-  int32_t end = tree.child_begin[tree.nodes];
-  for (int64_t n = tree.nodes; n-- > 0;) {
-    const int32_t begin = tree.child_begin[n];
-    if (begin == end)
-      leaf(n, --l);
-    else
-      inner(n, tree.child + begin, tree.child + end);
-    end = begin;
+// A node, and the number of the first leaf from it on.
+struct Cut {
+  int64_t node, leaf;
+};
+
+// The first root from `node` on before which all of the earlier trees' nodes lie, or the end. Their leaves are the first
+// of the depth-first order, so they all lie before it where as many leaves do, and the nodes above them with them.
+inline Cut next_cut(const TreeNodes& tree, int64_t node) {
+  int64_t leaf = node;
+  for (int64_t n = node; n < tree.nodes; ++n) {
+    if (tree.parent[n] >= 0) continue;
+    for (leaf = std::max(leaf, n); !tree.is_leaf(leaf);) ++leaf;
+    const int32_t before = tree.order[tree.leaf_begin[leaf]];
+    if (before == tree.leaf_begin[n]) return {n, before};
   }
+  return {tree.nodes, tree.leaves};
+}
+
+// f(begin, end) on ranges that cut no tree, in parallel where there are some.
+template <class F>
+inline void each_part(const TreeNodes& tree, const F& f) {
+  constexpr int64_t kNodes = 8192;  // worth a thread
+  parallel_for(tree.nodes, kNodes, [&](int64_t begin, int64_t end) {
+    const Cut first = begin == 0 ? Cut{0, 0} : next_cut(tree, begin), last = next_cut(tree, end);
+    if (first.node < last.node) f(first, last);
+  });
+}
+
+// Bottom up: leaves(n, l, count) for so many leaves from number l at node n on, inner(n, begin, end) once its children
+// child[begin:end] are done.
+template <class Leaves, class Inner>
+inline void upwards(const TreeNodes& tree, const Leaves& leaves, const Inner& inner) {
+  each_part(tree, [&](const Cut& first, const Cut& last) {
+    int64_t l = last.leaf, n = last.node;
+    while (n > first.node) {
+      const int32_t end = tree.child_begin[n];
+      int64_t run = 0;
+      while (n > first.node && tree.child_begin[n - 1] == end) --n, ++run;
+      if (run) leaves(n, l -= run, run);
+      if (n == first.node) break;
+      --n;
+      inner(n, tree.child + tree.child_begin[n], tree.child + end);
+    }
+  });
 }
 
 // Children that follow each other in memory, the usual case, need no indices; the sum's order is the same.
@@ -51,12 +84,17 @@ inline double sum_children(const int32_t* begin, const int32_t* end, const F& va
   return sum;
 }
 
-template <class T, class Out>
-void subtree_sums(const T* leaf_values, const TreeNodes& tree, double* sums, const Out& out) {
+// `sums` are kept in double; out[n] = of(n, sum), a leaf's being its value.
+template <class T, class Of>
+void subtree_sums(const T* leaf_values, const TreeNodes& tree, double* sums, T* out, const Of& of) {
   upwards(
-      tree, [&](int64_t n, int64_t l) { out(n, sums[n] = double(leaf_values[l])); },
+      tree,
+      [&](int64_t n, int64_t l, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) sums[n + i] = double(leaf_values[l + i]);
+        std::copy_n(leaf_values + l, count, out + n);
+      },
       [&](int64_t n, const int32_t* begin, const int32_t* end) {
-        out(n, sums[n] = sum_children(begin, end, [&](int64_t c) { return sums[c]; }));
+        out[n] = T(of(n, sums[n] = sum_children(begin, end, [&](int64_t c) { return sums[c]; })));
       });
 }
 
@@ -69,7 +107,10 @@ template <class T>
 void subtree_moments(const T* leaf_values, const TreeNodes& tree, Moments* found) {
   const auto first = [&](int64_t n) { return double(leaf_values[tree.order[tree.tree_begin[tree.leaf_begin[n]]]]); };
   upwards(
-      tree, [&](int64_t n, int64_t l) { found[n] = {double(leaf_values[l]) - first(n), 0}; },
+      tree,
+      [&](int64_t n, int64_t l, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) found[n + i] = {double(leaf_values[l + i]) - first(n + i), 0};
+      },
       [&](int64_t n, const int32_t* begin, const int32_t* end) {
         const double origin = found[*begin].mean;
         const double sum = sum_children(
@@ -87,7 +128,10 @@ void subtree_moments(const T* leaf_values, const TreeNodes& tree, Moments* found
 template <class T>
 void subtree_extremes(const T* leaf_values, const TreeNodes& tree, bool greatest, int32_t* found) {
   upwards(
-      tree, [&](int64_t n, int64_t l) { found[n] = int32_t(l); },
+      tree,
+      [&](int64_t n, int64_t l, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) found[n + i] = int32_t(l + i);
+      },
       [&](int64_t n, const int32_t* begin, const int32_t* end) {
         int32_t best = found[*begin];
         for (const int32_t* c = begin + 1; c < end; ++c) {
@@ -99,6 +143,14 @@ void subtree_extremes(const T* leaf_values, const TreeNodes& tree, bool greatest
       });
 }
 
+template <class F>
+inline void each_node(const TreeNodes& tree, const F& f) {
+  constexpr int64_t kNodes = 32768;
+  parallel_for(tree.nodes, kNodes, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) f(n);
+  });
+}
+
 // False where a value is not finite: nothing is written then.
 template <class T>
 bool subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out) {
@@ -106,18 +158,17 @@ bool subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out)
   if (op == kMax || op == kMin) {
     const auto best = unwritten<int32_t>(tree.nodes);
     subtree_extremes(leaf_values, tree, op == kMax, best.get());
-    for (int64_t n = 0; n < tree.nodes; ++n) out[n] = leaf_values[best[n]];
+    each_node(tree, [&](int64_t n) { out[n] = leaf_values[best[n]]; });
   } else if (op == kVariance) {
     const auto moments = unwritten<Moments>(tree.nodes);
     subtree_moments(leaf_values, tree, moments.get());
-    for (int64_t n = 0; n < tree.nodes; ++n) out[n] = T(moments[n].squares / double(tree.leaf_count(n)));
+    each_node(tree, [&](int64_t n) { out[n] = T(moments[n].squares / double(tree.leaf_count(n))); });
   } else {
     const auto sums = unwritten<double>(tree.nodes);
-    if (op == kSum)
-      subtree_sums(leaf_values, tree, sums.get(), [&](int64_t n, double sum) { out[n] = T(sum); });
+    if (op == kSum) subtree_sums(leaf_values, tree, sums.get(), out, [](int64_t, double sum) { return sum; });
     else
-      subtree_sums(leaf_values, tree, sums.get(),
-                   [&](int64_t n, double sum) { out[n] = T(sum / double(tree.leaf_count(n))); });
+      subtree_sums(leaf_values, tree, sums.get(), out,
+                   [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
   }
   return true;
 }
@@ -126,12 +177,14 @@ bool subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out)
 template <class S, class Step, class Leaf>
 inline void downwards(const TreeNodes& tree, const Step& step, const Leaf& leaf) {
   const auto found = unwritten<S>(tree.nodes);
-  int64_t l = 0;
-  for (int64_t n = 0; n < tree.nodes; ++n) {
-    const int32_t p = tree.parent[n];
-    found[n] = step(n, p < 0 ? nullptr : &found[p]);
-    if (tree.is_leaf(n)) leaf(l++, found[n]);
-  }
+  each_part(tree, [&](const Cut& first, const Cut& last) {
+    int64_t l = first.leaf;
+    for (int64_t n = first.node; n < last.node; ++n) {
+      const int32_t p = tree.parent[n];
+      found[n] = step(n, p < 0 ? nullptr : &found[p]);
+      if (tree.is_leaf(n)) leaf(l++, found[n]);
+    }
+  });
 }
 
 // A leaf's gradient is the sum along its path of each node's share for that leaf: g, g / count; g where the leaf is the
