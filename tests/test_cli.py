@@ -62,7 +62,7 @@ def test_help_lists_the_commands() -> None:
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= cli.WIDTH
     for command, text in cli.COMMANDS.items():
-        assert f"  {command:<8}{text}" in done.stdout.splitlines()
+        assert f"  {command:<10}{text}" in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("args", [["validat"], [], ["info", "--colour"]], ids=["unknown", "none", "unknown-flag"])

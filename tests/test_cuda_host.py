@@ -25,7 +25,7 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import _ext, reference
 from trajkern._native import tree as tree_launchers
-from trajkern.testing import advantage, check, run, tree
+from trajkern.testing import advantage, errors, run, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "tests" / "cuda_host"
@@ -113,7 +113,7 @@ def kernels(host: ModuleType, monkeypatch: pytest.MonkeyPatch, poison: None) -> 
 @pytest.mark.parametrize("small", SMALL)
 def test_within_budget(small, dtype: torch.dtype, kernels: OnHost) -> None:
     spec, case = small
-    shares = check(spec, getattr(tk, spec.name), spec.inputs(case, dtype))
+    shares = errors(spec, getattr(tk, spec.name), spec.inputs(case, dtype))
     assert kernels.calls > 0
     assert max(shares.values()) <= 1, f"{case.name} ({case.reason}): share of the error budget {shares}"
 
@@ -181,7 +181,7 @@ def test_whiten_over_any_number_of_blocks(blocks: int, kernels: OnHost) -> None:
     kernels.blocks = blocks
     spec = next(s for s in SPECS if s.name == "whiten")
     inputs = spec.inputs(next(c for c in spec.cases if c.name == "large_mean"), torch.float32)
-    assert max(check(spec, tk.whiten, inputs).values()) <= 1
+    assert max(errors(spec, tk.whiten, inputs).values()) <= 1
 
 
 @pytest.mark.parametrize("bounds", ((2, 6, 8), (0, 6, 7), (0, 99, 10), (-5, 3, 10), (0, 7, 3, 10), (4, 4)))

@@ -46,14 +46,15 @@ ARROWS = {
     "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", "layout", "tree_layout", *FORMULAS},
     "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
     "integrations": {"ops", "recipes", *PUBLIC},
-    "testing": {"_paths", "_types", "layout", "ops", "reference", "tree_layout", *PUBLIC},
+    "testing": {"_backends", "_checks", "_paths", "_types", "layout", "ops", "reference", "tree_layout", *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
-    "cli": {"_backends", "_ext", "testing", "trainer", *PUBLIC},
+    "cli": {"_backends", "_ext", "testing", "trainer", "validate", *PUBLIC},
+    "validate": {"testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.
 LAZY = {"_backends": {"_native", "_triton", "reference"}}
 THIRD_PARTY = {"_triton": {"torch", "triton"}, "_backends": {"torch", "triton"}}  # else torch and numpy
-FREE = {"cli", "integrations", "testing", "trainer"}  # import what they need
+FREE = {"cli", "integrations", "testing", "trainer", "validate"}  # import what they need
 
 PYTHON = sorted([*(ROOT / "trajkern").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])
 NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"})

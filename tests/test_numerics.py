@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 import trajkern as tk
-from trajkern.testing import check
+from trajkern.testing import errors
 
 
 @pytest.mark.usefixtures("backend", "poison")
 def test_within_budget(spec, case, dtype, device) -> None:
-    shares = check(spec, getattr(tk, spec.name), spec.inputs(case, dtype, device))
+    shares = errors(spec, getattr(tk, spec.name), spec.inputs(case, dtype, device))
     over = {name: share for name, share in shares.items() if not share <= 1}
     assert not over, f"{case.name} ({case.reason}): share of the error budget {over}"
 

@@ -176,6 +176,14 @@ def summed(config: PolicyLoss) -> PolicyLoss:
     return replace(config, aggregate="token_sum", sampler_correction=correction)
 
 
+def sum_in_any_order(x: Tensor) -> Tensor:
+    """The sum of float64 numbers at least 0, in fixed point, so that their order changes no bit."""
+    whole = (x * 2.0**20).floor()
+    rest = ((x * 2.0**20 - whole) * 2.0**40).floor()
+    exact = whole.long().sum().double() * 2.0**-20 + rest.long().sum().double() * 2.0**-60
+    return exact + 0 * x.sum()  # NaN stays NaN
+
+
 def read_branch(branch: Branch | Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
                 sampler: Tensor | None, normalizer: Tensor | None, per_token: bool, dtype: torch.dtype,
                 ) -> tuple[Tensor, PolicyLoss, Tensor | None]:  # fmt: skip
@@ -188,6 +196,6 @@ def read_branch(branch: Branch | Paths, config: PolicyLoss, cu_seqlens: Tensor, 
         config, normalizer = summed(config), None
     elif config.resolved_aggregate == "token_mean" and normalizer is None:
         leaves = branch.leaf_count.detach().double()
-        total = (scored(leaves, mask) if per_token else leaves * node_counts(cu_seqlens, mask)).sum()
+        total = sum_in_any_order(scored(leaves, mask) if per_token else leaves * node_counts(cu_seqlens, mask))
         normalizer = torch.where(total == 0, 1, total).to(dtype)
     return torch.stack([x.detach().to(dtype) for x in branch]), config, normalizer

@@ -1,4 +1,4 @@
-"""The command line: ``trajkern info`` and ``trajkern train``."""
+"""The command line: ``trajkern info``, ``trajkern validate`` and ``trajkern train``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from trajkern._backends import OWNERS
 WIDTH = 80
 COMMANDS = {
     "info": "versions, backends and what each lacks, ops and who runs them",
-    "train": "teach a small language model reasoning tasks with GRPO (extra: train)",
+    "validate": "every op on this machine against the float64 reference",
+    "train": "teach a small language model to reason with GRPO (extra: train)",
 }
 # op -> the GPU on which its GPU kernel passed the benchmark's gate, by the results committed in bench/results
 RUN_ON_GPU: dict[str, str] = {}
@@ -30,14 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = _parser().parse_args(argv[:1]).command  # what follows belongs to the command
-    return {"info": info, "train": train}[command](argv[1:])
+    return {"info": info, "validate": validate, "train": train}[command](argv[1:])
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+    listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="trajkern",
-        usage="trajkern {info,train} ...",
+        usage="trajkern {info,validate,train} ...",
         description="Kernels for reinforcement learning of language-model agents.",
         epilog=f"commands:\n{listed}\n\n`trajkern COMMAND --help` lists a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,6 +52,12 @@ def train(argv: list[str]) -> int:
     from trajkern.trainer import cli_main
 
     return cli_main(argv)
+
+
+def validate(argv: list[str]) -> int:
+    from trajkern.validate import main
+
+    return main(argv)
 
 
 def info(argv: list[str]) -> int:

@@ -94,9 +94,13 @@ def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Ten
     return float(((actual - high).abs() / budget).nan_to_num(math.inf).max())
 
 
-def check(spec: OpSpec, function: Callable[..., Any], inputs: Inputs) -> dict[str, float]:
+def errors(spec: OpSpec, function: Callable[..., Any], inputs: Inputs) -> dict[str, float]:
     """Share of the budget that ``function`` uses in every output and gradient."""
-    actual = run(spec, function, inputs)
+    return budget_shares(spec, run(spec, function, inputs), inputs)
+
+
+def budget_shares(spec: OpSpec, actual: Outcome, inputs: Inputs) -> dict[str, float]:
+    """Share of the budget that a result takes in every output and gradient."""
     high, low = oracle(spec, inputs)
     if actual.keys() != high.keys():
         raise AssertionError(f"{spec.name} returned {sorted(actual)}, the reference {sorted(high)}")

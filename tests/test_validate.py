@@ -1,0 +1,137 @@
+"""``trajkern validate`` and ``trajkern.testing.check``: what passes, what is caught, what is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import trajkern as tk
+from trajkern import cli, validate
+from trajkern.testing import check
+
+
+def test_a_sound_op_in_a_fresh_process(tmp_path) -> None:
+    command = [sys.executable, "-m", "trajkern", "validate", "--op", "whiten", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= cli.WIDTH
+    rows = [line for line in done.stdout.splitlines() if line.startswith("whiten")]
+    assert [row.split()[2] for row in rows] == ["float32", "float64"]
+    made = json.loads((tmp_path / "out.json").read_text())
+    assert made["version"] == tk.__version__ and all(r["passed"] and r["worst"] <= 1 for r in made["results"])
+
+
+def _wrong_on(length: int):
+    whiten = tk.whiten
+
+    def wrong(x, **options):
+        return whiten(x, **options) * (1.001 if x.shape[0] >= length else 1)
+
+    return wrong
+
+
+def test_an_error_is_caught_with_its_smallest_case(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tk, "whiten", _wrong_on(3))
+    assert validate.main(["--op", "whiten", "--dtype", "float32"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"^whiten +native +float32 .* FAIL$", shown, re.M)
+    assert "times its budget" in shown
+    code = textwrap.dedent(
+        "\n".join(line for line in shown.splitlines() if line.startswith("  ") and "smallest" not in line)
+    )
+    exec(compile(code, "the failure", "exec"), {})
+    printed = eval(capsys.readouterr().out.splitlines()[0])
+    assert printed["whitened"] > 1
+
+
+def test_bits_that_depend_on_the_run_or_the_batch_fail(monkeypatch, capsys) -> None:
+    calls, advantages = iter(range(10**9)), tk.group_advantages
+
+    def unsteady(rewards, group_ids, **options):
+        return advantages(rewards, group_ids, **options) + 1e-30 * next(calls)
+
+    monkeypatch.setattr(tk, "group_advantages", unsteady)
+    assert validate.main(["--op", "group_advantages", "--dtype", "float32"]) == 1
+    assert "DIFFER" in capsys.readouterr().out
+
+
+def test_fresh_draws_repeat_with_their_seed(capsys) -> None:
+    shown = []
+    for seed in ("7", "7", "8"):
+        assert validate.main(["--op", "whiten", "--dtype", "float32", "--seed", seed]) == 0
+        shown.append([line.rsplit(None, 2)[0] for line in capsys.readouterr().out.splitlines()[3:4]])
+    assert shown[0] == shown[1]
+
+
+def test_own_tensors(tmp_path, capsys) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "mine.safetensors"
+    x = torch.randn(9)
+    tensors = {"logprobs": x - 3, "old_logprobs": x - 3.1, "advantages": torch.randn(2),
+               "cu_seqlens": torch.tensor([0, 4, 9])}  # fmt: skip
+    save_file(tensors, path, {"config": json.dumps({"kind": "dapo", "clip_high": 0.28}), "normalizer": "4.5"})
+    assert validate.main(["--op", "policy_loss", "--inputs", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "loss" in shown and "grad_logprobs" in shown
+    assert validate.main(["--inputs", str(path)]) == 2
+    assert "--inputs needs exactly one --op" in capsys.readouterr().err
+
+
+def test_a_tree_of_ones_own(tmp_path, capsys) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "tree.safetensors"
+    tensors = {"tree.parent": torch.tensor([-1, 0, 0]), "tree.node_lengths": torch.tensor([1, 2, 3])}
+    save_file(tensors | {"leaf_values": torch.randn(2)}, path, {"op": '"var"'})
+    assert validate.main(["--op", "subtree_reduce", "--inputs", str(path)]) == 0
+
+
+class TestCheck:
+    def test_an_implementation_of_ones_own(self) -> None:
+        def whiten(x, *, mask=None, shift_mean=True, ddof=1, **_):
+            return tk.reference.whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, **_)
+
+        assert all(result.passed for result in check(whiten, like="whiten"))
+
+    def test_a_wrong_one(self) -> None:
+        (result,) = check(_wrong_on(1), like="whiten", dtypes=[torch.float32])
+        assert not result.passed and result.worst > 1
+        assert result.smallest.size == min(failure.size for failure in result.failures)
+
+    def test_one_that_raises(self) -> None:
+        def broken(*_, **__):
+            raise KeyError("no such kernel")
+
+        (result,) = check(broken, like="whiten", dtypes=[torch.float64])
+        assert "KeyError: 'no such kernel'" in result.smallest.why
+
+    def test_unknown_op_gets_the_list(self) -> None:
+        with pytest.raises(ValueError, match="op must be one of .*'token_logprobs'.*; got 'tokens'"):
+            check(tk.whiten, like="tokens")
+        with pytest.raises(ValueError, match="intensity must be one of 1, 2, 3; got 4"):
+            check(tk.whiten, like="whiten", intensity=4)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--op", "tokens"], "invalid choice: 'tokens'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--intensity", "9"], "invalid choice: 9"),
+    ],
+)
+def test_bad_flags(args, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        validate.main(args)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_run(tmp_path, capsys) -> None:
+    assert validate.main(["--op", "whiten", "--json", str(tmp_path / "missing" / "out.json")]) == 2
+    captured = capsys.readouterr()
+    assert "existing folder" in captured.err and not captured.out

@@ -1,0 +1,147 @@
+"""``trajkern validate``: every op that can run on this machine against the float64 reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trajkern as tk
+from trajkern.testing import SPECS, spec_of
+from trajkern.testing.numerics import budget_shares, run
+from trajkern.testing.validation import FRESH, Result, cases_of, plan, validate
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = f"{'op':<21}{'backend':<8}{'dtype':<10}{'cases':>5}{'worst':>8}  {'twice':<6}{'packed':<8}{'time':>9}"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit status: 1 where anything failed."""
+    args = _parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"trajkern validate: torch {torch.__version__} sees no NVIDIA GPU", file=sys.stderr)
+        return 2
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        print(f"trajkern validate: --json must name a file in an existing folder; got {args.json}", file=sys.stderr)
+        return 2
+    if args.inputs is not None:
+        return _own_inputs(args)
+    results = _run(args)
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        print("\n" + _report(result))
+    total, cases = sum(r.seconds for r in results), sum(r.cases for r in results)
+    verdict = f"{len(failed)} of {len(results)} rows failed" if failed else "all within budget"
+    print(f"\n{cases:,} cases, seed {args.seed}: {verdict}; {total:.1f} s in the ops")
+    if args.json is not None:
+        made: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
+        made["intensity"], made["results"] = args.intensity, [asdict(r) | {"passed": r.passed} for r in results]
+        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _run(args: argparse.Namespace) -> list[Result]:
+    """The table, a line as soon as it is known."""
+    ops = args.op or [spec.name for spec in SPECS]
+    devices = [args.device] if args.device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    planned = plan(ops, devices, [DTYPES[name] for name in args.dtype or DTYPES])
+    total, done = sum(len(cases_of(s, r.backend, args.intensity, args.seed)) for s, r in planned), 0
+    print(f"worst error as a share of its budget (at most 1), on {total:,} cases; seed {args.seed}\n\n{COLUMNS}")
+    for spec, result in planned:
+        for _ in validate(result, spec, args.intensity, args.seed):
+            done += 1
+            _progress(done, total, f"{result.op} {result.dtype}")
+        _progress(0, 0, "")
+        print(_line(result), flush=True)
+    return [result for _, result in planned]
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    """A bar on a terminal's last line, which the next line of the table replaces."""
+    if sys.stderr.isatty():
+        bar = f"[{'#' * (30 * done // total):<30}] {done:,} of {total:,}  {what}" if total else ""
+        print(f"\r{bar:<79}", end="" if total else "\r", file=sys.stderr, flush=True)
+
+
+def _line(r: Result) -> str:
+    bits = f"{_bits(r.repeatable):<6}{_bits(r.invariant):<8}"
+    mark = "" if r.passed else " FAIL"
+    return f"{r.op:<21}{r.backend:<8}{r.dtype:<10}{r.cases:>5}{r.worst:>8.2f}  {bits}{r.seconds * 1e3:>6.0f} ms{mark}"
+
+
+def _bits(same: bool) -> str:
+    return "same" if same else "DIFFER"
+
+
+def _report(result: Result) -> str:
+    """The smallest failure, and how to see it again."""
+    failure = result.smallest
+    lines = [
+        f"{result.op}, {result.backend}, {result.dtype}: {len(result.failures)} of {result.cases} cases fail",
+        f"  the smallest, {failure.case}: {failure.why}",
+        "",
+        "  import torch, trajkern as tk",
+        "  from trajkern.testing import errors, spec_of",
+        "  from trajkern.testing.validation import dependent",
+        f'  op = spec_of("{result.op}")',
+        f'  case = next(c for c in op.cases if c.name == "{failure.case}")',
+        f'  inputs = op.inputs(case, torch.{result.dtype}, "{result.device}", seed={failure.seed})',
+        f'  with tk.use_backend("{result.backend}"):',
+        f"      print(errors(op, tk.{result.op}, inputs))",
+        f"      print(dependent(op, tk.{result.op}, inputs))",
+    ]
+    return "\n".join(lines)
+
+
+def _own_inputs(args: argparse.Namespace) -> int:
+    """One op on the tensors of a file."""
+    if len(args.op or ()) != 1:
+        print("trajkern validate: --inputs needs exactly one --op", file=sys.stderr)
+        return 2
+    spec = spec_of(args.op[0])
+    inputs = read_inputs(args.inputs, args.device or "cpu")
+    shares = budget_shares(spec, run(spec, getattr(tk, spec.name), inputs), inputs)
+    print(f"{spec.name} on {args.inputs}: worst error as a share of its budget (at most 1)")
+    for name, share in shares.items():
+        print(f"  {name:<20}{share:>8.2f}{'' if share <= 1 else ' FAIL'}")
+    return 0 if all(share <= 1 for share in shares.values()) else 1
+
+
+def read_inputs(path: Path, device: str) -> dict[str, Any]:
+    """The keyword arguments in a safetensors file.
+
+    A tensor bears its argument's name, a tree's ``tree.parent`` and ``tree.node_lengths``; what is no tensor stands in
+    the file's metadata as JSON, a ``config`` as the fields of :class:`trajkern.PolicyLoss`.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt", device=device) as file:
+        inputs: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        inputs |= {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "format"}
+    if "config" in inputs:
+        inputs["config"] = tk.PolicyLoss(**inputs["config"])
+    parts = {name.removeprefix("tree."): inputs.pop(name) for name in [*inputs] if name.startswith("tree.")}
+    return inputs | ({"tree": tk.Tree(**parts)} if parts else {})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trajkern validate",
+        description="Run every op, backend and precision that this machine can, forward and backward, against the "
+        "float64 reference; twice, and in another order. Exit status 1 where an error exceeds its budget or bits "
+        "differ.",
+    )
+    add = parser.add_argument
+    add("--op", action="append", choices=[s.name for s in SPECS], metavar="OP", help="only this op (repeatable)")
+    add("--device", choices=("cpu", "cuda"), help="default: every device there is")
+    add("--dtype", action="append", choices=DTYPES, help="only this precision (repeatable)")
+    add("--intensity", type=int, choices=FRESH, default=1, help="how many fresh draws of each case; default: 1")
+    add("--seed", type=int, default=0, help="of the fresh draws; default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="write every result there")
+    add("--inputs", type=Path, metavar="FILE", help="a safetensors file with the arguments of the one --op given")
+    return parser
