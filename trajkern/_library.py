@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from trajkern import _backends
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("trajkern", "DEF")
 
 
@@ -43,3 +45,17 @@ def _is_watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
     )
+
+
+def recorded(function: Function) -> Function:
+    """Shows a public function's name to a running profiler, and as an NVTX range under ``emit_nvtx``."""
+    name = f"trajkern.{function.__name__}"
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+            return function(*args, **kwargs)
+        with torch.profiler.record_function(name):
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]

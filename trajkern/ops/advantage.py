@@ -27,7 +27,7 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._library import define
+from trajkern._library import define, recorded
 from trajkern._types import GAE
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -124,6 +124,7 @@ def _accumulated(x: Tensor) -> Tensor:
     return laid_out(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+@recorded
 def group_advantages(
     rewards: Tensor,  # [N]
     group_ids: Tensor,  # [N]
@@ -202,6 +203,7 @@ def _check_values(rewards: Tensor, weights: Tensor | None) -> None:
             check_values("weights", weights, 0)
 
 
+@recorded
 def discounted_returns(
     rewards: Tensor,  # [T]
     cu_seqlens: Tensor,  # [N+1]
@@ -230,6 +232,7 @@ def discounted_returns(
     )
 
 
+@recorded
 def gae(
     rewards: Tensor,  # [T]
     values: Tensor,  # [T]
@@ -291,6 +294,7 @@ def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, **deca
         check_cu_seqlens(cu_seqlens, rewards.shape[0])
 
 
+@recorded
 def whiten(
     x: Tensor,  # [T]
     *,

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from trajkern import _backends
 from trajkern._check_head import FLOATS, WORKSPACE, accumulator
 from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
-from trajkern._library import define
+from trajkern._library import define, recorded
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor? mask, float temperature,"
@@ -67,6 +67,7 @@ class _LinearDivergence(torch.autograd.Function):
         return *(next(grads) if need else None for need in needs), *(None,) * 6
 
 
+@recorded
 def linear_divergence(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -150,6 +151,7 @@ def _check_mask(mask: Tensor | None, x: Tensor) -> None:
         check_shape("mask", mask, tuple(x.shape[:1]), "one flag a token")
 
 
+@recorded
 def topk_divergence(
     student_logprobs: Tensor,  # [T, K]
     teacher_logprobs: Tensor,  # [T, K]

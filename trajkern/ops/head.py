@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from trajkern import _backends
 from trajkern._check_head import accumulator, check_head
 from trajkern._checks import check_choice, describe, laid_out, readable
-from trajkern._library import define
+from trajkern._library import define, recorded
 from trajkern._paths import Paths, read_branch
 from trajkern._types import METRICS, Branch, PolicyLoss, TokenStats
 from trajkern.ops.policy_loss import check_policy, encode, policy_loss, scaled
@@ -136,6 +136,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return *(scaled(g, grad_loss) for g in grads), *(None,) * ctx.count
 
 
+@recorded
 def linear_logprobs(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -191,6 +192,7 @@ def linear_logprobs(
     ).logprobs  # fmt: skip
 
 
+@recorded
 def linear_token_stats(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -229,6 +231,7 @@ def _output_bits(outputs: Sequence[str]) -> int:
     return sum(1 << OUTPUTS.index(name) for name in set(outputs))
 
 
+@recorded
 def linear_policy_loss(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]

@@ -27,7 +27,7 @@ from trajkern._checks import (
     describe,
     laid_out,
 )
-from trajkern._library import define
+from trajkern._library import define, recorded
 from trajkern._types import TokenStats
 
 OUTPUTS = ("entropy", "sum_sq_probs", "is_top1")  # bit i of the op's ``outputs``
@@ -95,6 +95,7 @@ class _TokenStats(torch.autograd.Function):
         return logits.detach(), *(None,) * 6
 
 
+@recorded
 def token_logprobs(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
@@ -123,6 +124,7 @@ def token_logprobs(
     return _stats(logits, targets, (), temperature, mask, inplace_backward)[0]
 
 
+@recorded
 def token_stats(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from trajkern import _backends
 from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, laid_out, readable
 from trajkern._covariance import largest_covariances
-from trajkern._library import define
+from trajkern._library import define, recorded
 from trajkern._paths import (
     LOG_RATIO_BOUND,
     Paths,
@@ -102,6 +102,7 @@ def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
     return grad
 
 
+@recorded
 def policy_loss(
     logprobs: Tensor,  # [T]
     old_logprobs: Tensor | None,  # [T]

@@ -31,7 +31,7 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._library import define
+from trajkern._library import define, recorded
 from trajkern._types import Branch
 from trajkern.layout import PackedBatch
 from trajkern.tree_layout import Tree
@@ -159,6 +159,7 @@ def _check_tree(tree: Any) -> None:
         raise TypeError(f"tree must be a Tree, got {type(tree).__name__}")
 
 
+@recorded
 def subtree_reduce(
     leaf_values: Tensor,  # [L]
     tree: Tree,
@@ -189,6 +190,7 @@ def subtree_reduce(
     return _SubtreeReduce.apply(_accumulated(leaf_values), REDUCTIONS.index(op), *tree.arrays)
 
 
+@recorded
 def sibling_advantages(
     node_values: Tensor,  # [M]
     tree: Tree,
@@ -237,6 +239,7 @@ def sibling_advantages(
     return _SiblingAdvantages.apply(_accumulated(node_values), rule, *tree.arrays)
 
 
+@recorded
 def branch_coefficients(
     leaf_advantages: Tensor,  # [L]
     tree: Tree,
@@ -275,6 +278,7 @@ def branch_coefficients(
     return Branch(*_BranchCoefficients.apply(x, weights, *tree.arrays))
 
 
+@recorded
 def spread(
     values: Values,  # [M] or [N]
     layout: Tree | PackedBatch,
@@ -289,7 +293,7 @@ def spread(
         ``[T]`` float32 (float64 for float64), differentiable once; a :class:`Branch` of them for a branch.
     """
     if isinstance(values, Branch):
-        return Branch(*(spread(x, layout) for x in values))
+        return Branch(*(spread(x, layout) for x in values))  # type: ignore[arg-type]
     if isinstance(layout, Tree):
         offsets, what = layout.node_offsets, "one value a node"
     elif isinstance(layout, PackedBatch):
