@@ -139,7 +139,7 @@ def node_counts(cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
 
 def gate_of(paths: Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
             sampler: Tensor | None) -> Tensor | None:  # fmt: skip
-    """The rollouts that the gate and the sampler's sequence mask leave. NaN counts as inside, and reaches the loss."""
+    """The rollouts that the gate and the sampler's sequence mask leave."""
     if config.sampler_correction != "sequence_mask":
         return paths.gate
     assert old is not None and sampler is not None
