@@ -1,0 +1,129 @@
+"""RLCR (arXiv 2507.16806; github damanimehul/RLCR): a reward for being right and for knowing how likely that is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_choice, check_number, check_tensor, readable
+from trajkern.ops.advantage import FLOATS, INTEGERS
+from trajkern.recipes._groups import check_vector
+
+FORMS = ("paper", "code")
+TRUTHS = (torch.bool, *INTEGERS, *FLOATS)
+
+
+def rewards(
+    correct: Tensor,  # [N]
+    confidence: Tensor,  # [N]
+    *,
+    form: str = "paper",
+    well_formed: Tensor | None = None,  # [N]
+) -> Tensor:
+    """The reward of each answer given with a confidence; ``[N]``.
+
+    With c = 1 for a correct answer, else 0, and q the confidence:
+
+        paper  R = c - (q - c)^2                                        in [-1, 1]
+        code   R = 0.5 format + 0.5 c + 0.5 (1 - (q - c)^2)             in [0.5, 1.5], format = 1
+
+    so that code = 1 + paper / 2 on well-formed answers: its mean-centred advantage is half the paper's. The best q is
+    the probability of being right. The authors' GRPO centres only (``scale="none"``).
+
+    Args:
+        correct: bool, integer or float ``[N]``, 0 or 1 (checked on the CPU).
+        confidence: float ``[N]``, in [0, 1] where well-formed (checked on the CPU; elsewhere NaN comes out).
+        form: "paper" or "code".
+        well_formed: bool ``[N]``; whether answer and confidence could be read. False gives the least reward, whatever
+            stands in the other two: 0 with "code", as there, and -1 with "paper", which does not speak of it (0 would
+            make silence better than a wrong answer). Without it all are.
+
+    Returns:
+        float32 (float64 for float64 confidences).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    check_choice("form", form, FORMS)
+    c, q = _checked(correct, confidence, well_formed)
+    missed = (q - c).square()
+    out, least = (c - missed, -1.0) if form == "paper" else (1 + 0.5 * (c - missed), 0.0)
+    out = out if well_formed is None else torch.where(well_formed, out, least)
+    return out if confidence.dtype == torch.float64 else out.float()
+
+
+def _checked(correct: Tensor, confidence: Tensor, well_formed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """c and q in float64; q is NaN where it is out of range."""
+    check_tensor("confidence", confidence, dtypes=FLOATS, ndim=1)
+    count, device = confidence.shape[0], confidence.device
+    check_vector("correct", correct, count, "one a confidence", device, TRUTHS, finite=False)
+    c, q = correct.double(), confidence.double()
+    legal = (q >= 0) & (q <= 1)
+    if well_formed is not None:
+        check_vector("well_formed", well_formed, count, "one flag a confidence", device, (torch.bool,))
+    if readable(confidence):
+        read = torch.ones_like(legal) if well_formed is None else well_formed
+        for name, x, good, expected in (
+            ("confidence", q, legal, "lie in [0, 1]"),
+            ("correct", c, (c == 0) | (c == 1), "be 0 or 1"),
+        ):
+            if bool((read & ~good).any()):
+                at = int((read & ~good).nonzero()[0, 0])
+                raise ValueError(f"{name} must {expected}; it is {float(x[at])} at index {at}")
+    return c, torch.where(legal, q, torch.nan)
+
+
+class Calibration(NamedTuple):
+    """How confidences agree with what came true; all float64 on the confidences' device."""
+
+    ece: Tensor  # [] mean over answers of the gap between accuracy and confidence of their bin
+    brier: Tensor  # [] mean squared gap
+    auroc: Tensor  # [] how often a correct answer's confidence lies above a wrong one's; a tie counts half
+    edges: Tensor  # [B+1] of the bins: the reliability diagram's axis
+    size: Tensor  # [B] answers in each bin
+    confidence: Tensor  # [B] their mean confidence, NaN in an empty bin
+    accuracy: Tensor  # [B] the share that is correct, NaN in an empty bin
+
+
+def calibration(
+    correct: Tensor,  # [N]
+    confidence: Tensor,  # [N]
+    *,
+    bins: int = 10,
+) -> Calibration:
+    """Calibration of confidences, and the reliability diagram that shows it.
+
+        ECE = sum over bins of (n_b / N) * abs(accuracy_b - confidence_b)
+
+    A bin holds its lower edge and not its upper, but for the last. The edges are ``numpy.linspace(0, 1, bins + 1)``, as
+    the authors': its third of ten lies just above 0.3, so a float64 0.3 falls into the bin below (a float32 0.3 lies
+    above both). AUROC is NaN where all answers are correct or all wrong; N = 0 gives NaN throughout.
+
+    Args:
+        correct: bool, integer or float ``[N]``, 0 or 1 (checked on the CPU).
+        confidence: float ``[N]``, in [0, 1] (checked on the CPU; elsewhere NaN makes ECE and Brier NaN).
+        bins: B, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    c, q = _checked(correct, confidence)
+    check_number("bins", bins, low=1)
+    if not isinstance(bins, int):
+        raise TypeError(f"bins must be an int, got {bins!r}")
+    edges = torch.as_tensor(np.linspace(0, 1, bins + 1), device=q.device)
+    place = torch.bucketize(q, edges[1:-1].contiguous(), right=True)
+    member = (place[:, None] == torch.arange(bins, device=q.device)).double()  # [N, B]
+    size, sum_q, sum_c = member.sum(0), q @ member, c @ member
+    ece = (sum_c - sum_q).abs().sum() / q.shape[0]
+    return Calibration(ece, (q - c).square().mean(), _auroc(c, q), edges, size, sum_q / size, sum_c / size)
+
+
+def _auroc(c: Tensor, q: Tensor) -> Tensor:
+    ranked = q.sort().values
+    below, upto = (torch.searchsorted(ranked, q, right=right).double() for right in (False, True))
+    hits, misses = c.sum(), (1 - c).sum()
+    return (((below + upto + 1) / 2 * c).sum() - hits * (hits + 1) / 2) / (hits * misses)
