@@ -15,11 +15,12 @@ from trajkern.trainer.config import TrainConfig, parse
 def test_every_field_is_a_flag() -> None:
     config = parse(
         "--task count_bits --steps 7 --loss.kind dapo --loss.clip-high 0.28 --warmup.steps 3 --eval.heldout 64"
-        " --tiny.layers 3 --control random-rewards --reference --max-new 9 --out here".split()
+        " --tiny.layers 3 --tree.rounds 2 --control random-rewards --reference --max-new 9 --out here".split()
     )
     assert (config.task, config.steps, config.control, config.reference) == ("count_bits", 7, "random-rewards", True)
     assert (config.loss.kind, config.loss.clip_high, config.loss.clip_low) == ("dapo", 0.28, 0.2)
     assert (config.warmup.steps, config.eval.heldout, config.tiny.layers) == (3, 64, 3)
+    assert (config.tree.rounds, config.tree.expansions, config.tree.leaves) == (2, 2, 5)
     assert (config.max_new, config.out) == (9, Path("here"))
     assert parse([]) == TrainConfig()
 
@@ -64,7 +65,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_json_round_trip() -> None:
-    config = parse("--out a/b --loss.kind cispo --tiny.width 32 --eval.every 4 --tensorboard t".split())
+    config = parse("--out a/b --loss.kind cispo --tiny.width 32 --eval.every 4 --tree.trees 3 --tensorboard t".split())
     assert TrainConfig.from_json(config.to_json()) == config
 
 
@@ -76,6 +77,7 @@ def test_json_round_trip() -> None:
         ("--loss.kind ppo", "kind must be one of 'grpo'.*; got 'ppo'"),
         ("--model /no/such/model", "model must be 'tiny', 'smollm2', or an existing .*; got '/no/such/model'"),
         ("--rollouts 1", "rollouts must be at least 2, got 1"),
+        ("--tree.keep 9", "tree.keep must be at most tree.rounds .* = 3, got 9"),
         ("--temperature 0", "temperature must be above 0, got 0.0"),
         ("--resume nowhere.safetensors", "checkpoint must be an existing file; got nowhere.safetensors"),
         ("--control placebo", "placebo"),
@@ -104,7 +106,8 @@ def test_help_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    for flag in ("--task", "--loss.kind", "--warmup.steps", "--eval.heldout", "--tiny.layers", "--control"):
+    tables = ("--loss.kind", "--warmup.steps", "--eval.heldout", "--tiny.layers", "--tree.keep")
+    for flag in ("--task", "--control", *tables):
         assert flag in text
 
 

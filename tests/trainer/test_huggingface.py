@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import trajkern as tk
 from trajkern.trainer import train as training
 from trajkern.trainer.config import PRETRAINED, Evaluation, TrainConfig
+from trajkern.trainer.growth import TreeShape, grow, plant
 from trajkern.trainer.huggingface import HuggingFacePolicy
 from trajkern.trainer.packing import pack_rollouts
 from trajkern.trainer.sampling import sample
@@ -80,6 +82,30 @@ def test_sampled_logprobs_equal_a_packed_forward(policy: HuggingFacePolicy) -> N
     _check_sampling(policy, [[5, 60, 7], [9], [30, 31, 32, 33, 34]], 1e-5)
 
 
+def test_packed_tree_equals_each_branch_alone(policy: HuggingFacePolicy, tree: tk.Tree, check_tree: Callable) -> None:
+    check_tree(policy, tree, 1e-5)
+
+
+def test_trees_grow_from_the_cache_of_their_prefixes(policy: HuggingFacePolicy, check_forest: Callable) -> None:
+    newline = policy.answer("\n")[0]
+    with torch.no_grad():
+        policy.model.lm_head.weight[newline] *= 3
+    prompts = [[5, 60, 7], [9], [30, 31, 32, 33, 34]]
+    shape = TreeShape(trees=2, expansions=2, rounds=2, keep=5)
+    nodes = grow(policy, prompts, shape, max_new=8, generator=torch.Generator().manual_seed(0))
+    assert len(nodes) > 6 * 6, "the case needs completions of several steps"
+    check_forest(policy, plant(nodes, shape.trees), 1.0, 1e-5)
+
+
+def test_a_cache_that_forgot_the_prefix_is_refused(policy: HuggingFacePolicy) -> None:
+    cache = policy.start(1, 4)
+    policy.extend(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool), cache)
+    cache.branch(torch.tensor([0]), torch.tensor([2]), 1)
+    cache.keep = torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="model must keep the keys of a whole prefix"):
+        cache.branch(torch.tensor([0]), torch.tensor([2]), 1)
+
+
 def test_prompts_show_answered_questions_first(folder: Path) -> None:
     questions = Task("chain_sum_text").distinct(3, 10)
     policy = HuggingFacePolicy.load(str(folder), questions[:2])
@@ -116,9 +142,9 @@ def _train_two_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tu
     steps: list[dict] = []
     original, policies = training.update, []
 
-    def update(run, batch, advantages):
+    def update(run, credit):
         policies.append((run.policy, {k: v.detach().clone() for k, v in run.policy.named_parameters() if "norm" in k}))
-        steps.append(original(run, batch, advantages))
+        steps.append(original(run, credit))
         return steps[-1]
 
     monkeypatch.setattr(training, "update", update)

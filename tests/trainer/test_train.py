@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def test_a_run_leaves_its_results(config: Make, capsys: pytest.CaptureFixture) -
     assert [r["step"] for r in records if r["phase"] == "main" and "val_pass@1" in r] == [3, 6]
     for words in ("pass@1", "pass@4", "greedy", "after warm-up", "after 6 steps of grpo", "tokens per second"):
         assert words in text
+    assert "shared prefixes" in text
 
 
 def test_the_same_seed_gives_the_same_bits(config: Make) -> None:
@@ -64,15 +66,22 @@ def test_the_same_seed_gives_the_same_bits(config: Make) -> None:
     assert _records(one.metrics.parent) == _records(two.metrics.parent)
 
 
-@pytest.mark.parametrize(("step", "after"), [("supervised_step", 5), ("policy_step", 3)], ids=["warm-up", "main"])
+TREES = {"recipe": "tree_grpo", "task": "chain_sum_steps"}
+
+
+@pytest.mark.parametrize(
+    ("step", "after", "changes"),
+    [("supervised_step", 5, {}), ("policy_step", 3, {}), ("policy_step", 3, TREES)],
+    ids=["warm-up", "main", "trees"],
+)
 def test_resume_equals_an_uninterrupted_run(
-    config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int
+    config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int, changes: dict[str, str]
 ) -> None:
-    whole = training.train(config("whole"))
+    whole = training.train(config("whole", **changes))
     with monkeypatch.context() as patch:
         _interrupt(patch, step, after)
         with pytest.raises(Interrupted) as stopped:
-            training.train(config("parts"))
+            training.train(config("parts", **changes))
     checkpoint = stopped.value.args[0]
     (checkpoint.parent / METRICS).open("a").write('{"phase": "main", "st')  # what a crash may leave behind
     resumed = training.train(parse(["--resume", str(checkpoint)]))
@@ -101,20 +110,24 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_130(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_reference_gives_the_same_curve(config: Make) -> None:
-    fused, reference = (training.train(config(out, reference=out == "reference")) for out in ("fused", "reference"))
-    for one, two in zip(*(_records(r.metrics.parent) for r in (fused, reference)), strict=True):
+@pytest.mark.parametrize("changes", [{}, TREES, {"recipe": "gigpo", "task": "chain_sum_steps"}], ids=str)
+@pytest.mark.parametrize("other", [{"reference": True}, {"head": "eager"}], ids=str)
+def test_another_way_to_compute_gives_the_same_curve(
+    config: Make, changes: dict[str, str], other: dict[str, Any]
+) -> None:
+    results = training.train(config("fused", **changes)), training.train(config("other", **changes, **other))
+    for one, two in zip(*(_records(r.metrics.parent) for r in results), strict=True):
         assert one.keys() == two.keys()
         assert one.pop("phase") == two.pop("phase")
         for name in one:
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), f"{name} at step {one['step']}"
 
 
-def test_updates_kl_entropy_and_corrections_reach_the_loss(config: Make) -> None:
-    settings = config(
-        updates=2,
-        loss=dataclasses.replace(config().loss, kl_coef=0.1, entropy_coef=0.01, sampler_correction="tis"),
-    )
+@pytest.mark.parametrize("kind", ["grpo", "gspo", "gmpo"])
+@pytest.mark.parametrize("changes", [{}, TREES, {"recipe": "gigpo", "task": "chain_sum_steps"}], ids=str)
+def test_updates_kl_entropy_and_corrections_reach_the_loss(config: Make, kind: str, changes: dict[str, str]) -> None:
+    loss = dataclasses.replace(config().loss, kind=kind, kl_coef=0.1, entropy_coef=0.01, sampler_correction="tis")
+    settings = config(updates=2, steps=3, loss=loss, **changes)
     result = training.train(settings)
     steps = [r for r in _records(result.metrics.parent) if r["phase"] == "main" and r["live_groups"]]
     assert steps and all(r["kl"] >= 0 and r["entropy"] > 0 for r in steps)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import trajkern as tk
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.extras import require
+from trajkern.trainer.growth import TreeShape
 from trajkern.trainer.model import ModelConfig
 
 PROGRAM = "trajkern train"
@@ -73,7 +74,7 @@ class TrainConfig:
         seed: decides questions, weights and samples.
         steps: batches of rollouts.
         prompts: questions (groups) a step.
-        rollouts: completions of each question.
+        rollouts: completions of each question; a recipe for trees has ``tree`` instead.
         updates: optimiser steps on each batch.
         temperature: of sampling and of the loss.
         max_new: most tokens of a completion; by default the longest answer's.
@@ -93,6 +94,7 @@ class TrainConfig:
         warmup: the supervised start.
         eval: how accuracy is measured.
         tiny: sizes of the built-in transformer.
+        tree: how a recipe for trees samples.
         shots: demonstrations shown before each question to a pretrained model.
     """
 
@@ -123,6 +125,7 @@ class TrainConfig:
     warmup: WarmUp = field(default_factory=WarmUp)
     eval: Evaluation = field(default_factory=Evaluation)
     tiny: ModelConfig = field(default_factory=ModelConfig)
+    tree: TreeShape = field(default_factory=TreeShape)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("prompts", 1), ("rollouts", 2), ("updates", 1), ("questions", 1)):
@@ -142,11 +145,17 @@ class TrainConfig:
     def from_json(cls, data: dict[str, Any]) -> TrainConfig:
         """The inverse of :meth:`to_json`."""
         paths = {k: Path(v) for k, v in data.items() if k in _PATHS and v is not None}
-        return cls(**{**data, **paths, **{k: table(**data[k]) for k, table in _TABLES.items()}})
+        return cls(**{**data, **paths, **{k: table(**data[k]) for k, table in _TABLES.items() if k in data}})
 
 
 _PATHS = ("out", "tensorboard", "resume", "config")
-_TABLES: dict[str, type] = {"loss": tk.PolicyLoss, "warmup": WarmUp, "eval": Evaluation, "tiny": ModelConfig}
+_TABLES: dict[str, type] = {
+    "loss": tk.PolicyLoss,
+    "warmup": WarmUp,
+    "eval": Evaluation,
+    "tiny": ModelConfig,
+    "tree": TreeShape,
+}
 
 # A pretrained model needs no warm-up, a small step and small batches.
 PRETRAINED = TrainConfig(

@@ -22,11 +22,14 @@ class Accuracy(NamedTuple):
 
 
 def rewards_of(policy: Policy, task: Task, questions: list[Question], completions: list[list[int]]) -> torch.Tensor:
-    """The verifier's 0 or 1 for each completion; each question owns an equal number of adjacent ones, ``[N]``."""
-    copies = len(completions) // len(questions)
-    return torch.tensor(
-        [task.reward(questions[i // copies], policy.text(tokens)) for i, tokens in enumerate(completions)]
-    )
+    """The verifier's 0 or 1 for each completion of its question, ``[N]``."""
+    pairs = zip(questions, completions, strict=True)
+    return torch.tensor([task.reward(question, policy.text(tokens)) for question, tokens in pairs])
+
+
+def each(items: list, copies: int) -> list:
+    """Every item ``copies`` times, copies adjacent."""
+    return [item for item in items for _ in range(copies)]
 
 
 def evaluate(
@@ -46,7 +49,7 @@ def evaluate(
         some = questions[begin : begin + batch]
         prompts = [policy.prompt(question) for question in some]
         drawn = sample(policy, prompts, copies=samples, max_new=max_new, generator=generator)
-        passed.append(rewards_of(policy, task, some, drawn.completions()).view(-1, samples))
+        passed.append(rewards_of(policy, task, each(some, samples), drawn.completions()).view(-1, samples))
         if greedy:
             likely = sample(policy, prompts, copies=1, max_new=max_new, generator=generator, greedy=True)
             best.append(rewards_of(policy, task, some, likely.completions()))

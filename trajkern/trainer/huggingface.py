@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trajkern.trainer.blocks import Blocks, Layout, blocks
 from trajkern.trainer.extras import require
 from trajkern.trainer.policy import Policy
 from trajkern.trainer.tasks import Question
@@ -26,11 +28,45 @@ class HuggingFaceCache:
         self.cache.batch_repeat_interleave(copies)
         return HuggingFaceCache(self.cache, self.keep.repeat_interleave(copies, 0))
 
+    @property
+    def length(self) -> int:
+        return self.keep.shape[1]
+
+    def branch(self, rows: Tensor, ends: Tensor, room: int) -> HuggingFaceCache:  # [R], [R]
+        """Row ``rows[i]`` up to its column ``ends[i]``, what lies behind hidden; it grows as needed."""
+        if any(layer.keys.shape[2] != self.length for layer in self.cache.layers):
+            raise ValueError("model must keep the keys of a whole prefix to continue from it; this one's window slides")
+        layers = [(layer.keys[rows], layer.values[rows]) for layer in self.cache.layers]
+        return HuggingFaceCache(_filled(layers), self.keep[rows] & (torch.arange(self.length) < ends[:, None]))
+
+    def join(self, other: HuggingFaceCache) -> HuggingFaceCache:
+        """The rows of both, with as many columns as the longer has."""
+        length = max(self.length, other.length)
+
+        def both(*parts: Tensor) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in parts])
+
+        layers = [
+            (both(one.keys, two.keys), both(one.values, two.values))
+            for one, two in zip(self.cache.layers, other.cache.layers, strict=True)
+        ]
+        keep = torch.cat([F.pad(x.keep, (0, length - x.length)) for x in (self, other)])
+        return HuggingFaceCache(_filled(layers), keep)
+
+
+def _filled(layers: list[tuple[Tensor, Tensor]]) -> Any:
+    """A transformers cache that holds these keys and values, a pair a layer."""
+    cache = require("transformers").DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys, values, number)
+    return cache
+
 
 class HuggingFacePolicy(Policy):
     """Poses the full question after ``shots`` answered ones, through the tokenizer's chat template where it has one.
 
-    A pack runs as one row with position ids and a block-diagonal mask, so its attention costs T^2.
+    A pack runs as a padded batch, a row a trajectory or a tree, with position ids and a mask of who sees whom; the
+    attention of a tree costs the square of its tokens.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, shots: Sequence[Question] = ()) -> None:
@@ -50,11 +86,15 @@ class HuggingFacePolicy(Policy):
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         return cls(model, tokenizer, shots)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
-        return self.model(**_packed(tokens, cu_seqlens), logits_to_keep=rows).logits[0]
+    def forward(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, V]
+        pack = blocks(layout)
+        row, place = pack.slot[rows] // max(pack.length, 1), pack.slot[rows] % max(pack.length, 1)
+        columns, column = torch.unique(place, return_inverse=True)
+        return self.model(**_arguments(tokens, pack), logits_to_keep=columns).logits[row, column]
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, H]
-        return self.model.base_model(**_packed(tokens, cu_seqlens)).last_hidden_state[0, rows]
+    def hidden(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, H]
+        pack = blocks(layout)
+        return self.model.base_model(**_arguments(tokens, pack)).last_hidden_state.flatten(0, 1)[pack.slot[rows]]
 
     def head_arguments(self) -> dict[str, Any]:
         head, config = self.model.get_output_embeddings(), self.model.config
@@ -93,19 +133,20 @@ class HuggingFacePolicy(Policy):
     def answer(self, text: str) -> list[int]:
         return [*self._tokenizer(text, add_special_tokens=False).input_ids, self.eos]
 
+    def spelling(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
     def text(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return self.spelling(tokens).strip()
 
 
-def _packed(tokens: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:  # [T], [N+1]
-    """The model's arguments for a pack: one row, in which a token sees its own trajectory's past."""
-    trajectory = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
-    place = torch.arange(len(tokens))
-    visible = (trajectory[:, None] == trajectory) & (place[:, None] >= place)  # [T, T]
+def _arguments(tokens: Tensor, pack: Blocks) -> dict[str, Any]:  # [T]
+    """The model's arguments for a pack: a row a block, with position ids and a mask of who sees whom."""
+    visible = pack.visible.expand(pack.rows, 1, pack.length, pack.length)
     return {
-        "input_ids": tokens[None],
-        "attention_mask": torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
-        "position_ids": (place - cu_seqlens.long()[trajectory])[None],
+        "input_ids": pack.pad(tokens),
+        "attention_mask": torch.where(visible, 0.0, torch.finfo(torch.float32).min),
+        "position_ids": pack.pad(pack.positions),
         "use_cache": False,
     }
 

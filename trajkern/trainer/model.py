@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v [.., heads, head_dim] -> like q
+from trajkern.trainer.attention import Attend, Cache, CachedAttention, packed_attention
+from trajkern.trainer.blocks import Layout
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,8 @@ class ModelConfig:
             )
 
 
-class Cache:
-    """Keys and values of the tokens sampled so far, one row a sequence, one column a position of the padded batch."""
-
-    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, length: int = 0) -> None:
-        self.keys, self.values = keys, values  # [layers, N, heads, room, head_dim]
-        self.keep = keep  # [N, room] False on padding
-        self.length = length  # columns filled
-
-    def repeat(self, copies: int) -> Cache:
-        """Every row ``copies`` times, copies adjacent."""
-        keys, values = (x.repeat_interleave(copies, 1) for x in (self.keys, self.values))
-        return Cache(keys, values, self.keep.repeat_interleave(copies, 0), self.length)
-
-
 class Transformer(nn.Module):
-    """``forward`` runs packed trajectories, ``extend`` continues padded sequences through a :class:`Cache`."""
+    """``forward`` runs packed trajectories or trees, ``extend`` continues padded sequences through a :class:`Cache`."""
 
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
@@ -67,13 +54,13 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         self.apply(_initialise)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
-        """Logits of ``rows`` only; attention stays inside each trajectory."""
-        return self.head(self.hidden(tokens, cu_seqlens, rows))
+    def forward(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, V]
+        """Logits of ``rows`` only; a token sees those before it in its trajectory, or on its path of the tree."""
+        return self.head(self.hidden(tokens, layout, rows))
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, width]
+    def hidden(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, width]
         """What the head reads of ``rows``."""
-        attend = PackedAttention(cu_seqlens, self.head_dim)
+        attend = packed_attention(layout, self.head_dim)
         x = self._blocks(self.embed(tokens), attend.positions, attend)
         return self.norm(x[rows])
 
@@ -119,49 +106,6 @@ class Block(nn.Module):
         x = x + self.out(attend(q, k, qkv[..., 2, :, :]).flatten(-2))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
-
-
-class PackedAttention:
-    """Causal attention inside each trajectory of a pack: padded to ``[N, longest]`` for two batched products."""
-
-    def __init__(self, cu_seqlens: Tensor, head_dim: int) -> None:
-        lengths = cu_seqlens.diff().long()
-        self.count = lengths.numel()
-        self.longest = int(lengths.max()) if self.count else 0
-        trajectory = torch.repeat_interleave(torch.arange(self.count, device=lengths.device), lengths)
-        total = torch.arange(trajectory.numel(), device=lengths.device)
-        self.positions = total - cu_seqlens.long()[trajectory]  # [T]
-        self.slot = trajectory * self.longest + self.positions  # [T] place in the padded [N * longest]
-        causal = torch.ones(self.longest, self.longest, dtype=torch.bool, device=lengths.device).tril()
-        self.hidden, self.scale = ~causal, 1 / math.sqrt(head_dim)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [T, heads, head_dim] each
-        packed = torch.stack((q, k, v), 1)
-        padded = packed.new_zeros(self.count * self.longest, *packed.shape[1:]).index_copy(0, self.slot, packed)
-        q, k, v = padded.view(self.count, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4)
-        scores = (q * self.scale) @ k.transpose(-1, -2)  # padding comes after every real key, so causal hides it
-        out = scores.masked_fill(self.hidden, -torch.inf).softmax(-1) @ v
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.slot)
-
-
-class CachedAttention:
-    """Attention of the columns ``begin:end`` over everything cached, which it extends by them."""
-
-    def __init__(self, cache: Cache, begin: int, end: int, head_dim: int) -> None:
-        self.cache, self.begin, self.end, self.scale = cache, begin, end, 1 / math.sqrt(head_dim)
-        column = torch.arange(end, device=cache.keep.device)
-        causal = column <= column[begin:, None]
-        # A padded query sees only padding; a finite bias keeps its unused row free of NaN.
-        visible = causal & cache.keep[:, None, None, :end]  # [N, 1, S, end]
-        bias = torch.zeros(visible.shape, dtype=cache.keys.dtype, device=visible.device)
-        self.bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, S, heads, head_dim] each
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[:, :, self.begin : self.end], values[:, :, self.begin : self.end] = k, v
-        scores = (q * self.scale) @ keys[:, :, : self.end].transpose(-1, -2) + self.bias
-        return (scores.softmax(-1) @ values[:, :, : self.end]).transpose(1, 2)
 
 
 def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:

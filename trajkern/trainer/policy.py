@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from trajkern.trainer import tokenizer
+from trajkern.trainer.blocks import Layout
 from trajkern.trainer.model import ModelConfig, Transformer
 from trajkern.trainer.tasks import Question
+
+TOOL_CALL_END = "</tool>"
+
+
+class KeyValues(Protocol):
+    """The keys and values of sequences, a column a padded position."""
+
+    @property
+    def length(self) -> int:
+        """Columns filled."""
+
+    def repeat(self, copies: int) -> Any:
+        """Every sequence ``copies`` times, copies adjacent; this one must not be used after it."""
+
+    def branch(self, rows: Tensor, ends: Tensor, room: int) -> Any:  # [R], [R]
+        """Copies: row ``rows[i]`` up to its column ``ends[i]``, with ``room`` more columns."""
+
+    def join(self, other: Any) -> Any:
+        """The rows of both."""
 
 
 class Policy(nn.Module, abc.ABC):
     """A causal language model with its tokenizer.
 
-    Calling it runs packed trajectories; ``start`` and ``extend`` sample through a key-value cache (an object with
-    ``repeat(copies)``, which returns it with every sequence that many times, copies adjacent).
+    Calling it runs a pack: trajectories, given by their cu_seqlens, or a tree, each shared prefix once. ``start`` and
+    ``extend`` sample through a :class:`KeyValues`.
     """
 
     eos: int
 
     @abc.abstractmethod
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, V]
-        """Logits of ``rows`` only; attention stays inside each trajectory."""
+    def forward(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, V]
+        """Logits of ``rows`` only; a token sees those before it in its trajectory, or on its path of the tree."""
 
     @abc.abstractmethod
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:  # [T], [N+1], [P] -> [P, H]
+    def hidden(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, H]
         """What the head makes these logits of."""
 
     @abc.abstractmethod
@@ -35,7 +55,7 @@ class Policy(nn.Module, abc.ABC):
         """The head as :func:`trajkern.linear_logprobs` takes it: weight, and what else there is."""
 
     @abc.abstractmethod
-    def start(self, count: int, room: int) -> Any:
+    def start(self, count: int, room: int) -> KeyValues:
         """An empty cache for ``count`` sequences of at most ``room`` padded positions."""
 
     @abc.abstractmethod
@@ -51,8 +71,23 @@ class Policy(nn.Module, abc.ABC):
         """The tokens of an answer, its end included."""
 
     @abc.abstractmethod
+    def spelling(self, tokens: list[int]) -> str:
+        """The characters that ``tokens`` stand for."""
+
     def text(self, tokens: list[int]) -> str:
         """The answer that ``tokens`` spell."""
+        return self.spelling(tokens)
+
+    def steps(self, tokens: list[int]) -> list[int]:
+        """How many tokens each step of a completion has: a step ends with a newline or a tool call."""
+        lengths, begin = [], 0
+        for end in range(1, len(tokens) + 1):
+            # no token is empty, so as many as the mark has characters hold it
+            written = self.spelling(tokens[max(begin, end - len(TOOL_CALL_END)) : end])
+            if end == len(tokens) or written.endswith(("\n", TOOL_CALL_END)):
+                lengths.append(end - begin)
+                begin = end
+        return lengths
 
 
 class CharacterModel(Transformer, Policy):
@@ -72,7 +107,7 @@ class CharacterModel(Transformer, Policy):
     def answer(self, text: str) -> list[int]:
         return [*tokenizer.encode(text), self.eos]
 
-    def text(self, tokens: list[int]) -> str:
+    def spelling(self, tokens: list[int]) -> str:
         return tokenizer.decode(tokens)
 
 

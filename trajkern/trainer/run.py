@@ -37,7 +37,15 @@ class Clock:
     sampled: int = 0
     sampling: float = 0.0
     trained: int = 0
+    shared: int = 0  # of those trained, what a prefix shared with another rollout saved
     training: float = 0.0
+
+    @contextlib.contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Add the seconds of a block to "sampling" or "training"."""
+        began = time.perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + time.perf_counter() - began)
 
     @property
     def rate(self) -> float:
@@ -69,7 +77,7 @@ class Run:
     phase: str = "warmup"
     step: int = 0
     before: Accuracy | None = None
-    last: tuple[Any, ...] | None = None  # batch, pairs, advantages and given log-probs of the last update
+    last: tuple[Any, ...] | None = None  # credit, pairs and given log-probs of the last update
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
 

@@ -42,6 +42,8 @@ class Spec:
         dataset: its name in reasoning-gym.
         settings: of that dataset; small enough for the built-in transformer.
         short: the question in a few characters, from the entry's metadata; None for the task's own text.
+        work: the lines that lead to the answer, from the entry's metadata. Answers then show their work, a step a line,
+            and the verifier reads the last line.
         demonstrations: answers that take the built-in transformer into the warm-up's validation band.
         weight_decay: of the warm-up.
     """
@@ -49,6 +51,7 @@ class Spec:
     dataset: str
     settings: dict[str, Any]
     short: Callable[[dict[str, Any]], str] | None = None
+    work: Callable[[dict[str, Any]], list[str]] | None = None
     demonstrations: int = 3000
     weight_decay: float = 0.5
 
@@ -66,6 +69,18 @@ def _angles(m: dict[str, Any]) -> str:
     return f"{m['n_sides']}:{','.join(str(int(a)) for a in m['known_angles'])}="
 
 
+def _partial_sums(m: dict[str, Any]) -> list[str]:
+    """Of "4 - 1 - 7 + 7": 3 and -4; the answer is the last one."""
+    terms = m["expression"].replace("- ", "-").replace("+ ", "").split()
+    return [str(total) for total in itertools.accumulate(map(int, terms))][1:-1]
+
+
+def _partial_counts(m: dict[str, Any]) -> list[str]:
+    """The ones up to the end of every fourth digit but the last."""
+    bits = m["binary"]
+    return [str(bits[:end].count("1")) for end in range(4, len(bits), 4)]
+
+
 _ONE_DIGIT = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 _TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
@@ -75,12 +90,16 @@ TASKS: dict[str, Spec] = {
     "chain_sum": Spec("chain_sum", _ONE_DIGIT, _expression, demonstrations=1000, weight_decay=0.1),
     "chain_sum_short": Spec("chain_sum", _TWO_DIGITS, _expression),
     "chain_sum_long": Spec("chain_sum", {**_ONE_DIGIT, "min_terms": 4, "max_terms": 4}, _expression),
+    "chain_sum_steps": Spec(
+        "chain_sum", {**_ONE_DIGIT, "min_terms": 4, "max_terms": 4}, _expression, _partial_sums, demonstrations=1500
+    ),
     "chain_sum_text": Spec("chain_sum", _ONE_DIGIT),
     "spell_backward": Spec(
         "spell_backward", {"min_word_len": 3, "max_word_len": 7}, lambda m: m["word"].lower() + ">", demonstrations=1500
     ),
     "spell_backward_text": Spec("spell_backward", {"min_word_len": 3, "max_word_len": 5}),
     "count_bits": Spec("count_bits", {"max_n": 2**16 - 1}, lambda m: m["binary"] + "="),
+    "count_bits_steps": Spec("count_bits", {"max_n": 2**16 - 1}, lambda m: m["binary"] + "=", _partial_counts),
     "palindrome_generation": Spec(
         "palindrome_generation", {"min_length": 3, "max_length": 7}, lambda m: "".join(m["letters"]) + ">"
     ),
@@ -132,18 +151,21 @@ class Task:
         return self._gym.create_dataset(self._spec.dataset, seed=seed, size=size, **self._spec.settings)
 
     def reward(self, question: Question, answer: str) -> float:
-        """1.0 where reasoning-gym's verifier accepts ``answer``, else 0.0."""
+        """1.0 where reasoning-gym's verifier accepts ``answer``, or its last line where it shows work; else 0.0."""
+        if self._spec.work:
+            answer = answer.rpartition("\n")[2]
         return float(self._verifier.score_answer(answer, question.entry) >= PASSING_SCORE)
 
     def questions(self, split: int) -> Iterator[Question]:
         """A split's draws, in order and with repetitions."""
         dataset = self._dataset(seed=(self.seed * 16 + split + 1) * _STREAM, size=_STREAM)
-        short = self._spec.short
+        short, work = self._spec.short, self._spec.work
         for index in range(_STREAM):
             entry = dataset[index]
             text = entry["question"]
             prompt = short(entry["metadata"]) if short else text
-            yield Question(prompt, text, entry["answer"], entry)
+            lines = work(entry["metadata"]) if work else []
+            yield Question(prompt, text, "\n".join([*lines, entry["answer"]]), entry)
 
     def distinct(self, split: int, draws: int, taken: Collection[str] = (), most: int | None = None) -> list[Question]:
         """The distinct questions among ``draws`` of a split, at most ``most``, whose prompts are not in ``taken``."""

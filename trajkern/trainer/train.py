@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +20,20 @@ from trajkern import recipes
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.cost import measure
+from trajkern.trainer.credit import Credit, credit_of
 from trajkern.trainer.evaluate import Accuracy, evaluate, rewards_of
+from trajkern.trainer.forest import Forest
+from trajkern.trainer.growth import grow, plant, thin
 from trajkern.trainer.packing import pack_demonstrations, pack_rollouts, select
 from trajkern.trainer.plot import plot
 from trajkern.trainer.policy import Policy, load_policy
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible, optimise, results_folder
 from trajkern.trainer.sampling import sample
-from trajkern.trainer.tasks import Task
+from trajkern.trainer.tasks import Question, Task
+from trajkern.trainer.update import policy_term, score, update
+
+Values = dict[str, float | int | None]  # a step's metrics
 
 RAMP = 20  # warm-up steps over which the learning rate rises
 
@@ -135,7 +142,7 @@ def warm_up(run: Run) -> None:
     while run.step < settings.steps:
         run.between_steps()
         set_lr(run, settings.lr * min(1.0, (run.step + 1) / RAMP))
-        values: dict[str, float | int | None] = {"loss": supervised_step(run)}
+        values: Values = {"loss": supervised_step(run)}
         run.step += 1
         checked = run.step % settings.check_every == 0
         if checked:
@@ -151,23 +158,12 @@ def warm_up(run: Run) -> None:
 
 def supervised_step(run: Run) -> float:
     """One optimiser step of cross-entropy on a batch of demonstrations."""
-    began = time.perf_counter()
-    batch = pack_demonstrations(run.policy, run.draw(run.splits.demonstrations, run.config.warmup.batch))
-    loss = -score(run.policy, batch, run.config.head).mean()
-    optimise(run, loss)
-    run.clock.trained += batch.num_tokens
-    run.clock.training += time.perf_counter() - began
-    return loss.item()
-
-
-def score(policy: Policy, batch: tk.PackedBatch, head: str, temperature: float = 1.0) -> Tensor:
-    """Log-prob of each scored token, ``[P]``; the head reads those rows only."""
-    pairs = batch.head_inputs()
-    where = (batch.tokens, batch.cu_seqlens, pairs.rows)
-    if head == "eager":
-        return tk.token_logprobs(policy(*where), pairs.targets, temperature=temperature, inplace_backward=True)
-    hidden, arguments = policy.hidden(*where), policy.head_arguments()
-    return tk.linear_logprobs(hidden, targets=pairs.targets, temperature=temperature, **arguments)
+    with run.clock.timing("training"):
+        batch = pack_demonstrations(run.policy, run.draw(run.splits.demonstrations, run.config.warmup.batch))
+        loss = -score(run.policy, batch.tokens, batch.cu_seqlens, batch.head_inputs(), run.config.head).mean()
+        optimise(run, loss)
+        run.clock.trained += batch.num_tokens
+        return loss.item()
 
 
 def begin_main(run: Run) -> None:
@@ -205,90 +201,79 @@ def reinforce(run: Run) -> None:
     run.display.end()
 
 
-def policy_step(run: Run) -> dict[str, float | int | None]:
-    """Sample groups of rollouts, reward them, and descend the policy loss."""
-    config, clock, began = run.config, run.clock, time.perf_counter()
-    questions = run.draw(run.splits.train, config.prompts)
-    rollouts = sample(
-        run.policy,
-        [run.policy.prompt(question) for question in questions],
-        copies=config.rollouts,
-        max_new=run.max_new,
-        generator=run.generator,
-        temperature=config.temperature,
-    )
-    clock.sampled += int(rollouts.sampled.sum())
-    clock.sampling += time.perf_counter() - began
-    rewards = rewards_of(run.policy, run.task, questions, rollouts.completions())
-    values: dict[str, float | int | None] = {"reward": rewards.mean().item()}
-    if config.control == "random-rewards":
-        rewards = deal(rewards.view(config.prompts, -1), run.generator).flatten()
-    began = time.perf_counter()
-    batch = pack_rollouts(rollouts, rewards, torch.arange(config.prompts).repeat_interleave(config.rollouts))
-    advantages = recipes.recipe(config.recipe)(batch)
-    live = (advantages.view(config.prompts, -1) != 0).any(1)  # a group of equal rewards has nothing to learn from
-    values["live_groups"] = int(live.sum())
-    if values["live_groups"]:
-        keep = live.repeat_interleave(config.rollouts)
-        values |= update(run, select(batch, keep), advantages[keep])
-    clock.training += time.perf_counter() - began
+def policy_step(run: Run) -> Values:
+    """Sample rollouts, reward them, and descend the policy loss on the prompts whose rewards differ."""
+    questions = run.draw(run.splits.train, run.config.prompts)
+    collect = tree_credit if run.config.recipe in recipes.TREE_RECIPES else group_credit
+    values, credit = collect(run, questions)
+    if credit is not None:
+        with run.clock.timing("training"):
+            values |= update(run, credit)
     return values
 
 
-def update(run: Run, batch: tk.PackedBatch, advantages: Tensor) -> dict[str, float]:  # [N]
-    """``config.updates`` optimiser steps on one batch. The first one's log-probs are the old ones: no extra forward."""
-    config, pairs = run.config, batch.head_inputs()
-    assert batch.sampler_logprobs is not None
-    given: dict[str, Any] = {"sampler_logprobs": batch.sampler_logprobs[pairs.tokens]}
-    if run.anchor is not None:
-        with torch.no_grad():
-            given["ref_logprobs"] = score(run.anchor, batch, config.head, config.temperature)
-    old: Tensor | None = None
-    for _ in range(config.updates):
-        loss, metrics = policy_term(run, batch, pairs, advantages, old, config.head, given)
-        old = old if old is not None else metrics["logprobs"]
-        del metrics["logprobs"]
-        optimise(run, loss)
-        run.clock.trained += batch.num_tokens
-    assert old is not None
-    metrics |= {"loss": loss.detach(), "sampler_drift": (old - given["sampler_logprobs"]).abs().max()}
-    run.last = (batch, pairs, advantages, given)
-    if not config.loss.kl_coef:
-        del metrics["kl"]
-    return {name: value.item() for name, value in metrics.items()}
+def group_credit(run: Run, questions: list[Question]) -> tuple[Values, Credit | None]:
+    """A group of rollouts of each question; what they share, the prompt at least, becomes a tree."""
+    config, copies = run.config, run.config.rollouts
+    with run.clock.timing("sampling"):
+        rollouts = sample(run.policy, prompts_of(run, questions), copies=copies, **sampling_options(run))
+    run.clock.sampled += int(rollouts.sampled.sum())
+    groups = torch.arange(config.prompts).repeat_interleave(copies)
+    rewards, values = reward(run, questions, rollouts.completions(), groups)
+    with run.clock.timing("training"):
+        batch = pack_rollouts(rollouts, rewards, groups)
+        advantages = recipes.RECIPES[config.recipe](batch)
+        live = (advantages.view(config.prompts, -1) != 0).any(1)  # a group of equal rewards has nothing to learn from
+        values["live_groups"] = int(live.sum())
+        if not values["live_groups"]:
+            return values, None
+        keep = live.repeat_interleave(copies)
+        forest = Forest.from_batch(select(batch, keep))
+        return values, Credit(forest, advantages[keep], False, forest.loss_mask)
 
 
-def policy_term(
+def tree_credit(run: Run, questions: list[Question]) -> tuple[Values, Credit | None]:
+    """Trees of rollouts of each question, grown by expanding random nodes."""
+    config, shape = run.config, run.config.tree
+    with run.clock.timing("sampling"):
+        nodes = grow(run.policy, prompts_of(run, questions), shape, **sampling_options(run))
+        forest = thin(plant(nodes, shape.trees), shape.keep, run.generator)
+    run.clock.sampled += sum(len(node.tokens) for node in nodes if node.parent >= 0)
+    groups = forest.tree.leaf_group
+    rewards, values = reward(run, questions, forest.completions(), groups)
+    with run.clock.timing("training"):
+        differs = torch.zeros(config.prompts).index_add(0, groups, rewards)
+        live = (differs > 0) & (differs < torch.bincount(groups))  # rewards are 0 or 1
+        values["live_groups"] = int(live.sum())
+        if not values["live_groups"]:
+            return values, None
+        forest = replace(forest, rewards=rewards).prune(live[groups])
+        credit = credit_of(recipes.TREE_RECIPES[config.recipe], forest)
+        return values, credit if credit.loss_mask.any() else None
+
+
+def prompts_of(run: Run, questions: list[Question]) -> list[list[int]]:
+    return [run.policy.prompt(question) for question in questions]
+
+
+def sampling_options(run: Run) -> dict[str, Any]:
+    return {"max_new": run.max_new, "generator": run.generator, "temperature": run.config.temperature}
+
+
+def reward(
     run: Run,
-    batch: tk.PackedBatch,
-    pairs: tk.HeadInputs,
-    advantages: Tensor,  # [N]
-    old: Tensor | None,  # [P]
-    head: str,
-    given: dict[str, Any],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its metrics, the entropy and the log-probs among them."""
-    config, where = run.config, (batch.tokens, batch.cu_seqlens, pairs.rows)
-    if head == "eager":
-        logits = run.policy(*where)
-        stats = tk.token_stats(logits, pairs.targets, temperature=config.temperature, inplace_backward=True)
-        loss, metrics = tk.policy_loss(
-            stats.logprobs, old, advantages, pairs.cu_seqlens, config=config.loss, entropy=stats.entropy, **given
-        )
-        return loss, metrics | {"logprobs": stats.logprobs.detach()}
-    return tk.linear_policy_loss(
-        run.policy.hidden(*where),
-        targets=pairs.targets,
-        old_logprobs=old,
-        advantages=advantages,
-        cu_seqlens=pairs.cu_seqlens,
-        config=config.loss,
-        temperature=config.temperature,
-        with_entropy=True,
-        with_logprobs=True,
-        **run.policy.head_arguments(),
-        **given,
-    )
+    questions: list[Question],
+    completions: list[list[int]],
+    groups: Tensor,  # [N]
+) -> tuple[Tensor, Values]:
+    """The reward of each completion of ``questions[groups[n]]``, ``[N]``, after the control has dealt them."""
+    rewards = rewards_of(run.policy, run.task, [questions[g] for g in groups.tolist()], completions)
+    values: Values = {"reward": rewards.mean().item()}
+    if run.config.control == "random-rewards":
+        order = groups.argsort(stable=True)
+        dealt = deal(rewards[order].view(len(questions), -1), run.generator)
+        rewards = torch.empty_like(rewards).index_copy(0, order, dealt.flatten())
+    return rewards, values
 
 
 def deal(rewards: Tensor, generator: torch.Generator) -> Tensor:  # [G, rollouts]
@@ -296,26 +281,29 @@ def deal(rewards: Tensor, generator: torch.Generator) -> Tensor:  # [G, rollouts
     return rewards.gather(1, torch.rand(rewards.shape, generator=generator).argsort(1))
 
 
-def supervised_control(run: Run) -> dict[str, float | int | None]:
+def supervised_control(run: Run) -> Values:
     """As many supervised steps as cost one policy step.
 
     A forward pass over a token counts 1, its backward pass 2. A policy step is charged its prompts and completions once
-    for sampling and all its rollouts three times for training, those dropped for equal rewards too.
+    for sampling and all its rollouts three times for training, those dropped for equal rewards too, and as if no prefix
+    were shared.
     """
     config, policy = run.config, run.policy
     some = run.splits.demonstrations
     prompt = sum(len(policy.prompt(q)) for q in some) / len(some)
     answer = sum(len(policy.answer(q.answer)) for q in some) / len(some)
-    rollouts = config.prompts * config.rollouts
-    sampling = config.prompts * prompt + rollouts * answer
-    cost = sampling + 3 * config.updates * rollouts * (prompt + answer)
+    drawn = trained = config.rollouts
+    if config.recipe in recipes.TREE_RECIPES:
+        drawn, trained = config.tree.trees * config.tree.leaves, config.tree.trees * config.tree.keep
+    sampling = prompt + drawn * answer
+    cost = config.prompts * (sampling + 3 * config.updates * trained * (prompt + answer))
     batches = cost / (3 * config.warmup.batch * (prompt + answer))
     count = math.floor((run.step + 1) * batches) - math.floor(run.step * batches)
     losses = [supervised_step(run) for _ in range(count)]
     return {"loss": sum(losses) / len(losses) if losses else None, "batches": count}
 
 
-def validate(run: Run, values: dict[str, float | int | None]) -> Accuracy:
+def validate(run: Run, values: Values) -> Accuracy:
     """Accuracy on the validation questions, entered into ``values``."""
     samples = run.config.eval.samples
     accuracy = evaluate(run.policy, run.task, run.splits.validation, samples=samples, max_new=run.max_new)
@@ -345,9 +333,9 @@ def finish(run: Run) -> Result:
     result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
     run.display.say(summary(config, kind, result))
     if config.head == "eager" and run.last:
-        batch, pairs, advantages, given = run.last
+        credit, pairs, given = run.last
         for head in ("eager", "fused"):
-            term = partial(policy_term, run, batch, pairs, advantages, None, head, given)
+            term = partial(policy_term, run, credit, pairs, None, head, given)
             cost = measure(lambda term=term: term()[0].backward())  # type: ignore[misc]
             run.display.say(f"{head:5} head on the last batch, model included: {cost}")
     return result
@@ -365,8 +353,16 @@ def summary(config: TrainConfig, kind: str, result: Result) -> str:
         f"{'':{width}}  {'pass@1':>7}  {f'pass@{k}':>7}  {'greedy':>7}",
         *(f"{name:{width}}  {a.pass_at_1:7.3f}  {a.pass_at_k:7.3f}  {a.greedy:7.3f}" for name, a in rows),
         f"tokens per second: {sampled:,.0f} sampled, {trained:,.0f} trained; {result.seconds:.0f} s in all",
+        *shared_line(result.clock),
         f"curve       {result.curve}",
         f"metrics     {result.metrics}",
         f"checkpoint  {result.checkpoint}",
     ]
     return "\n".join(lines)
+
+
+def shared_line(clock: Clock) -> list[str]:
+    if not clock.shared:
+        return []
+    share = clock.shared / clock.trained
+    return [f"shared prefixes: {clock.shared:,} of {clock.trained:,} tokens ({share:.0%}) were not computed again"]

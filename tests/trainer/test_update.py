@@ -1,0 +1,127 @@
+"""The loss of a forest: prefixes trained once give the loss, the gradient and the metrics of the flat rollouts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern.trainer.credit import Credit
+from trajkern.trainer.forest import Forest
+from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.packing import pack_rollouts
+from trajkern.trainer.policy import CharacterModel
+from trajkern.trainer.sampling import sample
+from trajkern.trainer.tokenizer import encode
+from trajkern.trainer.update import policy_term
+
+
+@pytest.fixture
+def model() -> CharacterModel:
+    torch.manual_seed(0)
+    return CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=48)).double()
+
+
+def make_batch(model: CharacterModel) -> tk.PackedBatch:
+    """Twelve rollouts of three prompts, some of them alike."""
+    prompts = [encode("4-1="), encode("17+25-3="), encode("1")]
+    with torch.no_grad():
+        model.head.weight.mul_(3)  # a sharper policy repeats itself
+    rollouts = sample(model, prompts, copies=4, max_new=5, generator=torch.Generator().manual_seed(1))
+    rewards = torch.randint(2, (12,), generator=torch.Generator().manual_seed(2)).double()
+    return pack_rollouts(rollouts, rewards, torch.arange(3).repeat_interleave(4))
+
+
+def outcome(model: CharacterModel, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Any]:
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return {"loss": loss.detach(), **metrics} | {f"grad {i}": g for i, g in enumerate(grads)}
+
+
+def flat_outcome(
+    model: CharacterModel, batch: tk.PackedBatch, advantages: Tensor, config: tk.PolicyLoss, given: dict[str, Tensor]
+) -> dict[str, Any]:
+    pairs = batch.head_inputs()
+    stats = tk.token_stats(model(batch.tokens, batch.cu_seqlens, pairs.rows), pairs.targets)
+    own = {name: x[pairs.tokens] for name, x in given.items()}
+    own |= {"advantages": advantages, "cu_seqlens": pairs.cu_seqlens, "entropy": stats.entropy}
+    per_token = advantages.shape[0] != batch.num_trajectories
+    return outcome(model, *tk.policy_loss(stats.logprobs, config=config, per_token=per_token, **own))
+
+
+def tree_outcome(
+    model: CharacterModel, credit: Credit, config: tk.PolicyLoss, given: dict[str, Tensor], head: str
+) -> dict[str, Any]:
+    pairs = credit.forest.tree.pairs(credit.forest.tokens, credit.loss_mask)
+    own = {name: x[pairs.tokens] for name, x in given.items()}
+    run: Any = SimpleNamespace(policy=model, config=SimpleNamespace(loss=config, temperature=1.0))
+    loss, metrics = policy_term(run, credit, pairs, own.pop("old_logprobs", None), head, own)
+    del metrics["logprobs"]
+    return outcome(model, loss, metrics)
+
+
+def check_same(flat: dict[str, Any], packed: dict[str, Any]) -> None:
+    assert flat.keys() == packed.keys()
+    for name, expected in flat.items():
+        torch.testing.assert_close(packed[name].double(), expected.double(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+def prepare(model: CharacterModel) -> tuple[tk.PackedBatch, Forest, dict[str, Tensor], dict[str, Tensor]]:
+    """The batch, its forest, and old, reference and sampler's log-probs a step away, for either."""
+    batch = make_batch(model)
+    forest = Forest.from_batch(batch)
+    assert forest.tree.num_tokens < 0.8 * batch.num_tokens, "the case needs shared prefixes"
+    generator = torch.Generator().manual_seed(3)
+    noise = [0.2 * torch.randn(forest.tree.num_tokens, generator=generator, dtype=torch.float64) for _ in range(3)]
+    names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+    packed = {name: forest.sampler_logprobs.double() + x for name, x in zip(names, noise, strict=True)}
+    return batch, forest, {name: x[forest.tree.flat_index] for name, x in packed.items()}, packed
+
+
+@pytest.mark.parametrize("head", ["fused", "eager"])
+@pytest.mark.parametrize("kind", tk.policy_loss_kinds)
+def test_rollouts_that_share_a_prompt(model: CharacterModel, kind: str, head: str) -> None:
+    batch, forest, flat, packed = prepare(model)
+    assert torch.equal(forest.tokens[forest.tree.flat_index], batch.tokens)
+    advantages = tk.group_advantages(batch.rewards, batch.group_ids)
+    assert advantages.any()
+    credit = Credit(forest, advantages, False, forest.loss_mask)
+    for correction in ("none", "sequence_mask"):
+        if correction != "none" and kind in ("kl_cov", "clip_cov"):
+            continue
+        own: dict[str, Any] = {"sampler_correction": correction, "sampler_low": 0.95, "sampler_high": 1.05}
+        config = tk.PolicyLoss(kind, kl_coef=0.1, entropy_coef=0.01, max_length=5, **own)
+        expected = flat_outcome(model, batch, advantages, config, flat)
+        check_same(expected, tree_outcome(model, credit, config, packed, head))
+
+
+@pytest.mark.parametrize("head", ["fused", "eager"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo", "kl_cov", "gmpo"])
+def test_an_advantage_a_step(model: CharacterModel, kind: str, head: str) -> None:
+    batch, forest, flat, packed = prepare(model)
+    leaf, node = forest.path_nodes
+    assert len(leaf) > forest.tree.num_nodes, "the case needs nodes of several rollouts"
+    advantages = torch.randn(len(leaf), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mask = forest.loss_mask & (torch.arange(forest.tree.num_tokens) % 5 > 0)
+    credit = Credit(forest, advantages, True, mask)
+    scored = mask[forest.tree.flat_index]
+    batch = tk.PackedBatch(batch.tokens, batch.cu_seqlens, scored, batch.group_ids)
+    per_token = torch.repeat_interleave(advantages, forest.tree.node_lengths[node])[scored]
+    config = tk.PolicyLoss(kind, kl_coef=0.1, clip_dual=2.0)
+    check_same(flat_outcome(model, batch, per_token, config, flat), tree_outcome(model, credit, config, packed, head))
+
+
+def test_pruning_keeps_the_rollouts_that_are_left(model: CharacterModel) -> None:
+    batch = make_batch(model)
+    forest = Forest.from_batch(batch)
+    keep = torch.tensor([True, False, True, True, *[False] * 4, False, True, False, False])
+    pruned = forest.prune(keep)
+    kept = torch.repeat_interleave(keep, batch.lengths)
+    assert torch.equal(pruned.tokens[pruned.tree.flat_index], batch.tokens[kept])
+    assert torch.equal(pruned.loss_mask[pruned.tree.flat_index], batch.loss_mask[kept])
+    assert torch.equal(pruned.tree.leaf_group, batch.group_ids[keep])
+    assert torch.equal(pruned.rewards, batch.rewards[keep])
+    assert pruned.tree.num_tokens < forest.tree.num_tokens

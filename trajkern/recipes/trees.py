@@ -1,0 +1,101 @@
+"""The recipes for trees, called alike: from a tree, its leaves' rewards and its scored tokens to advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trajkern import Tree, subtree_reduce, whiten
+from trajkern.recipes import gigpo, spo, tree_grpo, treepo, treerl, treerpo, vineppo
+
+DISCOUNT = 0.95  # a step, in gigpo's returns
+
+
+class TreeRecipe(NamedTuple):
+    """A recipe, and whom its advantages belong to.
+
+    Args:
+        advantages: called with (tree, rewards ``[L]``, loss_mask ``[T]``).
+        per: "leaf" ``[L]``, "node" ``[M]``, or "step" ``[S]``, one for each of :func:`path_nodes`.
+        learns: None, or which tokens learn, bool ``[T]``, by the log-probs ``[T]`` that they were sampled with.
+    """
+
+    advantages: Callable[[Tree, Tensor, Tensor], Tensor]
+    per: str
+    learns: Callable[[Tensor], Tensor] | None = None
+
+
+def path_nodes(tree: Tree) -> tuple[Tensor, Tensor]:
+    """(leaf, node) of every step of every rollout, rollout after rollout from its root down, ``[S]`` each."""
+    steps = Tree(tree.parent, torch.ones_like(tree.parent))
+    leaf = torch.arange(tree.num_leaves, device=tree.device)
+    return torch.repeat_interleave(leaf, steps.flat_lengths), steps.flat_index
+
+
+def _tree_grpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    return tree_grpo.leaf_advantages(rewards, tree.leaf_root, tree.leaf_group)
+
+
+def _treerl(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    return treerl.node_rewards(rewards, tree)
+
+
+def _treepo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    """A prompt's roots are one branch, and a rollout that has ended is alone; whitened over the scored tokens."""
+    leaf, node = path_nodes(tree)
+    ids = -1 - torch.arange(tree.num_leaves, device=tree.device)[:, None].repeat(1, tree.levels)  # no node's number
+    ids[leaf, tree.depth[node]] = node
+    ids[:, 0] = tree.leaf_group
+    advantages = treepo.advantages(rewards, ids)
+    index = tree.flat_index
+    each = torch.repeat_interleave(advantages, tree.flat_lengths)
+    whitened = whiten(each, mask=loss_mask[index])
+    # the scored tokens of a rollout have one value, and its last token is scored
+    return whitened[tree.flat_cu_seqlens[1:] - 1]
+
+
+def _treerpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    return treerpo.node_advantages(rewards, tree)
+
+
+def _spo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    return spo.node_advantages(rewards, tree)
+
+
+def _vineppo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    """V of a node is the mean reward of the leaves below it: the tree's own continuations stand for fresh ones."""
+    values = subtree_reduce(rewards, tree, "mean")
+    before = torch.where(tree.parent < 0, values, values[tree.parent.long()])
+    # every node's step as one chain V(parent), V(node), of which only the odd steps are the tree's
+    chain = torch.stack((before, values), 1).flatten()
+    return vineppo.step_advantages(chain, torch.zeros_like(chain[1:]))[::2]
+
+
+def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    """A step's anchor is the node it starts from, the prompt's roots being one; its return is discounted by step."""
+    leaf, node = path_nodes(tree)
+    parent = tree.parent.long()
+    roots = (parent < 0).nonzero().squeeze(1)
+    groups = tree.leaf_group.new_zeros(tree.num_roots).scatter(0, tree.leaf_root, tree.leaf_group)
+    first = (groups[:, None] == groups).int().argmax(1)  # of the roots of its prompt
+    anchor = torch.arange(tree.num_nodes, device=tree.device).index_copy(0, roots, roots[first])
+    step = parent[node] >= 0
+    leaf, node = leaf[step], node[step]
+    returns = rewards[leaf] * DISCOUNT ** (tree.depth[tree.leaves[leaf]] - tree.depth[node])
+    anchor, group = anchor[parent[node]], tree.leaf_group[leaf]
+    found = gigpo.step_advantages(returns, leaf, anchor, group, episode_rewards=rewards, weight=1.0, scale="none")
+    return found.new_zeros(step.shape).masked_scatter(step, found)
+
+
+TREE_RECIPES: dict[str, TreeRecipe] = {
+    "tree_grpo": TreeRecipe(_tree_grpo, "leaf"),
+    "treerl": TreeRecipe(_treerl, "node"),
+    "treepo": TreeRecipe(_treepo, "leaf"),
+    "treerpo": TreeRecipe(_treerpo, "node"),
+    "spo": TreeRecipe(_spo, "node", spo.low_probability),
+    "vineppo": TreeRecipe(_vineppo, "node"),
+    "gigpo": TreeRecipe(_gigpo, "step"),
+}

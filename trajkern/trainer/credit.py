@@ -1,0 +1,79 @@
+"""Who earned the reward: a recipe's advantages, and how the policy loss of a packed tree reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern import recipes
+from trajkern.trainer.forest import Forest
+
+_NEEDS_FLAT = ("gmpo", "vespo", "kl_cov", "clip_cov")  # no sum over the leaves below a token gives these
+_OF_TRAJECTORY = ("grpo", "dapo", "bnpo", "dr_grpo", "gspo", "luspo", "sapo")  # exact at ratio level "sequence", too
+
+
+@dataclass(frozen=True, eq=False)
+class Credit:
+    """Advantages of a forest's rollouts.
+
+    Args:
+        forest: what is trained.
+        advantages: ``[L]``, one a rollout; or ``[S]``, one a step of every rollout, as ``forest.path_nodes`` has them.
+        stepwise: whether they are the steps'.
+        loss_mask: bool ``[T]``; the tokens that learn.
+    """
+
+    forest: Forest
+    advantages: Tensor
+    stepwise: bool
+    loss_mask: Tensor
+
+    def reads_tree(self, config: tk.PolicyLoss) -> bool:
+        """Whether ``branch=`` gives this loss exactly; the others read the flat rollouts' log-probs."""
+        if config.kind in _NEEDS_FLAT:
+            return False
+        if config.resolved_ratio_level == "sequence":
+            corrected = config.kl_coef and config.kl == "k3_corrected"
+            return not self.stepwise and config.kind in _OF_TRAJECTORY and not corrected
+        return not (self.stepwise and config.sampler_correction == "sequence_mask")
+
+    def packed(self, config: tk.PolicyLoss) -> dict[str, Any]:
+        """``branch`` and ``config`` for the pairs of the tree."""
+        tree = self.forest.tree
+        if not self.stepwise:
+            return {"branch": tk.Paths(tree, self.advantages), "config": config}
+        aggregate = config.resolved_aggregate
+        weights = tree.leaf_weights(self.loss_mask, aggregate, max_length=config.max_length)
+        if aggregate.startswith("seq_mean"):
+            config = dataclasses.replace(config, aggregate="token_sum")
+        leaf, node = self.forest.path_nodes
+        a, w = self.advantages.double(), weights[leaf]
+        counted = (w > 0).double()
+        terms = (w * a.relu(), -w * (-a).relu(), w, counted * (a > 0), counted * (a < 0), counted * (a == 0))
+        sums = torch.zeros(tree.num_nodes, len(terms), dtype=a.dtype).index_add(0, node, torch.stack(terms, 1))
+        return {"branch": tk.Branch(*sums.to(self.advantages.dtype).unbind(1)), "config": config}
+
+    def flat(self, per_pair: dict[str, Tensor | None]) -> dict[str, Any]:
+        """The arguments of the flat rollouts' loss: what is per pair of the tree, repeated, and the advantages."""
+        index, cu_seqlens = self.forest.flat_pairs(self.loss_mask)
+        advantages = self.advantages
+        if self.stepwise:
+            tokens = self.forest.tree.node_lengths[self.forest.path_nodes[1]]
+            advantages = torch.repeat_interleave(advantages, tokens)[self.loss_mask[self.forest.tree.flat_index]]
+        repeated = {name: None if x is None else x[index] for name, x in per_pair.items()}
+        return repeated | {"advantages": advantages, "cu_seqlens": cu_seqlens, "per_token": self.stepwise}
+
+
+def credit_of(recipe: recipes.TreeRecipe, forest: Forest) -> Credit:
+    """What the recipe makes of the forest's rewards."""
+    mask = forest.loss_mask
+    advantages = recipe.advantages(forest.tree, forest.rewards, mask)
+    if recipe.per == "node":
+        advantages = advantages[forest.path_nodes[1]]
+    learns = mask if recipe.learns is None else mask & recipe.learns(forest.sampler_logprobs)
+    return Credit(forest, advantages, recipe.per != "leaf", learns)
