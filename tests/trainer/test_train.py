@@ -93,6 +93,19 @@ def test_resume_equals_an_uninterrupted_run(
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
 
 
+@pytest.mark.parametrize("name", ["psr", "nsr", "w_reinforce"])
+def test_what_a_recipe_leaves_out_is_not_trained(config: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    trained = []
+    original = training.update
+    monkeypatch.setattr(training, "update", lambda run, credit: trained.append(credit) or original(run, credit))
+    training.train(config(recipe=name, steps=3))
+    rewards = torch.cat([credit.forest.rewards for credit in trained])
+    advantages = torch.cat([credit.advantages for credit in trained])
+    assert set(rewards.tolist()) == {"psr": {1.0}, "nsr": {0.0}, "w_reinforce": {0.0, 1.0}}[name]
+    expected = torch.where(rewards > 0, 0.1 if name == "w_reinforce" else 1.0, -1.0)
+    assert torch.equal(advantages, expected)
+
+
 def test_ctrl_c_writes_a_checkpoint_and_exits_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -222,12 +222,13 @@ def group_credit(run: Run, questions: list[Question]) -> tuple[Values, Credit | 
     rewards, values = reward(run, questions, rollouts.completions(), groups)
     with run.clock.timing("training"):
         batch = pack_rollouts(rollouts, rewards, groups)
-        advantages = recipes.RECIPES[config.recipe](batch)
+        found = recipes.RECIPES[config.recipe](batch)
+        advantages, trained = found if isinstance(found, tuple) else (found, torch.ones_like(groups, dtype=torch.bool))
         live = (advantages.view(config.prompts, -1) != 0).any(1)  # a group of equal rewards has nothing to learn from
         values["live_groups"] = int(live.sum())
         if not values["live_groups"]:
             return values, None
-        keep = live.repeat_interleave(copies)
+        keep = live.repeat_interleave(copies) & trained
         forest = Forest.from_batch(select(batch, keep))
         return values, Credit(forest, advantages[keep], False, forest.loss_mask)
 
