@@ -53,7 +53,11 @@ ARROWS = {
 }
 # What only runs when a function is called: the chosen backend, by name.
 LAZY = {"_backends": {"_native", "_triton", "reference"}}
-THIRD_PARTY = {"_triton": {"torch", "triton"}, "_backends": {"torch", "triton"}}  # else torch and numpy
+THIRD_PARTY = {  # else torch and numpy
+    "_triton": {"torch", "triton"},
+    "_backends": {"torch", "triton"},
+    "recipes": {"torch", "numpy", "cydifflib"},
+}
 FREE = {"cli", "integrations", "testing", "trainer", "validate"}  # import what they need
 
 PYTHON = sorted([*(ROOT / "trajkern").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])

@@ -1,0 +1,153 @@
+"""DRO's filters, gates and length reward: by hand and against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trajkern.recipes.dro import GATES, gate, keep_groups, length_reward, rank_filter
+
+# prompt 1: rollouts of ranks (1, 9, 5) and (2, 2, 2); prompt 2: one rollout (8, 1) and one without a token
+RANKS = {
+    "ranks": torch.tensor([1, 9, 5, 2, 2, 2, 8, 1]),
+    "cu_seqlens": torch.tensor([0, 3, 6, 8, 8]),
+    "group_ids": torch.tensor([1, 1, 2, 2]),
+}
+PASSED, GROUPS = [True, False, True, True, False, False, True], [3, 3, 3, 4, 5, 5, 4]
+
+
+def ranked(**change: object) -> list[bool]:
+    return rank_filter(**(RANKS | {"worst_fraction": 0.5, "top_k": 2} | change)).tolist()
+
+
+def test_literal_rank_filter(device: str) -> None:
+    """The worst half, rounded up, are two of three and one of two: means 7, 2 and 8."""
+    on = {name: x.to(device) for name, x in RANKS.items()}
+    assert ranked(**on) == [True, True, False, False]
+    assert ranked(**on, top_k=8) == [True] * 4
+    assert ranked(**on, top_k=1) == [False] * 4
+    # all tokens count: means 5, 2 and 4.5
+    assert ranked(**on, worst_fraction=1.0, top_k=4) == [True, True, False, False]
+    # 0.07 of 100 tokens are seven, not eight: their mean is 7
+    seven = {"ranks": torch.tensor([7] * 7 + [1] * 93), "cu_seqlens": torch.tensor([0, 100])}
+    seven = {name: x.to(device) for name, x in (seven | {"group_ids": torch.tensor([0])}).items()}
+    assert ranked(**seven, worst_fraction=0.07, top_k=6) == [False]
+    # a rollout without reference tokens reaches nothing
+    apart = on | {"group_ids": torch.tensor([1, 1, 2, 6], device=device)}
+    assert ranked(**apart, top_k=9) == [True, True, True, False]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 50), max_size=12)), max_size=8),
+    st.sampled_from([0.01, 0.07, 0.1, 0.25, 0.5, 1.0]),
+    st.integers(1, 40),
+)
+def test_rank_filter_matches_a_plain_loop(rollouts: list, fraction: float, top_k: int) -> None:
+    def mean(ranks: list[int]) -> float:
+        worst = sorted(ranks, reverse=True)[: math.ceil(fraction * len(ranks) - 1e-9)]
+        return sum(worst) / len(worst) if worst else math.inf
+
+    best = {g: min(mean(r) for h, r in rollouts if h == g) for g, _ in rollouts}
+    out = rank_filter(
+        torch.tensor([r for _, ranks in rollouts for r in ranks], dtype=torch.int64),
+        torch.tensor([0] + [len(ranks) for _, ranks in rollouts]).cumsum(0),
+        torch.tensor([g for g, _ in rollouts], dtype=torch.int64),
+        worst_fraction=fraction,
+        top_k=top_k,
+    )
+    assert out.tolist() == [best[g] <= top_k for g, _ in rollouts]
+
+
+def test_keep_groups(device: str) -> None:
+    score = torch.tensor([0.3, 0.1, 0.2, 0.1, 0.5], device=device)
+    assert keep_groups(score, drop_fraction=0.0).tolist() == [True] * 5
+    assert keep_groups(score, drop_fraction=0.39).tolist() == [True, False, True, True, True]
+    assert keep_groups(score, drop_fraction=0.4).tolist() == [True, False, True, False, True]
+    assert keep_groups(torch.zeros(100), drop_fraction=0.29).tolist() == [False] * 29 + [True] * 71
+    assert keep_groups(score[:0], drop_fraction=0.5).shape == (0,)
+
+
+def test_length_reward(device: str) -> None:
+    lengths, reference = torch.tensor([10, 5, 0, 30], device=device), torch.tensor([10, 10, 10, 10], device=device)
+    torch.testing.assert_close(length_reward(lengths, reference, beta=0.5).cpu(), torch.tensor([1, 0.75, 0.5, 0]))
+    assert length_reward(lengths, reference.double(), beta=0).tolist() == [1] * 4
+
+
+GATED = {
+    "drop_rollout": PASSED,
+    "reject_group_if_any_fails": [False, False, False, True, False, False, True],
+    "reject_group_if_all_fail": [True, True, True, True, False, False, True],
+    "pass_rate": [True, True, True, True, False, False, True],
+}
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_literal_gate(mode: str, device: str) -> None:
+    passed, groups = torch.tensor(PASSED, device=device), torch.tensor(GROUPS, device=device)
+    out = gate(passed, groups, mode=mode)
+    assert out.tolist() == GATED[mode] and out.dtype == torch.bool
+    assert passed.tolist() == PASSED
+
+
+def test_pass_rate_threshold() -> None:
+    passed, groups = torch.tensor(PASSED), torch.tensor(GROUPS)
+    assert gate(passed, groups, mode="pass_rate", threshold=0.67).tolist() == GATED["reject_group_if_any_fails"]
+    assert gate(passed, groups, mode="pass_rate", threshold=0).all()
+    ten = torch.arange(10) < 3  # a share that meets the threshold exactly
+    assert gate(ten, torch.zeros(10, dtype=torch.int64), mode="pass_rate", threshold=0.3).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(-2, 2))), st.sampled_from(GATES), st.sampled_from([0.25, 0.5, 1]))
+def test_gate_matches_a_plain_loop(rows: list[tuple[bool, int]], mode: str, threshold: float) -> None:
+    expected = []
+    for passed, group in rows:
+        peers = [p for p, g in rows if g == group]
+        rate = sum(peers) / len(peers)
+        expected.append(
+            {
+                "drop_rollout": passed,
+                "reject_group_if_any_fails": all(peers),
+                "reject_group_if_all_fail": any(peers),
+                "pass_rate": rate >= threshold,
+            }[mode]
+        )
+    passed, groups = torch.tensor([p for p, _ in rows], dtype=torch.bool), torch.tensor([g for _, g in rows]).long()
+    assert gate(passed, groups, mode=mode, threshold=threshold).tolist() == expected
+
+
+def test_default_gate() -> None:
+    assert gate(torch.tensor(PASSED), torch.tensor(GROUPS)).tolist() == PASSED
+
+
+LONG, ONES = torch.ones(2, dtype=torch.int64), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ranked(ranks=RANKS["ranks"].float()), TypeError, "ranks must have dtype int64, int32"),
+        (lambda: ranked(ranks=RANKS["ranks"] - 1), ValueError, "ranks must be at least 1"),
+        (lambda: ranked(worst_fraction=0), ValueError, "worst_fraction must be greater than 0"),
+        (lambda: ranked(worst_fraction=1.1), ValueError, "worst_fraction must be at most 1"),
+        (lambda: ranked(top_k=0), ValueError, "top_k must be at least 1"),
+        (lambda: ranked(cu_seqlens=torch.tensor([0, 3, 6, 8, 9])), ValueError, "cu_seqlens must run from 0 to the 8"),
+        (lambda: keep_groups(ONES, drop_fraction=1), ValueError, "drop_fraction must be less than 1"),
+        (lambda: keep_groups(ONES * math.nan, drop_fraction=0.1), ValueError, "group_score must be finite"),
+        (lambda: length_reward(ONES, ONES * 0, beta=1), ValueError, "reference_lengths must be at least 1"),
+        (lambda: length_reward(-ONES, ONES, beta=1), ValueError, "lengths must be at least 0"),
+        (lambda: length_reward(ONES, ONES, beta=-1), ValueError, "beta must be at least 0"),
+        (lambda: gate(ONES, LONG), TypeError, "passed must have dtype bool"),
+        (lambda: gate(ONES > 0, LONG, mode="reject"), ValueError, "mode must be one of 'drop_rollout'"),
+        (lambda: gate(ONES > 0, LONG, threshold=2), ValueError, "threshold must be at most 1"),
+        (lambda: gate(ONES > 0, LONG[:1]), ValueError, r"group_ids must have shape \[2\]"),
+    ],
+)
+def test_refuses(make, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

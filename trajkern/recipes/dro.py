@@ -1,0 +1,158 @@
+"""DRO (arXiv 2506.13351): which rollouts, and which prompts, are worth training on; and its reward for length.
+
+The reflection reward itself weighs a reference answer's tokens; here stand the filters and the gates around it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_choice, check_number, check_values, readable
+from trajkern.ops.advantage import INTEGERS
+from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, to_tokens, widened
+
+GATES = ("drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate")
+SLACK = 1e-9  # a product such as 0.07 * 100 lands above its integer
+
+
+def rank_filter(
+    ranks: Tensor,  # [P]
+    cu_seqlens: Tensor,  # [N+1]
+    group_ids: Tensor,  # [N]
+    *,
+    worst_fraction: float,
+    top_k: int,
+) -> Tensor:
+    """Whether a prompt is within reach of the policy; bool ``[N]``, one value for all rollouts of a group.
+
+    For each rollout, the mean rank of the reference tokens that it makes least likely: the worst
+    ceil(worst_fraction * n) of its n. A group is kept where at least one rollout has that mean at most top_k.
+
+    Args:
+        ranks: int64 or int32 ``[P]``, at least 1 (checked on the CPU); the place of each reference token among the
+            vocabulary under its rollout's reasoning, 1 for the likeliest. The reference is packed once per rollout.
+        cu_seqlens: int64 or int32 ``[N+1]``, the boundaries of the rollouts in ``ranks`` (checked on the CPU). A
+            rollout without reference tokens is out of reach.
+        group_ids: int64 or int32 ``[N]``; equal ids share a prompt.
+        worst_fraction: in (0, 1]. The paper does not say how it rounds; here up, so that one token always counts.
+        top_k: at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    check_vector("ranks", ranks, None, "", None, INTEGERS)
+    total, device = ranks.shape[0], ranks.device
+    count = check_packing(cu_seqlens, total, device)
+    check_ids("group_ids", group_ids, count, "one id a rollout", device)
+    _check_fraction("worst_fraction", worst_fraction, above=0)
+    check_number("top_k", top_k, low=1)
+    if readable(ranks):
+        check_values("ranks", ranks, 1)
+    lengths = cu_seqlens.diff().long()
+    owner = to_tokens(torch.arange(count, device=device), cu_seqlens, total)
+    order = ranks.argsort(descending=True, stable=True)
+    order = order[owner[order].argsort(stable=True)]  # the rollouts in order, the worst ranks of each first
+    chosen = (lengths.double() * worst_fraction - SLACK).ceil().long()
+    counted = torch.arange(total, device=device) - to_tokens(cu_seqlens[:-1].long(), cu_seqlens, total)
+    worst = torch.where(counted < chosen[owner], ranks[order].long(), 0)
+    mean = torch.zeros_like(lengths).scatter_add(0, owner, worst).double() / chosen
+    return group_sum(mean <= top_k, pair_ids(group_ids)) > 0  # without tokens the mean is 0 / 0, which is no rank
+
+
+def keep_groups(
+    group_score: Tensor,  # [G]
+    *,
+    drop_fraction: float,
+) -> Tensor:
+    """The prompts to train on: all but the floor(drop_fraction * G) of lowest score; bool ``[G]``.
+
+    Args:
+        group_score: float ``[G]``, finite (checked on the CPU): how far a group's rollouts differ on its reference, the
+            largest per-token standard deviation. Of equal scores the first are dropped first.
+        drop_fraction: in [0, 1).
+    """
+    check_vector("group_score", group_score, None, "", None)
+    _check_fraction("drop_fraction", drop_fraction)
+    if drop_fraction == 1:
+        raise ValueError("drop_fraction must be less than 1, got 1")
+    dropped = math.floor(drop_fraction * group_score.shape[0] + SLACK)
+    place = torch.arange(group_score.shape[0], device=group_score.device)
+    return torch.empty_like(place, dtype=torch.bool).scatter(0, group_score.argsort(stable=True), place >= dropped)
+
+
+def length_reward(
+    lengths: Tensor,  # [N]
+    reference_lengths: Tensor,  # [N]
+    *,
+    beta: float,
+) -> Tensor:
+    """r = 1 - beta * abs(reference length - length) / reference length; ``[N]``.
+
+    Args:
+        lengths: float or integer ``[N]``, at least 0 (checked on the CPU): the tokens of each rollout's answer.
+        reference_lengths: float or integer ``[N]``, at least 1 (checked on the CPU).
+        beta: at least 0; the paper gives no value.
+
+    Returns:
+        float32 (float64 for float64 lengths). Negative where a rollout is further off than 1 / beta references.
+    """
+    both = (torch.float32, torch.float64, torch.float16, torch.bfloat16, *INTEGERS)
+    check_vector("lengths", lengths, None, "", None, both)
+    check_vector("reference_lengths", reference_lengths, lengths.shape[0], "one a rollout", lengths.device, both)
+    check_number("beta", beta, low=0)
+    if readable(lengths):
+        check_values("lengths", lengths, 0)
+        check_values("reference_lengths", reference_lengths, 1)
+    reference = widened(reference_lengths)
+    return 1 - beta * (reference - widened(lengths)).abs() / reference
+
+
+def gate(
+    passed: Tensor,  # [N]
+    group_ids: Tensor,  # [N]
+    *,
+    mode: str = "drop_rollout",
+    threshold: float = 0.5,
+) -> Tensor:
+    """Which rollouts a rubric lets through; bool ``[N]``. A rubric accepts or rejects: it never becomes a reward.
+
+        drop_rollout               those that passed
+        reject_group_if_any_fails  the groups of which all passed
+        reject_group_if_all_fail   the groups of which one passed
+        pass_rate                  the groups of which a share of at least ``threshold`` passed
+
+    The last three give one value to the whole group. The revised paper enforces its rubric "at the rollout group level"
+    and says no more that could be read, so each reading has its name; the default costs the fewest rollouts.
+
+    Args:
+        passed: bool ``[N]``.
+        group_ids: int64 or int32 ``[N]``; equal ids share a prompt.
+        mode: one of the above.
+        threshold: in [0, 1]; read by "pass_rate" only.
+
+    Returns:
+        keep, to be given to ``trajkern.group_advantages`` as its gate and to be taken from the loss mask. It may be all
+        False: such a batch has nothing to train on.
+    """
+    check_vector("passed", passed, None, "", None, (torch.bool,))
+    check_ids("group_ids", group_ids, passed.shape[0], "one id a rollout", passed.device)
+    check_choice("mode", mode, GATES)
+    _check_fraction("threshold", threshold)
+    if mode == "drop_rollout":
+        return passed.clone()
+    ids = pair_ids(group_ids)
+    passes, size = group_sum(passed, ids), group_sum(torch.ones_like(ids), ids)
+    if mode == "reject_group_if_any_fails":
+        return passes == size
+    if mode == "reject_group_if_all_fail":
+        return passes > 0
+    return passes.double() / size >= threshold
+
+
+def _check_fraction(name: str, value: float, above: float | None = None) -> None:
+    check_number(name, value, low=0, above=above)
+    if value > 1:
+        raise ValueError(f"{name} must be at most 1, got {value}")

@@ -1,0 +1,193 @@
+"""Reasoning reward models: how they are rewarded in training, and how their verdicts are put together in use.
+
+DeepSeek-GRM (arXiv 2504.02495), RM-R1 (arXiv 2505.02387; github RM-R1-UIUC/RM-R1), RRM (arXiv 2505.14674).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_choice, check_finite, check_number, check_tensor, check_values, describe, readable
+from trajkern.ops.advantage import FLOATS, INTEGERS
+from trajkern.recipes._groups import check_index, check_vector, widened
+
+RULES = ("deepseek_grm", "rm_r1", "rrm")
+SCORES = (*FLOATS, *INTEGERS)
+TAIL = 80  # characters at the end of a judgement in which its verdict must stand
+Candidate = TypeVar("Candidate")
+
+
+def rule_rewards(judgements: Tensor | Sequence[str], labels: Tensor | Sequence[str], *, rule: str) -> Tensor:
+    """+1 for a judgement that agrees with the label, -1 for every other; ``[N]`` float32.
+
+        deepseek_grm  judgements: scores ``[N, C]``. With C at least 2, labels int ``[N]`` is the place of the best
+                      response, whose score must be strictly the highest. With C = 1, labels ``[N]`` is the right score.
+        rm_r1         judgements: N texts, labels: N of "A" or "B". ``<answer>[[label]]</answer>`` must stand in the
+                      last 80 characters, and the other verdict must not.
+        rrm           judgements: int ``[N]``, the response preferred, or -1 where none could be read; labels int
+                      ``[N]``.
+
+    None of the three rewards the format.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    check_choice("rule", rule, RULES)
+    if rule == "rm_r1":
+        return _verdict_rewards(judgements, labels)
+    check_tensor("judgements", judgements, dtypes=SCORES if rule == "deepseek_grm" else INTEGERS)
+    assert isinstance(judgements, Tensor)
+    if rule == "rrm":
+        check_vector("judgements", judgements, None, "", None, INTEGERS)
+        check_vector("labels", labels, judgements.shape[0], "one a judgement", judgements.device, INTEGERS)
+        assert isinstance(labels, Tensor)
+        right = (judgements == labels) & (labels >= 0)
+    else:
+        right = _best(judgements, labels)
+    return torch.where(right, 1.0, -1.0)
+
+
+def _best(scores: Tensor, labels: Tensor | Sequence[str]) -> Tensor:
+    check_tensor("judgements", scores, ndim=2)
+    count, responses = scores.shape
+    if responses == 0:
+        raise ValueError(f"judgements must score at least one response; got {describe(scores)}")
+    if responses == 1:
+        check_vector("labels", labels, count, "one a judgement", scores.device, SCORES)
+        assert isinstance(labels, Tensor)
+        return scores[:, 0] == labels
+    check_index("labels", labels, count, "one a judgement", scores.device, responses, "responses")
+    assert isinstance(labels, Tensor)
+    best = scores.gather(1, labels.long()[:, None])
+    other = torch.arange(responses, device=scores.device) != labels[:, None]
+    return ((scores < best) | ~other).all(1)
+
+
+def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[str]) -> Tensor:
+    for name, x in (("judgements", texts), ("labels", labels)):
+        if isinstance(x, (str, Tensor)) or not all(isinstance(text, str) for text in x):
+            raise TypeError(f"{name} must be a sequence of strings for rule 'rm_r1', got {describe(x)}")
+    if len(texts) != len(labels):
+        raise ValueError(f"labels must have one entry for each of the {len(texts)} judgements, got {len(labels)}")
+    rewards = []
+    for text, label in zip(texts, labels, strict=True):
+        check_choice("labels", label, ("A", "B"))
+        verdicts = {x: f"<answer>[[{x}]]</answer>" in text[-TAIL:] for x in "AB"}
+        rewards.append(1.0 if verdicts.pop(label) and not any(verdicts.values()) else -1.0)
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+def vote(scores: Tensor) -> Tensor:  # [K, N]
+    """The sum of K samples' scores for each of N responses; ``[N]`` float32 (float64 for float64).
+
+    K scores of 1 to 10 tell 9 K + 1 levels apart. The authors shuffle the responses for every sample (undo that before)
+    and again before they take the argmax, so that a tie is broken by chance.
+
+    Args:
+        scores: float or integer ``[K, N]``, finite (checked on the CPU): a failed sample must be left out, for it is no
+            score.
+    """
+    check_tensor("scores", scores, dtypes=SCORES, ndim=2)
+    if readable(scores):
+        check_finite("scores", scores.flatten())
+    return widened(scores).sum(0)
+
+
+def meta_vote(
+    scores: Tensor,  # [K, N]
+    meta: Tensor,  # [K]
+    *,
+    keep: int,
+) -> Tensor:
+    """The vote of the ``keep`` samples that a meta reward model rates highest; ``[N]``.
+
+    Args:
+        scores: float or integer ``[K, N]``, finite (checked on the CPU).
+        meta: float ``[K]``, finite (checked on the CPU): the meta model's rating of each sample. Of equal ratings the
+            first are kept.
+        keep: 1 to K; the authors report 1, 8 and 16 of 32.
+    """
+    check_tensor("scores", scores, dtypes=SCORES, ndim=2)
+    check_vector("meta", meta, scores.shape[0], "one a sample", scores.device)
+    if not isinstance(keep, int):
+        raise TypeError(f"keep must be an int, got {describe(keep)}")
+    check_number("keep", keep, low=1)
+    if keep > scores.shape[0]:
+        raise ValueError(f"keep must be at most the {scores.shape[0]} samples, got {keep}")
+    kept = meta.argsort(descending=True, stable=True)[:keep].sort().values
+    return vote(scores[kept])
+
+
+def elo(
+    wins: Tensor,  # [C, C]
+    *,
+    k: float = 32.0,
+    base: float = 1000.0,
+) -> Tensor:
+    """Elo ratings from a round robin; float64 ``[C]`` on the CPU.
+
+    The pairs i < j are played in ascending order, each once, with the score s = the share of their games that i won:
+
+        e = 1 / (1 + 10^((R_j - R_i) / 400))        R_i += k (s - e)        R_j -= k (s - e)
+
+    Ratings depend on that order. The paper gives neither order nor constants: the order is the simplest that is the
+    same on every run, the constants are chess's usual ones.
+
+    Args:
+        wins: float or integer ``[C, C]``, at least 0: ``wins[i, j]`` games of i against j that i won, 0.5 for a draw; 0
+            on the diagonal. A pair without a game is passed over.
+        k: the largest change by one game, above 0.
+        base: everyone's first rating.
+    """
+    check_tensor("wins", wins, dtypes=SCORES, ndim=2)
+    if wins.shape[0] != wins.shape[1]:
+        raise ValueError(f"wins must be square; got {describe(wins)}")
+    check_number("k", k, above=0)
+    check_number("base", base)
+    won = wins.double().cpu()
+    check_values("wins", won.flatten(), 0)
+    if bool(won.diagonal().any()):
+        raise ValueError(f"wins must be 0 on the diagonal; it is {won.diagonal().tolist()}")
+    table, rating = won.tolist(), [float(base)] * won.shape[0]
+    for i in range(len(rating)):
+        for j in range(i + 1, len(rating)):
+            if games := table[i][j] + table[j][i]:
+                expected = 1 / (1 + 10 ** ((rating[j] - rating[i]) / 400))
+                change = k * (table[i][j] / games - expected)
+                rating[i] += change
+                rating[j] -= change
+    return torch.tensor(rating, dtype=torch.float64)
+
+
+def knockout(
+    compare: Callable[[Candidate, Candidate], bool],
+    candidates: Sequence[Candidate],
+    *,
+    seed: int,
+) -> Candidate:
+    """The winner of a knockout: n - 1 comparisons in ceil(log2 n) rounds. An odd one out goes on to the next round.
+
+    Args:
+        compare: whether the first of two candidates is the better one; a majority of several verdicts, as the authors
+            take it, makes it steadier. It must answer True or False: a failed call has to raise.
+        candidates: at least one.
+        seed: of the draw, made anew every round.
+    """
+    if len(candidates) == 0:
+        raise ValueError("candidates must hold at least one, got none")
+    draw, left = random.Random(seed), list(candidates)
+    while len(left) > 1:
+        draw.shuffle(left)
+        winners = left[len(left) // 2 * 2 :]
+        for first, second in zip(left[::2], left[1::2], strict=False):
+            verdict = compare(first, second)
+            if not isinstance(verdict, bool):
+                raise TypeError(f"compare must return True or False, got {describe(verdict)}")
+            winners.append(first if verdict else second)
+        left = winners
+    return left[0]
