@@ -1,4 +1,4 @@
-// Element types as the launchers number them (trajkern/_native/_args.py).
+// Element types as the launchers number them (trajkern/_native/_args.py), and pointers as they pass them.
 #pragma once
 #include <cstdint>
 
@@ -35,6 +35,19 @@ void with_dtype(int dtype, F&& f) {
     case DType::float16: return f(Half{});
     case DType::bfloat16: return f(BFloat16{});
   }
+}
+
+// Calls f with a value of the type: float32 or float64.
+template <class F>
+void with_float(int dtype, F&& f) {
+  if (static_cast<DType>(dtype) == DType::float64) return f(double{});
+  f(float{});
+}
+
+// A pointer as Python passes it; 0 is null.
+template <class T>
+T* as(uintptr_t pointer) {
+  return reinterpret_cast<T*>(pointer);
 }
 
 }  // namespace tk

@@ -1,8 +1,10 @@
 // The maths of the tree family, once for the CPU and the CUDA kernels. Statistics are float64 throughout.
 #pragma once
+#include <array>
 #include <cmath>
 #include <cstdint>
 
+#include "dtype.h"
 #include "hostdevice.h"
 
 namespace tk {
@@ -18,6 +20,13 @@ struct TreeNodes {
   TK_HD int64_t leaf_count(int64_t n) const { return leaf_end[n] - leaf_begin[n]; }
   TK_HD bool is_leaf(int64_t n) const { return child_begin[n] == child_begin[n + 1]; }
 };
+
+using TreeArrays = std::array<uintptr_t, 7>;  // Tree.arrays, in the order of the members
+
+inline TreeNodes tree_nodes(const TreeArrays& x, int64_t nodes, int64_t leaves) {
+  using I = const int32_t;
+  return {as<I>(x[0]), as<I>(x[1]), as<I>(x[2]), as<I>(x[3]), as<I>(x[4]), as<I>(x[5]), as<I>(x[6]), nodes, leaves};
+}
 
 enum SubtreeOp : int { kSum, kAverage, kMax, kMin, kVariance };
 enum SiblingBaseline : int { kSiblingMean, kOtherSiblings, kParentValue, kNoCentre };

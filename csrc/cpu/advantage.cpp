@@ -261,18 +261,6 @@ void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, b
 }
 
 template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
-
-// Calls f with a value of the type: float32 or float64.
-template <class F>
-void with_float(int dtype, F f) {
-  if (static_cast<DType>(dtype) == DType::float64) return f(double{});
-  f(float{});
-}
-
-template <class T>
 GroupRows<T> group_rows(uintptr_t rewards, uintptr_t ids, uintptr_t gate, uintptr_t weights, int64_t n) {
   return {as<const T>(rewards), as<const int64_t>(ids), as<const bool>(gate), as<const T>(weights), n};
 }

@@ -12,6 +12,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "logprob_row.h"
 #include "simd.h"
@@ -309,11 +310,6 @@ void gradient(const Tile<A>& tile, const double* scale, double beta, const Saved
     const A gain = (kind() == kMixture ? 1 - beta : 1) * scale[r] * upstream[r];
     row_gradient<width(), kind()>(z_s, z_t, tile.columns, row, saved[r], gain);
   });
-}
-
-template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
 }
 
 template <class F>

@@ -129,11 +129,6 @@ void gradient(const Tile<T>& tile, const A* norm, const double* scale, const Pai
   });
 }
 
-template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
-
 void bound_fold(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t columns, uintptr_t scale, bool moments,
                 uintptr_t state) {
   with_dtype(dtype, [&](auto element) {

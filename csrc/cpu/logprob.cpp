@@ -131,11 +131,6 @@ void token_stats_backward(T* grad_logits, Strides grad_strides, const T* logits,
   });
 }
 
-template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
-
 int64_t first_bad_target(const Problem& p) {
   for (int64_t r = 0; r < p.rows(); ++r)
     if (!p.masked(r) && !p.target_valid(r)) return r;

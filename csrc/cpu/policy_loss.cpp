@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "policy_loss_block.h"
 
@@ -226,20 +227,15 @@ bool covers(const int64_t* cu_seqlens, int64_t trajectories, int64_t tokens) {
   return std::is_sorted(cu_seqlens, cu_seqlens + trajectories + 1);
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
 
 template <class Real>
 void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch_stride, const Options& options,
          const std::array<double, 15>& params) {
-  policy_loss(Job<Real>{pointer<Real>(p[0]), pointer<Real>(p[1]), pointer<Real>(p[2]), pointer<Real>(p[3]),
-                        pointer<Real>(p[4]), pointer<Real>(p[5]), pointer<Real>(p[6]), pointer<int64_t>(p[7]),
-                        pointer<uint8_t>(p[8]), pointer<uint8_t>(p[9]), pointer<Real>(p[10]), pointer<Real>(p[11]),
-                        pointer<Real>(p[12]), pointer<Real>(p[13]), tokens, trajectories, branch_stride, options,
+  policy_loss(Job<Real>{as<Real>(p[0]), as<Real>(p[1]), as<Real>(p[2]), as<Real>(p[3]),
+                        as<Real>(p[4]), as<Real>(p[5]), as<Real>(p[6]), as<int64_t>(p[7]),
+                        as<uint8_t>(p[8]), as<uint8_t>(p[9]), as<Real>(p[10]), as<Real>(p[11]),
+                        as<Real>(p[12]), as<Real>(p[13]), tokens, trajectories, branch_stride, options,
                         params, {}, {}});
 }
 
@@ -248,11 +244,12 @@ void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch
 
 void bind_policy_loss(pybind11::module_& m) {
   using namespace tk::policy;
+  using tk::as;
   namespace py = pybind11;
   m.def("policy_loss",
         [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, int64_t branch_stride,
            const std::array<int, 8>& o, const std::array<double, 15>& params) {
-          if (!covers(pointer<int64_t>(pointers[7]), trajectories, tokens)) return false;
+          if (!covers(as<int64_t>(pointers[7]), trajectories, tokens)) return false;
           const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
           py::gil_scoped_release release;
           if (tk::DType(dtype) == tk::DType::float64)
@@ -262,7 +259,7 @@ void bind_policy_loss(pybind11::module_& m) {
         });
   m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {
     py::gil_scoped_release release;
-    if (tk::DType(dtype) == tk::DType::float64) scale(pointer<double>(x), length, *pointer<double>(factor));
-    else scale(pointer<float>(x), length, *pointer<float>(factor));
+    if (tk::DType(dtype) == tk::DType::float64) scale(as<double>(x), length, *as<double>(factor));
+    else scale(as<float>(x), length, *as<float>(factor));
   });
 }

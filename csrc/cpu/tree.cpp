@@ -166,26 +166,7 @@ void spread_backward(const T* grads, const int64_t* offsets, int64_t count, T* g
   });
 }
 
-template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
-
-// Calls f with a value of the type: float32 or float64.
-template <class F>
-void with_float(int dtype, F f) {
-  if (static_cast<DType>(dtype) == DType::float64) return f(double{});
-  f(float{});
-}
-
-using Arrays = std::array<uintptr_t, 7>;  // Tree.arrays
-
-TreeNodes tree_nodes(const Arrays& x, int64_t nodes, int64_t leaves) {
-  using I = const int32_t;
-  return {as<I>(x[0]), as<I>(x[1]), as<I>(x[2]), as<I>(x[3]), as<I>(x[4]), as<I>(x[5]), as<I>(x[6]), nodes, leaves};
-}
-
-bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const Arrays& tree, int64_t nodes, int64_t leaves, int op,
+bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves, int op,
                           uintptr_t out, uintptr_t /*scratch*/) {
   bool legal = false;
   with_float(dtype, [&](auto element) {
@@ -195,7 +176,7 @@ bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const Arrays& tree, 
   return legal;
 }
 
-void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int dtype, const Arrays& tree,
+void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int dtype, const TreeArrays& tree,
                                    int64_t nodes, int64_t leaves, int op, uintptr_t grad_leaves,
                                    uintptr_t /*scratch*/) {
   with_float(dtype, [&](auto element) {
@@ -205,7 +186,7 @@ void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int d
   });
 }
 
-bool bound_sibling_advantages(uintptr_t values, int dtype, const Arrays& tree, int64_t nodes, int64_t leaves,
+bool bound_sibling_advantages(uintptr_t values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves,
                               int baseline, bool by_std, double ddof, double eps, bool zero, uintptr_t advantages) {
   bool legal = false;
   with_float(dtype, [&](auto element) {
@@ -216,7 +197,7 @@ bool bound_sibling_advantages(uintptr_t values, int dtype, const Arrays& tree, i
   return legal;
 }
 
-void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const Arrays& tree, int64_t nodes,
+void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const TreeArrays& tree, int64_t nodes,
                                        int64_t leaves, int baseline, bool by_std, double ddof, double eps, bool zero,
                                        uintptr_t grad_values) {
   with_float(dtype, [&](auto element) {
@@ -226,7 +207,7 @@ void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dt
   });
 }
 
-int bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const Arrays& tree, int64_t nodes,
+int bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const TreeArrays& tree, int64_t nodes,
                               int64_t leaves, const std::array<uintptr_t, 6>& out, uintptr_t /*scratch*/) {
   int bad = 0;
   with_float(dtype, [&](auto element) {
@@ -238,7 +219,7 @@ int bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights
 }
 
 void bound_branch_coefficients_backward(uintptr_t grad_positive, uintptr_t grad_negative, uintptr_t advantages,
-                                        int dtype, uintptr_t weights, const Arrays& tree, int64_t nodes,
+                                        int dtype, uintptr_t weights, const TreeArrays& tree, int64_t nodes,
                                         int64_t leaves, uintptr_t grad_advantages) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);

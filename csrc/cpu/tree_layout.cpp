@@ -6,15 +6,11 @@
 #include <memory>
 #include <vector>
 
+#include "../common/dtype.h"
 #include "tree_prefix.h"
 
 namespace tk {
 namespace {
-
-template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
 
 // Written by derive(), one entry a node but for child_begin's [M+1], child's [M - roots] and tree_begin's [L].
 struct Derived {

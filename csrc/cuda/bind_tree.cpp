@@ -10,26 +10,7 @@
 namespace tk {
 namespace {
 
-template <class T>
-T* as(uintptr_t pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
-
-// Calls f with a value of the type: float32 or float64.
-template <class F>
-void with_float(int dtype, F f) {
-  if (static_cast<DType>(dtype) == DType::float64) return f(double{});
-  f(float{});
-}
-
-using Arrays = std::array<uintptr_t, 7>;  // Tree.arrays
-
-TreeNodes tree_nodes(const Arrays& x, int64_t nodes, int64_t leaves) {
-  using I = const int32_t;
-  return {as<I>(x[0]), as<I>(x[1]), as<I>(x[2]), as<I>(x[3]), as<I>(x[4]), as<I>(x[5]), as<I>(x[6]), nodes, leaves};
-}
-
-void bound_subtree_reduce(uintptr_t leaf_values, int dtype, const Arrays& tree, int64_t nodes, int64_t leaves, int op,
+void bound_subtree_reduce(uintptr_t leaf_values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves, int op,
                           uintptr_t out, uintptr_t scratch, uintptr_t stream) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
@@ -38,7 +19,7 @@ void bound_subtree_reduce(uintptr_t leaf_values, int dtype, const Arrays& tree, 
   });
 }
 
-void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int dtype, const Arrays& tree,
+void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int dtype, const TreeArrays& tree,
                                    int64_t nodes, int64_t leaves, int op, uintptr_t grad_leaves,
                                    uintptr_t scratch, uintptr_t stream) {
   with_float(dtype, [&](auto element) {
@@ -48,7 +29,7 @@ void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int d
   });
 }
 
-void bound_sibling_advantages(uintptr_t values, int dtype, const Arrays& tree, int64_t nodes, int64_t leaves,
+void bound_sibling_advantages(uintptr_t values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves,
                               int baseline, bool by_std, double ddof, double eps, bool zero, uintptr_t advantages,
                               uintptr_t stream) {
   with_float(dtype, [&](auto element) {
@@ -58,7 +39,7 @@ void bound_sibling_advantages(uintptr_t values, int dtype, const Arrays& tree, i
   });
 }
 
-void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const Arrays& tree, int64_t nodes,
+void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const TreeArrays& tree, int64_t nodes,
                                        int64_t leaves, int baseline, bool by_std, double ddof, double eps, bool zero,
                                        uintptr_t grad_values, uintptr_t stream) {
   with_float(dtype, [&](auto element) {
@@ -68,7 +49,7 @@ void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dt
   });
 }
 
-void bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const Arrays& tree, int64_t nodes,
+void bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const TreeArrays& tree, int64_t nodes,
                               int64_t leaves, const std::array<uintptr_t, 6>& out, uintptr_t scratch,
                                uintptr_t stream) {
   with_float(dtype, [&](auto element) {
@@ -80,7 +61,7 @@ void bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weight
 }
 
 void bound_branch_coefficients_backward(uintptr_t grad_positive, uintptr_t grad_negative, uintptr_t advantages,
-                                        int dtype, uintptr_t weights, const Arrays& tree, int64_t nodes,
+                                        int dtype, uintptr_t weights, const TreeArrays& tree, int64_t nodes,
                                         int64_t leaves, uintptr_t grad_advantages, uintptr_t stream) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);

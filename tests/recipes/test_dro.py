@@ -32,10 +32,10 @@ def test_literal_rank_filter(device: str) -> None:
     assert ranked(**on, top_k=1) == [False] * 4
     # all tokens count: means 5, 2 and 4.5
     assert ranked(**on, worst_fraction=1.0, top_k=4) == [True, True, False, False]
-    # 0.07 of 100 tokens are seven, not eight: their mean is 7
-    seven = {"ranks": torch.tensor([7] * 7 + [1] * 93), "cu_seqlens": torch.tensor([0, 100])}
+    # 0.07 of 100 tokens are seven, not eight: their mean is 100
+    seven = {"ranks": torch.tensor([100] * 7 + [1] * 93), "cu_seqlens": torch.tensor([0, 100])}
     seven = {name: x.to(device) for name, x in (seven | {"group_ids": torch.tensor([0])}).items()}
-    assert ranked(**seven, worst_fraction=0.07, top_k=6) == [False]
+    assert ranked(**seven, worst_fraction=0.07, top_k=90) == [False]
     # a rollout without reference tokens reaches nothing
     apart = on | {"group_ids": torch.tensor([1, 1, 2, 6], device=device)}
     assert ranked(**apart, top_k=9) == [True, True, True, False]

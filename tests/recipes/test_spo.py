@@ -67,6 +67,14 @@ def test_matches_a_plain_walk(seed: int, scale: str) -> None:
 
 
 @pytest.mark.parametrize("scale", ["none", "std"])
+def test_equal_rewards_are_exactly_nothing(scale: str) -> None:
+    for seed in range(5):
+        tree = random_tree(torch.Generator().manual_seed(seed), 40, roots=2, reach=6)
+        rewards = torch.full((tree.num_leaves,), 0.7, dtype=torch.float64)
+        assert node_advantages(rewards, tree, scale=scale).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("scale", ["none", "std"])
 def test_edges(scale: str) -> None:
     assert node_advantages(torch.tensor([3.0]), chain(4), scale=scale).tolist() == [0] * 4
     assert node_advantages(torch.full((27,), 0.1), regular_tree(4, 3), scale=scale).tolist() == [0] * 40

@@ -125,6 +125,14 @@ def test_matches_a_walk_of_every_path(seed: int, form: str, binary: bool) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_equal_rewards_are_exactly_nothing(form: str) -> None:
+    for seed in range(5):
+        tree = random_tree(torch.Generator().manual_seed(seed), 40, roots=2, reach=6)
+        rewards = torch.full((tree.num_leaves,), 0.7, dtype=torch.float64)
+        assert node_rewards(rewards, tree, form=form).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_edges(form: str) -> None:
     tree = star(5)
     assert node_rewards(torch.full((5,), 0.1), tree, form=form).tolist() == [0] * 6

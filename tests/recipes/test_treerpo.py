@@ -66,8 +66,9 @@ def test_edges() -> None:
 
 
 def test_equal_rewards_below_siblings_of_unequal_shape_are_exactly_nothing() -> None:
-    tree = tree_of([-1, 0, 0, 2, 2, 2, 5, 5, 5])
-    assert node_advantages(torch.full((tree.num_leaves,), 0.1, dtype=torch.float64), tree).count_nonzero() == 0
+    for seed in range(5):
+        tree = random_tree(torch.Generator().manual_seed(seed), 40, roots=2, reach=6)
+        assert node_advantages(torch.full((tree.num_leaves,), 0.7, dtype=torch.float64), tree).count_nonzero() == 0
 
 
 def test_depth_costs_no_precision() -> None:
