@@ -1,17 +1,20 @@
-"""The README's Python blocks run, one after the other, as a reader would type them."""
+"""The Python blocks of the README and of docs/ run, one after the other, as a reader would type them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_python_blocks_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) >= 3
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_python_blocks_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    exec(compile("\n".join(blocks), page, "exec"), {})
 
 
 def test_first_blocks_are_the_two_commands() -> None:
