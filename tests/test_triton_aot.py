@@ -30,8 +30,7 @@ TYPES = {
     "*i64": "targets cu_seqlens offsets",
     "*i32": "counts",
     "*i1": "mask is_top1 selected shares",
-    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3"
-    " softcap gain of_s of_t",
+    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
     " trajectories steps programs size stride grad_stride first stride_s stride_t",
 }

@@ -52,12 +52,12 @@ def test_path_nodes(forest: Forest) -> None:
 @pytest.mark.parametrize("name", TREE_RECIPES)
 def test_advantages_belong_to_leaves_or_to_steps(forest: Forest, name: str) -> None:
     credit = credit_of(TREE_RECIPES[name], forest)
-    assert credit.stepwise == (TREE_RECIPES[name].per != "leaf")
-    assert credit.advantages.shape == ((14,) if credit.stepwise else (5,))
+    assert credit.per == ("leaf" if TREE_RECIPES[name].per == "leaf" else "step")
+    assert credit.advantages.shape == ((5,) if credit.per == "leaf" else (14,))
     assert credit.advantages.isfinite().all() and credit.advantages.any()
     for config in (tk.PolicyLoss("grpo"), tk.PolicyLoss("dapo")):
         branch = credit.packed(config)["branch"]
-        assert isinstance(branch, tk.Branch if credit.stepwise else tk.Paths)
+        assert isinstance(branch, tk.Paths if credit.per == "leaf" else tk.Branch)
 
 
 def test_tree_grpo_compares_in_trees_and_in_prompts(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:

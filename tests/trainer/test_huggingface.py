@@ -18,7 +18,7 @@ from trajkern.trainer.growth import TreeShape, grow, plant
 from trajkern.trainer.huggingface import HuggingFacePolicy
 from trajkern.trainer.packing import pack_rollouts
 from trajkern.trainer.sampling import sample
-from trajkern.trainer.tasks import Task
+from trajkern.trainer.tasks import Task, load_task
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 
@@ -107,7 +107,7 @@ def test_a_cache_that_forgot_the_prefix_is_refused(policy: HuggingFacePolicy) ->
 
 
 def test_prompts_show_answered_questions_first(folder: Path) -> None:
-    questions = Task("chain_sum_text").distinct(3, 10)
+    questions = load_task("chain_sum_text").distinct(3, 10)
     policy = HuggingFacePolicy.load(str(folder), questions[:2])
     expected = "".join(f"{q.text}\n{q.answer}\n\n" for q in questions[:2]) + questions[2].text + "\n"
     assert policy.text(policy.prompt(questions[2])) == expected.strip()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from trajkern.trainer import cli_main, controls
+from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.config import TrainConfig, parse
 from trajkern.trainer.run import CHECKPOINT, METRICS, Interrupted
@@ -150,7 +151,11 @@ def test_updates_kl_entropy_and_corrections_reach_the_loss(config: Make, kind: s
 
 def test_random_rewards_are_the_groups_own() -> None:
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).repeat(50, 1)
-    dealt = training.deal(rewards, torch.Generator().manual_seed(0))
+    groups = torch.arange(150).repeat_interleave(4)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(1))  # of the pack
+    source = collecting.dealt(groups[order], torch.Generator().manual_seed(0))
+    assert torch.equal(groups[order][source], groups[order]) and torch.equal(source.sort().values, torch.arange(600))
+    dealt = torch.empty(600).scatter(0, order, rewards.flatten()[order][source]).view(150, 4)
     assert torch.equal(dealt.sum(1), rewards.sum(1))
     first = dealt[::3, 0].mean()
     assert 0.1 < first < 0.45, "a group's single reward should land anywhere"
@@ -172,7 +177,7 @@ def test_supervised_control_costs_what_a_policy_step_costs(config: Make) -> None
     settings = config(steps=20, control="supervised", warmup=dataclasses.replace(config().warmup, steps=1))
     result = training.train(settings)
     batches = sum(r["batches"] for r in _records(result.metrics.parent) if r["phase"] == "main")
-    demonstrations = training.Task("chain_sum").splits(heldout=16, validation=8, demonstrations=256, train=300)
+    demonstrations = training.load_task("chain_sum").splits(heldout=16, validation=8, demonstrations=256, train=300)
     lengths = [(len(q.prompt), len(q.answer) + 1) for q in demonstrations.demonstrations]
     prompt, answer = (sum(x) / len(x) for x in zip(*lengths, strict=True))
     policy_step = 16 * prompt + 64 * answer + 3 * 64 * (prompt + answer)

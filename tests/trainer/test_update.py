@@ -88,7 +88,7 @@ def test_rollouts_that_share_a_prompt(model: CharacterModel, kind: str, head: st
     assert torch.equal(forest.tokens[forest.tree.flat_index], batch.tokens)
     advantages = tk.group_advantages(batch.rewards, batch.group_ids)
     assert advantages.any()
-    credit = Credit(forest, advantages, False, forest.loss_mask)
+    credit = Credit(forest, advantages, "leaf", forest.loss_mask)
     for correction in ("none", "sequence_mask"):
         if correction != "none" and kind in ("kl_cov", "clip_cov"):
             continue
@@ -106,12 +106,13 @@ def test_an_advantage_a_step(model: CharacterModel, kind: str, head: str) -> Non
     assert len(leaf) > forest.tree.num_nodes, "the case needs nodes of several rollouts"
     advantages = torch.randn(len(leaf), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     mask = forest.loss_mask & (torch.arange(forest.tree.num_tokens) % 5 > 0)
-    credit = Credit(forest, advantages, True, mask)
     scored = mask[forest.tree.flat_index]
     batch = tk.PackedBatch(batch.tokens, batch.cu_seqlens, scored, batch.group_ids)
-    per_token = torch.repeat_interleave(advantages, forest.tree.node_lengths[node])[scored]
+    per_token = torch.repeat_interleave(advantages, forest.tree.node_lengths[node])
     config = tk.PolicyLoss(kind, kl_coef=0.1, clip_dual=2.0)
-    check_same(flat_outcome(model, batch, per_token, config, flat), tree_outcome(model, credit, config, packed, head))
+    expected = flat_outcome(model, batch, per_token[scored], config, flat)
+    for credit in (Credit(forest, advantages, "step", mask), Credit(forest, per_token, "token", mask)):
+        check_same(expected, tree_outcome(model, credit, config, packed, head))
 
 
 def test_pruning_keeps_the_rollouts_that_are_left(model: CharacterModel) -> None:

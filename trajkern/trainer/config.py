@@ -14,6 +14,7 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.extras import require
 from trajkern.trainer.growth import TreeShape
 from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.settings import DRO, RLCR, SRL, Compose, DeltaBelief, Feedback, SkillRL, ToolPO
 
 PROGRAM = "trajkern train"
 
@@ -65,10 +66,10 @@ class TrainConfig:
     """Train a small language model on a reasoning task with trajkern's ops.
 
     Args:
-        task: a reasoning-gym task; an unknown name lists them.
+        task: a reasoning-gym task or a game; an unknown name lists them.
         model: "tiny" (the built-in transformer), "smollm2" (SmolLM2-135M-Instruct),
             or the path of a HuggingFace folder or a .gguf file.
-        recipe: how rewards become advantages.
+        recipe: how rewards become advantages; an unknown name lists them.
         control: "none" trains; "random-rewards" deals each group's rewards to its
             rollouts at random; "supervised" spends the same compute on more warm-up.
         seed: decides questions, weights and samples.
@@ -95,6 +96,8 @@ class TrainConfig:
         eval: how accuracy is measured.
         tiny: sizes of the built-in transformer.
         tree: how a recipe for trees samples.
+        compose: a gate in front of the reward, weights behind the advantage.
+        rlcr, dro, delta_belief, toolpo, srl, feedback, skillrl: the recipe of that name.
         shots: demonstrations shown before each question to a pretrained model.
     """
 
@@ -126,6 +129,14 @@ class TrainConfig:
     eval: Evaluation = field(default_factory=Evaluation)
     tiny: ModelConfig = field(default_factory=ModelConfig)
     tree: TreeShape = field(default_factory=TreeShape)
+    compose: Compose = field(default_factory=Compose)
+    rlcr: RLCR = field(default_factory=RLCR)
+    dro: DRO = field(default_factory=DRO)
+    delta_belief: DeltaBelief = field(default_factory=DeltaBelief)
+    toolpo: ToolPO = field(default_factory=ToolPO)
+    srl: SRL = field(default_factory=SRL)
+    feedback: Feedback = field(default_factory=Feedback)
+    skillrl: SkillRL = field(default_factory=SkillRL)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("prompts", 1), ("rollouts", 2), ("updates", 1), ("questions", 1)):
@@ -155,6 +166,14 @@ _TABLES: dict[str, type] = {
     "eval": Evaluation,
     "tiny": ModelConfig,
     "tree": TreeShape,
+    "compose": Compose,
+    "rlcr": RLCR,
+    "dro": DRO,
+    "delta_belief": DeltaBelief,
+    "toolpo": ToolPO,
+    "srl": SRL,
+    "feedback": Feedback,
+    "skillrl": SkillRL,
 }
 
 # A pretrained model needs no warm-up, a small step and small batches.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def run_seed(seed: int, out: Path, flags: list[str]) -> dict[str, Any]:
     """Train one seed, then both controls from its warm-up; accuracies by arm, the start as ``warm-up``."""
     first = parse([*flags, "--seed", str(seed), "--out", str(out / f"seed{seed}")])
     main = train(first)
-    found = {"seed": seed, "warm-up": main.before._asdict(), first.recipe: _outcome(main)}
+    found = {"seed": seed, "warm-up": asdict(main.before), first.recipe: _outcome(main)}
     start = str(main.checkpoint.with_name("warmup.safetensors"))
     for control in CONTROLS:
         folder = str(out / f"seed{seed}-{control}")
@@ -34,7 +35,7 @@ def run_seed(seed: int, out: Path, flags: list[str]) -> dict[str, Any]:
 
 def _outcome(result: Result) -> dict[str, Any]:
     clock = vars(result.clock)
-    return {**result.after._asdict(), "steps": result.steps, "seconds": round(result.seconds, 1), **clock}
+    return {**asdict(result.after), "steps": result.steps, "seconds": round(result.seconds, 1), **clock}
 
 
 def table(rows: list[dict[str, Any]], samples: int) -> str:

@@ -23,29 +23,30 @@ class Credit:
 
     Args:
         forest: what is trained.
-        advantages: ``[L]``, one a rollout; or ``[S]``, one a step of every rollout, as ``forest.path_nodes`` has them.
-        stepwise: whether they are the steps'.
+        advantages: ``[L]``, one a rollout; ``[S]``, one a step of every rollout, as ``forest.path_nodes`` has them; or
+            one a token of every rollout, as ``forest.tree.flat_index`` has them.
+        per: "leaf", "step" or "token".
         loss_mask: bool ``[T]``; the tokens that learn.
     """
 
     forest: Forest
     advantages: Tensor
-    stepwise: bool
+    per: str
     loss_mask: Tensor
 
     def reads_tree(self, config: tk.PolicyLoss) -> bool:
         """Whether ``branch=`` gives this loss exactly; the others read the flat rollouts' log-probs."""
-        if config.kind in _NEEDS_FLAT:
+        if config.kind in _NEEDS_FLAT or self.per == "token":
             return False
         if config.resolved_ratio_level == "sequence":
             corrected = config.kl_coef and config.kl == "k3_corrected"
-            return not self.stepwise and config.kind in _OF_TRAJECTORY and not corrected
-        return not (self.stepwise and config.sampler_correction == "sequence_mask")
+            return self.per == "leaf" and config.kind in _OF_TRAJECTORY and not corrected
+        return not (self.per == "step" and config.sampler_correction == "sequence_mask")
 
     def packed(self, config: tk.PolicyLoss) -> dict[str, Any]:
         """``branch`` and ``config`` for the pairs of the tree."""
         tree = self.forest.tree
-        if not self.stepwise:
+        if self.per == "leaf":
             return {"branch": tk.Paths(tree, self.advantages), "config": config}
         aggregate = config.resolved_aggregate
         weights = tree.leaf_weights(self.loss_mask, aggregate, max_length=config.max_length)
@@ -62,11 +63,12 @@ class Credit:
         """The arguments of the flat rollouts' loss: what is per pair of the tree, repeated, and the advantages."""
         index, cu_seqlens = self.forest.flat_pairs(self.loss_mask)
         advantages = self.advantages
-        if self.stepwise:
-            tokens = self.forest.tree.node_lengths[self.forest.path_nodes[1]]
-            advantages = torch.repeat_interleave(advantages, tokens)[self.loss_mask[self.forest.tree.flat_index]]
+        if self.per == "step":
+            advantages = torch.repeat_interleave(advantages, self.forest.tree.node_lengths[self.forest.path_nodes[1]])
+        if self.per != "leaf":
+            advantages = advantages[self.loss_mask[self.forest.tree.flat_index]]
         repeated = {name: None if x is None else x[index] for name, x in per_pair.items()}
-        return repeated | {"advantages": advantages, "cu_seqlens": cu_seqlens, "per_token": self.stepwise}
+        return repeated | {"advantages": advantages, "cu_seqlens": cu_seqlens, "per_token": self.per != "leaf"}
 
 
 def credit_of(recipe: recipes.TreeRecipe, forest: Forest) -> Credit:
@@ -76,4 +78,4 @@ def credit_of(recipe: recipes.TreeRecipe, forest: Forest) -> Credit:
     if recipe.per == "node":
         advantages = advantages[forest.path_nodes[1]]
     learns = mask if recipe.learns is None else mask & recipe.learns(forest.sampler_logprobs)
-    return Credit(forest, advantages, recipe.per != "leaf", learns)
+    return Credit(forest, advantages, "leaf" if recipe.per == "leaf" else "step", learns)

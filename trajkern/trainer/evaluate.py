@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from trajkern.trainer.policy import Policy
-from trajkern.trainer.sampling import sample
+from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.tasks import Question, Task
 
 _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from training's
 
 
-class Accuracy(NamedTuple):
-    """Shares of questions answered: by a sample on average, by any of k samples, by the most likely text."""
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of questions answered: by a sample on average, by any of k samples, by the most likely text.
+
+    ``details`` holds pass@2, pass@4, ... up to the number of samples, and what the task reports besides.
+    """
 
     pass_at_1: float
     pass_at_k: float
     greedy: float | None
+    details: dict[str, float | None] = field(default_factory=dict)
 
 
-def rewards_of(policy: Policy, task: Task, questions: list[Question], completions: list[list[int]]) -> torch.Tensor:
-    """The verifier's 0 or 1 for each completion of its question, ``[N]``."""
+def rewards_of(policy: Policy, task: Task, questions: Sequence[Question], completions: list[list[int]]) -> Tensor:
+    """The verifier's reward for each completion of its question, ``[N]``."""
     pairs = zip(questions, completions, strict=True)
     return torch.tensor([task.reward(question, policy.text(tokens)) for question, tokens in pairs])
 
 
-def each(items: list, copies: int) -> list:
+def each(items: Sequence, copies: int) -> list:
     """Every item ``copies`` times, copies adjacent."""
     return [item for item in items for _ in range(copies)]
+
+
+def pass_at(rewards: Tensor, k: int) -> float:  # [Q, n]
+    """The chance that k of the n samples of a question, drawn without replacement, hold a right one; the mean."""
+    n = rewards.shape[1]
+    wrong = (n - rewards.sum(1, dtype=torch.float64))[:, None] - torch.arange(k)
+    return 1 - (wrong.clamp_min(0) / (n - torch.arange(k))).prod(1).mean().item()
 
 
 def evaluate(
@@ -41,19 +56,31 @@ def evaluate(
     max_new: int,
     greedy: bool = False,
     batch: int = 128,
+    prompt: Callable[[Question], list[int]] | None = None,
 ) -> Accuracy:
     """Sample each question ``samples`` times at temperature 1, and once greedily where asked; ``batch`` at a time."""
-    generator = torch.Generator().manual_seed(_SEED)
-    passed, best = [], []
+    generator, prompt = torch.Generator().manual_seed(_SEED), prompt or policy.prompt
+    passed, best, asked, texts = [], [], [], []
     for begin in range(0, len(questions), batch):
         some = questions[begin : begin + batch]
-        prompts = [policy.prompt(question) for question in some]
-        drawn = sample(policy, prompts, copies=samples, max_new=max_new, generator=generator)
-        passed.append(rewards_of(policy, task, each(some, samples), drawn.completions()).view(-1, samples))
+        prompts, many = [prompt(question) for question in some], each(some, samples)
+        where: dict[str, Any] = {"max_new": max_new, "generator": generator}
+        drawn = sample(policy, prompts, copies=samples, environment=environment(policy, task, many), **where)
+        completions = drawn.completions()
+        passed.append(rewards_of(policy, task, many, completions).view(-1, samples))
+        asked += many
+        texts += [policy.text(tokens) for tokens in completions]
         if greedy:
-            likely = sample(policy, prompts, copies=1, max_new=max_new, generator=generator, greedy=True)
+            talk = environment(policy, task, some)
+            likely = sample(policy, prompts, copies=1, environment=talk, greedy=True, **where)
             best.append(rewards_of(policy, task, some, likely.completions()))
     rewards = torch.cat(passed)
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    details: dict[str, float | None] = {f"pass@{k}": pass_at(rewards, k) for k in powers}
+    details |= task.statistics(asked, texts)
     return Accuracy(
-        rewards.mean().item(), rewards.amax(1).mean().item(), torch.cat(best).mean().item() if greedy else None
+        rewards.mean().item(),
+        rewards.amax(1).mean().item(),
+        torch.cat(best).mean().item() if greedy else None,
+        {k: v if v == v else None for k, v in details.items()},  # JSON has no NaN
     )

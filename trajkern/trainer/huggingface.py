@@ -130,8 +130,8 @@ class HuggingFacePolicy(Policy):
         text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def answer(self, text: str) -> list[int]:
-        return [*self._tokenizer(text, add_special_tokens=False).input_ids, self.eos]
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def spelling(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)

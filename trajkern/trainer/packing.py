@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import trajkern as tk
 from trajkern.trainer.policy import Policy
 from trajkern.trainer.sampling import Rollouts
-from trajkern.trainer.tasks import Question
+
+Piece = tuple[list[int], bool]  # tokens, and whether they are scored
 
 
-def pack_demonstrations(policy: Policy, questions: list[Question]) -> tk.PackedBatch:
-    """Each question's prompt and answer as one trajectory; the answer is scored."""
-    pairs = [(policy.prompt(q), policy.answer(q.answer)) for q in questions]
-    lengths = torch.tensor([0] + [len(prompt) + len(answer) for prompt, answer in pairs])
+def pack_pieces(trajectories: Sequence[Sequence[Piece]], group_ids: Tensor | None = None) -> tk.PackedBatch:
+    """A trajectory of each sequence of pieces; by default each is a group of its own."""
+    lengths = torch.tensor([0] + [sum(len(tokens) for tokens, _ in pieces) for pieces in trajectories])
+    every = [piece for pieces in trajectories for piece in pieces]
     return tk.PackedBatch(
-        tokens=torch.tensor([token for prompt, answer in pairs for token in prompt + answer]),
+        tokens=torch.tensor([token for tokens, _ in every for token in tokens], dtype=torch.int64),
         cu_seqlens=lengths.cumsum(0),
-        loss_mask=torch.tensor([scored for p, a in pairs for scored in [False] * len(p) + [True] * len(a)]),
-        group_ids=torch.arange(len(pairs)),
+        loss_mask=torch.tensor([scored for tokens, scored in every for _ in tokens], dtype=torch.bool),
+        group_ids=torch.arange(len(trajectories)) if group_ids is None else group_ids,
     )
+
+
+def demonstration(policy: Policy, pieces: Sequence[tuple[str, bool]]) -> list[Piece]:
+    """The tokens of an answer in parts, its end included and learned."""
+    return [*((policy.encode(text), learned) for text, learned in pieces), ([policy.eos], True)]
 
 
 def pack_rollouts(rollouts: Rollouts, rewards: Tensor, group_ids: Tensor) -> tk.PackedBatch:  # [N], [N]

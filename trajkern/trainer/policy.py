@@ -67,8 +67,12 @@ class Policy(nn.Module, abc.ABC):
         """The tokens that pose ``question``."""
 
     @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a part of a rollout."""
+
     def answer(self, text: str) -> list[int]:
         """The tokens of an answer, its end included."""
+        return [*self.encode(text), self.eos]
 
     @abc.abstractmethod
     def spelling(self, tokens: list[int]) -> str:
@@ -104,8 +108,8 @@ class CharacterModel(Transformer, Policy):
     def prompt(self, question: Question) -> list[int]:
         return tokenizer.encode(question.prompt)
 
-    def answer(self, text: str) -> list[int]:
-        return [*tokenizer.encode(text), self.eos]
+    def encode(self, text: str) -> list[int]:
+        return tokenizer.encode(text)
 
     def spelling(self, tokens: list[int]) -> str:
         return tokenizer.decode(tokens)

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
 from trajkern.trainer.policy import Policy
 from trajkern.trainer.report import Display, Metrics
-from trajkern.trainer.tasks import Splits, Task
+from trajkern.trainer.systems import System
+from trajkern.trainer.tasks import Question, Splits, Task
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -65,6 +66,8 @@ class Run:
     config: TrainConfig
     task: Task
     splits: Splits
+    system: System
+    pool: list[Question]  # what the main loop draws from
     policy: Policy
     anchor: Policy | None  # the policy before reinforcement, where the loss has a KL term
     generator: torch.Generator
@@ -93,7 +96,8 @@ class Run:
             "config": self.config.to_json(),
             "phase": self.phase,
             "step": self.step,
-            "before": self.before,
+            "before": self.before and asdict(self.before),
+            "system": self.system.state(),
             "clock": vars(self.clock),
             "metrics": self.metrics.size,
         }
@@ -106,7 +110,8 @@ class Run:
         """Continue where ``stored`` stands; weights and optimiser are the caller's to restore."""
         place = stored.place
         self.phase, self.step, self.clock = place["phase"], place["step"], Clock(**place["clock"])
-        self.before = Accuracy(*place["before"]) if place["before"] else None
+        self.before = Accuracy(**place["before"]) if place["before"] else None
+        self.system.restore(place["system"])
         self.generator.set_state(stored.tensors["generator"])
 
     def between_steps(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.tasks import Question, Task
+
+# Of a rollout's number and all its tokens after the prompt: what the environment adds, and whether that is the end;
+# None while the policy's turn goes on.
+Environment = Callable[[int, list[int]], tuple[list[int], bool] | None]
 
 
 class Rollouts(NamedTuple):
@@ -17,13 +23,14 @@ class Rollouts(NamedTuple):
 
     tokens: Tensor  # [N, L]
     keep: Tensor  # [N, L] bool, True on prompt and completion, its end-of-sequence token included
-    sampled: Tensor  # [N, L] bool, True on the completion
+    sampled: Tensor  # [N, L] bool, True on what the policy wrote of the completion
     logprobs: Tensor  # [N, L] log-prob each sampled token was drawn with, 0 elsewhere
     prompt_length: int  # columns before the completions
 
     def completions(self) -> list[list[int]]:
+        """All that stands after each prompt, what an environment wrote included."""
         width = self.prompt_length
-        lengths = self.sampled.sum(1).tolist()
+        lengths = self.keep[:, width:].sum(1).tolist()
         return [row[:n] for row, n in zip(self.tokens[:, width:].tolist(), lengths, strict=True)]
 
 
@@ -32,7 +39,8 @@ class Drawn(NamedTuple):
 
     tokens: Tensor  # [N, S], the end-of-sequence token on padding
     keep: Tensor  # [N, S] bool
-    logprobs: Tensor  # [N, S], 0 on padding
+    logprobs: Tensor  # [N, S], 0 on what the policy did not write
+    written: Tensor  # [N, S] bool, by the policy and not by an environment
 
 
 def sample(
@@ -44,17 +52,19 @@ def sample(
     generator: torch.Generator,
     temperature: float = 1.0,
     greedy: bool = False,
+    environment: Environment | None = None,
 ) -> Rollouts:
-    """Sample ``copies`` completions of each prompt, adjacent, of at most ``max_new`` tokens."""
+    """Sample ``copies`` completions of each prompt, adjacent, of at most ``max_new`` tokens, the environment's too."""
     tokens, keep = left_padded(prompts, policy.eos)
     logits, cache = read_prompts(policy, tokens, keep, copies, max_new)
     most = torch.full((len(logits),), max_new)
-    drawn = draw(policy, logits, cache, most, generator=generator, temperature=temperature, greedy=greedy)
+    options: dict[str, Any] = {"generator": generator, "temperature": temperature, "greedy": greedy}
+    drawn = draw(policy, logits, cache, most, environment=environment, **options)
     tokens, keep = (x.repeat_interleave(copies, 0) for x in (tokens, keep))
     return Rollouts(
         torch.cat((tokens, drawn.tokens), 1),
         torch.cat((keep, drawn.keep), 1),
-        torch.cat((torch.zeros_like(keep), drawn.keep), 1),
+        torch.cat((torch.zeros_like(keep), drawn.written), 1),
         F.pad(drawn.logprobs, (tokens.shape[1], 0)),
         tokens.shape[1],
     )
@@ -86,20 +96,71 @@ def draw(
     generator: torch.Generator,
     temperature: float = 1.0,
     greedy: bool = False,
+    environment: Environment | None = None,
 ) -> Drawn:
     """Continue each sequence of the cache until its end-of-sequence token, or to its ``most`` tokens (at least 1)."""
-    tokens, keeps, logprobs = [], [], []
+    tokens, keeps, logprobs, writes = [], [], [], []
     alive, longest = torch.ones(len(logits), dtype=torch.bool), int(most.max())
+    talk = Talk(environment, len(logits)) if environment else None
     while True:
         logits = logits.float()
         drawn = logits.argmax(-1) if greedy else _draw(logits / temperature, generator)
+        written = alive
+        if talk:
+            drawn, own = talk.speak(drawn)
+            written = alive & own
         tokens.append(torch.where(alive, drawn, policy.eos))
-        logprobs.append(tk.token_logprobs(logits, drawn, temperature=temperature) * alive)
+        logprobs.append(tk.token_logprobs(logits, drawn, temperature=temperature) * written)
         keeps.append(alive)
-        alive = alive & (drawn != policy.eos) & (len(tokens) < most)
+        writes.append(written)
+        alive = alive & ~(written & (drawn == policy.eos)) & (len(tokens) < most)
+        if talk:
+            alive = talk.listen(drawn, written, alive)
         if len(tokens) == longest or not alive.any():
-            return Drawn(*(torch.stack(x, 1) for x in (tokens, keeps, logprobs)))
+            return Drawn(*(torch.stack(x, 1) for x in (tokens, keeps, logprobs, writes)))
         logits = policy.extend(tokens[-1][:, None], keeps[-1][:, None], cache)
+
+
+class Talk:
+    """The environment's side of rollouts in progress: what it has yet to write in each."""
+
+    def __init__(self, environment: Environment, count: int) -> None:
+        self._environment = environment
+        self._said: list[list[int]] = [[] for _ in range(count)]
+        self._pending: list[list[int]] = [[] for _ in range(count)]
+        self._last = [False] * count  # whether the rollout ends with what is pending
+
+    def speak(self, drawn: Tensor) -> tuple[Tensor, Tensor]:  # [N]
+        """The next token of each rollout, the environment's where it has one; and which are the policy's, bool."""
+        own = torch.tensor([not pending for pending in self._pending])
+        words = torch.tensor([pending[0] if pending else 0 for pending in self._pending])
+        return torch.where(own, drawn, words), own
+
+    def listen(self, tokens: Tensor, written: Tensor, alive: Tensor) -> Tensor:  # [N] each
+        """Note these tokens, let the environment answer the policy's, and return which rollouts go on."""
+        go_on = alive.tolist()
+        for row, (token, own) in enumerate(zip(tokens.tolist(), written.tolist(), strict=True)):
+            if not go_on[row]:
+                continue
+            self._said[row].append(token)
+            if not own:
+                self._pending[row].pop(0)
+            elif (reply := self._environment(row, self._said[row])) is not None:
+                self._pending[row], self._last[row] = list(reply[0]), reply[1]
+            go_on[row] = bool(self._pending[row]) or not self._last[row]
+        return torch.tensor(go_on)
+
+
+def environment(policy: Policy, task: Task, questions: Sequence[Question]) -> Environment | None:
+    """The task's replies to rollout n of ``questions[n]``; None where the task never replies."""
+    if not task.interactive:
+        return None
+
+    def reply(row: int, tokens: list[int]) -> tuple[list[int], bool] | None:
+        found = task.reply(questions[row], policy.spelling(tokens))
+        return None if found is None else (policy.encode(found.text), found.done)
+
+    return reply
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:  # [N, V] -> [N]

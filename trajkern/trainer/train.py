@@ -7,33 +7,27 @@ import math
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import trajkern as tk
 from trajkern import recipes
 from trajkern.trainer import checkpoint
+from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.cost import measure
-from trajkern.trainer.credit import Credit, credit_of
-from trajkern.trainer.evaluate import Accuracy, evaluate, rewards_of
-from trajkern.trainer.forest import Forest
-from trajkern.trainer.growth import grow, plant, thin
-from trajkern.trainer.packing import pack_demonstrations, pack_rollouts, select
+from trajkern.trainer.evaluate import Accuracy, evaluate
+from trajkern.trainer.packing import pack_pieces
 from trajkern.trainer.plot import plot
 from trajkern.trainer.policy import Policy, load_policy
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible, optimise, results_folder
-from trajkern.trainer.sampling import sample
-from trajkern.trainer.tasks import Question, Task
+from trajkern.trainer.systems import Values, load_system, recipe_names
+from trajkern.trainer.tasks import Question, Task, load_task
 from trajkern.trainer.update import policy_term, score, update
-
-Values = dict[str, float | int | None]  # a step's metrics
 
 RAMP = 20  # warm-up steps over which the learning rate rises
 
@@ -75,10 +69,11 @@ def train(config: TrainConfig) -> Result:
 
 def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
-    recipes.recipe(config.recipe)
+    if config.recipe not in recipe_names():
+        raise ValueError(f"recipe must be one of {', '.join(recipe_names())}; got {config.recipe!r}")
     stored = checkpoint.load(config.resume) if config.resume else None
     display = Display()
-    task, sizes = Task(config.task, config.seed), config.eval
+    task, sizes = load_task(config.task, config.seed), config.eval
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = task.splits(
         heldout=sizes.heldout,
@@ -96,6 +91,7 @@ def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
         if anchor:
             checkpoint.restore_model(stored, "anchor", anchor)
         checkpoint.restore_optimizer(stored, optimizer)
+    system = load_system(config, task, policy)
     longest = max(len(policy.answer(q.answer)) for q in (*splits.demonstrations, *splits.validation))
     out = results_folder(config)
     history = stored.path.parent / METRICS if stored else None
@@ -104,6 +100,8 @@ def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
         config=config,
         task=task,
         splits=splits,
+        system=system,
+        pool=system.pool(splits),
         policy=policy,
         anchor=anchor,
         generator=torch.Generator().manual_seed(config.seed),
@@ -159,7 +157,8 @@ def warm_up(run: Run) -> None:
 def supervised_step(run: Run) -> float:
     """One optimiser step of cross-entropy on a batch of demonstrations."""
     with run.clock.timing("training"):
-        batch = pack_demonstrations(run.policy, run.draw(run.splits.demonstrations, run.config.warmup.batch))
+        drawn = run.draw(run.splits.demonstrations, run.config.warmup.batch)
+        batch = pack_pieces([run.system.demonstration(question) for question in drawn])
         loss = -score(run.policy, batch.tokens, batch.cu_seqlens, batch.head_inputs(), run.config.head).mean()
         optimise(run, loss)
         run.clock.trained += batch.num_tokens
@@ -203,83 +202,11 @@ def reinforce(run: Run) -> None:
 
 def policy_step(run: Run) -> Values:
     """Sample rollouts, reward them, and descend the policy loss on the prompts whose rewards differ."""
-    questions = run.draw(run.splits.train, run.config.prompts)
-    collect = tree_credit if run.config.recipe in recipes.TREE_RECIPES else group_credit
-    values, credit = collect(run, questions)
+    values, credit = collect(run, run.draw(run.pool, run.config.prompts))
     if credit is not None:
         with run.clock.timing("training"):
             values |= update(run, credit)
     return values
-
-
-def group_credit(run: Run, questions: list[Question]) -> tuple[Values, Credit | None]:
-    """A group of rollouts of each question; what they share, the prompt at least, becomes a tree."""
-    config, copies = run.config, run.config.rollouts
-    with run.clock.timing("sampling"):
-        rollouts = sample(run.policy, prompts_of(run, questions), copies=copies, **sampling_options(run))
-    run.clock.sampled += int(rollouts.sampled.sum())
-    groups = torch.arange(config.prompts).repeat_interleave(copies)
-    rewards, values = reward(run, questions, rollouts.completions(), groups)
-    with run.clock.timing("training"):
-        batch = pack_rollouts(rollouts, rewards, groups)
-        found = recipes.RECIPES[config.recipe](batch)
-        advantages, trained = found if isinstance(found, tuple) else (found, torch.ones_like(groups, dtype=torch.bool))
-        live = (advantages.view(config.prompts, -1) != 0).any(1)  # a group of equal rewards has nothing to learn from
-        values["live_groups"] = int(live.sum())
-        if not values["live_groups"]:
-            return values, None
-        keep = live.repeat_interleave(copies) & trained
-        forest = Forest.from_batch(select(batch, keep))
-        return values, Credit(forest, advantages[keep], False, forest.loss_mask)
-
-
-def tree_credit(run: Run, questions: list[Question]) -> tuple[Values, Credit | None]:
-    """Trees of rollouts of each question, grown by expanding random nodes."""
-    config, shape = run.config, run.config.tree
-    with run.clock.timing("sampling"):
-        nodes = grow(run.policy, prompts_of(run, questions), shape, **sampling_options(run))
-        forest = thin(plant(nodes, shape.trees), shape.keep, run.generator)
-    run.clock.sampled += sum(len(node.tokens) for node in nodes if node.parent >= 0)
-    groups = forest.tree.leaf_group
-    rewards, values = reward(run, questions, forest.completions(), groups)
-    with run.clock.timing("training"):
-        differs = torch.zeros(config.prompts).index_add(0, groups, rewards)
-        live = (differs > 0) & (differs < torch.bincount(groups))  # rewards are 0 or 1
-        values["live_groups"] = int(live.sum())
-        if not values["live_groups"]:
-            return values, None
-        forest = replace(forest, rewards=rewards).prune(live[groups])
-        credit = credit_of(recipes.TREE_RECIPES[config.recipe], forest)
-        return values, credit if credit.loss_mask.any() else None
-
-
-def prompts_of(run: Run, questions: list[Question]) -> list[list[int]]:
-    return [run.policy.prompt(question) for question in questions]
-
-
-def sampling_options(run: Run) -> dict[str, Any]:
-    return {"max_new": run.max_new, "generator": run.generator, "temperature": run.config.temperature}
-
-
-def reward(
-    run: Run,
-    questions: list[Question],
-    completions: list[list[int]],
-    groups: Tensor,  # [N]
-) -> tuple[Tensor, Values]:
-    """The reward of each completion of ``questions[groups[n]]``, ``[N]``, after the control has dealt them."""
-    rewards = rewards_of(run.policy, run.task, [questions[g] for g in groups.tolist()], completions)
-    values: Values = {"reward": rewards.mean().item()}
-    if run.config.control == "random-rewards":
-        order = groups.argsort(stable=True)
-        dealt = deal(rewards[order].view(len(questions), -1), run.generator)
-        rewards = torch.empty_like(rewards).index_copy(0, order, dealt.flatten())
-    return rewards, values
-
-
-def deal(rewards: Tensor, generator: torch.Generator) -> Tensor:  # [G, rollouts]
-    """Each group's own rewards in random order: the same groups learn at the same cost, from noise."""
-    return rewards.gather(1, torch.rand(rewards.shape, generator=generator).argsort(1))
 
 
 def supervised_control(run: Run) -> Values:
@@ -306,20 +233,26 @@ def supervised_control(run: Run) -> Values:
 
 def validate(run: Run, values: Values) -> Accuracy:
     """Accuracy on the validation questions, entered into ``values``."""
-    samples = run.config.eval.samples
-    accuracy = evaluate(run.policy, run.task, run.splits.validation, samples=samples, max_new=run.max_new)
+    accuracy = measured(run, run.splits.validation)
     values |= {"val_pass@1": accuracy.pass_at_1, "val_pass@k": accuracy.pass_at_k}
+    values |= {f"val_{name}": value for name, value in accuracy.details.items()}
+    run.system.validated(accuracy.pass_at_1)
     return accuracy
 
 
 def report_heldout(run: Run, step: int) -> Accuracy:
     """Accuracy on the held-out questions, entered into the metrics."""
     run.display.say(f"evaluating on {len(run.splits.heldout)} held-out questions")
-    samples = run.config.eval.samples
-    accuracy = evaluate(run.policy, run.task, run.splits.heldout, samples=samples, max_new=run.max_new, greedy=True)
+    accuracy = measured(run, run.splits.heldout, greedy=True)
     values = {"pass@1": accuracy.pass_at_1, "pass@k": accuracy.pass_at_k, "greedy": accuracy.greedy}
-    run.metrics.write("heldout", step, values)
+    run.metrics.write("heldout", step, values | accuracy.details)
     return accuracy
+
+
+def measured(run: Run, questions: list[Question], greedy: bool = False) -> Accuracy:
+    """Accuracy on these questions, posed as the recipe poses them."""
+    sizes = {"samples": run.config.eval.samples, "max_new": run.max_new}
+    return evaluate(run.policy, run.task, questions, greedy=greedy, prompt=run.system.prompt, **sizes)
 
 
 def finish(run: Run) -> Result:
@@ -354,12 +287,20 @@ def summary(config: TrainConfig, kind: str, result: Result) -> str:
         f"{'':{width}}  {'pass@1':>7}  {f'pass@{k}':>7}  {'greedy':>7}",
         *(f"{name:{width}}  {a.pass_at_1:7.3f}  {a.pass_at_k:7.3f}  {a.greedy:7.3f}" for name, a in rows),
         f"tokens per second: {sampled:,.0f} sampled, {trained:,.0f} trained; {result.seconds:.0f} s in all",
+        *detail_lines(config, rows),
         *shared_line(result.clock),
         f"curve       {result.curve}",
         f"metrics     {result.metrics}",
         f"checkpoint  {result.checkpoint}",
     ]
     return "\n".join(lines)
+
+
+def detail_lines(config: TrainConfig, rows: list[tuple[str, Accuracy]]) -> list[str]:
+    """What the task reports besides accuracy."""
+    names = [name for name in rows[-1][1].details if not name.startswith("pass@")]
+    found = ((name, [accuracy.details.get(name) for _, accuracy in rows]) for name in names)
+    return [f"{name}: {' -> '.join('-' if x is None else f'{x:.3f}' for x in values)}" for name, values in found]
 
 
 def shared_line(clock: Clock) -> list[str]:

@@ -1,0 +1,77 @@
+"""Delta-Belief-RL: a turn is worth how much likelier it made the hidden answer in the policy's own eyes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern.recipes import delta_belief
+from trajkern.trainer.guessing import END, GUESS, TwentyQuestions, read_game
+from trajkern.trainer.packing import Piece
+from trajkern.trainer.systems.base import Found, Played, System, turns
+from trajkern.trainer.systems.scoring import score_pieces
+
+INVALID = -5.0  # a turn that says nothing
+
+
+class TurnBeliefs(System):
+    """After every turn of every rollout the policy is asked for the hidden thing, all in one packed forward."""
+
+    task: TwentyQuestions
+    dealable = False  # rollouts differ in their number of turns
+
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
+        settings, batch = self.config.delta_belief, played.batch
+        start, end, trajectory, index = turns(batch.loss_mask, batch.cu_seqlens)
+        counts = torch.bincount(trajectory, minlength=len(played.texts))
+        beliefs, bounds = self.beliefs(played, start, trajectory, counts)
+        penalty = torch.tensor(self._penalties(played, counts.tolist())) * settings.penalties
+        options: dict[str, Any] = {"scale": settings.scale, "clip": settings.clip, "win_reward": settings.win_reward}
+        won = signals["rewards"] > 0
+        rewards = delta_belief.turn_rewards(
+            beliefs, bounds, won=won, penalty=penalty, turn_cost=settings.turn_cost, **options
+        )
+        found = delta_belief.turn_advantages(rewards, trajectory, index, batch.group_ids, finished=settings.finished)
+        owner = torch.zeros_like(batch.tokens).index_put((start[1:],), start.new_ones(())).cumsum(0)
+        advantages = torch.where(batch.loss_mask, found[owner], 0)
+        gain = beliefs.diff()
+        return Found(
+            advantages,
+            per_token=True,
+            values={"turn_reward": rewards.mean().item(), "belief_gain": gain[gain.isfinite()].mean().item()},
+        )
+
+    def beliefs(self, played: Played, start: Tensor, trajectory: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(hidden thing) before the first turn and after each, NaN after a guess; and the rollouts' boundaries."""
+        batch, asked = played.batch, []
+        bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
+        every = played.trajectories()
+        starts: list[list[int]] = [[] for _ in every]
+        for position, n in zip((start - batch.cu_seqlens[trajectory]).tolist(), trajectory.tolist(), strict=True):
+            starts[n].append(position)
+        pieces: list[list[Piece]] = []
+        for n, (question, text, tokens) in enumerate(zip(played.questions, played.texts, every, strict=True)):
+            target = self.policy.encode(question.entry["thing"] + END)
+            ends = [*starts[n], len(tokens)] if starts[n] else [len(tokens)]
+            if read_game(text).guess is not None:
+                ends.pop()
+            asked += [int(bounds[n]) + turn for turn in range(len(ends))]
+            pieces += [[(tokens[:stop] + self.policy.encode(GUESS), False), (target, True)] for stop in ends]
+        groups = torch.zeros(len(pieces), dtype=torch.int64)
+        owner = torch.searchsorted(bounds, torch.tensor(asked), right=True) - 1
+        scores = score_pieces(self.policy, pieces, groups + batch.group_ids[owner])
+        lengths = scores.cu_seqlens.diff()
+        belief = torch.zeros(len(pieces)).index_add(
+            0, torch.arange(len(pieces)).repeat_interleave(lengths), scores.logprobs
+        )
+        return torch.full((int(bounds[-1]),), torch.nan).index_copy(0, torch.tensor(asked), belief), bounds
+
+    def _penalties(self, played: Played, counts: list[int]) -> list[float]:
+        """One a turn; an end-of-sequence token that no question or guess goes with is a turn, too."""
+        out = []
+        for question, text, count in zip(played.questions, played.texts, counts, strict=True):
+            own = self.task.penalties(question, text)
+            out += (own + [INVALID] * count)[:count]
+        return out

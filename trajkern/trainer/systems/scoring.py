@@ -1,0 +1,50 @@
+"""Log-probs of given texts in given contexts, whatever contexts share computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern.trainer.packing import Piece, pack_pieces
+from trajkern.trainer.policy import Policy
+
+
+class Scores(NamedTuple):
+    """Of the scored tokens of each trajectory, packed: log-probs ``[P]``; ranks ``[P]``, 1 for the likeliest, if asked
+    for; and the trajectories' boundaries ``[N+1]``."""
+
+    logprobs: Tensor
+    cu_seqlens: Tensor
+    ranks: Tensor | None
+
+
+@torch.no_grad()
+def score_pieces(
+    policy: Policy,
+    trajectories: Sequence[Sequence[Piece]],
+    group_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    ranks: bool = False,
+) -> Scores:
+    """Score the pieces that are marked. Trajectories of a group share the prefixes they have in common."""
+    batch = pack_pieces(trajectories, group_ids)
+    tree = tk.Tree.from_trajectories(batch)
+    tokens, mask = batch.tokens[tree.source], batch.loss_mask[tree.source]
+    pairs = tree.pairs(tokens, mask)
+    if ranks:
+        logits = policy(tokens, tree, pairs.rows)
+        chosen = logits.gather(1, pairs.targets[:, None])
+        logprobs = tk.token_logprobs(logits, pairs.targets, temperature=temperature)
+        rank = 1 + (logits > chosen).sum(1)
+    else:
+        hidden = policy.hidden(tokens, tree, pairs.rows)
+        logprobs = tk.linear_logprobs(hidden, targets=pairs.targets, temperature=temperature, **policy.head_arguments())
+    scored = mask[tree.flat_index]
+    index = (mask.cumsum(0) - 1)[tree.flat_index[scored]]
+    counted = torch.cat((scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)))
+    return Scores(logprobs[index], counted[tree.flat_cu_seqlens], rank[index] if ranks else None)

@@ -1,0 +1,78 @@
+"""SRL: an expert's solution becomes one exercise a step, rewarded by likeness to the expert's next line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern.recipes import srl
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.policy import Policy
+from trajkern.trainer.systems.base import Found, Played, System, Values
+from trajkern.trainer.tasks import Answer, Question, Reply, Splits, Task
+
+THOUGHT = "</think>"  # what stands before it is monologue and not scored
+
+
+class NextStep(Task):
+    """The steps of another task's demonstrations: a question with the lines so far, answered by the next line."""
+
+    interactive = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task.name, task.seed)
+        self._task = task
+
+    def questions(self, split: int) -> Iterator[Question]:
+        for question in self._task.questions(split):
+            yield from steps_of(question)
+
+    def read(self, question: Question, text: str) -> Answer:
+        return Answer(_action(text) == question.answer)
+
+    def reply(self, question: Question, text: str) -> Reply | None:
+        """A new line ends the step."""
+        return Reply("", done=True) if text.endswith("\n") else None
+
+
+class StepImitation(System):
+    """GRPO on :func:`trajkern.recipes.srl.rewards`; exercises whose rollouts score alike are left out.
+
+    The exercises are those of the warm-up's demonstrations: the same solutions that supervised training imitates.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, policy: Policy) -> None:
+        super().__init__(config, task, policy)
+        self._whole, self.task = task, NextStep(task)
+
+    def pool(self, splits: Splits) -> list[Question]:
+        return [step for question in splits.demonstrations for step in steps_of(question)]
+
+    def signals(self, played: Played) -> dict[str, Tensor]:
+        actions = [_action(text) for text in played.texts]
+        alike = srl.similarity(actions, [q.answer for q in played.questions]).float()
+        well_formed = torch.tensor([bool(action) for action in actions])
+        return {"rewards": srl.rewards(alike, well_formed, penalty=self.config.srl.penalty)}
+
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
+        rewards, groups = signals["rewards"], played.batch.group_ids
+        keep = srl.keep_groups(rewards, groups, min_std=self.config.srl.min_std)
+        values: Values = {"similarity": rewards.mean().item(), "filtered": int((~keep).sum())}
+        return Found(tk.group_advantages(rewards, groups, gate=keep), keep=keep, values=values)
+
+
+def steps_of(question: Question) -> list[Question]:
+    """Each line of the answer, posed after those before it."""
+    lines = question.answer.split("\n")
+    before = ["".join(f"{line}\n" for line in lines[:at]) for at in range(len(lines))]
+    return [
+        Question(question.prompt + shown, f"{question.text}\n{shown}", line, question.entry)
+        for shown, line in zip(before, lines, strict=True)
+    ]
+
+
+def _action(text: str) -> str:
+    return text.rpartition(THOUGHT)[2].removesuffix("\n")

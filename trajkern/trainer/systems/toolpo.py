@@ -1,0 +1,42 @@
+"""ToolPO: the outcome teaches every token, right calls teach the tokens that made them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trajkern.recipes import toolpo
+from trajkern.trainer.systems.base import Found, Played, System, turns
+from trajkern.trainer.tools import CALL, END, ToolTask
+
+
+class ToolRewards(System):
+    """Advantages of :func:`trajkern.recipes.toolpo.token_advantages`; a call's tokens include its delimiters."""
+
+    task: ToolTask
+
+    def signals(self, played: Played) -> dict[str, Tensor]:
+        calls = [self.task.right_calls(q, text) for q, text in zip(played.questions, played.texts, strict=True)]
+        right = torch.tensor(calls, dtype=torch.float32)
+        action = toolpo.action_rewards(right, torch.zeros_like(right), call_weight=self.config.toolpo.call_weight)
+        return {"rewards": played.rewards, "action": action}
+
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
+        batch = played.batch
+        mask = self.action_mask(played) if self.config.toolpo.attribution else batch.loss_mask
+        where = (batch.group_ids, mask, batch.cu_seqlens)
+        advantages = toolpo.token_advantages(signals["rewards"], signals["action"], *where)
+        return Found(advantages, per_token=True, values={"action_reward": signals["action"].mean().item()})
+
+    def action_mask(self, played: Played) -> Tensor:  # [T] bool
+        """The tokens of calls: of each turn of the policy that ends with one, from the call's beginning."""
+        batch, mask = played.batch, torch.zeros_like(played.batch.loss_mask)
+        for begin, end in turns(batch.loss_mask, batch.cu_seqlens)[:2].T.tolist():
+            tokens = batch.tokens[begin:end].tolist()
+            if not self.policy.spelling(tokens).endswith(END):
+                continue
+            first = len(tokens)
+            while first and CALL not in self.policy.spelling(tokens[first:]):
+                first -= 1
+            mask[begin + first : end] = True
+        return mask
