@@ -1,0 +1,355 @@
+"""Judges: language models that reason about a response and then score it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trajkern.trainer.huggingface import HuggingFacePolicy
+from trajkern.trainer.sampling import left_padded
+from trajkern.trainer.tasks import Question
+
+HIGHEST = 10  # of the scores that a judge is asked for
+RUBRIC = "You judge how well a response answers a question: whether it is correct, complete and to the point."
+_ASKED = f"""
+Reason first, in a few sentences: what does the question ask for, and what does the response get right or wrong? Then \
+end with a line of its own: the word "Score:" and a whole number from 0 (useless) to {HIGHEST} (perfect)."""
+_SCORE = re.compile(
+    r"[\W_]*score[*_\s]*[:=][*_\s]*([0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*([0-9]+))?[.,;!*_\s]*", re.I
+)
+_OPENING = "\nScore:"
+_RESERVED = {"messages", "model", "n", "seed", "stream"}
+T = TypeVar("T")
+
+
+class Judgements(NamedTuple):
+    """K judgements of each of N responses.
+
+    ``recipes.reward_models.vote`` and ``meta_vote`` take :meth:`complete` of the responses to compare. A rubric's gate,
+    ``recipes.dro.gate``, takes ``mean() >= 0.5``: where no vote is left the mean is NaN, and the rollout is out.
+
+    Attributes:
+        scores: float32 ``[K, N]`` in [0, 1]; NaN is a missing vote: a reply without a readable score.
+        replies: the K texts for each of the N responses, reasoning and score, ``replies[n][k]``.
+    """
+
+    scores: Tensor
+    replies: list[list[str]]
+
+    def mean(self) -> Tensor:
+        """The mean of each response's votes, missing ones left out; float32 ``[N]``, NaN where none is left."""
+        return self.scores.nanmean(0)
+
+    def complete(self, responses: slice | Tensor = slice(None)) -> Tensor:
+        """The samples in which every one of ``responses`` has its vote; float32 ``[K', N']``, K' at most K."""
+        scores = self.scores[:, responses]
+        return scores[~scores.isnan().any(1)]
+
+
+class Judge(Protocol):
+    """Scores responses to prompts, one of each."""
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
+        """A missing vote is NaN; a judge that could not be asked raises :class:`JudgeError`."""
+
+
+class JudgeError(RuntimeError):
+    """Judgements that could not be had. They are no scores."""
+
+
+class LocalJudge:
+    """A HuggingFace causal language model that reasons before it scores.
+
+    It is asked for a last line "Score:" with a number from 0 to 10. Where its reply has none, it goes on once after
+    "Score:"; where that brings no number either, the vote is missing.
+
+    The same arguments give the same judgements, whatever torch's own generator has drawn. A response's do not depend on
+    what else is judged unless ``batch`` is above 1.
+
+    Args:
+        model: on any device; set to evaluation mode.
+        tokenizer: the model's own. Its chat template is used where it has one.
+        rubric: what makes a good response, in words.
+        max_new_tokens: for the reasoning and its score, at least 1.
+        samples: judgements of each response (K), at least 1; they share one reading of the prompt.
+        temperature: above 0; or 0, for the likeliest token each time (then samples must be 1). Other settings of
+            sampling are the model's ``generation_config``.
+        batch: responses judged together, at least 1: faster, but a draw then depends on all of them.
+        seed: of the draws.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        rubric: str = RUBRIC,
+        max_new_tokens: int = 256,
+        samples: int = 1,
+        temperature: float = 1.0,
+        batch: int = 1,
+        seed: int = 0,
+    ) -> None:
+        _check_text("rubric", rubric)
+        for name, value in {"max_new_tokens": max_new_tokens, "samples": samples, "batch": batch}.items():
+            _check_count(name, value, 1)
+        _check_positive("temperature", temperature, zero=True)
+        _check_count("seed", seed, None)
+        if temperature == 0 and samples > 1:
+            raise ValueError(f"samples must be 1 where temperature is 0: all would be the same; got {samples}")
+        self._model: Any = model.eval()
+        self._tokenizer, self._rubric = tokenizer, rubric
+        self._new, self._samples, self._temperature = max_new_tokens, samples, temperature
+        self._batch, self._seed = batch, seed
+        self._policy = HuggingFacePolicy(model, tokenizer)
+
+    @classmethod
+    def load(cls, name: str, **settings: Any) -> LocalJudge:
+        """Load "smollm2", a HuggingFace folder or a .gguf file, in float32; ``settings`` are the constructor's."""
+        policy = HuggingFacePolicy.load(name)
+        return cls(policy.model, policy._tokenizer, **settings)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
+        pairs = _pairs(prompts, responses)
+        replies: list[list[str]] = []
+        scores: list[list[float]] = []
+        for begin in range(0, len(pairs), self._batch):
+            some = pairs[begin : begin + self._batch]
+            with torch.random.fork_rng([self._model.device] if self._model.device.type == "cuda" else []):
+                drawn = hashlib.sha256(json.dumps([self._seed, some]).encode()).digest()
+                torch.manual_seed(int.from_bytes(drawn[:8], "big", signed=True))
+                judged = self._judge(some)
+            for at in range(0, len(judged), self._samples):
+                texts, votes = zip(*judged[at : at + self._samples], strict=True)
+                replies.append(list(texts))
+                scores.append(list(votes))
+        return _judgements(scores, replies, self._samples)
+
+    def _judge(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, float]]:
+        """The texts and scores of ``samples`` judgements a pair, adjacent."""
+        asked = [self._policy.prompt(Question("", _question(self._rubric, *pair), "", {})) for pair in pairs]
+        written = self._continue(asked, self._new, self._samples)
+        asked = [prompt for prompt in asked for _ in range(self._samples)]
+        opening = self._tokenizer(_OPENING, add_special_tokens=False).input_ids
+        out = []
+        for tokens in written:
+            text = self._text(tokens)
+            out.append((text, read_score(text, ended=tokens[-1:] == [self._policy.eos])))
+        silent = [at for at, (_, score) in enumerate(out) if score != score]
+        if not silent:
+            return out
+        thoughts = [[token for token in written[at] if token != self._policy.eos] for at in silent]
+        ends = self._continue([asked[at] + t + opening for at, t in zip(silent, thoughts, strict=True)], 8, 1)
+        for at, thought, end in zip(silent, thoughts, ends, strict=True):
+            line, newline, _ = self._text(end).partition("\n")
+            ended = newline == "\n" or end[-1] == self._policy.eos
+            out[at] = (f"{self._text(thought)}{_OPENING} {line}", read_score(f"Score: {line}", ended))
+        return out
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _continue(self, prompts: list[list[int]], most: int, copies: int) -> list[list[int]]:
+        """What the model writes after each prompt, ``copies`` times, adjacent; up to its end of turn, that included."""
+        eos, longest = self._policy.eos, max(map(len, prompts))
+        context = getattr(self._model.config, "max_position_embeddings", None)
+        if context is not None and longest + most > context:
+            raise ValueError(
+                f"prompts and responses must leave room in the judge's context of {context} tokens for {most} new ones;"
+                f" with rubric and reasoning the longest has {longest}"
+            )
+        tokens, keep = (x.to(self._model.device) for x in left_padded(prompts, eos))
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": self._temperature}
+        out = self._model.generate(
+            input_ids=tokens,
+            attention_mask=keep.long(),
+            max_new_tokens=most,
+            num_return_sequences=copies,
+            pad_token_id=eos,
+            eos_token_id=eos,
+            **(sampling if self._temperature else {"do_sample": False}),
+        )
+        rows = out[:, longest:].tolist()
+        return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+class ServerJudge:
+    """A model behind any server that speaks OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama.
+
+    A call that fails (a refusal to connect, an error status, silence, an answer that is no completion) is no score: the
+    others are waited for, then :class:`JudgeError` says how many failed and why the first did. A reply that has no
+    score in it, or was cut off before it, is a missing vote.
+
+    Args:
+        base_url: such as "http://localhost:8000/v1".
+        model: the name that the server knows it by.
+        api_key: None for a server that asks for none; the environment is not consulted.
+        timeout: seconds that a try may be silent before it counts as failed, above 0.
+        retries: tries after the first, at least 0, with growing pauses or those that the server asks for: after a
+            timeout, a lost connection, and the statuses 408, 409, 429 and 500 or more.
+        deadline: seconds for a call with its retries and pauses, above 0: some servers keep a hopeless call alive with
+            blank lines, and are never silent.
+        concurrency: calls under way at once, at least 1.
+        rubric: what makes a good response, in words.
+        samples: judgements of each response (K), a call each, at least 1.
+        seed: sample k is asked with ``seed + k``, for servers that can repeat themselves; None sends none.
+        options: what else each request says, such as ``{"temperature": 0.5, "max_tokens": 512}``.
+
+    Raises:
+        ImportError: without the package openai, which is in trajkern's extra "judge".
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        deadline: float = 600.0,
+        concurrency: int = 16,
+        rubric: str = RUBRIC,
+        samples: int = 1,
+        seed: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, text in {"base_url": base_url, "model": model, "rubric": rubric}.items():
+            _check_text(name, text)
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url must start with http:// or https://; got {base_url!r}")
+        _check_positive("timeout", timeout)
+        _check_positive("deadline", deadline)
+        _check_count("retries", retries, 0)
+        _check_count("concurrency", concurrency, 1)
+        _check_count("samples", samples, 1)
+        if seed is not None:
+            _check_count("seed", seed, None)
+        if reserved := sorted(_RESERVED & set(options or {})):
+            raise ValueError(f"options must not hold {', '.join(reserved)}: the judge sets these itself")
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(f"ServerJudge needs openai: pip install 'trajkern[judge]' ({error})") from error
+        self._connect: Any = openai.AsyncOpenAI
+        # a key must be given, or the client would send the environment's to this server
+        self._client = {"base_url": base_url, "api_key": api_key or "none", "timeout": timeout, "max_retries": retries}
+        self._model, self._rubric, self._samples, self._seed = model, rubric, samples, seed
+        self._deadline, self._concurrency, self._options = deadline, concurrency, dict(options or {})
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
+        asked = [_question(self._rubric, *pair) for pair in _pairs(prompts, responses)]
+        results = _run(self._ask_all(asked))
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            first = failures[0]
+            raise JudgeError(
+                f"{len(failures)} of {len(results)} calls to the judge {self._model!r} failed; the first:"
+                f" {type(first).__name__}: {first}"
+            ) from first
+        judged = [result for result in results if not isinstance(result, BaseException)]
+        groups = [judged[at : at + self._samples] for at in range(0, len(judged), self._samples)]
+        scores = [[read_score(text, ended) for text, ended in group] for group in groups]
+        return _judgements(scores, [[text for text, _ in group] for group in groups], self._samples)
+
+    async def _ask_all(self, asked: Sequence[str]) -> list[tuple[str, bool] | BaseException]:
+        gate = asyncio.Semaphore(self._concurrency)
+        async with self._connect(**self._client) as client:
+            calls = [self._ask(client, gate, text, sample) for text in asked for sample in range(self._samples)]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _ask(self, client: Any, gate: asyncio.Semaphore, text: str, sample: int) -> tuple[str, bool]:
+        """The reply, and whether it came to its own end."""
+        seed = {} if self._seed is None else {"seed": self._seed + sample}
+        async with gate:
+            call = client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": text}],
+                extra_body={**self._options, **seed},
+            )
+            try:
+                completion = await asyncio.wait_for(call, self._deadline)
+            except asyncio.TimeoutError:
+                raise TimeoutError(f"no whole reply within the deadline of {self._deadline} s") from None
+        try:
+            choice = completion.choices[0]
+            content = choice.message.content or ""  # None: all went into reasoning, or a refusal
+            return str(content), choice.finish_reason != "length"
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"the server's answer is no chat completion: {str(completion)[:200]!r}") from error
+
+
+def read_score(text: str, ended: bool) -> float:
+    """The score of a reply's last line of the form "Score: k", k from 0 to 10, as k / 10 in [0, 1]; NaN without one.
+
+    "Score: k/10" and Markdown's stars are understood. A line that says k of another number, or a k above 10, is none.
+
+    Args:
+        text: the reply.
+        ended: False for one that was cut off: its last line may lack digits, and is not read.
+    """
+    lines = text.split("\n") if ended else text.split("\n")[:-1]
+    for line in reversed(lines):
+        if found := _SCORE.fullmatch(line):
+            score = float(found[1])
+            return score / HIGHEST if score <= HIGHEST and found[2] in (None, str(HIGHEST)) else float("nan")
+    return float("nan")
+
+
+def _question(rubric: str, prompt: str, response: str) -> str:
+    return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n<response>\n{response}\n</response>\n{_ASKED}"
+
+
+def _judgements(scores: list[list[float]], replies: list[list[str]], samples: int) -> Judgements:
+    return Judgements(torch.tensor(scores, dtype=torch.float32).reshape(-1, samples).T.contiguous(), replies)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run to its end, in a notebook too, where this thread has an event loop already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _pairs(prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str]]:
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        wrong = texts if isinstance(texts, str) else next((x for x in texts if not isinstance(x, str)), None)
+        if wrong is not None:
+            raise TypeError(f"{name} must be a sequence of strings, got {wrong!r} ({type(wrong).__name__})")
+    if len(prompts) != len(responses):
+        raise ValueError(f"responses must have one for each of the {len(prompts)} prompts, got {len(responses)}")
+    return list(zip(prompts, responses, strict=True))
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"{name} must be a string that is not empty, got {value!r} ({type(value).__name__})")
+
+
+def _check_count(name: str, value: Any, low: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _check_positive(name: str, value: Any, zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not (0 < value < float("inf") or zero and value == 0):
+        raise ValueError(f"{name} must be finite and {'at least' if zero else 'above'} 0, got {value}")
