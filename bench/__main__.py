@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import advantage, ceilings, head, logprob, policy_loss, tree
+from bench import advantage, ceilings, head, logprob, policy_loss, reflection, tree
 from bench.case import OURS
 from bench.run import Settings, clocks, release, run
 from bench.table import markdown, seconds
@@ -21,6 +21,7 @@ FAMILIES = {
     "head": head.CASES,
     "advantage": advantage.CASES,
     "policy_loss": policy_loss.CASES,
+    "reflection": reflection.CASES,
     "tree": tree.CASES,
 }
 

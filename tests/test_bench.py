@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from bench import __main__ as program
-from bench import advantage, head, logprob, policy_loss, table
+from bench import advantage, head, logprob, policy_loss, reflection, table
 from bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
 from bench.memory import peak_bytes
 from bench.run import Settings, gate, run, verdict
 from bench.timing import Summary, WallClock, race, ratio
 
-ALL_CASES = (*logprob.CASES, *head.CASES, *advantage.CASES, *policy_loss.CASES)
+ALL_CASES = (*logprob.CASES, *head.CASES, *advantage.CASES, *policy_loss.CASES, *reflection.CASES)
 SETTINGS = Settings("cpu", seconds=0.0, rounds=(3, 3), compiled=False)
 
 

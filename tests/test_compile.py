@@ -24,6 +24,8 @@ _CASES = {
     "sibling_advantages": ("mean", "parent"),
     "branch_coefficients": ("weights",),
     "spread": ("tree", "batch"),
+    "variance_weights": ("typical", "plain"),
+    "reflection_rewards": (),  # the number of groups is data: see tests/test_reflection.py
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov", "branch_cispo", "tree_grpo", "tree_gspo"),
 }
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on, and it compiles nothing", allow_module_level=True)
 
-from trajkern._triton import configs, divergence, head, logprob, policy_loss  # noqa: E402
+from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -27,15 +27,16 @@ TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
     " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale"
     " z grad state student teacher state_s state_t divergence saved upstream",
-    "*i64": "targets cu_seqlens offsets",
+    "*fp64": "columns totals sums",
+    "*i64": "targets cu_seqlens offsets order rank bounds peaks",
     "*i32": "counts",
     "*i1": "mask is_top1 selected shares",
     "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
-    " trajectories steps programs size stride grad_stride first stride_s stride_t",
+    " trajectories rollouts ddof steps programs size stride grad_stride first stride_s stride_t",
 }
 ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Variant(NamedTuple):
@@ -114,6 +115,13 @@ def _weight(aggregate: int, *absent: str) -> Variant:
     return Variant(policy_loss.weight_kernel, f"{aggregate}-{len(absent)}", absent, options)
 
 
+def _reflection(name: str, dtype: torch.dtype, *absent: str, normalize: bool | None = None) -> Variant:
+    options = configs.ROLLOUTS if normalize is None else configs.TOKENS | {"NORMALIZE": normalize}
+    floats = "logprobs baseline rewards weights std scores grad_rewards grad_weights grad_std grad_scores grad_baseline"
+    types = dict.fromkeys([*floats.split(), "grad_logprobs"], f"*{NAMES[dtype]}")
+    return Variant(getattr(reflection, name), f"{NAMES[dtype]}-{normalize}-{len(absent)}", absent, options, types)
+
+
 PLAIN = ("temperatures", "mask", "entropy", "sum_sq_probs", "is_top1")
 NO_ENTROPY = ("temperatures", "mask", "grad_entropy", "entropy")
 BY_TOKEN = ("means", "mean_slopes", "shares")
@@ -167,6 +175,16 @@ VARIANTS = (
     _tokens("gmpo", False, 4, "tis", 4, "selected"),
     _tokens("gmpo", True, 4, "tis", 4, "selected"),
     _tokens("vespo", False, 4, "tis", 4, "mean_slopes", "shares", "selected"),
+    _reflection("deviation_kernel", torch.float32),
+    _reflection("deviation_kernel", torch.float64, "scores"),
+    _reflection("reward_kernel", torch.float32, normalize=True),
+    _reflection("reward_kernel", torch.float32, "rewards", "std", "baseline", normalize=True),
+    _reflection("reward_kernel", torch.float64, "baseline", normalize=False),
+    _reflection("slope_kernel", torch.float32),
+    _reflection("slope_kernel", torch.float32, "baseline", "grad_weights", "grad_std"),
+    _reflection("slope_kernel", torch.float64),
+    _reflection("gradient_kernel", torch.float32, normalize=True),
+    _reflection("gradient_kernel", torch.float64, "grad_scores", "grad_baseline", normalize=False),
     Variant(policy_loss.spread_kernel, "", (), policy_loss.ALONG),
     Variant(policy_loss.sum_kernel, "", (), policy_loss.SUMMING),
     Variant(policy_loss.scale_kernel, "", (), policy_loss.FLAT),

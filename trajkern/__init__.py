@@ -2,13 +2,14 @@
 
 from trajkern._backends import backends, use_backend
 from trajkern._paths import Paths
-from trajkern._types import GAE, KINDS, Branch, PolicyLoss, TokenStats
+from trajkern._types import GAE, KINDS, Branch, PolicyLoss, Reflection, TokenStats
 from trajkern.layout import HeadInputs, PackedBatch
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
 from trajkern.ops.divergence import linear_divergence, topk_divergence
 from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
+from trajkern.ops.reflection import reflection_rewards, variance_weights
 from trajkern.ops.tree import branch_coefficients, sibling_advantages, spread, subtree_reduce
 from trajkern.tree_layout import Tree
 
@@ -22,6 +23,7 @@ __all__ = [
     "PackedBatch",
     "Paths",
     "PolicyLoss",
+    "Reflection",
     "TokenStats",
     "Tree",
     "backends",
@@ -35,6 +37,7 @@ __all__ = [
     "linear_token_stats",
     "policy_loss",
     "policy_loss_kinds",
+    "reflection_rewards",
     "sibling_advantages",
     "spread",
     "subtree_reduce",
@@ -42,5 +45,6 @@ __all__ = [
     "token_stats",
     "topk_divergence",
     "use_backend",
+    "variance_weights",
     "whiten",
 ]

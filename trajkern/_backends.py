@@ -23,6 +23,7 @@ OWNERS = {  # family -> device -> backend
     "logprob": {"cpu": "native", "cuda": "triton"},
     "advantage": {"cpu": "native", "cuda": "cuda"},
     "policy_loss": {"cpu": "native", "cuda": "triton"},
+    "reflection": {"cpu": "native", "cuda": "triton"},
     "tree": {"cpu": "native", "cuda": "cuda"},
 }
 _PACKAGE = {"native": "trajkern._native", "cuda": "trajkern._native", "triton": "trajkern._triton"}

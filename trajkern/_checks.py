@@ -115,6 +115,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     check_offsets("cu_seqlens", cu_seqlens, length, "tokens")
 
 
+def check_equal_lengths(cu_seqlens: Tensor, group_ids: Tensor) -> None:
+    """The rollouts of each group score the same reference. Reads device values."""
+    lengths, (ids, group) = cu_seqlens.diff(), torch.unique(group_ids, return_inverse=True)
+    least, most = (
+        lengths.new_zeros(ids.shape).scatter_reduce(0, group, lengths, to, include_self=False)
+        for to in ("amin", "amax")
+    )
+    uneven = (least != most).nonzero()
+    if uneven.numel():
+        at = int(uneven[0, 0])
+        raise ValueError(
+            "cu_seqlens must give all rollouts of a group references of equal length; "
+            f"group {int(ids[at])} has lengths {lengths[group == at].unique().tolist()}"
+        )
+
+
 def check_offsets(name: str, offsets: Tensor, length: int, what: str = "entries") -> None:
     """Reads device values."""
     if offsets.numel() == 0:

@@ -27,6 +27,15 @@ class GAE(NamedTuple):
     returns: Tensor  # [T]
 
 
+class Reflection(NamedTuple):
+    """Reasoning reflection rewards, and the statistics of the reference tokens that they are made of."""
+
+    rewards: Tensor  # [N]
+    weights: Tensor  # [P], the same for all rollouts of a group
+    std: Tensor  # [P], likewise
+    group_score: Tensor  # [G], the largest std of each group, in ascending group id
+
+
 class Branch(NamedTuple):
     """What the leaves below each node (or each token's node) add up to, with leaf weights w and advantages A."""
 

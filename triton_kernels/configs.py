@@ -14,6 +14,8 @@ FLAT = {"BLOCK": 512, "num_warps": 4}  # programs over the flat tokens
 ALONG = {"BLOCK": 2048, "num_warps": 8}  # programs that walk along a trajectory
 ALONE = {"BLOCK": 1024, "num_warps": 8}  # the one program over all trajectories
 SUMMING = {"BLOCK": 256, "num_warps": 8}  # the one program over the rows of partial sums
+ROLLOUTS = {"ROWS": 4, "BLOCK": 128, "num_warps": 4}  # programs that walk over the tokens of a group's rollouts
+TOKENS = {"BLOCK": 512, "num_warps": 4}  # programs that walk along the tokens of one rollout
 
 
 def row_warps(length: int) -> int:

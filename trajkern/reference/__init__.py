@@ -5,6 +5,7 @@ from trajkern.reference.divergence import linear_divergence, topk_divergence
 from trajkern.reference.head import linear_logprobs, linear_policy_loss, linear_token_stats
 from trajkern.reference.logprob import token_logprobs, token_stats
 from trajkern.reference.policy_loss import policy_loss
+from trajkern.reference.reflection import reflection_rewards, variance_weights
 from trajkern.reference.tree import branch_coefficients, sibling_advantages, spread, subtree_reduce
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
+    "reflection_rewards",
     "sibling_advantages",
     "spread",
     "subtree_reduce",
     "token_logprobs",
     "token_stats",
     "topk_divergence",
+    "variance_weights",
     "whiten",
 ]

@@ -1,0 +1,207 @@
+"""DRO's reasoning reflection reward: how much better a rollout's reasoning predicts a reference answer.
+
+The reference's tokens are packed once per rollout; position j is the same token in all K rollouts of a group. With x
+the log-probs, b a baseline, and sums over the group's rollouts n or the positions j:
+
+    m_j = mean_n x_nj        s_j = sqrt(sum_n (x_nj - m_j)^2 / (K - ddof))        S = sum_j s_j
+    w_j = s_j / S, or s_j        R_n = sum_j w_j (x_nj - b_nj)        score = max_j s_j
+
+and backward, from the gradients gR, gW, gS of rewards, weights and std and gG of the score, which the first largest
+s_j receives:
+
+    A_j = sum_n gR_n (x_nj - b_nj) + gW_nj
+    ds_j = (A_j - sum_j A_j w_j) / S, or A_j, + sum_n gS_nj + gG [j largest]
+    dx_nj = gR_n w_j + ds_j (x_nj - m_j) / ((K - ddof) s_j)        db_nj = -gR_n w_j
+
+A position whose log-probs agree has s_j = 0 exactly, and a derivative of 0. The arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._checks import (
+    check_choice,
+    check_cu_seqlens,
+    check_equal_lengths,
+    check_finite,
+    check_shape,
+    check_tensor,
+    describe,
+    laid_out,
+    readable,
+)
+from trajkern._library import define, recorded
+from trajkern._types import Reflection
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def _fake(logprobs, cu_seqlens, order, rank, bounds, baseline, ddof, normalize, rewarded):
+    weights = torch.empty_like(logprobs)
+    if not rewarded:
+        return [weights]
+    return [logprobs.new_empty(order.shape), weights, torch.empty_like(logprobs), logprobs.new_empty(order.shape)]
+
+
+# -> order: the rollouts by ascending id, those of a group in pack order; rank: the group of each, from 0 on in that
+# order; bounds: group g is order[bounds[g]:bounds[g+1]], and empty from the number of groups on
+_reflection_groups = define(
+    "reflection",
+    "reflection_groups(Tensor group_ids, Tensor cu_seqlens, SymInt tokens) -> (Tensor, Tensor, Tensor)",
+    lambda ids, cu_seqlens, tokens: (torch.empty_like(ids), torch.empty_like(ids), torch.empty_like(cu_seqlens)),
+)
+_GROUPED = "Tensor logprobs, Tensor cu_seqlens, Tensor order, Tensor rank, Tensor bounds, Tensor? baseline"
+# -> [weights], or where rewarded [rewards, weights, std, scores [N], of which the first G are the groups']
+_reflection_rewards = define(
+    "reflection",
+    f"reflection_rewards({_GROUPED}, int ddof, bool normalize, bool rewarded) -> Tensor[]",
+    _fake,
+)
+# -> the gradients in logprobs and baseline that are needed
+_reflection_rewards_backward = define(
+    "reflection",
+    f"reflection_rewards_backward({_GROUPED}, Tensor? grad_rewards, Tensor? grad_weights, Tensor? grad_std,"
+    " Tensor? grad_scores, int ddof, bool normalize, bool[] needs) -> Tensor[]",
+    lambda logprobs, *rest: [torch.empty_like(logprobs) for need in rest[-1] if need],
+)
+
+
+class _Reflection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logprobs, baseline, cu_seqlens, order, rank, bounds, *options):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logprobs, cu_seqlens, order, rank, bounds, baseline)
+        ctx.options = options
+        return tuple(_reflection_rewards(logprobs, cu_seqlens, order, rank, bounds, baseline, *options))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads):
+        ddof, normalize, rewarded = ctx.options
+        given = [None if g is None else g.contiguous() for g in grads]
+        given = given if rewarded else [None, *given, None, None]
+        needs = ctx.needs_input_grad[:2]
+        made = iter(_reflection_rewards_backward(*ctx.saved_tensors, *given, ddof, normalize, [*needs]))
+        return *(next(made) if need else None for need in needs), *(None,) * 7
+
+
+@recorded
+def variance_weights(
+    logprobs: Tensor,  # [P]
+    cu_seqlens: Tensor,  # [N+1]
+    group_ids: Tensor,  # [N]
+    *,
+    ddof: int = 0,
+    normalize: bool = True,
+) -> Tensor:
+    """How much a group's rollouts disagree on each token of the reference: the token's weight in their reward.
+
+        s_j = sqrt(sum_n (x_nj - mean_n x_nj)^2 / (K - ddof))        w_j = s_j / sum_j s_j
+
+    Arguments, errors and source as in :func:`reflection_rewards`, which also gives the rewards.
+
+    Returns:
+        ``[P]`` float32 (float64 for float64 log-probs), at least 0, the same for all rollouts of a group; with
+        ``normalize`` they sum to 1 over each rollout, or are all 0 where no log-probs differ. Differentiable once.
+    """
+    _check(logprobs, cu_seqlens, group_ids, ddof, normalize)
+    if _backends.wants_reference("reflection", logprobs):
+        _check_values(logprobs, cu_seqlens, group_ids, None)
+        return _backends.reference().variance_weights(logprobs, cu_seqlens, group_ids, ddof=ddof, normalize=normalize)
+    return _apply(logprobs, None, cu_seqlens, group_ids, ddof, normalize, False)[0][0]
+
+
+@recorded
+def reflection_rewards(
+    logprobs: Tensor,  # [P]
+    cu_seqlens: Tensor,  # [N+1]
+    group_ids: Tensor,  # [N]
+    *,
+    baseline: Tensor | None = None,  # [P]
+    ddof: int = 0,
+    normalize: bool = True,
+) -> Reflection:
+    """Reasoning reflection rewards (R3): a reference answer's log-probs, weighted by how much the rollouts disagree.
+
+        s_j = sqrt(sum_n (x_nj - mean_n x_nj)^2 / (K - ddof))        w_j = s_j / sum_j s_j
+        R_n = sum_j w_j (x_nj - b_nj)
+
+    over the K rollouts n of a group and the tokens j of their reference. Tokens that reasoning does not change weigh
+    nothing; those that it does, the most.
+
+    Args:
+        logprobs: float ``[P]``, in nats, finite (checked on the CPU): log p of the reference answer's tokens under each
+            rollout's reasoning, packed once per rollout.
+        cu_seqlens: int64 or int32 ``[N+1]``, from 0 to P, never decreasing (checked on the CPU): rollout n scores the
+            tokens ``cu_seqlens[n]:cu_seqlens[n+1]``. The rollouts of a group score the same tokens, so their lengths
+            are equal. On the CPU that is checked; on a GPU a group of unequal lengths gives NaN, and nothing is read or
+            written out of bounds. An empty reference gives a reward of 0.
+        group_ids: int64 or int32 ``[N]``, any values in any order; equal ids are one group, of any size.
+        baseline: float ``[P]``, finite (checked on the CPU): what is subtracted, in the paper the log-probs under
+            masked reasoning; none is 0.
+        ddof: 0 for the population's deviation, 1 for the unbiased variance; that of no more than ddof rollouts is 0.
+        normalize: divide the weights by their sum. The paper asks only that they increase with s_j.
+
+    Returns:
+        :class:`Reflection`, float32 (float64 for float64 log-probs): rewards ``[N]``; weights and std ``[P]``, the same
+        for all rollouts of a group; group_score ``[G]``, each group's largest std (0 for an empty reference), in
+        ascending group id, by which whole prompts are filtered. A group of one, or one whose log-probs agree, has
+        weights of exactly 0. Differentiable once, in logprobs and baseline, through all four; a std of 0 counts as
+        constant. On a GPU, G is read from the device: one synchronisation, which :func:`variance_weights` does without.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Source: DRO (arXiv 2506.13351), which leaves ddof and the normalisation open.
+    """
+    _check(logprobs, cu_seqlens, group_ids, ddof, normalize)
+    if baseline is not None:
+        check_tensor("baseline", baseline, dtypes=FLOATS, device=logprobs.device)
+        check_shape("baseline", baseline, tuple(logprobs.shape), "one value a token")
+    if _backends.wants_reference("reflection", logprobs):
+        _check_values(logprobs, cu_seqlens, group_ids, baseline)
+        return _backends.reference().reflection_rewards(
+            logprobs, cu_seqlens, group_ids, baseline=baseline, ddof=ddof, normalize=normalize
+        )
+    (rewards, weights, std, scores), rank = _apply(logprobs, baseline, cu_seqlens, group_ids, ddof, normalize, True)
+    groups = int(rank[-1]) + 1 if rank.shape[0] else 0
+    return Reflection(rewards, weights, std, scores[:groups])
+
+
+def _apply(logprobs: Tensor, baseline: Tensor | None, cu_seqlens: Tensor, group_ids: Tensor, ddof: int,
+           normalize: bool, rewarded: bool) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+    """The op's outputs, and the rank of each rollout in order."""
+    x = laid_out(logprobs, torch.float64 if logprobs.dtype == torch.float64 else torch.float32)
+    bounds = laid_out(cu_seqlens, torch.int64)
+    groups = _reflection_groups(laid_out(group_ids, torch.int64), bounds, x.shape[0])
+    made = _Reflection.apply(x, laid_out(baseline, x.dtype), bounds, *groups, ddof, normalize, rewarded)
+    return made, groups[1]
+
+
+def _check(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, ddof: int, normalize: bool) -> None:
+    check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=logprobs.device)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must hold at least its first 0; it is empty")
+    check_tensor("group_ids", group_ids, dtypes=INTEGERS, device=logprobs.device)
+    check_shape("group_ids", group_ids, (cu_seqlens.shape[0] - 1,), "one id a rollout")
+    check_choice("ddof", ddof, (0, 1))
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {describe(normalize)}")
+
+
+def _check_values(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, baseline: Tensor | None) -> None:
+    """On the reference route; the launchers check what they can read for nothing."""
+    if readable(logprobs):
+        check_cu_seqlens(cu_seqlens, logprobs.shape[0])
+        check_equal_lengths(cu_seqlens, group_ids)
+        check_finite("logprobs", logprobs)
+        if baseline is not None:
+            check_finite("baseline", baseline)
