@@ -14,7 +14,7 @@ from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
 DTYPES = (torch.float32, torch.float64)
 Groups = tuple[tuple[int, int], ...]  # (rollouts, tokens of the reference) of each
 
-_RAGGED: Groups = ((8, 33), (3, 7), (5, 64), (2, 1), (16, 12), (4, 19))
+_RAGGED: Groups = ((9, 33), (3, 7), (5, 64), (2, 1), (4, 19))
 _ID = 1_000_003
 
 
@@ -150,7 +150,7 @@ _SHARED = (
     Case("empty_references", _rollouts(((3, 0), (2, 5), (4, 0))), "references without tokens"),
     Case("no_tokens", _rollouts(((3, 0), (2, 0))), "P = 0"),
     Case("none", _rollouts(()), "N = 0"),
-    Case("long", _rollouts(((4, 1500), (2, 700))), "several blocks of columns", large=True),
+    Case("blocks", _rollouts(((2, 530), (3, 140))), "several blocks of columns"),
     Case("large", _rollouts(tuple((4 + k % 9, 40 + 13 * k % 90) for k in range(120))), "every thread", large=True),
     Case("one_group", _rollouts(((300, 130),)), "many rollouts of one prompt", large=True),
 )
@@ -179,7 +179,7 @@ REFLECTION_REWARDS = OpSpec(
         *_SHARED,
         Case("baseline", _rollouts(_RAGGED, baseline=True), "the log-probs under masked reasoning taken off"),
         Case("baseline_plain", _rollouts(_RAGGED, baseline=True, normalize=False, ddof=1), "the same, unnormalised"),
-        Case("baseline_long", _rollouts(((5, 1300), (7, 60)), baseline=True), "blocks of columns", large=True),
+        Case("baseline_long", _rollouts(((5, 1300), (7, 60)), baseline=True), "long references", large=True),
     ),
     variants=_VARIANTS,
 )
