@@ -69,7 +69,7 @@ r: piano/hn saxophone/m accordion siren/om tuba/mh banjo/nu
 tx: house/h church/hr mill/hnr well/du tent/w river/dh sea/dhr mountain/hv
 tx: cloud/chw rain/d ice/dsv sun/huc star/c fire/v stone/i volcano/hur wind/r
 tx: net/dw swing/nw ball/uw
-iwx: pillow/h towel/d candle brush/n feather/ck wool/f paper/k
+iwx: pillow/u towel/d candle brush/n feather/ck wool/f paper/k
 i: pencil/nv eraser/w stamp glasses/qx watch/qmo dice/u comb/vx button/quw zip/qm magnet/m
 wx: blanket curtain/h rug/u
 """

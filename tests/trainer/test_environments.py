@@ -1,0 +1,135 @@
+"""Tasks that reply within a rollout: what the environment writes, who is credited for it, and what counts as right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trajkern.trainer.guessing import LIMIT, TwentyQuestions, read_game
+from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.packing import pack_rollouts
+from trajkern.trainer.policy import CharacterModel
+from trajkern.trainer.sampling import environment, sample
+from trajkern.trainer.tasks import Question, Reply, Task, load_task
+from trajkern.trainer.things import ATTRIBUTES, KINDS, THINGS
+from trajkern.trainer.tokenizer import decode, encode
+from trajkern.trainer.tools import ELEMENTS, ToolTask
+
+
+@pytest.fixture(params=["tools", "tools_long", "twenty_questions"])
+def task(request: pytest.FixtureRequest) -> Task:
+    return load_task(request.param, seed=2)
+
+
+def test_the_environment_replies_to_a_demonstration_as_it_is_written(task: Task) -> None:
+    for question in task.distinct(2, 60):
+        written = ""
+        for text, learned in task.pieces(question):
+            if not learned:
+                assert task.reply(question, written) == Reply(text)
+            written += text
+        assert written == question.answer and task.reward(question, written) == 1.0
+
+
+class Echo(Task):
+    """After each "a" the environment writes "xy", after a "b" it ends the rollout with "z"."""
+
+    interactive = True
+
+    def questions(self, split: int):
+        yield Question("q", "q", "a", {})
+
+    def read(self, question, text):
+        raise NotImplementedError
+
+    def reply(self, question: Question, text: str) -> Reply | None:
+        return {"a": Reply("xy"), "b": Reply("z", done=True), "c": Reply("", done=True)}.get(text[-1:])
+
+
+def test_replies_are_read_but_not_sampled() -> None:
+    torch.manual_seed(0)
+    model = CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=32))
+    with torch.no_grad():  # few characters, so that all kinds of turns occur
+        model.head.weight[[i for i in range(len(model.head.weight)) if i not in encode("abcd")]] = 0
+        model.head.weight[encode("abcd")] *= 2
+    task = Echo("echo")
+    questions = [Question(p, p, "", {}) for p in ("q", "word", "x=")]
+    prompts = [model.prompt(q) for q in questions]
+    many = [q for q in questions for _ in range(60)]
+    generator = torch.Generator().manual_seed(3)
+    drawn = sample(
+        model, prompts, copies=60, max_new=9, generator=generator, environment=environment(model, task, many)
+    )
+    batch = pack_rollouts(drawn, torch.zeros(180), torch.arange(180))
+    pairs = batch.head_inputs()
+    with torch.no_grad():
+        logits = model(batch.tokens, batch.cu_seqlens, pairs.rows)
+    expected = logits.log_softmax(-1).gather(1, pairs.targets[:, None]).squeeze(1)
+    torch.testing.assert_close(batch.sampler_logprobs[pairs.tokens], expected, rtol=0, atol=2e-6)
+    assert not batch.sampler_logprobs[~batch.loss_mask].any()
+    kinds = set()
+    for n, tokens in enumerate(drawn.completions()):
+        text, own = decode(tokens), drawn.sampled[n, drawn.prompt_length :][: len(tokens)].tolist()
+        at = 0
+        while at < len(text):
+            assert own[at], f"the policy's turn in {text!r}"
+            reply = {"a": "xy", "b": "z"}.get(text[at], "")
+            assert text[at + 1 :].startswith(reply[: len(text) - at - 1])
+            assert not any(own[at + 1 : at + 1 + len(reply)])
+            if text[at] in "bc":
+                kinds.add(text[at])
+                assert len(text) == at + 1 + len(reply) or len(text) == 9
+            at += 1 + len(reply)
+    assert kinds == {"b", "c"}, "the case needs rollouts that the environment ends"
+
+
+def test_tools() -> None:
+    task = ToolTask("tools")
+    fact = {"calls": ["Fe", "26+37"], "answer": "63"}
+    question = Question("Fe+37=", "", "", fact)
+    right = "<tool>Fe</tool>26;<tool>26+37</tool>63;63"
+    assert task.reward(question, right) == 1 and task.right_calls(question, right) == 2
+    assert task.reward(question, "63") == 1 and task.right_calls(question, "63") == 0
+    assert task.reward(question, right[:-1]) == 0 and task.reward(question, "") == 0
+    twice = "<tool>Fe</tool>26;<tool>Fe</tool>26;<tool>37+26</tool>63;63"
+    assert task.right_calls(question, twice) == 1
+    for call, result in (
+        ("U", "92"),
+        ("9-12", "-3"),
+        ("-3+5-1", "1"),
+        ("1/0", "error"),
+        ("Xx", "error"),
+        ("", "error"),
+    ):
+        assert task.reply(question, f"so <tool>{call}</tool>") == Reply(f"{result};")
+    assert task.reply(question, "<tool>Fe</tool") is None
+    assert (ELEMENTS["H"], ELEMENTS["Au"], ELEMENTS["Og"], len(ELEMENTS)) == (1, 79, 118, 118)
+    assert task.statistics([question, question], [right, "63"]) == {"calls": 1.0, "right_calls": 0.5}
+
+
+def test_a_game() -> None:
+    task = TwentyQuestions("twenty_questions")
+    cat = Question("dog:b+c-?", "", "", {"thing": "cat", "given": "bc"})
+    assert task.reply(cat, "i") == Reply("+") and task.reply(cat, "i+d") == Reply("-")
+    assert task.reply(cat, "i+") is None and task.reply(cat, "=ca") is None
+    assert task.reply(cat, "Z") == Reply("!")
+    assert task.reply(cat, "=cat\n") == Reply("", done=True)
+    assert task.reply(cat, "i+" * LIMIT + "d") == Reply("-", done=True)
+    assert task.reward(cat, "i+d-=cat\n") == 1 and task.reward(cat, "=cat\n") == 1
+    assert task.reward(cat, "i+=dog\n") == 0 and task.reward(cat, "i+=ca") == 0 and task.reward(cat, "i+d-") == 0
+    assert task.penalties(cat, "i+b+i+Z!=cat\n") == [0, -1, -1, -5, 0]
+    assert task.statistics([cat, cat], ["i+b+=cat\n", "=cat\n"]) == {"turns": 1.0, "fresh_questions": 0.5}
+    assert read_game("a+b-=x\n") == ("ab", "x\n") and read_game("a+b") == ("ab", None) and read_game("") == ("", None)
+
+
+def test_things_are_many_and_no_two_alike() -> None:
+    assert len(THINGS) >= 200 and len(ATTRIBUTES) == 24
+    assert len(THINGS) == sum(map(len, KINDS)) == len(set(THINGS.values()))
+    assert all(name.isascii() and name.isalpha() and name.islower() and len(name) <= 10 for name in THINGS)
+    assert set().union(*THINGS.values()) == set(ATTRIBUTES)
+    assert "a" in THINGS["dog"] and "c" in THINGS["eagle"] and "p" in THINGS["bus"] and "j" in THINGS["apple"]
+    assert "c" not in THINGS["penguin"] and "a" not in THINGS["sword"] and "b" not in THINGS["shark"]
+    for name, attributes in THINGS.items():
+        assert "b" not in attributes or "a" in attributes, f"{name}: a mammal is an animal"
+        assert not {"a", "k"} <= attributes, f"{name}: no animal is a plant"
+        assert not {"h", "i"} <= attributes, f"{name}: nothing bigger than a person fits into a hand"

@@ -1,0 +1,327 @@
+"""What each recipe adds to the trainer, against forwards done one by one and values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+import trajkern as tk
+from trajkern.recipes import delta_belief, rlcr
+from trajkern.trainer import collect as collecting
+from trajkern.trainer import train as training
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.packing import pack_pieces
+from trajkern.trainer.policy import CharacterModel
+from trajkern.trainer.settings import DRO, Compose, DeltaBelief, Feedback, ToolPO
+from trajkern.trainer.systems import SYSTEMS, Played, System, load_system
+from trajkern.trainer.systems.base import turns
+from trajkern.trainer.systems.feedback import MARK
+from trajkern.trainer.systems.scoring import score_pieces
+from trajkern.trainer.systems.srl import steps_of
+from trajkern.trainer.tasks import Question, load_task
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def model() -> CharacterModel:
+    torch.manual_seed(5)
+    return CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=32))
+
+
+def system_of(model: CharacterModel, task: str, recipe: str, **settings) -> System:
+    return load_system(TrainConfig(task=task, recipe=recipe, **settings), load_task(task), model)
+
+
+def played(system: System, questions: list[Question], texts: list[list[tuple[str, bool]]], groups: list[int]) -> Played:
+    """Rollouts made of these pieces: a text, and whether the policy wrote it. Rewards are the verifier's."""
+    rows = [
+        [(system.prompt(q), False), *((system.policy.encode(t), own) for t, own in pieces)]
+        for q, pieces in zip(questions, texts, strict=True)
+    ]
+    whole = ["".join(text for text, _ in pieces) for pieces in texts]
+    batch = pack_pieces(rows, torch.tensor(groups))
+    rewards = torch.tensor([system.task.reward(q, text) for q, text in zip(questions, whole, strict=True)])
+    logprobs = torch.where(batch.loss_mask, -1.5, 0.0)
+    batch = tk.PackedBatch(
+        batch.tokens, batch.cu_seqlens, batch.loss_mask, batch.group_ids, rewards, sampler_logprobs=logprobs
+    )
+    return Played(questions, whole, batch)
+
+
+def logprob(model: CharacterModel, context: str, text: list[int]) -> torch.Tensor:
+    """log p of each token of ``text`` after ``context``, from a forward of their own."""
+    tokens = torch.tensor(model.encode(context) + text)
+    rows = torch.arange(len(tokens) - len(text) - 1, len(tokens) - 1)
+    with torch.no_grad():
+        logits = model(tokens, torch.tensor([0, len(tokens)]), rows)
+    return logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).squeeze(1)
+
+
+def test_turns_of_trajectories() -> None:
+    #      0  1  2  3 | 4  5 | 6 | 7  8  9
+    mask = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1, 0, 1]).bool()
+    found = turns(mask, torch.tensor([0, 4, 6, 7, 10]))
+    assert found.tolist() == [[1, 4, 7, 9], [3, 6, 8, 10], [0, 1, 3, 3], [0, 0, 0, 1]]
+    assert turns(torch.ones(4).bool(), torch.tensor([0, 2, 2, 4])).tolist() == [[0, 2], [2, 4], [0, 2], [0, 0]]
+    assert turns(torch.zeros(3).bool(), torch.tensor([0, 3])).shape == (4, 0)
+
+
+def test_scores_are_those_of_forwards_one_by_one(model: CharacterModel) -> None:
+    rows = [("12+3=", "1", "5"), ("12+3=", "", "15"), ("9-1=", "8", "8"), ("12+3=", "1", "6")]
+    pieces = [[(model.encode(a + b), False), (model.encode(c), True)] for a, b, c in rows]
+    scores = score_pieces(model, pieces, torch.tensor([4, 4, 1, 4]), ranks=True)
+    plain = score_pieces(model, pieces, torch.tensor([4, 4, 1, 4])).logprobs
+    assert scores.cu_seqlens.tolist() == [0, 1, 3, 4, 5]
+    for (a, b, c), (begin, end) in zip(rows, pairwise(scores.cu_seqlens.tolist()), strict=True):
+        expected = logprob(model, a + b, model.encode(c))
+        torch.testing.assert_close(scores.logprobs[begin:end], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain[begin:end], expected, rtol=0, atol=1e-5)
+    logits = model(torch.tensor(model.encode("9-1=8")), torch.tensor([0, 5]), torch.tensor([4]))[0]
+    assert scores.ranks[3] == 1 + (logits > logits[model.encode("8")[0]]).sum()
+
+
+def test_rlcr_rewards_what_was_stated(model: CharacterModel) -> None:
+    system = system_of(model, "chain_sum_confidence", "rlcr")
+    question = system.task.distinct(0, 1)[0]
+    right = question.entry["answer"]
+    texts = [f"{right} 90%", f"{right} 20%", "777 90%", f"{right}", f"{right} 140%"]
+    sample = played(system, [question] * 5, [[(t, True)] for t in texts], [0] * 5)
+    signals = system.signals(sample)
+    expected = rlcr.rewards(
+        torch.tensor([1.0, 1, 0, 0, 0]),
+        torch.tensor([0.9, 0.2, 0.9, 0, 0]),
+        well_formed=torch.tensor([1, 1, 1, 0, 0]).bool(),
+    )
+    torch.testing.assert_close(signals["rewards"], expected)
+    torch.testing.assert_close(system.credit(sample, signals).advantages, expected - expected.mean())
+    statistics = system.task.statistics([question] * 5, texts)
+    assert statistics["well_formed"] == 0.6
+    assert statistics["brier"] == pytest.approx((0.01 + 0.64 + 0.81) / 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weights", ["variance", "uniform"])
+def test_dro_scores_the_reference_after_each_reasoning(model: CharacterModel, weights: str, masked: bool) -> None:
+    system = system_of(model, "chain_sum_steps", "dro", dro=DRO(weights=weights, masked=masked))
+    one = Question("1+2+3+4=", "", "3\n6\n10", {"answer": "10"})
+    two = Question("9-1-1-1=", "", "8\n7\n6", {"answer": "6"})
+    texts = ["3\n6\n10", "3\n9", "10", "8\n7\n6", "7\n5\n4"]
+    reasoning = ["3\n6\n", "3\n", "", "8\n7\n", "7\n5\n"]
+    questions = [one, one, one, two, two]
+    sample = played(system, questions, [[(t, True)] for t in texts], [2, 2, 2, 0, 0])
+    x = [
+        logprob(model, q.prompt + c, model.answer(q.answer.split("\n")[-1]))
+        for q, c in zip(questions, reasoning, strict=True)
+    ]
+    base = [logprob(model, q.prompt, model.answer(q.answer.split("\n")[-1])) for q in questions]
+    expected = []
+    for members in ([0, 1, 2], [3, 4]):
+        stacked = torch.stack([x[n] for n in members]).double()
+        w = stacked.std(0, correction=0)
+        w = w / w.sum() if weights == "variance" else torch.ones_like(w) / len(w)
+        expected += [(w * (x[n] - base[n] * masked)).sum() for n in members]
+    signals = system.signals(sample)
+    torch.testing.assert_close(signals["rewards"].double(), torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
+    assert signals["keep"].all()
+    credit = system.credit(sample, signals)
+    torch.testing.assert_close(
+        credit.advantages, tk.group_advantages(signals["rewards"], sample.batch.group_ids), rtol=0, atol=0
+    )
+
+
+def test_dro_filters_prompts(model: CharacterModel) -> None:
+    system = system_of(model, "chain_sum_steps", "dro", dro=DRO(drop_fraction=0.5, top_k=1))
+    question = Question("1+2+3+4=", "", "3\n6\n10", {"answer": "10"})
+    texts = ["3\n6\n10", "3\n6\n10", "3\n9", "4\n1"]  # the first prompt's rollouts agree
+    sample = played(system, [question] * 4, [[(t, True)] for t in texts], [7, 7, 3, 3])
+    keep = system.signals(sample)["keep"]
+    assert not keep[:2].any(), "no deviation: dropped first"
+    found = system.credit(sample, {"rewards": torch.tensor([1.0, 2, 3, 4]), "keep": torch.tensor([0, 0, 1, 1]).bool()})
+    assert found.keep.tolist() == [False, False, True, True] and not found.advantages[:2].any()
+
+
+def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
+    settings = DeltaBelief(scale=0.5, turn_cost=0.1)
+    system = system_of(model, "twenty_questions", "delta_belief", delta_belief=settings)
+    cat = Question("dog:b+?", "", "", {"thing": "cat", "given": "b"})
+    games = [
+        [("i", True), ("+", False), ("b", True), ("+", False), ("=cat\n", True)],
+        [("=dog\n", True)],
+        [("Z", True), ("!", False)],
+    ]
+    sample = played(system, [cat] * 3, games, [0, 0, 0])
+    start, _, trajectory, _ = turns(sample.batch.loss_mask, sample.batch.cu_seqlens)
+    beliefs, bounds = system.beliefs(sample, start, trajectory, torch.tensor([3, 1, 1]))
+    assert bounds.tolist() == [0, 4, 6, 8]
+    histories = ["", "i+", "i+b+", None, "", None, "", "Z!"]
+    expected = [
+        torch.tensor(torch.nan) if h is None else logprob(model, f"dog:b+?{h}=", model.encode("cat\n")).sum()
+        for h in histories
+    ]
+    torch.testing.assert_close(beliefs, torch.stack(expected), rtol=0, atol=1e-5, equal_nan=True)
+    found = system.credit(sample, system.signals(sample))
+    rewards = delta_belief.turn_rewards(
+        beliefs,
+        bounds,
+        won=torch.tensor([True, False, False]),
+        penalty=torch.tensor([0.0, -1, 0, 0, -5]),
+        scale=0.5,
+        turn_cost=0.1,
+    )
+    advantages = delta_belief.turn_advantages(rewards, trajectory, torch.tensor([0, 1, 2, 0, 0]), torch.zeros(3).long())
+    per_token = torch.zeros(sample.batch.num_tokens)
+    for turn, (begin, end) in enumerate(turns(sample.batch.loss_mask, sample.batch.cu_seqlens)[:2].T.tolist()):
+        per_token[begin:end] = advantages[turn]
+    assert found.per_token
+    torch.testing.assert_close(found.advantages, per_token)
+
+
+@pytest.mark.parametrize("attribution", [True, False])
+def test_calls_are_credited_to_their_tokens(model: CharacterModel, attribution: bool) -> None:
+    system = system_of(model, "tools", "toolpo", toolpo=ToolPO(attribution=attribution))
+    question = Question("Fe+1=", "", "", {"calls": ["Fe", "26+1"], "answer": "27"})
+    games = [
+        [("hm<tool>Fe</tool>", True), ("26;", False), ("27", True)],
+        [("<tool>1/0</tool>", True), ("error;", False), ("9", True)],
+    ]
+    sample = played(system, [question] * 2, games, [0, 0])
+    found = system.credit(sample, system.signals(sample))
+    mask = sample.batch.loss_mask
+    call = [False] * 5 + [False] * 2 + [True] * 15 + [False] * 5 + [False] * 5 + [True] * 16 + [False] * 7
+    assert system.action_mask(sample).tolist() == call
+    # success is 1 and 0, right calls are 1 and 0: each centred is 0.5 and -0.5
+    half = torch.tensor([0.5, -0.5]).repeat_interleave(sample.batch.lengths)
+    expected = half + half * (torch.tensor(call) if attribution else mask)
+    torch.testing.assert_close(found.advantages[mask], expected[mask])
+
+
+def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
+    question = Question("1+2+3+4=", "Add.", "3\n6\n10", {})
+    steps = steps_of(question)
+    assert [(s.prompt, s.answer) for s in steps] == [
+        ("1+2+3+4=", "3"),
+        ("1+2+3+4=3\n", "6"),
+        ("1+2+3+4=3\n6\n", "10"),
+    ]
+    system = system_of(model, "chain_sum_steps", "srl")
+    sample = played(system, [steps[2]] * 4, [[(t, True)] for t in ("10\n", "1", "\n", "so</think>10")], [0] * 4)
+    rewards = system.signals(sample)["rewards"]
+    torch.testing.assert_close(rewards, torch.tensor([1.0, 2 / 3, -1.0, 1.0]))
+    assert system.task.reply(steps[0], "3\n").done and system.task.reply(steps[0], "3") is None
+
+
+def test_the_hinted_policy_teaches(model: CharacterModel) -> None:
+    settings = Feedback(reward_weight=0.5, directive_weight=2.0)
+    system = system_of(model, "chain_sum_steps", "feedback", feedback=settings)
+    question = next(q for q in system.task.distinct(0, 50))
+    right, wrong = question.answer, question.answer.split("\n")[0] + "\n99\n99"
+    sample = played(system, [question] * 2, [[(right, True)], [(wrong, True)]], [0, 0])
+    found = system.credit(sample, system.signals(sample))
+    hint = question.answer.split("\n")[1]
+    taught = logprob(model, f"{hint}{MARK}{question.prompt}", model.encode(wrong))
+    expected = torch.cat((torch.full((len(right),), 0.5), -0.5 + 2 * (taught + 1.5)))
+    torch.testing.assert_close(found.advantages[sample.batch.loss_mask], expected, rtol=1e-5, atol=2e-5)
+    shown = [system.demonstration(q) for q in system.task.distinct(0, 60)]
+    marked = sum(model.spelling(pieces[0][0]).count(MARK) for pieces in shown)
+    assert 15 < marked < 45
+
+
+def test_skills_stand_before_the_question(config: Make) -> None:
+    settings = config(recipe="skillrl", steps=3)
+    result = training.train(settings)
+    state = training.checkpoint.load(result.checkpoint).place["system"]
+    assert len([s for s in state["skills"] if s["kind"] == "demonstration"]) == settings.skillrl.capacity
+    system = load_system(settings, load_task("chain_sum"), CharacterModel(settings.tiny))
+    system.restore(json.loads(json.dumps(state)))
+    question = Question("1+1+1=", "", "3", {})
+    shown = system.policy.spelling(system.prompt(question))
+    assert shown.endswith("1+1+1=") and len(shown) > 10
+    assert system.state() == state
+
+
+SMALL = {
+    "rlcr": "chain_sum_confidence",
+    "dro": "chain_sum_steps",
+    "delta_belief": "twenty_questions",
+    "toolpo": "tools",
+    "srl": "chain_sum_steps",
+    "feedback": "chain_sum_steps",
+    "skillrl": "chain_sum",
+}
+
+
+@pytest.mark.parametrize("recipe", SYSTEMS)
+def test_every_system_trains_and_resumes(config: Make, recipe: str) -> None:
+    settings = {"recipe": recipe, "task": SMALL[recipe], "max_new": 30, "steps": 4}
+    whole = training.train(config("whole", **settings))
+    records = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
+    assert len([r for r in records if r["phase"] == "main"]) == 4
+    resumed = training.train(config("resumed", resume=whole.checkpoint.with_name("warmup.safetensors"), **settings))
+    one, two = (training.checkpoint.load(r.checkpoint) for r in (whole, resumed))
+    assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
+    assert one.place["system"] == two.place["system"]
+
+
+def only_even(questions, texts):
+    return [n % 2 == 0 for n in range(len(texts))]
+
+
+def never(questions, texts):
+    return [False] * len(texts)
+
+
+def test_a_gate_takes_rollouts_out_of_every_statistic(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    original = collecting.credited
+    monkeypatch.setattr(collecting, "credited", lambda p, *rest: batches.append(p.batch) or original(p, *rest))
+    training.train(config(compose=Compose(rubric=f"{__name__}:only_even"), steps=2))
+    assert [len(b.group_ids) for b in batches] == [32, 32]
+    assert all(b.group_ids.bincount().tolist() == [2] * 16 for b in batches)
+
+
+def test_a_batch_emptied_by_its_gate_is_skipped(config: Make, capsys: pytest.CaptureFixture) -> None:
+    result = training.train(config(compose=Compose(rubric=f"{__name__}:never"), steps=2))
+    records = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    main = [r for r in records if r["phase"] == "main"]
+    assert [(r["gated_rollouts"], r["emptied_groups"]) for r in main] == [(64, 16), (64, 16)]
+    assert capsys.readouterr().out.count("the gate let no rollout through") == 2
+
+
+def test_weights_behind_the_advantage(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    original = collecting.credited
+    monkeypatch.setattr(collecting, "credited", lambda p, f, v: found.append((p, f)) or original(p, f, v))
+    training.train(config(task="chain_sum_steps", compose=Compose(positive_weight=0.25, hint_weight=0.5), steps=2))
+    for sample, result in found:
+        batch = sample.batch
+        plain = tk.group_advantages(batch.rewards, batch.group_ids)
+        weighed = torch.where(plain > 0, 0.25 * plain, plain).repeat_interleave(batch.lengths)
+        right = batch.rewards.repeat_interleave(batch.lengths) > 0
+        torch.testing.assert_close(result.advantages[right], weighed[right])
+        assert (result.advantages != weighed)[~right & batch.loss_mask].float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "dro"}, "task must be a task that shows its work, for the recipe dro; got 'chain_sum'"),
+        ({"recipe": "rlcr"}, "task must be a task whose answers state a confidence"),
+        ({"recipe": "toolpo"}, "task must be a task with tools"),
+        ({"recipe": "tree_grpo", "task": "tools"}, "task must be a task without an environment"),
+        ({"recipe": "delta_belief", "task": "twenty_questions", "control": "random-rewards"}, "control must be one of"),
+        ({"recipe": "feedback", "task": "tools"}, "task must be a task that gives hints"),
+        ({"compose": Compose(rubric="nowhere:at_all")}, "compose.rubric must be .*got 'nowhere:at_all'"),
+        ({"compose": Compose(rubric="json:at_all")}, "compose.rubric must be"),
+        ({"compose": Compose(hint_weight=1.0), "task": "tools"}, "task must be one that gives hints"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(config: Make, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.train(config(**settings))
