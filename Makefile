@@ -8,7 +8,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench gpu-check clean
+.PHONY: help setup train test lint bench reproduce gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,6 +28,9 @@ lint: .venv/.built ## ruff and mypy
 
 bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists the flags
 	$(BIN)/python -m bench $(ARGS)
+
+reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
+	$(BIN)/python -m bench.reproduce $(ARGS)
 
 gpu-check: ## on a machine with an NVIDIA GPU and no network: build, test, measure with $(PYTHON), results under OUT
 	$(PYTHON) bench/gpu_check.py --out $(OUT)
