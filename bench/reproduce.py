@@ -214,10 +214,10 @@ def _cell(values: list[float | None], signed: bool = False) -> str:
     mean = statistics.fmean(known)
     if abs(mean) >= 1000:
         return f"{mean / 1e6:+.2f}M" if signed else f"{mean / 1e6:.2f}M"
-    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    error = f" ± {statistics.stdev(known) / math.sqrt(len(known)):.3f}" if len(known) > 1 else ""
     missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
     sign = "+" if signed else ""
-    return f"{mean:{sign}.3f} ± {error:.3f}{missing}"
+    return f"{mean:{sign}.3f}{error}{missing}"
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:

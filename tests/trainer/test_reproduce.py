@@ -1,0 +1,64 @@
+"""The comparison of recipes: what a row runs, what it keeps, and how its table is worked out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import reproduce
+from bench.reproduce import ROWS, Row, measured, table
+from trajkern.trainer.config import parse
+
+SMALL = (
+    "--task chain_sum --steps 2 --prompts 8 --rollouts 4 --questions 100 --warmup.steps 20 --warmup.batch 16"
+    " --warmup.demonstrations 64 --eval.heldout 8 --eval.validation 4 --eval.samples 4 --eval.every 1"
+    " --tiny.layers 1 --tiny.width 32 --tiny.heads 2"
+)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_arm_has_flags_that_the_trainer_knows(row: str) -> None:
+    for flags in ROWS[row].arms.values():
+        config = parse(f"{reproduce.COMMON} {ROWS[row].flags} {flags} --seed 3".split())
+        assert config.seed == 3 and config.steps > 0
+
+
+def test_a_row_runs_once_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"small": Row("nothing", SMALL, {"grpo": "--recipe grpo", "psr": "--recipe psr"}, ("pass@1", "pass@4"))}
+    monkeypatch.setattr(reproduce, "ROWS", rows)
+    monkeypatch.setattr(reproduce, "COMMON", "--time-limit 1e9 --threads 1")
+    monkeypatch.setattr(reproduce, "OUT", tmp_path / "runs")
+    report = tmp_path / "report.md"
+    assert reproduce.main(["--seeds", "0", "1", "--jobs", "1", "--report", str(report)]) == 0
+    text = report.read_text()
+    assert "| grpo |" in text and "| psr |" in text and "- psr: pass@1 " in text
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    files = sorted((tmp_path / "runs").rglob("result.json"))
+    assert len(files) == 4
+    before = [path.stat().st_mtime_ns for path in files]
+    first, second = reproduce.run("small", 0)
+    assert first["before"] == second["before"], "the arms start from one warm-up"
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_the_table_is_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row("c", "-f", {"one": "", "two": ""}, ("pass@1", "val_pass@1 >= 0.5"))
+    monkeypatch.setattr(reproduce, "ROWS", {"r": row})
+
+    def result(arm: str, seed: int, value: float, curve: list[list[float]]) -> dict:
+        figures = {"before": {"pass@1": 0.25}, "after": {"pass@1": value}}
+        return {"arm": arm, "seed": seed, "curve": curve, "seconds": 30.0, **figures}
+
+    results = [
+        result("one", 0, 0.5, [[25, 0.4], [50, 0.6]]),
+        result("two", 0, 0.25, [[25, 0.4], [50, 0.45]]),
+        result("one", 1, 0.75, [[25, 0.5], [50, 0.6]]),
+        result("two", 1, 0.25, [[25, 0.55], [50, 0.6]]),
+    ]
+    assert measured(results[0], "val_pass@1 >= 0.5") == 50 and measured(results[1], "val_pass@1 >= 0.5") is None
+    lines = table("r", results)
+    assert "| *warm-up* | 0.250 ± 0.000 | - | |" in lines
+    assert "| one | 0.625 ± 0.125 | 37.500 ± 12.500 | 1.0 |" in lines
+    assert "| two | 0.250 ± 0.000 | 25.000 (1 of 2) | 1.0 |" in lines
+    assert "- two: pass@1 +0.375 ± 0.125, val_pass@1 >= 0.5 +0.000" in lines
