@@ -59,9 +59,8 @@ class TurnBeliefs(System):
                 ends.pop()
             asked += [int(bounds[n]) + turn for turn in range(len(ends))]
             pieces += [[(tokens[:stop] + self.policy.encode(GUESS), False), (target, True)] for stop in ends]
-        groups = torch.zeros(len(pieces), dtype=torch.int64)
         owner = torch.searchsorted(bounds, torch.tensor(asked), right=True) - 1
-        scores = score_pieces(self.policy, pieces, groups + batch.group_ids[owner])
+        scores = score_pieces(self.policy, pieces, batch.group_ids[owner])
         lengths = scores.cu_seqlens.diff()
         belief = torch.zeros(len(pieces)).index_add(
             0, torch.arange(len(pieces)).repeat_interleave(lengths), scores.logprobs

@@ -46,7 +46,7 @@ class StepImitation(System):
 
     def __init__(self, config: TrainConfig, task: Task, policy: Policy) -> None:
         super().__init__(config, task, policy)
-        self._whole, self.task = task, NextStep(task)
+        self.task = NextStep(task)
 
     def pool(self, splits: Splits) -> list[Question]:
         return [step for question in splits.demonstrations for step in steps_of(question)]
