@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_bad_shapes(changes: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize("name", recipes.TREE_RECIPES)
 def test_every_tree_recipe_trains(config, name: str, capsys: pytest.CaptureFixture) -> None:
     settings = config(recipe=name, task="chain_sum_steps", steps=2, eval=training.TrainConfig().eval)
-    settings = training.replace(settings, eval=config().eval, warmup=training.replace(config().warmup, steps=60))
+    settings = replace(settings, eval=config().eval, warmup=replace(config().warmup, steps=60))
     result = training.train(settings)
     records = [json.loads(line) for line in (result.metrics.parent / METRICS).read_text().splitlines()]
     steps = [r for r in records if r["phase"] == "main"]
