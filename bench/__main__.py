@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import advantage, ceilings, head, logprob, policy_loss, reflection, tree
+from bench import advantage, ceilings, head, logprob, policy_loss, reflection, span, tree
 from bench.case import OURS
 from bench.run import Settings, clocks, release, run
 from bench.table import markdown, seconds
@@ -23,6 +23,7 @@ FAMILIES = {
     "policy_loss": policy_loss.CASES,
     "reflection": reflection.CASES,
     "tree": tree.CASES,
+    "span": span.CASES,
 }
 
 

@@ -7,6 +7,7 @@ void bind_head(pybind11::module_& m);
 void bind_logprob(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
 void bind_reflection(pybind11::module_& m);
+void bind_span(pybind11::module_& m);
 void bind_tree(pybind11::module_& m);
 void bind_tree_layout(pybind11::module_& m);
 
@@ -17,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
   bind_logprob(m);
   bind_policy_loss(m);
   bind_reflection(m);
+  bind_span(m);
   bind_tree(m);
   bind_tree_layout(m);
 }

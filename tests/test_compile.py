@@ -23,7 +23,8 @@ _CASES = {
     "subtree_reduce": ("mean", "max"),
     "sibling_advantages": ("mean", "parent"),
     "branch_coefficients": ("weights",),
-    "spread": ("tree", "batch"),
+    "span_reduce": ("mean", "max"),
+    "spread": ("tree", "batch", "spans"),
     "variance_weights": ("typical", "plain"),
     "reflection_rewards": (),  # the number of groups is data: see tests/test_reflection.py
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov", "branch_cispo", "tree_grpo", "tree_gspo"),

@@ -25,19 +25,20 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import _ext, reference
 from trajkern._native import tree as tree_launchers
-from trajkern.testing import advantage, errors, run, tree
+from trajkern.testing import advantage, errors, run, span, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "tests" / "cuda_host"
 # kernels are optimised lightly (they run), the bindings not at all (they compile sooner)
 SOURCES = {
     **{path: "-O1" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))},
+    ROOT / "csrc" / "cuda" / "bind_span.cpp": "-O0",
     ROOT / "csrc" / "cuda" / "bind_tree.cpp": "-O0",
     HOST / "primitives.cu": "-O1",
     HOST / "cuda_host.cpp": "-O2",
     HOST / "module.cpp": "-O0",
 }
-SPECS = (*advantage.SPECS, *tree.SPECS)
+SPECS = (*advantage.SPECS, *span.SPECS, *tree.SPECS)
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 SMALL = [
     pytest.param((spec, case), id=f"{spec.name}-{case.name}")

@@ -18,11 +18,12 @@ from trajkern._backends import OWNERS
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {"trajkern"}
 FORMULAS = {"_types", "_covariance"}  # plain data and plain torch that an op and its reference share
+LAYOUTS = {"layout", "span_layout", "tree_layout"}
 HEAD = {"_head", "_pairs", "_ranks"}  # the head's loops over tiles, which its launchers share
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
-    "__init__": {"_backends", "_paths", "_types", "layout", "ops", "recipes", "tree_layout"},
+    "__init__": {"_backends", "_paths", "_types", "ops", "recipes", *LAYOUTS},
     "__main__": {"cli"},
     "_block_mask": set(),
     "_checks": set(),
@@ -41,12 +42,13 @@ ARROWS = {
     "_native": {"_checks", "_divergence", "_ext", "_head"},
     "_triton": {"_divergence", "_head"},
     "layout": {"_checks", "_types"},
+    "span_layout": {"_checks", "_ext"},
     "tree_layout": {"_block_mask", "_checks", "_ext", "_tree_nodes", "_types", "layout"},
     "reference": FORMULAS,
-    "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", "layout", "tree_layout", *FORMULAS},
+    "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", *LAYOUTS, *FORMULAS},
     "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
     "integrations": {"ops", "recipes", *PUBLIC},
-    "testing": {"_backends", "_checks", "_paths", "_types", "layout", "ops", "reference", "tree_layout", *PUBLIC},
+    "testing": {"_backends", "_checks", "_paths", "_types", "ops", "reference", *LAYOUTS, *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
     "cli": {"_backends", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},

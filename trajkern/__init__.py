@@ -10,7 +10,9 @@ from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_
 from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
 from trajkern.ops.reflection import reflection_rewards, variance_weights
-from trajkern.ops.tree import branch_coefficients, sibling_advantages, spread, subtree_reduce
+from trajkern.ops.span import span_reduce, spread
+from trajkern.ops.tree import branch_coefficients, sibling_advantages, subtree_reduce
+from trajkern.span_layout import Spans
 from trajkern.tree_layout import Tree
 
 __version__ = "0.1.0"
@@ -24,6 +26,7 @@ __all__ = [
     "Paths",
     "PolicyLoss",
     "Reflection",
+    "Spans",
     "TokenStats",
     "Tree",
     "backends",
@@ -39,6 +42,7 @@ __all__ = [
     "policy_loss_kinds",
     "reflection_rewards",
     "sibling_advantages",
+    "span_reduce",
     "spread",
     "subtree_reduce",
     "token_logprobs",

@@ -24,6 +24,7 @@ OWNERS = {  # family -> device -> backend
     "advantage": {"cpu": "native", "cuda": "cuda"},
     "policy_loss": {"cpu": "native", "cuda": "triton"},
     "reflection": {"cpu": "native", "cuda": "triton"},
+    "span": {"cpu": "native", "cuda": "cuda"},
     "tree": {"cpu": "native", "cuda": "cuda"},
 }
 _PACKAGE = {"native": "trajkern._native", "cuda": "trajkern._native", "triton": "trajkern._triton"}

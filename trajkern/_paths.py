@@ -13,6 +13,7 @@ from trajkern import _backends
 from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
 from trajkern._tree_nodes import offsets_of
 from trajkern._types import FORMS, KINDS, Branch, PolicyLoss
+from trajkern.ops import span
 from trajkern.ops import tree as ops
 from trajkern.tree_layout import Tree, aggregate_weights
 
@@ -57,21 +58,6 @@ class Paths:
         return Paths(self.tree.to(device), self.advantages.to(device), gate)
 
 
-class _NodeSums(torch.autograd.Function):
-    """The sum of each node's values, ``[P]`` -> ``[M]``: the adjoint of giving every value its node's."""
-
-    @staticmethod
-    def forward(ctx: Any, values, offsets):
-        ctx.save_for_backward(offsets)
-        ctx.count = values.shape[0]
-        return ops._spread_backward(values, offsets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):
-        return ops._spread(grad.contiguous(), *ctx.saved_tensors, ctx.count), None
-
-
 class _PathSums(torch.autograd.Function):
     """The sum over the nodes from each leaf up to its root, ``[M]`` -> ``[L]``: the adjoint of the sums over leaves."""
 
@@ -96,7 +82,8 @@ def path_sums(
         flat = Tree(tree.parent, offsets.diff())
         leaf = torch.repeat_interleave(torch.arange(tree.num_leaves, device=values.device), flat.flat_lengths)
         return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[flat.flat_index])
-    return _PathSums.apply(_NodeSums.apply(values, offsets), values.new_zeros(tree.num_leaves), *tree.arrays)
+    sums = span.SpanReduce.apply(values, offsets[:-1], offsets[1:], span.SUM)
+    return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), *tree.arrays)
 
 
 def check_branch(branch: Any, config: PolicyLoss, pairs: Tensor, cu_seqlens: Tensor) -> None:

@@ -137,35 +137,6 @@ void branch_coefficients_backward(const T* grad_positive, const T* grad_negative
       });
 }
 
-// f(i, begin, end) for every segment.
-template <class F>
-void each_segment(const int64_t* offsets, int64_t count, const F& f) {
-  const int64_t tokens = offsets[count] + count;
-  parallel_for(count, 1 + count * kGrain / (tokens + 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(i, offsets[i], offsets[i + 1]);
-  });
-}
-
-template <class T>
-void spread(const T* values, const int64_t* offsets, int64_t count, T* out) {
-  each_segment(offsets, count,
-               [&](int64_t i, int64_t begin, int64_t end) { std::fill(out + begin, out + end, values[i]); });
-}
-
-// Eight sums side by side, so that none waits for the one before.
-template <class T>
-void spread_backward(const T* grads, const int64_t* offsets, int64_t count, T* grad_values) {
-  each_segment(offsets, count, [&](int64_t i, int64_t begin, int64_t end) {
-    double sums[8] = {}, rest = 0;
-    int64_t t = begin;
-    for (; t + 8 <= end; t += 8)
-      for (int k = 0; k < 8; ++k) sums[k] += double(grads[t + k]);
-    for (; t < end; ++t) rest += double(grads[t]);
-    for (const double sum : sums) rest += sum;
-    grad_values[i] = T(rest);
-  });
-}
-
 bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves, int op,
                           uintptr_t out, uintptr_t /*scratch*/) {
   bool legal = false;
@@ -228,20 +199,6 @@ void bound_branch_coefficients_backward(uintptr_t grad_positive, uintptr_t grad_
   });
 }
 
-void bound_spread(uintptr_t values, int dtype, uintptr_t offsets, int64_t count, uintptr_t out) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    spread(as<const T>(values), as<const int64_t>(offsets), count, as<T>(out));
-  });
-}
-
-void bound_spread_backward(uintptr_t grads, int dtype, uintptr_t offsets, int64_t count, uintptr_t grad_values) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    spread_backward(as<const T>(grads), as<const int64_t>(offsets), count, as<T>(grad_values));
-  });
-}
-
 }  // namespace
 }  // namespace tk
 
@@ -253,6 +210,4 @@ void bind_tree(pybind11::module_& m) {
   m.def("sibling_advantages_backward", &tk::bound_sibling_advantages_backward, unlocked());
   m.def("branch_coefficients", &tk::bound_branch_coefficients, unlocked());
   m.def("branch_coefficients_backward", &tk::bound_branch_coefficients_backward, unlocked());
-  m.def("spread", &tk::bound_spread, unlocked());
-  m.def("spread_backward", &tk::bound_spread_backward, unlocked());
 }

@@ -71,21 +71,6 @@ void bound_branch_coefficients_backward(uintptr_t grad_positive, uintptr_t grad_
   });
 }
 
-void bound_spread(uintptr_t values, int dtype, uintptr_t offsets, int64_t count, uintptr_t out, uintptr_t stream) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    cuda::spread(as<const T>(values), as<const int64_t>(offsets), count, as<T>(out), as<void>(stream));
-  });
-}
-
-void bound_spread_backward(uintptr_t grads, int dtype, uintptr_t offsets, int64_t count, uintptr_t grad_values,
-                           uintptr_t stream) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    cuda::spread_backward(as<const T>(grads), as<const int64_t>(offsets), count, as<T>(grad_values), as<void>(stream));
-  });
-}
-
 }  // namespace
 }  // namespace tk
 
@@ -96,6 +81,4 @@ void bind_tree(pybind11::module_& m) {
   m.def("sibling_advantages_backward", &tk::bound_sibling_advantages_backward);
   m.def("branch_coefficients", &tk::bound_branch_coefficients);
   m.def("branch_coefficients_backward", &tk::bound_branch_coefficients_backward);
-  m.def("spread", &tk::bound_spread);
-  m.def("spread_backward", &tk::bound_spread_backward);
 }

@@ -183,23 +183,6 @@ __global__ void sibling_backward_kernel(TreeNodes tree, const T* grads, const T*
   }
 }
 
-template <class T>
-__global__ void spread_kernel(const T* values, const int64_t* offsets, int64_t count, T* out) {
-  const int64_t i = warp_in_grid();
-  if (i >= count) return;
-  for (int64_t t = offsets[i] + lane(); t < offsets[i + 1]; t += kWarp) out[t] = values[i];
-}
-
-template <class T>
-__global__ void spread_backward_kernel(const T* grads, const int64_t* offsets, int64_t count, T* grad_values) {
-  const int64_t i = warp_in_grid();
-  if (i >= count) return;
-  double sum = 0;
-  for (int64_t t = offsets[i] + lane(); t < offsets[i + 1]; t += kWarp) sum += double(grads[t]);
-  sum = warp_sum(sum);
-  if (lane() == 0) grad_values[i] = T(sum);
-}
-
 }  // namespace
 
 template <class T>
@@ -255,26 +238,13 @@ void branch_coefficients_backward(const T* grad_positive, const T* grad_negative
          grad_negative, advantages, weights, grad_advantages);
 }
 
-template <class T>
-void spread(const T* values, const int64_t* offsets, int64_t count, T* out, void* stream) {
-  launch(spread_kernel<T>, blocks_for(count, kWarpsPerBlock), kThreads, 0, stream, values, offsets, count, out);
-}
-
-template <class T>
-void spread_backward(const T* grads, const int64_t* offsets, int64_t count, T* grad_values, void* stream) {
-  launch(spread_backward_kernel<T>, blocks_for(count, kWarpsPerBlock), kThreads, 0, stream, grads, offsets, count,
-         grad_values);
-}
-
 #define INSTANTIATE(T)                                                                                                 \
   template void subtree_reduce<T>(const T*, const TreeNodes&, int, T*, void*, void*);                                  \
   template void subtree_reduce_backward<T>(const T*, const T*, const TreeNodes&, int, T*, void*, void*);               \
   template void sibling_advantages<T>(const T*, const TreeNodes&, const SiblingRule&, T*, void*);                      \
   template void sibling_advantages_backward<T>(const T*, const T*, const TreeNodes&, const SiblingRule&, T*, void*);   \
   template void branch_coefficients<T>(const T*, const T*, const TreeNodes&, T* const*, void*, void*);                 \
-  template void branch_coefficients_backward<T>(const T*, const T*, const T*, const T*, const TreeNodes&, T*, void*);  \
-  template void spread<T>(const T*, const int64_t*, int64_t, T*, void*);                                               \
-  template void spread_backward<T>(const T*, const int64_t*, int64_t, T*, void*);
+  template void branch_coefficients_backward<T>(const T*, const T*, const T*, const T*, const TreeNodes&, T*, void*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -26,10 +26,5 @@ template <class T>
 void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages,
                                   const T* weights, const TreeNodes& tree, T* grad_advantages, void* stream);
 
-template <class T>
-void spread(const T* values, const int64_t* offsets, int64_t count, T* out, void* stream);
-template <class T>
-void spread_backward(const T* grads, const int64_t* offsets, int64_t count, T* grad_values, void* stream);
-
 }  // namespace cuda
 }  // namespace tk

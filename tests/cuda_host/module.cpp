@@ -3,6 +3,7 @@
 #include "cuda_host.h"
 #include "primitives.h"
 
+void bind_span(pybind11::module_& m);
 void bind_tree(pybind11::module_& m);
 
 namespace {
@@ -14,6 +15,7 @@ int64_t* integers(uintptr_t pointer) { return reinterpret_cast<int64_t*>(pointer
 
 PYBIND11_MODULE(_C_cuda_host, m) {
   bind_advantage(m);
+  bind_span(m);
   bind_tree(m);
   m.def("set_order", [](int order, unsigned seed) { cuda_host::set_order(cuda_host::Order(order), seed); });
   m.def("sums", [](uintptr_t x, int64_t blocks, int threads, uintptr_t warp, uintptr_t block, uintptr_t squares) {

@@ -94,14 +94,6 @@ def test_branch_coefficients() -> None:
         assert getattr(plain, name).tolist() == without and getattr(weighted, name).tolist() == with_weights
 
 
-def test_spread() -> None:
-    values = torch.arange(6.0, requires_grad=True)
-    out = reference.spread(values, TREE)
-    assert out.tolist() == [0, 0, 2, 2, 2, 3, 4, 4, 5]
-    out.sum().backward()
-    assert values.grad.tolist() == [2, 0, 3, 1, 2, 1]
-
-
 def _leaves_below(tree: Tree, node: int) -> list[int]:
     children = [c for c, p in enumerate(tree.parent.tolist()) if p == node]
     return [x for c in children for x in _leaves_below(tree, c)] if children else [node]

@@ -19,7 +19,6 @@ from trajkern.trainer.packing import pack_pieces
 from trajkern.trainer.policy import CharacterModel
 from trajkern.trainer.settings import DRO, Compose, DeltaBelief, Feedback, ToolPO
 from trajkern.trainer.systems import SYSTEMS, Played, System, load_system
-from trajkern.trainer.systems.base import turns
 from trajkern.trainer.systems.feedback import MARK
 from trajkern.trainer.systems.scoring import score_pieces
 from trajkern.trainer.systems.srl import steps_of
@@ -61,15 +60,6 @@ def logprob(model: CharacterModel, context: str, text: list[int]) -> torch.Tenso
     with torch.no_grad():
         logits = model(tokens, torch.tensor([0, len(tokens)]), rows)
     return logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).squeeze(1)
-
-
-def test_turns_of_trajectories() -> None:
-    #      0  1  2  3 | 4  5 | 6 | 7  8  9
-    mask = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1, 0, 1]).bool()
-    found = turns(mask, torch.tensor([0, 4, 6, 7, 10]))
-    assert found.tolist() == [[1, 4, 7, 9], [3, 6, 8, 10], [0, 1, 3, 3], [0, 0, 0, 1]]
-    assert turns(torch.ones(4).bool(), torch.tensor([0, 2, 2, 4])).tolist() == [[0, 2], [2, 4], [0, 2], [0, 0]]
-    assert turns(torch.zeros(3).bool(), torch.tensor([0, 3])).shape == (4, 0)
 
 
 def test_scores_are_those_of_forwards_one_by_one(model: CharacterModel) -> None:
@@ -156,8 +146,8 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
         [("Z", True), ("!", False)],
     ]
     sample = played(system, [cat] * 3, games, [0, 0, 0])
-    start, _, trajectory, _ = turns(sample.batch.loss_mask, sample.batch.cu_seqlens)
-    beliefs, bounds = system.beliefs(sample, start, trajectory, torch.tensor([3, 1, 1]))
+    turns = tk.Spans.turns(sample.batch.loss_mask, sample.batch.cu_seqlens)
+    beliefs, bounds = system.beliefs(sample, turns.start, turns.trajectory, torch.tensor([3, 1, 1]))
     assert bounds.tolist() == [0, 4, 6, 8]
     histories = ["", "i+", "i+b+", None, "", None, "", "Z!"]
     expected = [
@@ -174,9 +164,9 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
         scale=0.5,
         turn_cost=0.1,
     )
-    advantages = delta_belief.turn_advantages(rewards, trajectory, torch.tensor([0, 1, 2, 0, 0]), torch.zeros(3).long())
+    advantages = delta_belief.turn_advantages(rewards, turns.trajectory, torch.tensor([0, 1, 2, 0, 0]), torch.zeros(3).long())
     per_token = torch.zeros(sample.batch.num_tokens)
-    for turn, (begin, end) in enumerate(turns(sample.batch.loss_mask, sample.batch.cu_seqlens)[:2].T.tolist()):
+    for turn, (begin, end) in enumerate(zip(turns.start.tolist(), turns.end.tolist(), strict=True)):
         per_token[begin:end] = advantages[turn]
     assert found.per_token
     torch.testing.assert_close(found.advantages, per_token)

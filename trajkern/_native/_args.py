@@ -1,11 +1,23 @@
-"""Tensors as the plain numbers that the native modules take."""
+"""Tensors as the plain numbers that the native modules take, and the call of a kernel that both modules have."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trajkern import _ext
+
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def call(name: str, x: Tensor, *args: Any) -> Any:
+    """The kernel of x's device; a CUDA kernel runs on torch's current stream there."""
+    if x.device.type == "cpu":
+        return getattr(_ext.cpu(), name)(*args)
+    with torch.cuda.device(x.device):
+        return getattr(_ext.cuda(), name)(*args, torch.cuda.current_stream().cuda_stream)
 
 
 def pointer(x: Tensor | None) -> int:

@@ -3,22 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from trajkern import _ext
 from trajkern._checks import check_finite, check_values
-from trajkern._native._args import DTYPE, pointer
-
-
-def _call(name: str, x: Tensor, *args: Any) -> Any:
-    """The kernel of x's device; a CUDA kernel runs on torch's current stream there."""
-    if x.device.type == "cpu":
-        return getattr(_ext.cpu(), name)(*args)
-    with torch.cuda.device(x.device):
-        return getattr(_ext.cuda(), name)(*args, torch.cuda.current_stream().cuda_stream)
+from trajkern._native._args import DTYPE, call, pointer
 
 
 def _scratch(x: Tensor, tree: list[Tensor]) -> Tensor | None:
@@ -38,7 +29,7 @@ def subtree_reduce(
     op: int,
 ) -> Tensor:
     out, scratch = leaf_values.new_empty(tree[0].shape[0]), _scratch(leaf_values, tree)
-    legal = _call(
+    legal = call(
         "subtree_reduce", leaf_values, leaf_values.data_ptr(), DTYPE[leaf_values.dtype], *_tree(tree), op,
         out.data_ptr(), pointer(scratch),
     )  # fmt: skip
@@ -54,7 +45,7 @@ def subtree_reduce_backward(
     op: int,
 ) -> Tensor:
     grad_leaf_values, scratch = torch.empty_like(leaf_values), _scratch(leaf_values, tree)
-    _call(
+    call(
         "subtree_reduce_backward", leaf_values, grad_out.data_ptr(), leaf_values.data_ptr(), DTYPE[leaf_values.dtype],
         *_tree(tree), op, grad_leaf_values.data_ptr(), pointer(scratch),
     )  # fmt: skip
@@ -71,7 +62,7 @@ def sibling_advantages(
     zero_singleton: bool,
 ) -> Tensor:
     advantages = torch.empty_like(node_values)
-    legal = _call(
+    legal = call(
         "sibling_advantages", node_values, node_values.data_ptr(), DTYPE[node_values.dtype], *_tree(tree), baseline,
         by_std, ddof, eps, zero_singleton, advantages.data_ptr(),
     )  # fmt: skip
@@ -88,7 +79,7 @@ def sibling_advantages_backward(
 ) -> Tensor:
     """``rule``: sibling_advantages' last five arguments."""
     grad_node_values = torch.empty_like(node_values)
-    _call(
+    call(
         "sibling_advantages_backward", node_values, grad_advantages.data_ptr(), node_values.data_ptr(),
         DTYPE[node_values.dtype], *_tree(tree), *rule, grad_node_values.data_ptr(),
     )  # fmt: skip
@@ -102,7 +93,7 @@ def branch_coefficients(
 ) -> tuple[Tensor, ...]:
     out = tuple(leaf_advantages.new_empty(tree[0].shape[0]) for _ in range(6))
     scratch = _scratch(leaf_advantages, tree)
-    bad = _call(
+    bad = call(
         "branch_coefficients", leaf_advantages, leaf_advantages.data_ptr(), DTYPE[leaf_advantages.dtype],
         pointer(leaf_weights), *_tree(tree), [x.data_ptr() for x in out],
         pointer(scratch),
@@ -121,34 +112,9 @@ def branch_coefficients_backward(
     tree: list[Tensor],
 ) -> Tensor:
     grad_leaf_advantages = torch.empty_like(leaf_advantages)
-    _call(
+    call(
         "branch_coefficients_backward", leaf_advantages, grad_positive.data_ptr(), grad_negative.data_ptr(),
         leaf_advantages.data_ptr(), DTYPE[leaf_advantages.dtype], pointer(leaf_weights), *_tree(tree),
         grad_leaf_advantages.data_ptr(),
     )  # fmt: skip
     return grad_leaf_advantages
-
-
-def spread(
-    values: Tensor,  # [S]
-    offsets: Tensor,  # [S+1]
-    tokens: int,
-) -> Tensor:
-    out = values.new_empty(tokens)
-    _call(
-        "spread", values, values.data_ptr(), DTYPE[values.dtype], offsets.data_ptr(), values.shape[0], out.data_ptr()
-    )
-    return out
-
-
-def spread_backward(
-    grad_out: Tensor,  # [T]
-    offsets: Tensor,  # [S+1]
-) -> Tensor:
-    count = offsets.shape[0] - 1
-    grad_values = grad_out.new_empty(count)
-    _call(
-        "spread_backward", grad_out, grad_out.data_ptr(), DTYPE[grad_out.dtype], offsets.data_ptr(), count,
-        grad_values.data_ptr(),
-    )  # fmt: skip
-    return grad_values

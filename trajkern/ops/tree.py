@@ -14,7 +14,7 @@ precision. One pass up the tree or down it, whatever its depth.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from trajkern._checks import (
 )
 from trajkern._library import define, recorded
 from trajkern._types import Branch
-from trajkern.layout import PackedBatch
 from trajkern.tree_layout import Tree
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,7 +40,6 @@ REDUCTIONS = ("sum", "mean", "max", "min", "var")
 BASELINES = ("mean", "leave_one_out", "parent", "none")
 SCALES = ("std", "none")
 SINGLETONS = ("raw", "zero")
-Values = TypeVar("Values", Tensor, Branch)
 
 
 def _nodes(x: Tensor, tree: list[Tensor]) -> Tensor:
@@ -81,16 +79,6 @@ _branch_coefficients_backward = define(
     "branch_coefficients_backward(Tensor grad_positive, Tensor grad_negative, Tensor leaf_advantages,"
     " Tensor? leaf_weights, Tensor[] tree) -> Tensor",
     lambda grad_positive, grad_negative, leaf_advantages, *_: torch.empty_like(leaf_advantages),
-)
-_spread = define(
-    "tree",
-    "spread(Tensor values, Tensor offsets, SymInt tokens) -> Tensor",
-    lambda values, offsets, tokens: values.new_empty(tokens),
-)
-_spread_backward = define(
-    "tree",
-    "spread_backward(Tensor grad_out, Tensor offsets) -> Tensor",
-    lambda grad_out, offsets: grad_out.new_empty(offsets.shape[0] - 1),
 )
 
 
@@ -136,18 +124,6 @@ class _BranchCoefficients(torch.autograd.Function):
         leaf_advantages, leaf_weights, *tree = ctx.saved_tensors
         grads = positive.contiguous(), negative.contiguous()
         return _branch_coefficients_backward(*grads, leaf_advantages, leaf_weights, tree), *(None,) * 8
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values, offsets, tokens):
-        ctx.save_for_backward(offsets)
-        return _spread(values, offsets, tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):
-        return _spread_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -276,32 +252,3 @@ def branch_coefficients(
     x = _accumulated(leaf_advantages)
     weights = None if leaf_weights is None else laid_out(leaf_weights.detach(), x.dtype)
     return Branch(*_BranchCoefficients.apply(x, weights, *tree.arrays))
-
-
-@recorded
-def spread(
-    values: Values,  # [M] or [N]
-    layout: Tree | PackedBatch,
-) -> Values:
-    """Give every token its node's or its trajectory's value.
-
-    Args:
-        values: float ``[M]`` for a :class:`Tree`, ``[N]`` for a :class:`PackedBatch`; or a whole :class:`Branch`.
-        layout: whose tokens.
-
-    Returns:
-        ``[T]`` float32 (float64 for float64), differentiable once; a :class:`Branch` of them for a branch.
-    """
-    if isinstance(values, Branch):
-        return Branch(*(spread(x, layout) for x in values))  # type: ignore[arg-type]
-    if isinstance(layout, Tree):
-        offsets, what = layout.node_offsets, "one value a node"
-    elif isinstance(layout, PackedBatch):
-        offsets, what = layout.cu_seqlens, "one value a trajectory"
-    else:
-        raise TypeError(f"layout must be a Tree or a PackedBatch, got {type(layout).__name__}")
-    check_tensor("values", values, dtypes=FLOATS, ndim=1, device=layout.device)
-    check_shape("values", values, (offsets.shape[0] - 1,), what)
-    if _backends.wants_reference("tree", values):
-        return _backends.reference().spread(values, layout)
-    return _Spread.apply(_accumulated(values), laid_out(offsets, torch.int64), layout.num_tokens)

@@ -6,7 +6,8 @@ from trajkern.reference.head import linear_logprobs, linear_policy_loss, linear_
 from trajkern.reference.logprob import token_logprobs, token_stats
 from trajkern.reference.policy_loss import policy_loss
 from trajkern.reference.reflection import reflection_rewards, variance_weights
-from trajkern.reference.tree import branch_coefficients, sibling_advantages, spread, subtree_reduce
+from trajkern.reference.span import span_reduce, spread
+from trajkern.reference.tree import branch_coefficients, sibling_advantages, subtree_reduce
 
 __all__ = [
     "branch_coefficients",
@@ -20,6 +21,7 @@ __all__ = [
     "policy_loss",
     "reflection_rewards",
     "sibling_advantages",
+    "span_reduce",
     "spread",
     "subtree_reduce",
     "token_logprobs",

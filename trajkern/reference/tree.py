@@ -111,14 +111,3 @@ def branch_coefficients(
     terms = w * a.relu(), -(w * (-a).relu()), w, *(kind.to(a.dtype) for kind in kinds)
     node, leaf = _paths(tree)
     return Branch(*(_sums(x[leaf], node, tree.num_nodes)[: tree.num_nodes] for x in terms))
-
-
-def spread(
-    values: Tensor | Branch,  # [M] or [N]
-    layout: Any,
-) -> Tensor | Branch:
-    """See :func:`trajkern.spread`."""
-    if isinstance(values, Branch):
-        return Branch(*(spread(x, layout) for x in values))  # type: ignore[arg-type]
-    lengths = layout.lengths if hasattr(layout, "lengths") else layout.node_lengths
-    return torch.repeat_interleave(_accumulated(values), lengths.long(), output_size=layout.num_tokens)

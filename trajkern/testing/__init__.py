@@ -1,13 +1,13 @@
 """One registry of op specs, which the tests, the validation and the benchmarks share."""
 
-from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, tree
+from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, span, tree
 from trajkern.testing.numerics import budget_share, errors, oracle, run
 from trajkern.testing.registry import Case, OpSpec, Variant
 from trajkern.testing.validation import check, spec_of
 
 SPECS = (
     *logprob.SPECS, *advantage.SPECS, *policy_loss.SPECS, *head.SPECS, *divergence.SPECS, *reflection.SPECS,
-    *tree.SPECS,
+    *span.SPECS, *tree.SPECS,
 )  # fmt: skip
 
 __all__ = ["SPECS", "Case", "OpSpec", "Variant", "budget_share", "check", "errors", "oracle", "run", "spec_of"]

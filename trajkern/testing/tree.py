@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern.layout import PackedBatch
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
 from trajkern.tree_layout import Tree
 
@@ -201,35 +200,4 @@ BRANCH_COEFFICIENTS = OpSpec(
 )
 
 
-def _spread(layout: Callable[[torch.Generator], Tree | PackedBatch]):
-    def make(g: torch.Generator) -> Inputs:
-        made = layout(g)
-        count = made.num_nodes if isinstance(made, Tree) else made.num_trajectories
-        return {"values": _randn(g, count), "layout": made}
-
-    return make
-
-
-def _batch(g: torch.Generator) -> PackedBatch:
-    bounds = torch.tensor([0, 4, 4, 5, 38])
-    return PackedBatch(torch.arange(38), bounds, torch.zeros(38, dtype=torch.bool), torch.tensor([0, 0, 1, 1]))
-
-
-SPREAD = OpSpec(
-    name="spread",
-    family="tree",
-    outputs=lambda x: {"spread": x},
-    differentiable=("values",),
-    typed=("values",),
-    dtypes=DTYPES,
-    cases=(
-        Case("tree", _spread(lambda g: random_tree(g, 90)), "nodes, some of them empty"),
-        Case("batch", _spread(_batch), "trajectories, one of them empty"),
-        Case("long", _spread(lambda g: regular_tree(5, 3, 500)), "many tokens a node", large=True),
-        Case("empty", _spread(lambda g: chain(0)), "T = 0"),
-        Case("no_tokens", _spread(lambda g: Tree(torch.tensor([-1, 0]), torch.tensor([0, 0]))), "only empty nodes"),
-    ),
-    term_scale={"spread": 1.0, "grad_values": 1.0},
-)
-
-SPECS = (SUBTREE_REDUCE, SIBLING_ADVANTAGES, BRANCH_COEFFICIENTS, SPREAD)
+SPECS = (SUBTREE_REDUCE, SIBLING_ADVANTAGES, BRANCH_COEFFICIENTS)

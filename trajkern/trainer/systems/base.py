@@ -117,18 +117,6 @@ class System:
         """The inverse of :meth:`state`."""
 
 
-def turns(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:  # [T] bool, [N+1]
-    """(start, end, trajectory, index in it) of each run of scored tokens, ``[4, S]``."""
-    first = torch.zeros_like(loss_mask).index_fill(0, cu_seqlens[:-1][cu_seqlens.diff() > 0], True)
-    last = first.roll(-1)
-    start = (loss_mask & (first | ~loss_mask.roll(1))).nonzero().squeeze(1)
-    end = (loss_mask & (last | ~loss_mask.roll(-1))).nonzero().squeeze(1) + 1
-    trajectory = torch.searchsorted(cu_seqlens, start, right=True) - 1
-    before = torch.bincount(trajectory, minlength=len(cu_seqlens) - 1).cumsum(0).roll(1)
-    before[0] = 0
-    return torch.stack((start, end, trajectory, torch.arange(len(start)) - before[trajectory]))
-
-
 def rubric(name: str | None, task: Task) -> Rubric | None:
     """The rubric that ``compose.rubric`` names. Raises ValueError where there is none of that name."""
     if name is None:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern import Spans, spread
 from trajkern.recipes import delta_belief
 from trajkern.trainer.guessing import END, GUESS, TwentyQuestions, read_game
 from trajkern.trainer.packing import Piece
-from trajkern.trainer.systems.base import Found, Played, System, turns
+from trajkern.trainer.systems.base import Found, Played, System
 from trajkern.trainer.systems.scoring import score_pieces
 
 INVALID = -5.0  # a turn that says nothing
@@ -24,21 +25,20 @@ class TurnBeliefs(System):
 
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
         settings, batch = self.config.delta_belief, played.batch
-        start, end, trajectory, index = turns(batch.loss_mask, batch.cu_seqlens)
-        counts = torch.bincount(trajectory, minlength=len(played.texts))
-        beliefs, bounds = self.beliefs(played, start, trajectory, counts)
+        turns = Spans.turns(batch.loss_mask, batch.cu_seqlens)
+        counts = torch.bincount(turns.trajectory, minlength=len(played.texts))
+        beliefs, bounds = self.beliefs(played, turns.start, turns.trajectory, counts)
         penalty = torch.tensor(self._penalties(played, counts.tolist())) * settings.penalties
         options: dict[str, Any] = {"scale": settings.scale, "clip": settings.clip, "win_reward": settings.win_reward}
         won = signals["rewards"] > 0
         rewards = delta_belief.turn_rewards(
             beliefs, bounds, won=won, penalty=penalty, turn_cost=settings.turn_cost, **options
         )
-        found = delta_belief.turn_advantages(rewards, trajectory, index, batch.group_ids, finished=settings.finished)
-        owner = torch.zeros_like(batch.tokens).index_put((start[1:],), start.new_ones(())).cumsum(0)
-        advantages = torch.where(batch.loss_mask, found[owner], 0)
+        where = (turns.trajectory, turns.index, batch.group_ids)
+        found = delta_belief.turn_advantages(rewards, *where, finished=settings.finished)
         gain = beliefs.diff()
         return Found(
-            advantages,
+            spread(found, turns),
             per_token=True,
             values={"turn_reward": rewards.mean().item(), "belief_gain": gain[gain.isfinite()].mean().item()},
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trajkern import Spans
 from trajkern.recipes import toolpo
-from trajkern.trainer.systems.base import Found, Played, System, turns
+from trajkern.trainer.systems.base import Found, Played, System
 from trajkern.trainer.tools import CALL, END, ToolTask
 
 
@@ -31,7 +32,8 @@ class ToolRewards(System):
     def action_mask(self, played: Played) -> Tensor:  # [T] bool
         """The tokens of calls: of each turn of the policy that ends with one, from the call's beginning."""
         batch, mask = played.batch, torch.zeros_like(played.batch.loss_mask)
-        for begin, end in turns(batch.loss_mask, batch.cu_seqlens)[:2].T.tolist():
+        turns = Spans.turns(batch.loss_mask, batch.cu_seqlens)
+        for begin, end in zip(turns.start.tolist(), turns.end.tolist(), strict=True):
             tokens = batch.tokens[begin:end].tolist()
             if not self.policy.spelling(tokens).endswith(END):
                 continue

@@ -1,0 +1,49 @@
+"""Launchers of csrc/cpu/span.cpp and csrc/cuda/span.cu, which take the same arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trajkern._native._args import DTYPE, call
+
+
+def _ranges(start: Tensor, end: Tensor) -> tuple[int, int, int]:
+    return start.data_ptr(), end.data_ptr(), start.shape[0]
+
+
+def span_reduce(
+    x: Tensor,  # [T]
+    start: Tensor,  # [S]
+    end: Tensor,  # [S]
+    op: int,
+) -> Tensor:
+    out = x.new_empty(start.shape[0])
+    call("span_reduce", x, x.data_ptr(), DTYPE[x.dtype], x.shape[0], *_ranges(start, end), op, out.data_ptr())
+    return out
+
+
+def span_extreme_backward(
+    grad_out: Tensor,  # [S]
+    x: Tensor,  # [T]
+    extreme: Tensor,  # [S]
+    start: Tensor,  # [S]
+    end: Tensor,  # [S]
+) -> Tensor:
+    grad_x = torch.zeros_like(x)
+    call(
+        "span_extreme_backward", x, grad_out.data_ptr(), x.data_ptr(), extreme.data_ptr(), DTYPE[x.dtype], x.shape[0],
+        *_ranges(start, end), grad_x.data_ptr(),
+    )  # fmt: skip
+    return grad_x
+
+
+def spread(
+    values: Tensor,  # [S]
+    start: Tensor,  # [S]
+    end: Tensor,  # [S]
+    tokens: int,
+) -> Tensor:
+    out = values.new_empty(tokens)
+    call("spread", values, values.data_ptr(), DTYPE[values.dtype], tokens, *_ranges(start, end), out.data_ptr())
+    return out

@@ -1,0 +1,157 @@
+"""Reductions over spans of tokens, and the way back: every token its span's, its trajectory's or its node's value.
+
+Over the n tokens t of one span:
+
+    sum = sum x_t      mean = sum / max(n, 1)      max, min
+
+A sum is formed in float64, in an order that depends on n alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._checks import check_choice, check_shape, check_tensor, laid_out
+from trajkern._library import define, recorded
+from trajkern._types import Branch
+from trajkern.layout import PackedBatch
+from trajkern.span_layout import Spans
+from trajkern.tree_layout import Tree
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+REDUCTIONS = ("sum", "mean", "max", "min")
+SUM, MEAN = 0, 1
+Values = TypeVar("Values", Tensor, Branch)
+
+_span_reduce = define(
+    "span",
+    "span_reduce(Tensor x, Tensor start, Tensor end, int op) -> Tensor",
+    lambda x, start, end, op: x.new_empty(start.shape[0]),
+)
+_span_extreme_backward = define(
+    "span",
+    "span_extreme_backward(Tensor grad_out, Tensor x, Tensor extreme, Tensor start, Tensor end) -> Tensor",
+    lambda grad_out, x, *_: torch.empty_like(x),
+)
+_spread = define(
+    "span",
+    "spread(Tensor values, Tensor start, Tensor end, SymInt tokens) -> Tensor",
+    lambda values, start, end, tokens: values.new_empty(tokens),
+)
+
+
+class SpanReduce(torch.autograd.Function):
+    """``apply(x, start, end, op)``: op's number; x is contiguous, start and end int64."""
+
+    @staticmethod
+    def forward(ctx: Any, x, start, end, op):
+        out = _span_reduce(x, start, end, op)
+        extreme = op not in (SUM, MEAN)
+        ctx.save_for_backward(start, end, *((x, out) if extreme else ()))
+        ctx.op, ctx.tokens = op, x.shape[0]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        start, end, *extreme = ctx.saved_tensors
+        if extreme:
+            return _span_extreme_backward(grad.contiguous(), *extreme, start, end), None, None, None
+        if ctx.op == MEAN:
+            grad = grad / (end - start).clamp_min(1)
+        return _spread(grad.contiguous(), start, end, ctx.tokens), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values, start, end, tokens):
+        ctx.save_for_backward(start, end)
+        return _spread(values, start, end, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return _span_reduce(grad.contiguous(), *ctx.saved_tensors, SUM), None, None, None
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return laid_out(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@recorded
+def span_reduce(
+    x: Tensor,  # [T]
+    spans: Spans,
+    op: str = "mean",
+) -> Tensor:
+    """Reduce the tokens of every span.
+
+    Args:
+        x: float ``[T]``, read inside the spans only.
+        spans: S ranges of tokens.
+        op: "sum", "mean", "max" or "min". An empty span has sum and mean 0, max -inf and min inf.
+
+    Returns:
+        ``[S]`` float32 (float64 for float64), differentiable once; the gradient of an extreme goes to the first of
+        equal tokens. A NaN in a span makes all of its results NaN, and has the gradient of an extreme.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    if not isinstance(spans, Spans):
+        raise TypeError(f"spans must be a Spans, got {type(spans).__name__}")
+    check_tensor("x", x, dtypes=FLOATS, ndim=1, device=spans.device)
+    check_shape("x", x, (spans.num_tokens,), "one value a token")
+    check_choice("op", op, REDUCTIONS)
+    if _backends.wants_reference("span", x):
+        return _backends.reference().span_reduce(x, spans, op)
+    return SpanReduce.apply(_accumulated(x), *_ranges(spans), REDUCTIONS.index(op))
+
+
+@recorded
+def spread(
+    values: Values,  # [S], [N] or [M]
+    layout: Spans | PackedBatch | Tree,
+) -> Values:
+    """Give every token its span's, its trajectory's or its node's value; 0 outside every span.
+
+    Args:
+        values: float ``[S]`` for :class:`Spans`, ``[N]`` for a :class:`PackedBatch`, ``[M]`` for a :class:`Tree`; or a
+            whole :class:`Branch`.
+        layout: whose tokens.
+
+    Returns:
+        ``[T]`` float32 (float64 for float64), differentiable once, the gradient being each range's sum; a
+        :class:`Branch` of them for a branch.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    if isinstance(values, Branch):
+        return Branch(*(spread(x, layout) for x in values))  # type: ignore[arg-type]
+    if isinstance(layout, Spans):
+        count, what = layout.start.shape[0], "one value a span"
+    elif isinstance(layout, Tree):
+        count, what = layout.num_nodes, "one value a node"
+    elif isinstance(layout, PackedBatch):
+        count, what = layout.num_trajectories, "one value a trajectory"
+    else:
+        raise TypeError(f"layout must be a Spans, a PackedBatch or a Tree, got {type(layout).__name__}")
+    check_tensor("values", values, dtypes=FLOATS, ndim=1, device=layout.device)
+    check_shape("values", values, (count,), what)
+    if _backends.wants_reference("span", values):
+        return _backends.reference().spread(values, layout)
+    return _Spread.apply(_accumulated(values), *_ranges(layout), layout.num_tokens)
+
+
+def _ranges(layout: Spans | PackedBatch | Tree) -> tuple[Tensor, Tensor]:
+    """(start, end) of each of the layout's ranges, int64."""
+    if isinstance(layout, Spans):
+        return laid_out(layout.start, torch.int64), laid_out(layout.end, torch.int64)
+    offsets = laid_out(layout.node_offsets if isinstance(layout, Tree) else layout.cu_seqlens, torch.int64)
+    return offsets[:-1], offsets[1:]

@@ -1,0 +1,170 @@
+"""Spans: the token ranges of a pack that mean something, such as turns, steps or tool calls."""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern import _ext
+from trajkern._checks import check_cu_seqlens, check_shape, check_tensor, describe
+
+_INTEGER = (torch.int64, torch.int32)
+_BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """S token ranges ``[start, end)`` of a pack of T tokens, ascending and disjoint.
+
+    Args:
+        start, end: int64 or int32 ``[S]``, 0 <= start <= end <= T, in tokens of the pack. A span begins at the end of
+            the one before it or later. Empty spans are legal: a turn without tokens.
+        trajectory: int64 or int32 ``[S]``, at least 0, never decreasing: whose each span is.
+        index: int64 or int32 ``[S]``, at least 0: the span's number inside its trajectory, in which it ascends (numbers
+            may be left out).
+        num_tokens: T.
+        cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T; not kept. With it, a span that leaves its trajectory is an
+            error.
+
+    All tensors are on one device. Construction reads device values (one synchronisation, and those of ``cu_seqlens``),
+    and so does :meth:`turns`; nothing later does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    start: Tensor  # [S]
+    end: Tensor  # [S]
+    trajectory: Tensor  # [S]
+    index: Tensor  # [S]
+    num_tokens: int
+    cu_seqlens: InitVar[Tensor | None] = None  # [N+1]
+
+    def __post_init__(self, cu_seqlens: Tensor | None) -> None:
+        check_tensor("start", self.start, dtypes=_INTEGER, ndim=1)
+        for name in ("end", "trajectory", "index"):
+            check_tensor(name, getattr(self, name), dtypes=_INTEGER, device=self.device)
+            check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
+        if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool):
+            raise TypeError(f"num_tokens must be an int, got {describe(self.num_tokens)}")
+        if self.num_tokens < 0:
+            raise ValueError(f"num_tokens must be at least 0, got {self.num_tokens}")
+        arrays = torch.stack([x.long() for x in (self.start, self.end, self.trajectory, self.index)]).cpu()
+        _check_ranges(arrays, self.num_tokens)
+        _check_numbers(arrays)
+        if cu_seqlens is not None:
+            check_tensor("cu_seqlens", cu_seqlens, dtypes=_INTEGER, ndim=1, device=self.device)
+            check_cu_seqlens(cu_seqlens, self.num_tokens)
+            _check_inside(arrays, cu_seqlens.cpu().long())
+
+    def __len__(self) -> int:
+        """S."""
+        return self.start.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.device
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each span, ``[S]``."""
+        return self.end - self.start
+
+    @cached_property
+    def token_span(self) -> Tensor:
+        """The span of each token, or -1 outside every span, int64 ``[T]``."""
+        edges = torch.stack((self.start, self.end), 1).long().flatten()
+        edges = torch.cat((edges.new_zeros(1), edges, edges.new_full((1,), self.num_tokens)))
+        span = torch.full((edges.shape[0] - 1,), -1, device=self.device)  # what lies between spans, and they
+        span[1::2] = torch.arange(len(self), device=self.device)
+        return torch.repeat_interleave(span, edges.diff(), output_size=self.num_tokens)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Spans:
+        """The same spans on another device, not validated again."""
+        arrays = (self.start, self.end, self.trajectory, self.index)
+        return _trusted(*(x.to(device, non_blocking=non_blocking) for x in arrays), self.num_tokens)
+
+    @classmethod
+    def turns(
+        cls,
+        loss_mask: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [N+1]
+    ) -> Spans:
+        """The turns of the policy: in each trajectory the longest runs of scored tokens, numbered from 0.
+
+        Args:
+            loss_mask: bool ``[T]``; True where a token is scored.
+            cu_seqlens: int64 or int32 ``[N+1]``, the boundaries of the trajectories; they end a run.
+
+        Found on the host, whatever the device.
+        """
+        check_tensor("loss_mask", loss_mask, dtypes=(torch.bool,), ndim=1)
+        check_tensor("cu_seqlens", cu_seqlens, dtypes=_INTEGER, ndim=1, device=loss_mask.device)
+        check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
+        mask, bounds = loss_mask.cpu().contiguous(), cu_seqlens.cpu().long().contiguous()
+        before = torch.zeros(-(-tokens // _BLOCK) + 1, dtype=torch.int64)  # turns that begin before each block
+        pack = mask.data_ptr(), bounds.data_ptr(), bounds.shape[0] - 1, tokens, _BLOCK, before.data_ptr()
+        arrays = torch.empty(4, _ext.cpu().span_count_turns(*pack), dtype=torch.int64)
+        _ext.cpu().span_turns(*pack, *(x.data_ptr() for x in arrays))
+        return _trusted(*arrays.to(loss_mask.device), tokens)
+
+
+def _trusted(*values: Any) -> Spans:
+    """Spans that are known to be legal."""
+    made = object.__new__(Spans)
+    for field, value in zip(fields(Spans), values, strict=True):
+        object.__setattr__(made, field.name, value)
+    return made
+
+
+def _first(bad: Tensor) -> int | None:
+    return int(bad.nonzero()[0, 0]) if bool(bad.any()) else None
+
+
+def _check_ranges(arrays: Tensor, tokens: int) -> None:
+    start, end = arrays[:2]
+    if (s := _first((start < 0) | (start > end) | (end > tokens))) is not None:
+        raise ValueError(f"start and end must be 0 <= start <= end <= {tokens}, the tokens; {_named(arrays, s)}")
+    if (s := _first(start[1:] < end[:-1])) is not None:
+        raise ValueError(
+            f"start must ascend and no span overlap the next; {_named(arrays, s)} and {_named(arrays, s + 1)}"
+        )
+
+
+def _check_numbers(arrays: Tensor) -> None:
+    trajectory, index = arrays[2:]
+    for name, x in (("trajectory", trajectory), ("index", index)):
+        if (s := _first(x < 0)) is not None:
+            raise ValueError(f"{name} must be at least 0; span {s}'s is {int(x[s])}")
+    if (s := _first(trajectory[1:] < trajectory[:-1])) is not None:
+        raise ValueError(f"trajectory must never decrease; it goes from {_step(trajectory, s)} at span {s + 1}")
+    if (s := _first((trajectory[1:] == trajectory[:-1]) & (index[1:] <= index[:-1]))) is not None:
+        raise ValueError(
+            f"index must ascend inside a trajectory; in trajectory {int(trajectory[s])} it goes from "
+            f"{_step(index, s)} at span {s + 1}"
+        )
+
+
+def _check_inside(arrays: Tensor, cu_seqlens: Tensor) -> None:
+    start, end, trajectory, _ = arrays
+    count = cu_seqlens.shape[0] - 1
+    if (s := _first(trajectory >= count)) is not None:
+        raise ValueError(f"trajectory must lie in [0, {count}); span {s}'s is {int(trajectory[s])}")
+    begin, stop = cu_seqlens[trajectory], cu_seqlens[trajectory + 1]
+    if (s := _first((start < begin) | (end > stop))) is not None:
+        raise ValueError(
+            f"start and end must stay inside the span's trajectory; {_named(arrays, s)}, trajectory "
+            f"{int(trajectory[s])} is [{int(begin[s])}, {int(stop[s])})"
+        )
+
+
+def _named(arrays: Tensor, span: int) -> str:
+    return f"span {span} is [{int(arrays[0, span])}, {int(arrays[1, span])})"
+
+
+def _step(x: Tensor, at: int) -> str:
+    return f"{int(x[at])} to {int(x[at + 1])}"
