@@ -46,7 +46,7 @@ ARROWS = {
     "tree_layout": {"_block_mask", "_checks", "_ext", "_tree_nodes", "_types", "layout"},
     "reference": FORMULAS,
     "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", *LAYOUTS, *FORMULAS},
-    "recipes": {"_checks", "_types", "layout", "ops", *PUBLIC},
+    "recipes": {"_checks", "_types", "ops", *LAYOUTS, *PUBLIC},
     "integrations": {"ops", "recipes", *PUBLIC},
     "testing": {"_backends", "_checks", "_paths", "_types", "ops", "reference", *LAYOUTS, *PUBLIC},
     "trainer": {"recipes", *PUBLIC},

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern import Tree, subtree_reduce
+from trajkern import Tree, spread, subtree_reduce
 from trajkern._checks import check_cu_seqlens, check_finite, check_shape, check_tensor, readable
 from trajkern.ops.advantage import FLOATS, INTEGERS
+from trajkern.span_layout import trajectories
 
 
 def check_vector(
@@ -83,7 +84,7 @@ def to_tokens(
     tokens: int,
 ) -> Tensor:
     """Each token's trajectory's value, ``[T]``."""
-    return torch.repeat_interleave(values, cu_seqlens.diff().long(), output_size=tokens)
+    return spread(values, trajectories(cu_seqlens, tokens))
 
 
 def leaf_means(leaf_rewards: Tensor, tree: Tree) -> Tensor:  # [L]

@@ -10,9 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from trajkern import group_advantages
 from trajkern._checks import check_choice, check_number, check_values, readable
 from trajkern.ops.advantage import INTEGERS
-from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, to_tokens, widened
+from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, widened
 
 GATES = ("drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate")
 SLACK = 1e-9  # a product such as 0.07 * 100 lands above its integer
@@ -52,11 +53,11 @@ def rank_filter(
     if readable(ranks):
         check_values("ranks", ranks, 1)
     lengths = cu_seqlens.diff().long()
-    owner = to_tokens(torch.arange(count, device=device), cu_seqlens, total)
+    owner = torch.repeat_interleave(torch.arange(count, device=device), lengths, output_size=total)
     order = ranks.argsort(descending=True, stable=True)
     order = order[owner[order].argsort(stable=True)]  # the rollouts in order, the worst ranks of each first
     chosen = (lengths.double() * worst_fraction - SLACK).ceil().long()
-    counted = torch.arange(total, device=device) - to_tokens(cu_seqlens[:-1].long(), cu_seqlens, total)
+    counted = torch.arange(total, device=device) - cu_seqlens[owner]
     worst = torch.where(counted < chosen[owner], ranks[order].long(), 0)
     mean = torch.zeros_like(lengths).scatter_add(0, owner, worst).double() / chosen
     return group_sum(mean <= top_k, pair_ids(group_ids)) > 0  # without tokens the mean is 0 / 0, which is no rank
@@ -143,13 +144,13 @@ def gate(
     _check_fraction("threshold", threshold)
     if mode == "drop_rollout":
         return passed.clone()
-    ids = pair_ids(group_ids)
-    passes, size = group_sum(passed, ids), group_sum(torch.ones_like(ids), ids)
+    x = passed.double() + 1  # from 1 to 2, where subtracting twice is exact
+    mean = x - group_advantages(x, group_ids, scale="none", singleton="zero")
     if mode == "reject_group_if_any_fails":
-        return passes == size
+        return mean == 2
     if mode == "reject_group_if_all_fail":
-        return passes > 0
-    return passes.double() / size >= threshold
+        return mean > 1
+    return mean >= 1 + threshold
 
 
 def _check_fraction(name: str, value: float, above: float | None = None) -> None:

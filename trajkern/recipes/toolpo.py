@@ -92,8 +92,6 @@ def token_advantages(
     check_vector("success", success, count, "one a trajectory", device)
     check_vector("action", action, count, "one a trajectory", device)
     check_ids("group_ids", group_ids, count, "one id a trajectory", device)
-    of_outcome, of_action = (
-        to_tokens(group_advantages(x, group_ids, scale="none", singleton="zero"), cu_seqlens, tokens)
-        for x in (success, action)
-    )
-    return of_outcome + torch.where(action_mask, of_action, 0)
+    of_outcome, of_action = (group_advantages(x, group_ids, scale="none", singleton="zero") for x in (success, action))
+    acting, other = (to_tokens(x, cu_seqlens, tokens) for x in (of_outcome + of_action, of_outcome))
+    return torch.where(action_mask, acting, other)
