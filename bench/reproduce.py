@@ -108,7 +108,7 @@ ROWS: dict[str, Row] = {
     ),
     "feedback": Row(
         "evaluative and directive signals together beat either alone (2603.10165)",
-        "--task chain_sum_steps --steps 100 --recipe feedback --lr 1e-4",
+        "--task chain_sum_steps --steps 100 --recipe feedback --lr 1e-4 --feedback.directive-weight 0.1",
         {
             "both": "",
             "directive only": "--feedback.reward-weight 0",
