@@ -27,10 +27,10 @@ lint: .venv/.built ## ruff and mypy
 	$(BIN)/mypy
 
 bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists the flags
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/trajkern bench $(ARGS)
 
 reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
-	$(BIN)/python -m bench.reproduce $(ARGS)
+	$(BIN)/python -m trajkern._bench.reproduce $(ARGS)
 
 gpu-check: ## on a machine with an NVIDIA GPU and no network: build, test, measure with $(PYTHON), results under OUT
 	$(PYTHON) bench/gpu_check.py --out $(OUT)

@@ -1,4 +1,4 @@
-"""``python -m bench``: see ``--help``."""
+"""``trajkern bench``: see ``--help``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import advantage, ceilings, head, logprob, policy_loss, reflection, span, tree
-from bench.case import OURS
-from bench.run import Settings, clocks, release, run
-from bench.table import markdown, seconds
+from trajkern._bench import (
+    advantage,
+    ceilings,
+    growth,
+    head,
+    logprob,
+    peers,
+    policy_loss,
+    reflection,
+    shapes,
+    span,
+    tree,
+)
+from trajkern._bench.case import OPS, OURS, Case
+from trajkern._bench.run import Settings, clocks, release, run
+from trajkern._bench.table import markdown, seconds
+from trajkern._bench.text import text
 
 FAMILIES = {
     "logprob": logprob.CASES,
@@ -25,68 +39,160 @@ FAMILIES = {
     "tree": tree.CASES,
     "span": span.CASES,
 }
+TIMED = tuple(name for name in OPS if any(case.op == name for cases in FAMILIES.values() for case in cases))
+FORMAT = 2  # of the results file
 
 
-def main() -> int:
-    args = _parser().parse_args()
-    args.only = args.only or list(FAMILIES)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"bench: torch {torch.__version__} sees no NVIDIA GPU", file=sys.stderr)
+class Refused(Exception):
+    """Why nothing is run."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--static" in argv:
+        from trajkern._bench.static import main as static
+
+        return static([x for x in argv if x != "--static"])
+    args = _parser().parse_args(argv)
+    try:
+        _refuse(args)
+        report = _load(args.load) if args.load else _measured(args)
+    except Refused as reason:
+        print(f"trajkern bench: {reason}", file=sys.stderr)
         return 2
+    if "ceilings" in report:
+        print(text(report), end="")
+        _write(args.markdown, markdown(report))
+        _draw(report, args)
+    return 0 if report["complete"] and not _failed(report) else 1
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Everything that would make the run useless is said before it."""
+    if not args.load and args.device == "cuda" and not torch.cuda.is_available():
+        raise Refused(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU")
+    if args.rows is not None and (args.rows < 128 or args.rows % 8):
+        raise Refused(f"--rows must be a multiple of 8, and at least 128; got {args.rows}")
+    for name in ("json", "markdown", "html"):
+        path = getattr(args, name)
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            raise Refused(f"--{name} {path}: cannot be written")
+    if args.png and not (args.png.is_dir() and os.access(args.png, os.W_OK)):
+        raise Refused(f"--png {args.png}: is not a folder that can be written to")
+    if (args.html or args.png) and not find_spec("matplotlib"):
+        raise Refused("--html and --png need matplotlib: pip install trajkern[bench]")
+
+
+def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.html:
+        from trajkern._bench.report import html
+
+        _write(args.html, html(report))
+    if args.png:
+        from trajkern._bench.plots import PICTURES, png
+
+        for name, (draw, _) in PICTURES.items():
+            if picture := png(draw, report):
+                (args.png / f"{name}.png").write_bytes(picture)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"--load {path}: {error}") from None
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        found = report.get("format", "none") if isinstance(report, dict) else "none"
+        raise Refused(f"--load {path}: results of format {found}; this trajkern reads format {FORMAT}")
+    return report
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
-        "date": ceilings.now(), "device": args.device, "quick": args.quick, "complete": False,
+        "format": FORMAT, "date": ceilings.now(), "device": args.device, "quick": args.quick, "complete": False,
         "machine": ceilings.machine(args.device), "versions": ceilings.versions(), "cases": [],
     }  # fmt: skip
+    if args.peers:
+        report["peers"] = peers.versions()
     try:
         measure(report, args)
         report["complete"] = True
     except KeyboardInterrupt:
-        print("bench: interrupted; what was measured is kept", file=sys.stderr)
+        print("trajkern bench: interrupted; what was measured is kept", file=sys.stderr)
     report["machine"]["load_average_after"] = os.getloadavg()[0]
-    if "ceilings" in report:
-        text = markdown(report)
-        print(text)
-        _write(args.markdown, text)
-    _write(args.json, json.dumps(report, indent=1) + "\n")
-    failed = any(not verdict["passed"] for case in report["cases"] for verdict in case["gate"].values())
-    return 0 if report["complete"] and not failed else 1
+    _save(report, args)
+    return report
 
 
 def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
     """Fill the report, and save it after every case."""
-    settings = Settings.of(args.device, args.quick)
+    settings = Settings.of(args.device, args.quick, args.peers)
     clock = clocks(args.device)
     report["ceilings"] = ceilings.measure(args.device, clock[False], settings.seconds / 2)
     release()
-    copy_bandwidth = report["ceilings"]["copy_bytes_per_second"]
-    for case in (c for name in args.only for c in FAMILIES[name] if args.device in c.devices):
+    for case in chosen(args):
         print(f"{case.name}: ", end="", file=sys.stderr, flush=True)
-        result = run(case, settings, clock[case.host], copy_bandwidth)
+        result = run(case, settings, clock[case.host], report["ceilings"])
         found = result["seconds"].get(OURS)
         print(seconds(found["median"]) if found else "gate failed", file=sys.stderr)
         report["cases"].append(result)
-        _write(args.json, json.dumps(report, indent=1) + "\n")
+        _save(report, args)
         release()
+    if args.growth:
+        ops = {case.op for case in chosen(args)}
+        report["growth"] = growth.measure(
+            args.device, clock[False], settings.seconds / 4, ops, lambda line: print(line, file=sys.stderr)
+        )
 
 
-def _write(path: Path | None, text: str) -> None:
+def chosen(args: argparse.Namespace) -> list[Case]:
+    if args.shapes:
+        found = [case for name in args.shapes for case in shapes.cases(name, args.device, args.rows)]
+    else:
+        found = [case for cases in FAMILIES.values() for case in cases if args.device in case.devices]
+    return [case for case in found if not args.op or {case.op, case.family} & set(args.op)]
+
+
+def _failed(report: dict[str, Any]) -> bool:
+    """Whether trajkern or a form of torch is wrong; a peer that is has its own line."""
+    packages = report.get("peers", {})
+    return any(not g["passed"] for case in report["cases"] for name, g in case["gate"].items() if name not in packages)
+
+
+def _save(report: dict[str, Any], args: argparse.Namespace) -> None:
+    _write(args.json, json.dumps(report, indent=1) + "\n")
+
+
+def _write(path: Path | None, content: str) -> None:
     if path is not None:
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(text)
+        partial.write_text(content)
         partial.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench",
+        prog="trajkern bench",
         description="Time every op beside torch's forms of it, in one process. Each contender is first checked against "
-        "the float64 reference; one that is wrong gets no time, and makes the exit status 1.",
+        "the float64 reference; one that is wrong gets no time. The exit status is 1 if trajkern or torch is.",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--only", choices=FAMILIES, action="append", help="this family (repeatable); default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, after each case")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
-    parser.add_argument("--quick", action="store_true", help="few rounds and no torch.compile: under half a minute")
+    add = parser.add_argument
+    add("--op", choices=(*FAMILIES, *TIMED), action="extend", nargs="+", metavar="OP",
+        help=f"families or ops; default: all of {', '.join(FAMILIES)}")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--peers", action="store_true", help=f"time other packages, too: {', '.join(peers.PEERS)}")
+    add("--shapes", choices=shapes.MODELS, action="extend", nargs="+", metavar="MODEL",
+        help=f"the heads of these models instead: {', '.join(shapes.MODELS)}")  # fmt: skip
+    add("--rows", type=int, help=f"tokens of --shapes; default: {shapes.ROWS['cpu']}, {shapes.ROWS['cuda']:,} on a GPU")
+    add("--growth", action="store_true", help="how time and memory grow with each size, too")
+    add("--quick", action="store_true", help="few rounds and no torch.compile: under a minute")
+    add("--json", type=Path, metavar="FILE", help="write every number there, after each case")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
+    add("--html", type=Path, metavar="FILE", help="write the report there: one page with tables and plots")
+    add("--png", type=Path, metavar="FOLDER", help="write the report's plots there")
+    add("--load", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
+    add("--static", action="store_true",
+        help="measure nothing: compile for GPUs and predict; see `trajkern bench --static --help`")  # fmt: skip
     return parser
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.case import Case, Problem, Target, with_compiled
+from trajkern._bench.case import Case, Problem, Target, with_compiled
 from trajkern.testing.numerics import Outcome
 
 TOKENS, TRAJECTORIES = 2**20, 1024
@@ -33,7 +33,7 @@ def _group_form(dense_ids: Tensor, groups: int) -> Callable[..., Outcome]:
     return form
 
 
-def _groups(trajectories: int, mean_size: int, grad: bool = False) -> Callable[[str], Problem]:
+def groups(trajectories: int, mean_size: int, grad: bool = False) -> Callable[[str], Problem]:
     """Scores of 0 to 64 points in groups of 2 to 2 * mean_size - 2, shuffled, under ids that are not dense."""
 
     def make(device: str) -> Problem:
@@ -132,13 +132,13 @@ def _whiten(device: str) -> Problem:
 
 
 CASES = (
-    Case("group_advantages", "forward", "4,096 trajectories, 512 groups", _groups(4096, 8)),
+    Case("group_advantages", "forward", "4,096 trajectories, 512 groups", groups(4096, 8)),
     Case(
-        "group_advantages", "forward", "65,536 trajectories, 8,192 groups", _groups(65_536, 8),
+        "group_advantages", "forward", "65,536 trajectories, 8,192 groups", groups(65_536, 8),
         targets=(Target("fast", 5, "eager"),),
     ),
     Case(
-        "group_advantages", "forward with grad", "16 trajectories, 4 groups", _groups(16, 4, grad=True),
+        "group_advantages", "forward with grad", "16 trajectories, 4 groups", groups(16, 4, grad=True),
         targets=(Target("seconds", 40e-6),), host=True,
     ),
     Case("discounted_returns", "forward", "1,048,576 tokens", _packed("discounted_returns")),

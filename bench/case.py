@@ -45,10 +45,13 @@ class Problem:
     upstream: dict[str, Tensor] = field(default_factory=dict)  # gradients of outputs; run the backward with them
     pick: Callable[[str, Tensor], Tensor] = _whole  # the part of a tensor that the gate compares
     small: Inputs | None = None  # inputs of the gate where the reference could not hold the timed ones
+    flops: int = 0  # of the matrix products that any implementation needs
+    compose: Callable[[Function], Function] | None = None  # a function of linear_logprobs' arguments -> one of the op's
+    peers: dict[str, Function] = field(default_factory=dict)
 
     @property
     def functions(self) -> dict[str, Function]:
-        return {OURS: self._ours, **self.rivals}
+        return {OURS: self._ours, **self.rivals, **self.peers}
 
     def step(self, name: str) -> Callable[[], Outcome]:
         """What is timed of a contender, on differentiable arguments of its own: an in-place backward destroys them."""

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 import trajkern as tk
-from bench.timing import Clock, Summary, race
+from trajkern._bench.timing import Clock, Summary, race
 from trajkern.cli import cpu_name
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
@@ -20,19 +20,26 @@ GEMM = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 
 
 def measure(device: str, clock: Clock, seconds: float) -> dict[str, Any]:
-    """Copy bandwidth (bytes read plus bytes written), matrix product rate on random data, and the least of a launch."""
+    """Copy bandwidth (bytes read plus bytes written), matrix product rate on random data, the least of a launch, and
+    what the clock reads of a call that does nothing."""
     source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     n, dtype = GEMM[device]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     one = torch.ones(1, device=device)
-    calls = {"copy": lambda: target.copy_(source), "gemm": lambda: a @ b, "launch": lambda: one.add_(1)}
+    calls = {
+        "copy": lambda: target.copy_(source),
+        "gemm": lambda: a @ b,
+        "launch": lambda: one.add_(1),
+        "empty": lambda: None,
+    }
     samples = race(calls, clock, seconds=seconds, rounds=(5, 50))
-    copy, gemm, launch = (Summary.of(samples[name]).median for name in calls)
+    copy, gemm, launch, empty = (Summary.of(samples[name]).median for name in calls)
     return {
         "copy_bytes_per_second": 2 * source.nbytes / copy,
         f"gemm_{n}_{str(dtype)[6:]}_flop_per_second": 2 * n**3 / gemm,
         "launch_seconds": launch,
+        "empty_call_seconds": empty,
     }
 
 

@@ -1,8 +1,8 @@
 """`make gpu-check`: on a machine with an NVIDIA GPU and no network, build in place, test, and measure.
 
 Everything goes into one JSON file, OUT/<gpu>/<date>.json, rewritten after every stage, so that a stage that fails or
-runs out of time costs nothing but itself. The GPU's copy bandwidth and GEMM rate are the benchmark's "ceilings". Exit
-status: 0 all stages passed, 1 some did not, 2 there is no GPU to use.
+runs out of time costs nothing but itself; the benchmark's report stands beside it as .html. The GPU's copy bandwidth and
+GEMM rate are the benchmark's "ceilings". Exit status: 0 all stages passed, 1 some did not, 2 there is no GPU to use.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,10 +100,14 @@ def _heed_interrupts() -> None:
 def run(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, Any]:
     """Run a stage, showing its output; one that outlasts its limit is interrupted, so that it can still report."""
     start, tail = time.monotonic(), []
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True, preexec_fn=_heed_interrupts,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True, preexec_fn=_heed_interrupts,
+        )  # fmt: skip
+    except OSError as error:  # there is no such program
+        return {"command": command, "status": 127, "seconds": 0.0, "limit": limit, "timed_out": False,
+                "tail": [str(error)]}  # fmt: skip
     timers = [
         threading.Timer(limit, os.killpg, (process.pid, signal.SIGINT)),
         threading.Timer(limit + GRACE, os.killpg, (process.pid, signal.SIGKILL)),
@@ -144,17 +149,39 @@ def tests(device: str, limit: float, folder: Path) -> Stage:
     return Stage(name, [*command, f"--junitxml={report}"], limit, report, read_junit)
 
 
-def stages(folder: Path) -> list[Stage]:
-    """The most telling first, since a late one gets only the time that is left."""
+def sanitizer(tool: str, limit: float) -> Stage:
+    """compute-sanitizer over the package's own CUDA kernels on the registry's cases in float32."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    ours = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=tk"]
+    code = (
+        "from trajkern.validate import main; import sys;"
+        " sys.exit(main(['--device', 'cuda', '--dtype', 'float32', '--op', 'group_advantages',"
+        " '--op', 'subtree_reduce', '--op', 'span_reduce', '--op', 'spread']))"
+    )
+    return Stage(tool, [program, *ours, sys.executable, "-c", code], limit)
+
+
+def stages(folder: Path, page: Path) -> list[Stage]:
+    """The most telling first, since a late one gets only the time that is left; ``page`` is the benchmark's report."""
     build = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-v", "-e", "."]
-    report = folder / "benchmark.json"
-    benchmark = [sys.executable, "-m", "bench", "--device", "cuda", "--json", str(report)]
+    cli = [sys.executable, "-m", "trajkern"]
+    report, validation = folder / "benchmark.json", folder / "validation.json"
+    benchmark = [*cli, "bench", "--device", "cuda", "--peers", "--growth", "--json", str(report)]
+    if importlib.util.find_spec("matplotlib"):
+        benchmark += ["--html", str(page)]
     return [
         Stage("build", build, 120),
-        tests("cuda", 200, folder),
-        Stage("benchmark", benchmark, 240, report, lambda path: json.loads(path.read_text())),
+        tests("cuda", 180, folder),
+        Stage("validation", [*cli, "validate", "--device", "cuda", "--json", str(validation)], 60, validation, read_json),
+        Stage("benchmark", benchmark, 200, report, read_json),
+        sanitizer("memcheck", 60),
+        sanitizer("racecheck", 60),
         tests("cpu", 240, folder),
     ]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def run_all(plan: list[Stage], deadline: float, environment: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,7 +214,7 @@ def main() -> int:
     deadline = time.monotonic() + SECONDS
     result: dict[str, Any] = {"machine": describe_machine(gpu), "stages": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for stage, done in run_all(stages(Path(folder)), deadline, {"TRAJKERN_CUDA": f"{gpu.major}{gpu.minor}"}):
+        for stage, done in run_all(stages(Path(folder), path.with_suffix(".html")), deadline, {"TRAJKERN_CUDA": f"{gpu.major}{gpu.minor}"}):
             result["stages"][stage] = done
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(result, indent=1) + "\n")

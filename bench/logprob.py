@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.case import FLOOR, Case, Problem, Target, with_compiled
+from trajkern._bench.case import FLOOR, Case, Problem, Target, with_compiled
 from trajkern.testing.numerics import Outcome
 
 VOCABULARY = 151_936
@@ -60,14 +60,14 @@ def _floor(logits: Tensor, backward: bool, inplace: bool) -> Callable[[], object
     return lambda: (logits.sum(), scratch.mul_(1) if inplace else logits * 2)
 
 
-def _make(op: str, rows: int, vocabulary: int, dtype: torch.dtype, **options) -> Callable[[str], Problem]:
+def problem(op: str, rows: int, vocabulary: int, dtype: torch.dtype, **options) -> Callable[[str], Problem]:
     return lambda device: _problem(op, rows, vocabulary, dtype, device, **options)
 
 
 def _cases(rows: int, dtype: torch.dtype, devices: tuple[str, ...]):
     """Forward, forward + backward, without and with entropy, in place."""
     case = partial(Case, shape=f"{rows:,} × {VOCABULARY:,} {str(dtype)[6:]}", devices=devices)
-    make = partial(_make, rows=rows, vocabulary=VOCABULARY, dtype=dtype)
+    make = partial(problem, rows=rows, vocabulary=VOCABULARY, dtype=dtype)
     faster = (Target("fast", 4, "eager"), Target("fast", 3, "torch.compile"))
     in_place = Target("memory", 1.0, devices=("cpu", "cuda"))
     yield case("token_logprobs", "forward", make=make("token_logprobs"), targets=(Target("times", 1.6, FLOOR),))
@@ -86,8 +86,7 @@ def _cases(rows: int, dtype: torch.dtype, devices: tuple[str, ...]):
 
 
 def _tiny(op: str, work: str, targets: tuple[Target, ...] = (), **options) -> Case:
-    make = _make(op, 4, 32, torch.float32, **options)
-    return Case(op, work, "4 × 32 float32", make, targets, host=True)
+    return Case(op, work, "4 × 32 float32", problem(op, 4, 32, torch.float32, **options), targets, host=True)
 
 
 CASES = (

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from bench.memory import peak_bytes
-from bench.table import seconds, table
-from bench.timing import Summary, WallClock, race, ratio
+from trajkern._bench.memory import peak_bytes
+from trajkern._bench.table import seconds, table
+from trajkern._bench.timing import Summary, WallClock, race, ratio
 from trajkern.testing.tree import regular_tree
 from trajkern.trainer.blocks import Layout
 from trajkern.trainer.model import ModelConfig

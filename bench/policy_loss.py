@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from bench.case import Case, Function, Problem, Target, with_compiled
+from trajkern._bench.case import Case, Function, Problem, Target, with_compiled
 from trajkern.testing.numerics import Outcome
 
 CONFIG = tk.PolicyLoss("grpo", kl="k3", kl_coef=0.04)
@@ -33,7 +33,7 @@ def _grpo_form(trajectory: Tensor, weights: Tensor) -> Function:
     return form
 
 
-def _make(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str], Problem]:
+def problem(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str], Problem]:
     """Trajectories of random lengths, 70% of the tokens scored, log-probs a step away from the old policy."""
 
     def make(device: str) -> Problem:
@@ -76,14 +76,14 @@ def token_weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
 CASES = (
     Case(
         "policy_loss", "forward + backward, grpo with KL", "1,048,576 tokens, 1,024 trajectories",
-        _make(2**20, 1024, backward=True), targets=(Target("fast", 8, "eager"), Target("fast", 2, "torch.compile")),
+        problem(2**20, 1024, backward=True), targets=(Target("fast", 8, "eager"), Target("fast", 2, "torch.compile")),
     ),
     Case(
-        "policy_loss", "forward with grad, grpo with KL", "32 tokens, 4 trajectories", _make(32, 4, backward=False),
+        "policy_loss", "forward with grad, grpo with KL", "32 tokens, 4 trajectories", problem(32, 4, backward=False),
         targets=(Target("seconds", 40e-6),), host=True,
     ),
     Case(
-        "policy_loss", "forward + backward, grpo with KL", "32 tokens, 4 trajectories", _make(32, 4, backward=True),
+        "policy_loss", "forward + backward, grpo with KL", "32 tokens, 4 trajectories", problem(32, 4, backward=True),
         host=True,
     ),
 )  # fmt: skip

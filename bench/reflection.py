@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.case import Case, Problem, with_compiled
+from trajkern._bench.case import Case, Problem, with_compiled
 from trajkern.testing.numerics import Outcome
 
 ROLLOUTS, MEMBERS, LENGTH = 4096, 8, 256

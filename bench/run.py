@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
-from bench.memory import peak_bytes
-from bench.timing import Call, Clock, DeviceClock, Summary, WallClock, race, ratio
+from trajkern._bench import peers
+from trajkern._bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
+from trajkern._bench.memory import peak_bytes
+from trajkern._bench.timing import Call, Clock, DeviceClock, Summary, WallClock, race, ratio
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class Settings:
     seconds: float  # of measuring a case, unless the fewest rounds take longer
     rounds: tuple[int, int]
     compiled: bool  # whether torch.compile contends; compiling takes longer than measuring
+    peers: bool = False  # whether other packages contend
 
     @classmethod
-    def of(cls, device: str, quick: bool) -> Settings:
-        return cls(device, 0.3, (2, 20), False) if quick else cls(device, 6.0, (5, 300), True)
+    def of(cls, device: str, quick: bool, peers: bool = False) -> Settings:
+        return cls(device, 0.3, (2, 20), False, peers) if quick else cls(device, 6.0, (5, 300), True, peers)
 
 
 def clocks(device: str) -> dict[bool, Clock]:
@@ -33,27 +35,38 @@ def clocks(device: str) -> dict[bool, Clock]:
     return {False: DeviceClock(), True: WallClock(torch.cuda.synchronize)}
 
 
-def run(case: Case, settings: Settings, clock: Clock, copy_bandwidth: float) -> dict[str, Any]:
+def run(case: Case, settings: Settings, clock: Clock, ceilings: dict[str, float]) -> dict[str, Any]:
     """Everything about the case, as plain values; only a contender whose ``gate`` is green has ``seconds``."""
     result: dict[str, Any] = {"family": case.family, "op": case.op, "work": case.work, "shape": case.shape}
-    result |= {"host": case.host, "gate": {}, "seconds": {}, "peak_bytes": {}, "targets": []}
+    result |= {"host": case.host, "gate": {}, "unable": {}, "seconds": {}, "peak_bytes": {}, "targets": []}
     problem = _attempt(lambda: case.make(settings.device))
     if isinstance(problem, str):
         return result | {"gate": {OURS: {"passed": False, "why": problem}}}
+    if settings.peers:
+        problem.peers, result["unable"] = peers.contenders(problem, settings.device)
     names = [n for n in problem.functions if n != COMPILED or (settings.compiled and not case.host)]
     result["gate"] = {name: gate(problem, name) for name in names}
     calls = {name: problem.step(name) for name in names if result["gate"][name]["passed"]}
     if case.memory_of:
         result["memory_of"] = {"name": case.memory_of, "bytes": problem.inputs[case.memory_of].nbytes}
+    if not case.host:
         result |= peaks(calls, settings.device)
     samples = race({**calls, FLOOR: problem.floor}, clock, seconds=settings.seconds, rounds=settings.rounds)
     result["seconds"] = {name: asdict(Summary.of(s)) for name, s in samples.items()}
-    result["bytes"] = problem.bytes
+    result |= {"bytes": problem.bytes, "flops": problem.flops}
     if OURS in calls and not case.host:
-        result["share_of_copy"] = problem.bytes / result["seconds"][OURS]["median"] / copy_bandwidth
+        median = result["seconds"][OURS]["median"]
+        result["share_of_copy"] = problem.bytes / median / ceilings["copy_bytes_per_second"]
+        if problem.flops:
+            result["share_of_gemm"] = problem.flops / median / gemm_rate(ceilings)
     targets = [t for t in case.targets if settings.device in t.devices]
     result["targets"] = [verdict(t, result, samples) for t in targets]
     return result
+
+
+def gemm_rate(ceilings: dict[str, float]) -> float:
+    """FLOP per second of the matrix product that was measured."""
+    return next(value for name, value in ceilings.items() if name.endswith("flop_per_second"))
 
 
 def gate(problem: Problem, name: str) -> dict[str, Any]:

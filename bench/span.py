@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.case import Case, Problem, Target, with_compiled
+from trajkern._bench.case import Case, Problem, Target, with_compiled
 from trajkern.span_layout import Spans
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.span import spans_of
@@ -51,7 +51,7 @@ def _spread_form(spans: Spans) -> Callable[..., Outcome]:
     return form
 
 
-def _problem(op: str | None, tokens: int) -> Callable[[str], Problem]:
+def problem(op: str | None, tokens: int) -> Callable[[str], Problem]:
     def make(device: str) -> Problem:
         spans = packed(tokens).to(device)
         made = torch.randn(len(spans) if op is None else spans.num_tokens, generator=torch.Generator().manual_seed(1))
@@ -73,7 +73,7 @@ CASES = tuple(
         "spread" if op is None else "span_reduce",
         "forward",
         f"{op + ', ' if op else ''}{tokens:,} tokens",
-        _problem(op, tokens),
+        problem(op, tokens),
         targets=(Target("fast", 5, "eager"),) if tokens == 1_000_000 else (),
     )
     for op in ("sum", "max", None)

@@ -1,16 +1,22 @@
-"""The results as Markdown: what was promised, then every time."""
+"""The results as Markdown: what was promised, then every time, then the other packages."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench.case import COMPILED, FLOOR, OURS
+from trajkern._bench.case import COMPILED, FLOOR, OURS
 
+NO_SUCH_OP = "has no such op"
 CONTENDERS = (OURS, "eager", COMPILED, FLOOR)
 
 
 def markdown(report: dict[str, Any]) -> str:
     parts = [heading(report), table(TARGET_COLUMNS, target_rows(report)), table(TIME_COLUMNS, time_rows(report))]
+    if names := peers_of(report):
+        parts.append(table(("op", "work", "input", *(f"{n} {report['peers'][n]}" for n in names)), peer_rows(report)))
+    parts.append(absent_peers(report))
+    if sweeps := report.get("growth"):
+        parts.append(table(("op", "over", "from", "to", "time grows by the power"), growth_rows(sweeps)))
     if failures := failure_rows(report):
         parts.append("Gate failed, so not timed:\n\n" + table(("case", "contender", "why"), failures))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -25,7 +31,7 @@ def heading(report: dict[str, Any]) -> str:
         f"{where}; torch {versions['torch']}, trajkern {versions['trajkern']}; {report['date']}; "
         f"load average before: {machine['load_average_before']:.1f}. "
         f"Measured here: copy {ceilings['copy_bytes_per_second'] / 1e9:.4g} GB/s, {rate}, "
-        f"smallest call {seconds(ceilings['launch_seconds'])}."
+        f"smallest call {seconds(ceilings['launch_seconds'])}, empty call {seconds(ceilings['empty_call_seconds'])}."
     )
 
 
@@ -64,6 +70,43 @@ def time_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             memory_text(case),
         )
         for case in report["cases"]
+    ]
+
+
+def peers_of(report: dict[str, Any]) -> list[str]:
+    """The peers that could be used at all."""
+    return [name for name, version in report.get("peers", {}).items() if version[:1].isdigit()]
+
+
+def peer_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of the cases that some peer has: how many times as long as trajkern each takes."""
+    return [
+        (f"`{case['op']}`", case["work"], case["shape"], *(peer_text(case, name) for name in peers_of(report)))
+        for case in report["cases"]
+        if set(peers_of(report)) & set(case["gate"])
+    ]
+
+
+def absent_peers(report: dict[str, Any]) -> str:
+    """Which peers could not be used, and why."""
+    found = [f"{name} ({why})" for name, why in report.get("peers", {}).items() if name not in peers_of(report)]
+    return f"Not compared: {'; '.join(found)}." if found else ""
+
+
+def peer_text(case: dict[str, Any], name: str) -> str:
+    if name not in case["seconds"] or OURS not in case["seconds"]:
+        why = case["unable"].get(name, NO_SUCH_OP)
+        return "gate failed" if name in case["gate"] else "–" if why == NO_SUCH_OP else f"– {why}"
+    times = case["seconds"][name]["median"] / case["seconds"][OURS]["median"]
+    return f"{times:.2f} ×" if times >= 1 else f"**{times:.2f} ×**"
+
+
+def growth_rows(sweeps: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    def end(point: dict[str, Any]) -> str:
+        return f"{point['value']:,}: {seconds(point['seconds'])}"
+
+    return [
+        (f"`{s['op']}`", s["size"], end(s["points"][0]), end(s["points"][-1]), f"{s['exponent']:.2f}") for s in sweeps
     ]
 
 

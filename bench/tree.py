@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.case import Case, Problem, Target, with_compiled
+from trajkern._bench.case import Case, Problem, Target, with_compiled
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.tree import regular_tree
 from trajkern.tree_layout import Tree
@@ -96,6 +96,10 @@ def _problem(op: str, argument: str, form: Callable[[Tree], Callable[..., Outcom
         )
 
     return make
+
+
+def reduce_problem(nodes: int) -> Callable[[str], Problem]:
+    return _problem("subtree_reduce", "leaf_values", _mean_form, nodes)
 
 
 _TEN = (Target("fast", 10, "eager"),)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import __main__ as program
-from bench import advantage, head, logprob, policy_loss, reflection, table
-from bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
-from bench.memory import peak_bytes
-from bench.run import Settings, gate, run, verdict
-from bench.timing import Summary, WallClock, race, ratio
+from trajkern._bench import __main__ as program
+from trajkern._bench import advantage, head, logprob, policy_loss, reflection, span, table
+from trajkern._bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
+from trajkern._bench.memory import peak_bytes
+from trajkern._bench.run import Settings, gate, run, verdict
+from trajkern._bench.timing import Summary, WallClock, race, ratio
 
-ALL_CASES = (*logprob.CASES, *head.CASES, *advantage.CASES, *policy_loss.CASES, *reflection.CASES)
+ALL_CASES = (*logprob.CASES, *head.CASES, *advantage.CASES, *policy_loss.CASES, *reflection.CASES, *span.CASES)
 SETTINGS = Settings("cpu", seconds=0.0, rounds=(3, 3), compiled=False)
+CEILINGS = {"copy_bytes_per_second": 1e9, "gemm_8_float32_flop_per_second": 1e9}
 
 
 def problem(rivals, **options) -> Problem:
@@ -176,14 +176,14 @@ def test_in_place_backward_leaves_the_other_contenders_inputs() -> None:
 def test_whoever_fails_the_gate_gets_no_time() -> None:
     targets = (Target("fast", 0.0, "eager"), Target("times", 1e9, FLOOR))
     case = Case("token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": wrong_value}), targets)
-    found = run(case, SETTINGS, WallClock(), 1e9)
+    found = run(case, SETTINGS, WallClock(), CEILINGS)
     assert found["seconds"].keys() == {OURS, FLOOR}
     assert [t["met"] for t in found["targets"]] == [None, True]
     json.dumps(found, allow_nan=False)
 
 
 def test_inputs_that_cannot_be_made_are_a_red_gate() -> None:
-    found = run(Case("gae", "forward", "", lambda device: broken()), SETTINGS, WallClock(), 1e9)
+    found = run(Case("gae", "forward", "", lambda device: broken()), SETTINGS, WallClock(), CEILINGS)
     assert not found["gate"][OURS]["passed"] and not found["seconds"]
 
 
@@ -236,15 +236,15 @@ def test_table_is_aligned() -> None:
 
 @pytest.fixture
 def tiny_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """``python -m bench`` on one case, whose only rival is given; returns (status, report, tables)."""
+    """``trajkern bench`` on one case, whose only rival is given; returns (status, report, tables)."""
 
     def call(form) -> tuple[int, dict, str]:
         targets = (Target("fast", 1e9, "eager"),)
         case = Case("token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": form}), targets)
         monkeypatch.setattr(program, "FAMILIES", {"logprob": (case,)})
         files = [tmp_path / "a.json", tmp_path / "a.md"]
-        monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--json", str(files[0]), "--markdown", str(files[1])])
-        return program.main(), json.loads(files[0].read_text()), files[1].read_text()
+        status = program.main(["--quick", "--json", str(files[0]), "--markdown", str(files[1])])
+        return status, json.loads(files[0].read_text()), files[1].read_text()
 
     return call
 
@@ -254,7 +254,7 @@ def test_report(tiny_program) -> None:
     assert status == 0 and report["complete"]
     assert report["machine"]["cpu"] in tables and report["versions"]["torch"] == torch.__version__
     assert report["ceilings"].keys() == {
-        "copy_bytes_per_second", "gemm_1024_float32_flop_per_second", "launch_seconds"
+        "copy_bytes_per_second", "gemm_1024_float32_flop_per_second", "launch_seconds", "empty_call_seconds"
     }  # fmt: skip
     assert "≥ 1e+09 × as fast as eager" in tables and "**not met**" in tables
     assert "Gate failed" not in tables
@@ -272,6 +272,5 @@ def test_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, t
         raise KeyboardInterrupt
 
     monkeypatch.setattr(program.ceilings, "measure", interrupted)
-    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / "a.json")])
-    assert program.main() == 1
+    assert program.main(["--json", str(tmp_path / "a.json")]) == 1
     assert json.loads((tmp_path / "a.json").read_text())["complete"] is False

@@ -51,6 +51,28 @@ def test_a_failed_stage_does_not_stop_the_rest(gpu_check) -> None:
     assert not gpu_check.passed({"stages": {"a": passed, "b": failed}})
 
 
+def test_a_missing_program_costs_only_its_stage(gpu_check, tmp_path: Path) -> None:
+    missing = gpu_check.Stage("memcheck", [str(tmp_path / "compute-sanitizer")], 60)
+    failed, passed = _run(gpu_check, missing, _python(gpu_check, "print('yes')"))
+    assert failed["status"] == 127 and "No such file" in failed["tail"][0]
+    assert passed["status"] == 0
+
+
+def test_the_stages_are_commands_that_exist(gpu_check, tmp_path: Path) -> None:
+    """Every option of a stage is known to its command."""
+    plan = gpu_check.stages(tmp_path, tmp_path / "report.html")
+    names = [stage.name for stage in plan]
+    assert names == ["build", "tests-cuda", "validation", "benchmark", "memcheck", "racecheck", "tests-cpu"]
+    assert sum(stage.limit for stage in plan[:-1]) <= 700
+    help_of = {name: subprocess.run([sys.executable, "-m", "trajkern", name, "--help"], capture_output=True, text=True)
+               for name in ("validate", "bench")}  # fmt: skip
+    for stage in plan:
+        if "trajkern" in stage.command:
+            at = stage.command.index("trajkern")
+            for option in (x for x in stage.command[at + 2 :] if x.startswith("--")):
+                assert option in help_of[stage.command[at + 1]].stdout
+
+
 def test_a_late_stage_is_interrupted_and_keeps_its_output(gpu_check) -> None:
     code = "import time\ntry:\n  print('begun'); time.sleep(60)\nexcept KeyboardInterrupt:\n  print('told')"
     (done,) = _run(gpu_check, _python(gpu_check, code, limit=3))

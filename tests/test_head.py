@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import trajkern as tk
-from bench.memory import peak_bytes
 from trajkern import _head, _pairs, reference
+from trajkern._bench.memory import peak_bytes
 from trajkern.testing import budget_share, oracle, run
 from trajkern.testing.head import LINEAR_LOGPROBS, LINEAR_POLICY_LOSS
 

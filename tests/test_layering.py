@@ -50,7 +50,7 @@ ARROWS = {
     "integrations": {"ops", "recipes", *PUBLIC},
     "testing": {"_backends", "_checks", "_paths", "_types", "ops", "reference", *LAYOUTS, *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
-    "cli": {"_backends", "_ext", "testing", "trainer", "validate", *PUBLIC},
+    "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.

@@ -45,7 +45,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     assert {name.split("/")[0] for name in names} == {"trajkern", f"trajkern-{tk.__version__}.dist-info"}
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "trajkern").rglob("*.py")}
     kernels = {f"trajkern/_triton/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == ours | kernels
+    benchmark = {f"trajkern/_bench/{p.name}" for p in (ROOT / "bench").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == ours | kernels | benchmark
     # one native module: no CUDA without nvcc, and no runtime library of its own beside it
     (native,) = (name for name in names if ".so" in name)
     assert native.startswith("trajkern/_C.")

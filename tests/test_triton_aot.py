@@ -15,10 +15,10 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on, and it compiles nothing", allow_module_level=True)
 
-from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection  # noqa: E402
 from trajkern._types import FORMS, SAMPLER_CORRECTIONS  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)

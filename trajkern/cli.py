@@ -1,4 +1,4 @@
-"""The command line: ``trajkern info``, ``trajkern validate`` and ``trajkern train``."""
+"""The command line: ``trajkern info``, ``validate``, ``bench`` and ``train``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ WIDTH = 80
 COMMANDS = {
     "info": "versions, backends and what each lacks, ops and who runs them",
     "validate": "every op on this machine against the float64 reference",
+    "bench": "every op's time and memory, beside torch and other packages",
     "train": "teach a small language model to reason with GRPO (extra: train)",
 }
 # op -> the GPU on which its GPU kernel passed the benchmark's gate, by the results committed in bench/results
@@ -31,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = _parser().parse_args(argv[:1]).command  # what follows belongs to the command
-    return {"info": info, "validate": validate, "train": train}[command](argv[1:])
+    return {"info": info, "validate": validate, "bench": bench, "train": train}[command](argv[1:])
 
 
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="trajkern",
-        usage="trajkern {info,validate,train} ...",
+        usage="trajkern {info,validate,bench,train} ...",
         description="Kernels for reinforcement learning of language-model agents.",
         epilog=f"commands:\n{listed}\n\n`trajkern COMMAND --help` lists a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,6 +57,12 @@ def train(argv: list[str]) -> int:
 
 def validate(argv: list[str]) -> int:
     from trajkern.validate import main
+
+    return main(argv)
+
+
+def bench(argv: list[str]) -> int:
+    from trajkern._bench.__main__ import main
 
     return main(argv)
 

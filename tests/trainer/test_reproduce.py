@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import reproduce
-from bench.reproduce import ROWS, Row, measured, table
+from trajkern._bench import reproduce
+from trajkern._bench.reproduce import ROWS, Row, measured, table
 from trajkern.trainer.config import parse
 
 SMALL = (

@@ -164,7 +164,8 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
         scale=0.5,
         turn_cost=0.1,
     )
-    advantages = delta_belief.turn_advantages(rewards, turns.trajectory, torch.tensor([0, 1, 2, 0, 0]), torch.zeros(3).long())
+    where = (turns.trajectory, torch.tensor([0, 1, 2, 0, 0]), torch.zeros(3).long())
+    advantages = delta_belief.turn_advantages(rewards, *where)
     per_token = torch.zeros(sample.batch.num_tokens)
     for turn, (begin, end) in enumerate(zip(turns.start.tolist(), turns.end.tolist(), strict=True)):
         per_token[begin:end] = advantages[turn]
