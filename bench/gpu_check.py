@@ -1,8 +1,8 @@
 """`make gpu-check`: on a machine with an NVIDIA GPU and no network, build in place, test, and measure.
 
 Everything goes into one JSON file, OUT/<gpu>/<date>.json, rewritten after every stage, so that a stage that fails or
-runs out of time costs nothing but itself; the benchmark's report stands beside it as .html. The GPU's copy bandwidth and
-GEMM rate are the benchmark's "ceilings". Exit status: 0 all stages passed, 1 some did not, 2 there is no GPU to use.
+runs out of time costs nothing but itself; the benchmark's report stands beside it as .html. The GPU's copy bandwidth
+and GEMM rate are the benchmark's "ceilings". Exit status: 0 all stages passed, 1 some did not, 2 there is no GPU.
 """
 
 from __future__ import annotations
@@ -166,13 +166,14 @@ def stages(folder: Path, page: Path) -> list[Stage]:
     build = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-v", "-e", "."]
     cli = [sys.executable, "-m", "trajkern"]
     report, validation = folder / "benchmark.json", folder / "validation.json"
+    validate = [*cli, "validate", "--device", "cuda", "--json", str(validation)]
     benchmark = [*cli, "bench", "--device", "cuda", "--peers", "--growth", "--json", str(report)]
     if importlib.util.find_spec("matplotlib"):
         benchmark += ["--html", str(page)]
     return [
         Stage("build", build, 120),
         tests("cuda", 180, folder),
-        Stage("validation", [*cli, "validate", "--device", "cuda", "--json", str(validation)], 60, validation, read_json),
+        Stage("validation", validate, 60, validation, read_json),
         Stage("benchmark", benchmark, 200, report, read_json),
         sanitizer("memcheck", 60),
         sanitizer("racecheck", 60),
@@ -214,7 +215,8 @@ def main() -> int:
     deadline = time.monotonic() + SECONDS
     result: dict[str, Any] = {"machine": describe_machine(gpu), "stages": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for stage, done in run_all(stages(Path(folder), path.with_suffix(".html")), deadline, {"TRAJKERN_CUDA": f"{gpu.major}{gpu.minor}"}):
+        plan = stages(Path(folder), path.with_suffix(".html"))
+        for stage, done in run_all(plan, deadline, {"TRAJKERN_CUDA": f"{gpu.major}{gpu.minor}"}):
             result["stages"][stage] = done
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(result, indent=1) + "\n")
