@@ -47,7 +47,7 @@ ARROWS = {
     "reference": FORMULAS,
     "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", *LAYOUTS, *FORMULAS},
     "recipes": {"_checks", "_types", "ops", *LAYOUTS, *PUBLIC},
-    "integrations": {"ops", "recipes", *PUBLIC},
+    "integrations": {"_checks", "_types", "ops", "recipes", *LAYOUTS, *PUBLIC},
     "testing": {"_backends", "_checks", "_paths", "_types", "ops", "reference", *LAYOUTS, *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},

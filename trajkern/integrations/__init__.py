@@ -1,0 +1,1 @@
+"""trajkern in the trainers and model libraries that people already use."""
