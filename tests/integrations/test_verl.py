@@ -1,0 +1,197 @@
+"""verl's policy losses: trajkern's beside verl's own, loss, gradient and metrics, in every aggregation mode."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import trajkern as tk
+from trajkern.integrations import verl as adapter
+
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+GLOBAL = {"dp_size": 3, "batch_num_tokens": 501, "global_batch_size": 77, "loss_scale_factor": 40}
+
+
+def _config(**changes):
+    actor = importlib.import_module("verl.workers.config.actor")
+    policy = actor.PolicyLossConfig(**changes.pop("policy_loss", {}))
+    options = {"clip_ratio_low": 0.15, "clip_ratio_high": 0.3, "clip_ratio_c": 1.6} | changes
+    return actor.ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy, **options
+    )
+
+
+def _tolerance(dtype: torch.dtype) -> dict[str, float]:
+    # verl adds 1e-8 to counts and to a variance, which float64 sees
+    return {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+
+
+def test_every_loss_of_verl_has_a_counterpart(core) -> None:
+    theirs = {"trajkern_" + name for name in core.POLICY_LOSS_REGISTRY if not name.startswith("trajkern_")}
+    estimators, losses = adapter.register()
+    assert theirs < set(losses) and set(losses) == {n for n in core.POLICY_LOSS_REGISTRY if n.startswith("trajkern_")}
+    assert set(estimators) == {n for n in core.ADV_ESTIMATOR_REGISTRY if n.startswith("trajkern_")}
+
+
+def _losses(core, name: str, b: SimpleNamespace, mode: str, config, weights):
+    out = []
+    for prefix in ("", "trajkern_"):
+        new = b.new.clone().requires_grad_()
+        torch.manual_seed(0)
+        loss, metrics = core.get_policy_loss_fn(prefix + name)(
+            old_log_prob=b.old, log_prob=new, advantages=b.advantages, response_mask=b.mask, loss_agg_mode=mode,
+            config=config, rollout_is_weights=weights,
+        )  # fmt: skip
+        value = loss.detach().clone()
+        loss -= 0.5 * new[b.mask].sum() * 0  # verl's trainer adds the entropy in place
+        (2 * loss).backward()
+        out.append((value, new.grad, metrics))
+    return out
+
+
+def _compare(pair, mask, dtype) -> None:
+    (theirs, their_grad, their_metrics), (ours, our_grad, our_metrics) = pair
+    torch.testing.assert_close(ours, theirs, **_tolerance(dtype))
+    torch.testing.assert_close(our_grad[mask], their_grad[mask], **_tolerance(dtype))
+    assert not our_grad[~mask].any()
+    assert our_metrics.keys() == their_metrics.keys()
+    for name, value in their_metrics.items():
+        assert isinstance(our_metrics[name], float)
+        assert our_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+COV = {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0, "kl_cov_ratio": 0.1, "ppo_kl_coef": 0.7}
+LOSSES = {
+    "vanilla": {},
+    "dppo_tv": {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08, "clip_ratio_c": 1.2},
+    "dppo_kl": {"clip_ratio_low": 0.002, "clip_ratio_high": 0.004, "clip_ratio_c": 1.2},
+    "gspo": {"clip_ratio_low": 0.01},
+    "sapo": {"tau_pos": 1.3, "tau_neg": 2.1},
+    "gpg": {},
+    "clip_cov": {"policy_loss": COV},
+    "kl_cov": {"policy_loss": COV},
+    "geo_mean": {},
+    "dro": {"policy_loss": {"dro_beta": 0.3}},
+    "cispo": {},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_policy_loss(core, padded_batch, name: str, mode: str) -> None:
+    adapter.register()
+    for dtype in (torch.float64, torch.float32):
+        b = padded_batch(11, dtype)
+        for info in ({}, GLOBAL):
+            config = _config(**{**LOSSES[name], "global_batch_info": dict(info)})
+            for weights in (None, b.weights):
+                _compare(_losses(core, name, b, mode, config, weights), b.mask, dtype)
+
+
+def test_large_ratios(core, padded_batch) -> None:
+    """Beyond a log-ratio of 20 vanilla has no gradient; gspo's mean is cut at 10; dppo truncates at clip_ratio_c."""
+    b = padded_batch(3)
+    b.old[0] -= 30
+    b.old[1, ::2] += 25
+    b.old[2] -= 12
+    for name in ("vanilla", "gspo", "dppo_tv", "sapo", "cispo"):
+        _compare(_losses(core, name, b, "token-mean", _config(), None), b.mask, torch.float64)
+
+
+@pytest.mark.parametrize("correction", [
+    {"loss_type": "ppo_clip", "rollout_is": "token", "bypass_mode": True},
+    {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.3},
+    {"loss_type": "reinforce", "rollout_is": None, "rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.9_1.1"},
+], ids=["clip", "weights", "rejection"])  # fmt: skip
+def test_bypass_mode(core, padded_batch, correction: dict) -> None:
+    b = padded_batch(2)
+    algorithm = importlib.import_module("verl.trainer.config.algorithm")
+    config = _config(policy_loss={"rollout_correction": algorithm.RolloutCorrectionConfig(**correction)})
+    pair = _losses(core, "bypass_mode", b, "seq-mean-token-mean", config, None)
+    assert "actor/ppo_kl" in pair[0][2]
+    _compare(pair, b.mask, torch.float64)
+
+
+def test_losses_that_verl_lacks(core, padded_batch) -> None:
+    b = padded_batch(8)
+    a = b.advantages[:, :1].expand(b.advantages.shape)
+    packed, cu = b.mask, torch.cat([torch.zeros(1, dtype=torch.long), b.mask.sum(1).cumsum(0)])
+    for kind, aggregate in (("luspo", "seq_mean_token_sum"), ("vespo", "token_mean")):
+        got, _ = core.get_policy_loss_fn("trajkern_" + kind)(b.old, b.new, a, b.mask, config=_config())
+        spec = tk.PolicyLoss(kind, clip_low=0.15, clip_high=0.3, aggregate=aggregate)
+        expected, _ = tk.policy_loss(b.new[packed], b.old[packed], a[packed], cu, config=spec, per_token=True)
+        torch.testing.assert_close(got, expected)
+
+
+def test_empty_batch_is_zero(core, padded_batch) -> None:
+    b = padded_batch(0)
+    b.mask[:] = False
+    new = b.new.requires_grad_()
+    loss, metrics = core.get_policy_loss_fn("trajkern_vanilla")(b.old, new, b.advantages, b.mask, config=_config())
+    loss.backward()
+    assert loss == 0 and not new.grad.any() and set(metrics.values()) == {0.0}
+
+
+def test_register_replace_and_undo(core, padded_batch) -> None:
+    adapter.unregister()
+    registries = core.ADV_ESTIMATOR_REGISTRY, core.POLICY_LOSS_REGISTRY
+    before, function = [dict(r) for r in registries], core.compute_gae_advantage_return
+    adapter.register(replace=True)
+    adapter.register(replace=True)
+    assert core.compute_gae_advantage_return is not function
+    b = padded_batch(4)
+    replaced = _losses(core, "vanilla", b, "token-mean", _config(), None)
+    assert torch.equal(replaced[0][1], replaced[1][1])
+    for name, old in before[0].items():
+        assert registries[0][name] is not old
+    assert all(registries[1][name] is not old for name, old in before[1].items())
+    adapter.register()  # without replace: verl's own names are verl's again
+    assert core.compute_gae_advantage_return is function and registries[0]["gae"] is before[0]["gae"]
+    adapter.unregister()
+    adapter.unregister()
+    assert [dict(r) for r in registries] == before
+
+
+def test_other_versions_are_refused(core, padded_batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trajkern.integrations._adapter.version", lambda _: "9.9.9")
+    for enable, disable in ((adapter.register, adapter.unregister), (adapter.enable_head, adapter.disable_head)):
+        with pytest.raises(RuntimeError, match=r"verl must be 0\.9\.1.*got 9\.9\.9.*any_version"):
+            enable()
+        enable(any_version=True)
+        disable()
+
+
+BAD = {
+    "config must be the actor's": {"config": None},
+    "loss_agg_mode must be one of": {"loss_agg_mode": "mean"},
+    r"response_mask must have shape \[B, L\]": {"response_mask": torch.ones(3)},
+    "advantages must have the mask's shape": {"advantages": torch.ones(23)},
+    "rollout_is_weights must be a tensor": {"rollout_is_weights": 1.0},
+    "must give the global count for token-mean where dp_size is 2": {"info": {"dp_size": 2}},
+    r"not supported: \['extra'\]": {"info": {"extra": 2}},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_loss_arguments(core, padded_batch, message: str) -> None:
+    b, change = padded_batch(0), dict(BAD[message])
+    given = {"old_log_prob": b.old, "log_prob": b.new, "advantages": b.advantages, "response_mask": b.mask,
+             "config": _config(global_batch_info=change.pop("info", {}))}  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match=message):
+        core.get_policy_loss_fn("trajkern_vanilla")(**given | change)
+
+
+def test_unsupported_options_say_so(core, padded_batch) -> None:
+    b = padded_batch(0)
+    rest = (b.old, b.new, b.advantages, b.mask, "token-mean")
+    for name, config, message in (
+        ("dro", _config(), "dro_beta must be positive"),
+        ("dppo_tv", _config(clip_ratio_c=40.0), r"clip_ratio_c must lie in \[1, 20\]"),
+        ("bypass_mode", SimpleNamespace(policy_loss={}), "rollout_correction must be given"),
+        ("bypass_mode", SimpleNamespace(policy_loss={"rollout_correction": {"loss_type": "x"}}), "loss_type must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            core.get_policy_loss_fn("trajkern_" + name)(*rest, config)

@@ -1,0 +1,306 @@
+"""verl's policy losses on padded rows, in trajkern's op; :mod:`trajkern.integrations.verl` registers them.
+
+Each has its formula in :func:`trajkern.policy_loss` and says here how verl's differs. Where verl does not bound a
+log-ratio (gspo from below, geo_mean, kl_cov, clip_cov), the op does, at 20 either way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern.integrations._adapter import Rows, padded_rows
+
+Result = tuple[Tensor, dict[str, float]]
+LOSSES: dict[str, Callable[..., Result]] = {}
+AGGREGATES = {mode: mode.replace("-", "_") for mode in (
+    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")}  # fmt: skip
+
+
+class _Call:
+    """One call of a policy loss: verl's arguments, checked, as the op wants them."""
+
+    def __init__(self, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights):
+        if config is None:
+            raise ValueError("config must be the actor's configuration, got None")
+        self.config, self.mode = config, loss_agg_mode
+        self.rows: Rows = padded_rows("response_mask", response_mask)
+        tensors = {"old_log_prob": old_log_prob, "log_prob": log_prob, "advantages": advantages}
+        self.old, self.new, self.advantages = (self.rows.pack(name, x) for name, x in tensors.items())
+        self.old, self.advantages = self.old.detach(), self.advantages.detach()
+        w = rollout_is_weights
+        self.weights = None if w is None else self.rows.pack("rollout_is_weights", w).detach()
+
+    @property
+    def weighted(self) -> Tensor:
+        """w A: every kind of loss but kl_cov has f(r, w A) = w f(r, A) for w >= 0."""
+        return self.advantages if self.weights is None else self.weights * self.advantages
+
+    @property
+    def clip(self) -> dict[str, Any]:
+        c = self.config
+        low, high = c.clip_ratio_low, c.clip_ratio_high
+        return {
+            "clip_low": c.clip_ratio if low is None else low,
+            "clip_high": c.clip_ratio if high is None else high,
+        }
+
+    def __call__(self, loss: tk.PolicyLoss, *, new=None, old=None, advantages=None, mode=None, **given: Any):
+        """The op, aggregated over the global batch that verl describes in ``config.global_batch_info``."""
+        info = dict(getattr(self.config, "global_batch_info", None) or {})
+        mode = self.mode if mode is None else mode
+        if mode not in AGGREGATES:
+            raise ValueError(f"loss_agg_mode must be one of {sorted(AGGREGATES)}, got {mode!r}")
+        ranks, factor = info.pop("dp_size", 1), info.pop("loss_scale_factor", None)
+        whole = {"token": info.pop("batch_num_tokens", None), "seq": info.pop("global_batch_size", None)}
+        if info:
+            raise ValueError(f"config.global_batch_info has entries that are not supported: {sorted(info)}")
+        count = whole[mode.split("-")[0]] if mode != "token-sum" else None
+        if count is None and ranks > 1 and mode != "token-sum":
+            raise ValueError(f"config.global_batch_info must give the global count for {mode} where dp_size is {ranks}")
+        length = self.rows.shape[1] if factor is None else factor
+        loss = replace(
+            loss, aggregate=AGGREGATES[mode], max_length=length if mode == "seq-mean-token-sum-norm" else None
+        )
+        given.setdefault("normalizer", None if count is None else count / ranks)
+        value, metrics = tk.policy_loss(
+            self.new if new is None else new, self.old if old is None else old,
+            self.weighted if advantages is None else advantages, self.rows.cu_seqlens,
+            config=loss, mask=self.rows.mask, per_token=True, **given,
+        )  # fmt: skip
+        return (value * ranks if mode == "token-sum" and ranks != 1 else value), metrics
+
+    def truncated(self, bound: float) -> Tensor:
+        """Which tokens have a ratio above ``bound``."""
+        return self.rows.mask & (self.new.detach() - self.old > math.log(bound))
+
+
+def _floats(**metrics: Tensor | float) -> dict[str, float]:
+    """``actor/`` metrics as numbers, which is what verl collects, read with one wait for the device."""
+    tensors = {name: x for name, x in metrics.items() if isinstance(x, Tensor)}
+    values = torch.stack([x.double() for x in tensors.values()]).tolist() if tensors else []
+    read = metrics | dict(zip(tensors, values, strict=True))
+    return {f"actor/{name}": float(x) for name, x in read.items()}
+
+
+def _entered(function: Callable[[_Call], Result]) -> Callable[[_Call], Result]:
+    """Enters a loss into ``LOSSES`` under its name, with verl's signature."""
+
+    def policy_loss(
+        old_log_prob: Tensor,  # [B, L]
+        log_prob: Tensor,  # [B, L]
+        advantages: Tensor,  # [B, L]
+        response_mask: Tensor,  # [B, L]
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,  # [B, L]
+    ) -> Result:
+        return function(
+            _Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+        )
+
+    policy_loss.__name__, policy_loss.__doc__ = function.__name__, function.__doc__
+    LOSSES[function.__name__] = policy_loss
+    return function
+
+
+@_entered
+def vanilla(call: _Call) -> Result:
+    """As ``vanilla``: PPO's clip with dual clip ``clip_ratio_c``; every aggregation, so also DAPO and Dr. GRPO.
+
+    A batch without an unmasked token has loss 0, where verl's is NaN; so do the losses below.
+    """
+    bound = float(call.config.get("clip_ratio_c", 3.0))
+    loss, m = call(tk.PolicyLoss("grpo", clip_dual=bound, **call.clip))
+    over = call.truncated(bound) & (call.advantages < 0)
+    lower = call.rows.mean(over.to(loss.dtype))
+    return loss, _floats(pg_clipfrac=m["clip_fraction"] - lower, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
+
+
+def _dppo(call: _Call, kind: str) -> Result:
+    bound = float(call.config.get("clip_ratio_c", 20.0))
+    if not 1 <= bound <= 20:
+        raise ValueError(f"clip_ratio_c must lie in [1, 20] for {kind}, got {bound}")
+    spec = tk.PolicyLoss(kind, **call.clip)
+    ratio = (call.new.detach() - call.old).exp()
+    loss, m = call(spec, advantages=call.weighted * (bound / ratio.clamp(bound, 20)))  # the op truncates at 20
+    over = call.truncated(bound)
+    _, of_over = tk.policy_loss(
+        call.new.detach(), call.old, call.advantages, call.rows.cu_seqlens, config=spec, mask=over, per_token=True
+    )
+    lower = of_over["num_tokens"] * (1 - of_over["clip_fraction"]) / m["num_tokens"].clamp_min(1)
+    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
+
+
+@_entered
+def dppo_tv(call: _Call) -> Result:
+    """As ``dppo_tv``: the ratio is truncated at ``clip_ratio_c`` (3 in verl's configuration), which is at most 20."""
+    return _dppo(call, "dppo_tv")
+
+
+@_entered
+def dppo_kl(call: _Call) -> Result:
+    """As ``dppo_kl``; the truncation as in ``dppo_tv``."""
+    return _dppo(call, "dppo_kl")
+
+
+@_entered
+def cispo(call: _Call) -> Result:
+    """As ``cispo``, whose ratio is clipped on both sides."""
+    loss, m = call(tk.PolicyLoss("cispo", **call.clip))
+    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+
+
+@_entered
+def sapo(call: _Call) -> Result:
+    """As ``sapo``, which always takes the mean over rows of their token means, with ``tau_pos`` and ``tau_neg``."""
+    spec = tk.PolicyLoss("sapo", sapo_tau_pos=float(call.config.tau_pos), sapo_tau_neg=float(call.config.tau_neg))
+    loss, m = call(spec, mode="seq-mean-token-mean")
+    return loss, _floats(pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+
+
+@_entered
+def gspo(call: _Call) -> Result:
+    """As ``gspo``: a row's mean log-ratio, below 10, in the value of every token and its own log-prob in the gradient.
+
+    Where a row's tokens have one advantage and one weight that is trajkern's kind "gspo".
+    """
+    pad, mask = call.rows.pad, call.rows.pad(call.rows.mask)
+    log_ratio = torch.where(mask, pad(call.new.detach() - call.old), 0)
+    mean = log_ratio.sum(-1) / mask.sum(-1).clamp_min(1)
+    own = call.rows.pack("log_prob", mean[:, None] + pad(call.new - call.new.detach())).clamp(max=10.0)
+    loss, m = call(tk.PolicyLoss("dapo", **call.clip), new=own, old=torch.zeros_like(call.old))
+    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=-call.rows.mean(log_ratio), pg_clipfrac_lower=0.0)
+
+
+@_entered
+def geo_mean(call: _Call) -> Result:
+    """As ``geo_mean`` (GMPO): the mean over all rows, empty ones too, whatever the mode and the global batch."""
+    low, high = call.clip["clip_low"], call.clip["clip_high"]
+    pad, mask = call.rows.pad, call.rows.pad(call.rows.mask)
+    a = call.advantages
+    if call.weights is not None:
+        log_w = torch.where(mask, pad((call.weights + 1e-10).log()), 0).sum(-1) / mask.sum(-1).clamp_min(1)
+        a = call.rows.pack("advantages", log_w.exp()[:, None] * pad(a))
+    rows = max(call.rows.shape[0], 1)
+    loss, m = call(tk.PolicyLoss("gmpo", **call.clip), advantages=a, mode="seq-mean-token-mean", normalizer=rows)
+    log_ratio = call.new.detach() - call.old
+    outside = (log_ratio < -low) | (log_ratio > high)
+    signs = call.advantages > 0, call.advantages < 0
+    upper, lower = (call.rows.mean((outside & sign).to(loss.dtype)) for sign in signs)
+    return loss, _floats(pg_clipfrac=upper, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
+
+
+@_entered
+def gpg(call: _Call) -> Result:
+    """As ``gpg``: -A log p."""
+    return call(tk.PolicyLoss("gpg"))[0], {}
+
+
+@_entered
+def dro(call: _Call) -> Result:
+    """As ``dro`` (Direct Reward Optimization): -(A log p - dro_beta / 2 (log p - log q)^2)."""
+    beta = call.config.policy_loss.dro_beta
+    if beta is None or beta <= 0:
+        raise ValueError(f"policy_loss.dro_beta must be positive, got {beta}")
+    root = 1.0 if call.weights is None else call.weights.sqrt()  # w d^2 = (root new - root old)^2
+    old, spec = call.old * root, tk.PolicyLoss("reinforce", kl="k2", kl_coef=float(beta))
+    loss, _ = call(spec, new=call.new * root, old=old, ref_logprobs=old, advantages=call.advantages * root)
+    return loss, _floats(ppo_kl=call.rows.mean(call.old - call.new))
+
+
+@_entered
+def kl_cov(call: _Call) -> Result:
+    """As ``kl_cov``; of equal covariances the earlier token is taken. Weights must be positive."""
+    c, tis = call.config.policy_loss, {}
+    options: dict[str, Any] = {"cov_fraction": _given(c.kl_cov_ratio, 0.0002), "cov_coef": _given(c.ppo_kl_coef, 1.0)}
+    if call.weights is not None:  # the penalty is weighted too, which the advantage alone cannot say
+        tis["sampler_logprobs"] = call.old - call.weights.log()
+        options |= {"sampler_correction": "tis", "sampler_high": math.exp(20)}
+    loss, _ = call(tk.PolicyLoss("kl_cov", **options), advantages=call.advantages, **tis)
+    return loss, _floats(ppo_kl=call.rows.mean((call.new - call.old).abs()))
+
+
+@_entered
+def clip_cov(call: _Call) -> Result:
+    """As ``clip_cov``: it drops tokens of the band at random, as verl draws them: by ``torch.randperm`` on the CPU.
+
+    (trajkern's kind "clip_cov" drops those of largest covariance, without chance.)
+    """
+    dropped = _dropped(call)
+    loss, m = call(tk.PolicyLoss("dapo", **call.clip), advantages=torch.where(dropped, 0, call.weighted))
+    return loss, _floats(pg_clipfrac=call.rows.mean(dropped.to(loss.dtype)), ppo_kl=m["approx_kl"])
+
+
+@torch.no_grad()
+def _dropped(call: _Call) -> Tensor:
+    c, mask, a, new = call.config.policy_loss, call.rows.mask, call.advantages, call.new
+    fraction = _given(c.clip_cov_ratio, 0.0002)
+    if fraction <= 0:
+        raise ValueError(f"policy_loss.clip_cov_ratio must be positive, got {fraction}")
+    ratio = (new - call.old).exp()
+    clipped = ratio * a > ratio.clamp(1 - call.clip["clip_low"], 1 + call.clip["clip_high"]) * a
+    covariance = (a - call.rows.mean(a)) * (new - call.rows.mean(new))
+    inside = (covariance > _given(c.clip_cov_lb, 1.0)) & (covariance < _given(c.clip_cov_ub, 5.0))
+    candidates = torch.nonzero(mask & ~clipped & inside)[:, 0]
+    count = max(int(fraction * int(mask.sum())), 1)
+    chosen = candidates[torch.randperm(len(candidates))[:count].to(candidates.device)]
+    return torch.zeros_like(mask).index_fill(0, chosen, True)
+
+
+def _given(x: float | None, default: float) -> float:
+    return default if x is None else float(x)
+
+
+@_entered
+def luspo(call: _Call) -> Result:
+    """trajkern's kind "luspo", which verl lacks: the sum over a row of gspo's loss, mean over rows, in any mode."""
+    loss, m = call(tk.PolicyLoss("luspo", **call.clip), mode="seq-mean-token-sum")
+    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+
+
+@_entered
+def vespo(call: _Call) -> Result:
+    """trajkern's kind "vespo", which verl lacks, with the default k and lambda."""
+    loss, m = call(tk.PolicyLoss("vespo"))
+    return loss, _floats(pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+
+
+def bypass_mode(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
+                rollout_is_weights=None) -> Result:  # fmt: skip
+    """As ``bypass_mode``: verl's own rollout correction and rejection mask, then ``vanilla`` or REINFORCE.
+
+    ``rollout_is_weights`` is not read, as in verl: the weights are computed here.
+    """
+    correction = None if config is None else config.policy_loss.get("rollout_correction", None)
+    if correction is None:
+        raise ValueError("config.policy_loss.rollout_correction must be given for bypass_mode, got None")
+    kind = correction.get("loss_type", "ppo_clip")
+    if kind not in ("ppo_clip", "reinforce"):
+        raise ValueError(f"rollout_correction.loss_type must be 'ppo_clip' or 'reinforce', got {kind!r}")
+    helper = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
+    names = {"rollout_is": None, "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": False, "rollout_rs": None,
+             "rollout_rs_threshold": None}  # fmt: skip
+    with torch.no_grad():
+        weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
+            old_log_prob=log_prob, rollout_log_prob=old_log_prob, response_mask=response_mask,
+            **{name: correction.get(name, default) for name, default in names.items()},
+        )  # fmt: skip
+    given = (old_log_prob, log_prob, advantages, mask, loss_agg_mode, config)
+    if kind == "ppo_clip":
+        loss, own = LOSSES["vanilla"](*given)  # its ratio is the correction
+    else:
+        loss, _ = LOSSES["gpg"](*given, weights.batch["rollout_is_weights"] if weights else None)
+        rows = padded_rows("response_mask", mask)
+        own = _floats(ppo_kl=rows.mean(old_log_prob - log_prob))
+    return loss, {**own, **metrics}
+
+
+LOSSES["bypass_mode"] = bypass_mode

@@ -1,0 +1,152 @@
+"""verl (0.9.1): trajkern's estimators, policy losses and fused head in a trainer that already runs.
+
+    from trajkern.integrations import verl
+    verl.register()        # algorithm.adv_estimator=trajkern_grpo, actor.policy_loss.loss_mode=trajkern_vanilla, ...
+    verl.enable_head()     # actor_rollout_ref.model.use_fused_kernels=True now runs trajkern's head
+
+Both must run in every process that looks a name up: put the lines into a module of yours and name it in the environment
+variable ``VERL_USE_EXTERNAL_MODULES``, which verl imports wherever it is imported. Losses and gradients are verl's to
+rounding, and the exceptions are written at the functions. ``[B, L]`` tensors are read in place as B trajectories of L
+tokens under ``response_mask``; as in verl, a row without an unmasked token is not counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern.integrations import _verl_advantages
+from trajkern.integrations._adapter import Patches, check_version
+from trajkern.integrations._verl_losses import LOSSES
+
+TESTED = ("0.9.1",)
+PREFIX = "trajkern_"
+HEAD = "verl.utils.kernel.linear_cross_entropy"
+TORCH_HEAD = "verl.utils.experimental.torch_functional"
+HEAD_USERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
+
+_registered, _head = Patches(), Patches()
+
+
+def register(*, replace: bool = False, any_version: bool = False) -> tuple[list[str], list[str]]:
+    """Registers every estimator and policy loss with verl as ``trajkern_<name>``.
+
+    Args:
+        replace: also put them in the place of verl's own functions of the same names, so that no configuration changes.
+            verl gives ``values``, ``sum_pi_squared`` and the rewards of ``gdpo`` to its own names only, so ``gae``,
+            ``optimal_token_baseline``, ``tir_optimal_token_baseline`` and ``gdpo`` can be used in this way alone.
+        any_version: also with a verl that this was not tested with.
+
+    Returns:
+        (estimators, losses): the names registered. A second call undoes the first.
+
+    Raises:
+        ImportError, RuntimeError: verl is missing, or of another version.
+    """
+    check_version("verl", TESTED, any_version)
+    core = importlib.import_module("verl.trainer.ppo.core_algos")
+    unregister()
+    estimators = _verl_advantages.VERL | _verl_advantages.OWN
+    for functions, registry in ((estimators, core.ADV_ESTIMATOR_REGISTRY), (LOSSES, core.POLICY_LOSS_REGISTRY)):
+        for name, function in functions.items():
+            _registered.put(registry, PREFIX + name, function)
+            if replace and name in registry:
+                _registered.put(registry, name, function)
+    if replace:  # verl calls these two by their function names
+        _registered.put(vars(core), "compute_gae_advantage_return", _verl_advantages.gae)
+        _registered.put(vars(core), "compute_grpo_outcome_advantage", _verl_advantages.grpo)
+    return [PREFIX + name for name in estimators], [PREFIX + name for name in LOSSES]
+
+
+def unregister() -> None:
+    """Takes back what :func:`register` did; twice does nothing."""
+    _registered.undo()
+
+
+def enable_head(*, any_version: bool = False) -> None:
+    """Puts :func:`linear_cross_entropy` in the place of verl's, and under its ``FusedLinearForPPO``.
+
+    These are the two heads of ``model.use_fused_kernels=True``: ``fused_kernel_options.impl_backend`` triton, and torch
+    or liger. A second call undoes the first.
+
+    Raises:
+        ImportError, RuntimeError: verl is missing, or of another version and ``any_version`` is False.
+    """
+    check_version("verl", TESTED, any_version)
+    disable_head()
+    _head.put(vars(importlib.import_module(HEAD)), "linear_cross_entropy", linear_cross_entropy)
+    _head.put(vars(importlib.import_module(TORCH_HEAD)), "FusedLinearForPPO", FusedLinearForPPO)
+    for name in HEAD_USERS:  # these hold the name from their import on
+        if name in sys.modules:
+            _head.put(vars(sys.modules[name]), "linear_cross_entropy", linear_cross_entropy)
+
+
+def disable_head() -> None:
+    """Takes back what :func:`enable_head` did; twice does nothing."""
+    _head.undo()
+
+
+class _PartOfGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: int) -> Tensor:
+        ctx.parts = parts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return grad / ctx.parts, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's function of that name: (log-probs, entropy) of the labels, each ``[P]`` float32; logits are never stored.
+
+    With a group of n ranks ``weight`` is this rank's rows of the vocabulary. As with verl's, the ranks' gradients of
+    ``hidden`` have to be summed by what comes before (Megatron's sequence parallelism does); here they are equal parts.
+    A gradient of the entropy that nobody asks for costs nothing. ``reduction`` must be "none".
+    """
+    if reduction != "none":
+        raise ValueError(f"reduction must be 'none', the one that verl asks for; got {reduction!r}")
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, one a row; got {list(labels.shape)}")
+    hidden, group = hidden.reshape(-1, hidden.shape[-1]), dist_process_group
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    if ranks > 1:
+        hidden = _PartOfGradient.apply(hidden, ranks)
+    stats = tk.linear_token_stats(
+        hidden, weight, labels.reshape(-1), temperature=temperature, process_group=group if ranks > 1 else None
+    )
+    assert stats.entropy is not None
+    return stats.logprobs, stats.entropy
+
+
+class FusedLinearForPPO(torch.nn.Module):
+    """verl's module of that name; ``chunk_size`` and ``impl_backend`` choose among verl's own ways and change nothing.
+
+    Log-probs and entropy have the shape of ``input_ids`` and are float32, where verl's torch way rounds the entropy to
+    the hidden states' dtype, and the logits before it.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+        if impl_backend not in ("torch", "liger"):
+            raise ValueError(f"impl_backend must be 'torch' or 'liger', got {impl_backend!r}")
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        out = linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
+        return out[0].view(input_ids.shape), out[1].view(input_ids.shape)
