@@ -1,0 +1,195 @@
+"""Every Triton kernel's specialisations, and how to compile them on a machine without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
+from trajkern._types import FORMS, SAMPLER_CORRECTIONS
+
+CAPABILITIES = (80, 90, 100)
+TYPES = {
+    "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
+    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale"
+    " z grad state student teacher state_s state_t divergence saved upstream",
+    "*fp64": "columns totals sums",
+    "*i64": "targets cu_seqlens offsets order rank bounds peaks",
+    "*i32": "counts",
+    "*i1": "mask is_top1 selected shares",
+    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
+    "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
+    " trajectories rollouts ddof steps programs size stride grad_stride first stride_s stride_t",
+}
+ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
+NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Variant(NamedTuple):
+    """A specialisation of a kernel: the optional arguments that are absent, and the launch options."""
+
+    kernel: Any
+    name: str
+    absent: tuple[str, ...]
+    options: dict[str, Any]
+    types: dict[str, str] = {}
+    wide_loads: bool = False
+
+
+def _stats(dtype: torch.dtype, length: int, *absent: str) -> Variant:
+    rows = torch.empty(2, length, dtype=dtype)
+    options = logprob._launch(configs.row_warps(length), rows)
+    name = f"{NAMES[dtype]}-{length}-{len(absent)}"
+    types = {"logits": f"*{NAMES[dtype]}"}
+    return Variant(logprob.stats_kernel, name, absent, options, types, options["VECTOR"] > 1)
+
+
+def _backward(dtype: torch.dtype, length: int, *absent: str) -> Variant:
+    options = logprob._map_launch(torch.empty(2, length, dtype=dtype))
+    name = f"{NAMES[dtype]}-{length}-{len(absent)}"
+    types = {"logits": f"*{NAMES[dtype]}", "grad_logits": f"*{NAMES[dtype]}"}
+    return Variant(logprob.backward_kernel, name, absent, options, types, options["VECTOR"] > 1)
+
+
+def _fold(dtype: torch.dtype, length: int, moments: bool) -> Variant:
+    options = logprob._launch(configs.row_warps(length), torch.empty(2, length, dtype=dtype)) | {"MOMENTS": moments}
+    name = f"{NAMES[dtype]}-{length}-{moments}"
+    return Variant(head.fold_kernel, name, (), options, {"z": f"*{NAMES[dtype]}"}, options["VECTOR"] > 1)
+
+
+def _gradient(dtype: torch.dtype, length: int, softcap: bool, *absent: str) -> Variant:
+    options = logprob._map_launch(torch.empty(2, length)) | {"SOFTCAP": softcap}
+    types = {"grad": f"*{NAMES[dtype]}", "z": "*fp32"}
+    return Variant(head.gradient_kernel, f"{NAMES[dtype]}-{length}-{softcap}", absent, options, types, True)
+
+
+def _divergence(length: int, kind: int) -> Variant:
+    options = logprob._launch(configs.row_warps(length), torch.empty(2, length)) | {"KIND": kind}
+    return Variant(divergence.divergence_kernel, f"{length}-{kind}", (), options, {}, options["VECTOR"] > 1)
+
+
+def _slope(dtype: torch.dtype, length: int, kind: int) -> Variant:
+    options = logprob._map_launch(torch.empty(2, length)) | {"KIND": kind}
+    types = {"grad": f"*{NAMES[dtype]}"}
+    return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", (), options, types, True)
+
+
+def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
+    return {
+        "FORM": FORMS.index(form),
+        "SEQUENCE": sequence,
+        "CORRECTION": SAMPLER_CORRECTIONS.index(correction),
+        "PER_TOKEN": sequence,
+    }
+
+
+def _means(form: str, sequence: bool, correction: str, *absent: str) -> Variant:
+    options = _loss_options(form, sequence, correction) | policy_loss.ALONG
+    return Variant(policy_loss.means_kernel, f"{form}-{sequence}-{correction}", absent, options)
+
+
+def _tokens(
+    form: str, sequence: bool, kl: int, correction: str, aggregate: int, *absent: str, branch: bool = False
+) -> Variant:
+    options = _loss_options(form, sequence, correction) | {"KL": kl, "AGGREGATE": aggregate} | policy_loss.FLAT
+    name = f"{form}-{sequence}-{kl}-{correction}-{branch}"
+    return Variant(policy_loss.tokens_kernel, name, absent, options | {"BRANCH": branch})
+
+
+def _weight(aggregate: int, *absent: str) -> Variant:
+    options = {"AGGREGATE": aggregate} | policy_loss.ALONE
+    return Variant(policy_loss.weight_kernel, f"{aggregate}-{len(absent)}", absent, options)
+
+
+def _reflection(name: str, dtype: torch.dtype, *absent: str, normalize: bool | None = None) -> Variant:
+    options = configs.ROLLOUTS if normalize is None else configs.TOKENS | {"NORMALIZE": normalize}
+    floats = "logprobs baseline rewards weights std scores grad_rewards grad_weights grad_std grad_scores grad_baseline"
+    types = dict.fromkeys([*floats.split(), "grad_logprobs"], f"*{NAMES[dtype]}")
+    return Variant(getattr(reflection, name), f"{NAMES[dtype]}-{normalize}-{len(absent)}", absent, options, types)
+
+
+PLAIN = ("temperatures", "mask", "entropy", "sum_sq_probs", "is_top1")
+NO_ENTROPY = ("temperatures", "mask", "grad_entropy", "entropy")
+BY_TOKEN = ("means", "mean_slopes", "shares")
+BARE = (*BY_TOKEN, "mask", "ref_logprobs", "sampler_logprobs", "entropy", "selected", "grad_entropy", "grad_logprobs")
+VARIANTS = (
+    _stats(torch.bfloat16, 151936, *PLAIN),
+    _stats(torch.bfloat16, 151936),
+    _stats(torch.bfloat16, 50257),
+    _stats(torch.float16, 4096, "mask"),
+    _stats(torch.float32, 32000, "temperatures"),
+    _stats(torch.float32, 151936),
+    _stats(torch.float32, 101, *PLAIN),
+    _backward(torch.bfloat16, 151936, *NO_ENTROPY),
+    _backward(torch.bfloat16, 151936),
+    _backward(torch.bfloat16, 50257),
+    _backward(torch.float16, 1000, *NO_ENTROPY),
+    _backward(torch.float32, 151936),
+    _backward(torch.float32, 50257),
+    _fold(torch.float32, 151936, True),
+    _fold(torch.float32, 32768, False),
+    _fold(torch.bfloat16, 131072, False),
+    _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy"),
+    _gradient(torch.bfloat16, 131072, True),
+    _gradient(torch.float32, 32768, False),
+    _divergence(151936, 0),
+    _divergence(151936, 1),
+    _divergence(50257, 2),
+    _divergence(131072, 2),
+    _slope(torch.bfloat16, 32768, 0),
+    _slope(torch.float32, 32768, 1),
+    _slope(torch.bfloat16, 32768, 2),
+    _means("clip", False, "none", "means", "mask", "sampler_logprobs"),
+    _means("clip", True, "sequence_mask"),
+    _means("vespo", False, "none", "sampler_logprobs"),
+    _means("gmpo", False, "none", "sampler_logprobs"),
+    _means("gmpo", True, "sequence_mask"),
+    _weight(0, "normalizer"),
+    _weight(1),
+    _weight(3),
+    _weight(4, "normalizer"),
+    _tokens("reinforce", False, 0, "none", 1, *BARE),
+    _tokens("clip", False, 3, "none", 4, *BY_TOKEN, "selected"),
+    _tokens("clip", True, 4, "sequence_mask", 2, "selected"),
+    _tokens("cispo", False, 1, "tis", 0, *BY_TOKEN, "selected"),
+    _tokens("clip", False, 3, "tis", 1, *BY_TOKEN, "selected", branch=True),
+    _tokens("dppo_kl", False, 4, "icepop", 0, *BY_TOKEN, "selected", branch=True),
+    _tokens("sapo", True, 2, "icepop", 4, "selected"),
+    _tokens("dppo_tv", False, 3, "none", 0, *BY_TOKEN, "selected"),
+    _tokens("dppo_kl", True, 4, "icepop", 0, "selected"),
+    _tokens("kl_cov", False, 3, "none", 0, *BY_TOKEN),
+    _tokens("gmpo", False, 4, "tis", 4, "selected"),
+    _tokens("gmpo", True, 4, "tis", 4, "selected"),
+    _tokens("vespo", False, 4, "tis", 4, "mean_slopes", "shares", "selected"),
+    _reflection("deviation_kernel", torch.float32),
+    _reflection("deviation_kernel", torch.float64, "scores"),
+    _reflection("reward_kernel", torch.float32, normalize=True),
+    _reflection("reward_kernel", torch.float32, "rewards", "std", "baseline", normalize=True),
+    _reflection("reward_kernel", torch.float64, "baseline", normalize=False),
+    _reflection("slope_kernel", torch.float32),
+    _reflection("slope_kernel", torch.float32, "baseline", "grad_weights", "grad_std"),
+    _reflection("slope_kernel", torch.float64),
+    _reflection("gradient_kernel", torch.float32, normalize=True),
+    _reflection("gradient_kernel", torch.float64, "grad_scores", "grad_baseline", normalize=False),
+    Variant(policy_loss.spread_kernel, "", (), policy_loss.ALONG),
+    Variant(policy_loss.sum_kernel, "", (), policy_loss.SUMMING),
+    Variant(policy_loss.scale_kernel, "", (), policy_loss.FLAT),
+)
+
+
+def compiled(variant: Variant, capability: int) -> Any:
+    """Triton's result for sm_<capability>: ``.asm`` holds the cubin and the PTX, ``.metadata`` its needs."""
+    names = variant.kernel.arg_names
+    constants = {k: v for k, v in variant.options.items() if k in names and k not in ARGUMENTS}
+    constants |= dict.fromkeys(variant.absent)
+    types = ARGUMENTS | variant.types
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    pointers = [i for i, name in enumerate(names) if signature[name].startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(variant.kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": variant.options["num_warps"]})
