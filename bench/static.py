@@ -234,7 +234,7 @@ def text(kernels: list[Kernel], chosen: list[Case], measured: dict[tuple[str, st
         widths = "".join(f"{max(x):>6}" if x else "     –" for x in (k.loads, k.stores))
         lines.append(f"  {k.name[:42]:<42}{k.arch:>4}{k.registers:>6}{k.spilled:>6}{k.shared:>8}{widths}")
     lines += ["", "load, store: bits of a thread's widest access; spill, shared: bytes"]
-    lines += ["", "cases: bytes of all launches, in times of what no program can avoid, and the times"]
+    lines += ["", "cases: bytes of all launches, in times of what no program avoids, and the times"]
     lines += ["that the data sheets' bandwidth and bfloat16 rate allow for them"]
     for case in chosen:
         lines += ["", *textwrap.wrap(f"{case.op}, {case.work}: {case.shape}", WIDTH, subsequent_indent="  ")]
