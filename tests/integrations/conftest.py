@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+VERL_NEEDS = ("ray", "ray.actor", "ray.exceptions", "ray.util", "orjson")  # to distribute and to track
+
 
 class _StandIn(types.ModuleType):
     """A module of which every attribute can be imported and none does anything."""
@@ -29,7 +31,7 @@ class _StandIn(types.ModuleType):
 
 
 @contextlib.contextmanager
-def _stand_ins(*modules: str) -> Iterator[None]:
+def stand_in_modules(*modules: str) -> Iterator[None]:
     absent = [name for name in modules if find_spec(name.split(".")[0]) is None]
     for name in absent:
         sys.modules[name] = _StandIn(name)
@@ -44,7 +46,7 @@ def _stand_ins(*modules: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def stand_ins() -> Callable[..., contextlib.AbstractContextManager[None]]:
     """``with stand_ins("package", "package.module"):`` imports run as if those that are missing were there."""
-    return _stand_ins
+    return stand_in_modules
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +54,7 @@ def imported_verl() -> ModuleType:
     """``verl.trainer.ppo.core_algos``; what distributes and tracks verl's work need not be installed."""
     if find_spec("verl") is None:
         pytest.skip("verl is not installed")
-    with _stand_ins("ray", "ray.actor", "ray.exceptions", "ray.util", "orjson"):
+    with stand_in_modules(*VERL_NEEDS):
         importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
         return importlib.import_module("verl.trainer.ppo.core_algos")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +150,20 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             adapter.LigerFusedLinearGRPOLoss(**options)(**inputs | change)
+
+
+def test_page() -> None:
+    """The blocks of docs/liger.md run in order; both ways to the class give the loss of Liger's."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "liger.md").read_text()
+    before, after, patched = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    exec(before, names)
+    theirs, gradient = names["loss"].detach(), names["hidden"].grad.clone()
+    names["hidden"].grad = None
+    exec(after, names)
+    torch.testing.assert_close(names["loss"].detach(), theirs)
+    torch.testing.assert_close(names["hidden"].grad, gradient)
+    del names["LigerFusedLinearGRPOLoss"]
+    exec(patched, names)
+    assert names["LigerFusedLinearGRPOLoss"] is adapter.LigerFusedLinearGRPOLoss
+    assert chunked_loss.LigerFusedLinearGRPOLoss is not adapter.LigerFusedLinearGRPOLoss

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from trajkern.integrations import openrlhf as adapter
 
+ROOT = Path(__file__).resolve().parents[2]
 NEEDS = ("deepspeed", "flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed",
          "pylatexenc")  # fmt: skip
 CORRECTIONS = [
@@ -141,3 +145,30 @@ def test_bad_arguments(padded_batch) -> None:
         adapter.PolicyLoss(is_correction_level="token")(b.new, b.old, b.advantages, b.mask)
     with pytest.raises(ValueError, match="advantages must have the mask's shape"):
         adapter.PolicyLoss()(b.new, b.old, b.advantages[:, 0], b.mask)
+
+
+def test_page(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/openrlhf.md: its script starts Ray with a hook that enables the adapter, then runs OpenRLHF's program."""
+    page = (ROOT / "docs" / "openrlhf.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M)
+    (script,) = (text for language, text in blocks if language == "python")
+    before, after = (shlex.split(text) for language, text in blocks if not language)
+    started: list = []
+
+    def init(runtime_env: dict) -> None:
+        module, name = runtime_env["worker_process_setup_hook"].rsplit(".", 1)
+        getattr(importlib.import_module(module), name)()
+
+    ray = type(sys)("ray")
+    ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("runpy.run_module", lambda name, run_name: started.append((name, run_name)))
+    try:
+        exec(script, {})
+        assert models.PolicyLoss is adapter.PolicyLoss
+    finally:
+        adapter.disable()
+    assert started == [(before[2], "__main__")] and find_spec("openrlhf.cli") is not None
+    program = Path(find_spec("openrlhf").origin or "").parent / "cli" / "train_ppo_ray.py"
+    assert f'"{before[3]}"' in program.read_text() and "if not ray.is_initialized()" in program.read_text()
+    assert before[3:] == after[2:]

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +17,7 @@ import torch
 import trajkern as tk
 from trajkern.integrations import verl as adapter
 
+ROOT = Path(__file__).resolve().parents[2]
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 GLOBAL = {"dp_size": 3, "batch_num_tokens": 501, "global_batch_size": 77, "loss_scale_factor": 40}
 
@@ -135,6 +142,39 @@ def test_empty_batch_is_zero(core, padded_batch) -> None:
     assert loss == 0 and not new.grad.any() and set(metrics.values()) == {0.0}
 
 
+def test_through_verls_trainer(core, padded_batch) -> None:
+    """verl's own ``ppo_loss`` with a KL and an entropy term: the same loss, gradient and metrics by either name."""
+    losses = importlib.import_module("verl.workers.utils.losses")
+    tensordict, b = importlib.import_module("tensordict"), padded_batch(6, torch.float32)
+    lengths = b.mask.shape[1] - b.mask.flip(1).long().argmax(1)
+    lengths[4] = 1  # no row may be empty there; it stays masked
+
+    def jagged(x: torch.Tensor, extra: int = 0) -> torch.Tensor:
+        rows = [torch.cat([x.new_zeros(extra), row[:n]]) for row, n in zip(x, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    prompts = torch.nested.as_nested_tensor([torch.zeros(2).long()] * len(lengths), layout=torch.jagged)
+    fields = {"responses": b.mask.long(), "response_mask": b.mask.long(), "old_log_probs": b.old,
+              "advantages": b.advantages, "ref_log_prob": b.old * 1.1}  # fmt: skip
+    jagged_fields = {"prompts": prompts} | {name: jagged(x) for name, x in fields.items()}
+    data = tensordict.TensorDict(jagged_fields, batch_size=[len(lengths)])
+    for key, value in {"dp_size": 2, "batch_num_tokens": 400, "global_batch_size": 50}.items():
+        importlib.import_module("verl.utils.tensordict_utils").assign_non_tensor(data, **{key: value})
+    found = []
+    for name in ("vanilla", "trajkern_vanilla"):
+        config = _config(policy_loss={"loss_mode": name}, use_kl_loss=True, entropy_coeff=0.01)
+        leaves = [jagged(x, 2).values().roll(-1).requires_grad_() for x in (b.new, b.values)]
+        loss, metrics = losses.ppo_loss(config, {"log_probs": leaves[0], "entropy": leaves[1]}, data)
+        loss.backward()
+        found.append((loss, *(x.grad for x in leaves), metrics))
+    (*theirs, their_metrics), (*ours, our_metrics) = found
+    torch.testing.assert_close(ours, theirs)
+    assert {k: v.aggregate() for k, v in our_metrics.items() if k != "kl_coef"} == pytest.approx(
+        {k: v.aggregate() for k, v in their_metrics.items() if k != "kl_coef"}, rel=1e-5, abs=1e-6
+    )
+    assert float(theirs[1].abs().sum()) > 0
+
+
 def test_register_replace_and_undo(core, padded_batch) -> None:
     adapter.unregister()
     registries = core.ADV_ESTIMATOR_REGISTRY, core.POLICY_LOSS_REGISTRY
@@ -195,3 +235,54 @@ def test_unsupported_options_say_so(core, padded_batch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             core.get_policy_loss_fn("trajkern_" + name)(*rest, config)
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import stand_in_modules, VERL_NEEDS
+with stand_in_modules(*VERL_NEEDS):
+    import verl
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from hydra import compose, initialize_config_dir
+with initialize_config_dir(verl.version_folder + "/trainer/config", version_base=None):
+    config = compose("ppo_trainer", sys.argv[1:])
+actor = config.actor_rollout_ref
+assert actor.model.use_fused_kernels
+environment = config.ray_kwargs.ray_init.runtime_env.get("env_vars", {{}})
+assert not environment or environment.VERL_USE_EXTERNAL_MODULES == "setup_trajkern", environment
+functions = get_adv_estimator_fn(config.algorithm.adv_estimator), get_policy_loss_fn(actor.actor.policy_loss.loss_mode)
+print(*(f.__module__ for f in (*functions, FusedLinearForPPO)))
+"""
+
+
+def test_page(imported_verl, tmp_path) -> None:
+    """docs/verl.md: both commands' options are composed by verl's own configuration and lead to the right functions."""
+    page = (ROOT / "docs" / "verl.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M)
+    (module,) = (text for language, text in blocks if language == "python")
+    commands = [shlex.split(text.replace("\\\n", " ")) for language, text in blocks if not language]
+    commands[1] += re.findall(r"`(\+ray_kwargs\S+)`", page)
+    (tmp_path / "setup_trajkern.py").write_text(module)
+    code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent))
+    runs = []
+    for words in commands:
+        at = words.index("python")
+        assert words[at : at + 3] == ["python", "-m", "verl.trainer.main_ppo"]
+        environment = os.environ | dict(word.split("=", 1) for word in words[:at])
+        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+        command = [sys.executable, "-c", code, *words[at + 3 :]]
+        runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    theirs, ours = (run.communicate(timeout=120)[0].split() for run in runs)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(theirs) == len(ours) == 3
+    assert all(name.startswith("verl.") for name in theirs) and all(name.startswith("trajkern.") for name in ours)
+
+
+def test_page_lists_every_name(core) -> None:
+    page = (ROOT / "docs" / "verl.md").read_text()
+    estimators, losses = adapter.register()
+    for kind, names in (("estimators", estimators), ("losses", losses)):
+        (row,) = re.findall(rf"^\| {kind} \| (.*) \|$", page, re.M)
+        assert set(re.findall(r"`(\w+)`", row)) == {name.removeprefix("trajkern_") for name in names}

@@ -57,13 +57,25 @@ def test_estimator(core, padded_batch, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("name", ["optimal_token_baseline", "tir_optimal_token_baseline"])
 def test_optimal_token_baseline_of_the_longest_row(core, padded_batch, name: str, tail: bool) -> None:
-    b = padded_batch(5, rows=6)
-    b.mask[:] = torch.arange(19) < torch.tensor([3, 19, 0, 7, 7, 5])[:, None]
-    b.uid = np.array(["x", "x", "x", "y", "y", "z"], dtype=object)
+    b = padded_batch(5, rows=8)
+    b.mask[:] = torch.arange(19) < torch.tensor([3, 19, 0, 7, 7, 5, 6, 0])[:, None]
+    b.uid = np.array(list("xxxyyzww"), dtype=object)
+    b.rewards = b.values
     for weights in (None, b.weights):
         more = {"handle_zero_tail": tail, "rollout_is_weights": weights}
         theirs, ours = (_estimate(core, n, b, **more)[0] for n in (name, "trajkern_" + name))
         torch.testing.assert_close(ours[b.mask], theirs[b.mask], **_tolerance(torch.float64))
+
+
+def test_opo_of_one_token(core, padded_batch) -> None:
+    """A group's only token is its own baseline, although the frequencies of its rows add up to one."""
+    b = padded_batch(0, rows=6)
+    b.mask[:] = torch.arange(19) < torch.tensor([1, 0, 2, 1, 0, 4])[:, None]
+    b.rewards[:, 0] = torch.tensor([1.0, 0.5, 2.0, 3.0, 1.0, 4.0])
+    b.uid = np.array(list("xxyyzz"), dtype=object)
+    theirs, ours = (_estimate(core, name, b)[0] for name in ("opo", "trajkern_opo"))
+    torch.testing.assert_close(ours[b.mask], theirs[b.mask])
+    assert ours[0, 0] == 0 != b.rewards[0, 0]
 
 
 def test_grpo_without_std_and_gdpo_with_several_rewards(core, padded_batch) -> None:

@@ -274,7 +274,7 @@ def _path_variance(batch: _Batch, old_log_probs, sum_pi_squared, rollout_is_weig
 def _token_baseline(returns, weights, mask, groups: _Groups, counted, zero_tail: bool, epsilon: float) -> Tensor:
     """B_t ``[B, L]`` at every position, from the rows of each group that have a token there."""
     w = torch.where(mask, weights, 0)
-    baseline = (groups.sum(returns.double() * w) / (groups.sum(w) + epsilon)).to(returns.dtype)[groups.ids]
+    baseline = (groups.sum(returns * w) / (groups.sum(w) + epsilon)).to(returns.dtype)[groups.ids]
     has_one = (counted > 1)[:, None].expand_as(mask)
     if zero_tail:
         at, longest, second = groups.top_two(mask.sum(-1))
