@@ -237,7 +237,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             curves = [r["curve"] for r in runs if r["arm"] == arm]
             points = list(zip(*curves, strict=False))
             steps = [p[0][0] for p in points]
-            axis.plot(steps, [statistics.fmean(x[1] for x in p) for p in points], label=arm, linewidth=1.5)
+            axis.plot(steps, [statistics.fmean(x[1] for x in p) for p in points], label=arm, linewidth=1.5, marker=".")
         axis.set_title(row, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylabel("validation pass@1", fontsize=8)

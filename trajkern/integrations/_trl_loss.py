@@ -1,0 +1,226 @@
+"""The losses of TRL's GRPOTrainer and RLOOTrainer on trajkern's, with what these trainers log."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern.integrations._adapter import padded_rows
+
+_AGGREGATES = {"grpo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean", "dr_grpo": "seq_mean_token_sum_norm",
+               "luspo": "seq_mean_token_sum"}  # fmt: skip
+_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+_LEAST = -18.420680743952367  # log 1e-8, TRL's bound of a weight's logarithm
+_OWN = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+
+
+def check_loss(trainer: Any) -> None:
+    """Raises ValueError where the trainer's options ask for a loss that trajkern has not."""
+    args, kind = trainer.args, trainer.loss_type
+    if kind not in (*_CLIPPED, "cispo", "sapo", "vespo"):
+        raise ValueError(f"loss_type must be one that TRL's GRPOTrainer of the tested versions has, got {kind!r}")
+    if kind in _CLIPPED and args.delta is not None and args.delta < 1 + trainer.epsilon_high:
+        raise ValueError(f"delta must be at least 1 + epsilon_high = {1 + trainer.epsilon_high}, got {args.delta}")
+    if kind == "cispo" and trainer.epsilon_high < 1:
+        raise ValueError(
+            f"epsilon_high must be at least 1 for loss_type 'cispo', whose bound it is; got {trainer.epsilon_high}"
+        )
+    config(trainer)
+
+
+def config(trainer: Any) -> tk.PolicyLoss:
+    args, kind = trainer.args, trainer.loss_type
+    cispo = kind == "cispo"
+    return tk.PolicyLoss(
+        kind, ratio_level=trainer.importance_sampling_level, aggregate=_AGGREGATES.get(kind, "token_mean"),
+        clip_low=1.0 if cispo else trainer.epsilon_low, clip_high=trainer.epsilon_high - cispo,
+        clip_dual=args.delta if kind in _CLIPPED else None, max_length=trainer.max_completion_length,
+        kl="k3_corrected" if args.use_bias_correction_kl else "k3", kl_coef=trainer.beta,
+        sapo_tau_pos=args.sapo_temperature_pos, sapo_tau_neg=args.sapo_temperature_neg, vespo_k_pos=args.vespo_k_pos,
+        vespo_lambda_pos=args.vespo_lambda_pos, vespo_k_neg=args.vespo_k_neg, vespo_lambda_neg=args.vespo_lambda_neg,
+    )  # fmt: skip
+
+
+def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """GRPOTrainer._compute_loss."""
+    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    new, entropy, auxiliary = _scored(self, model, inputs)
+    high = None
+    if self.top_entropy_quantile < 1.0:
+        high = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+    old, a = inputs.get("old_per_token_logps"), inputs["advantages"]
+    a = a[:, None] if a.ndim == 1 else a
+    weighted, to_sampler = _weighted(self, inputs, new.detach(), old, a, mask, high)
+    accumulation = self.current_gradient_accumulation_steps if self.model.training else 1.0
+    rows, per_token = padded_rows("completion_mask", mask), weighted.shape[1] > 1
+    common: dict[str, Any] = {
+        "mask": rows.mask,
+        "per_token": per_token,
+        "ref_logprobs": rows.pack("ref_per_token_logps", inputs["ref_per_token_logps"]) if self.beta else None,
+        "normalizer": _normalizer(self, inputs, mask, accumulation),
+    }
+
+    def loss_of(old: Tensor | None, a: Tensor, form: tk.PolicyLoss) -> Tensor:
+        old = None if old is None else rows.pack("old_per_token_logps", old)
+        a = a.expand(rows.shape).reshape(-1) if per_token else a[:, 0]
+        return tk.policy_loss(rows.pack("log-probs", new), old, a, rows.cu_seqlens, config=form, **common)[0]
+
+    form = config(self)
+    if to_sampler is old or not (self.beta and form.kl == "k3_corrected"):
+        loss = loss_of(to_sampler, weighted, form)
+    else:  # the KL's ratio is to the old policy all the same
+        loss = loss_of(to_sampler, weighted, replace(form, kl_coef=0.0)) + loss_of(old, 0 * weighted, form)
+    policy = loss.detach()
+    if self.loss_type not in ("cispo", "dapo", "vespo"):  # their normaliser counts the accumulated steps already
+        loss = loss / accumulation
+    mode = "train" if self.model.training else "eval"
+    if self._entropy_bonus_enabled:
+        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy).nanmean().item())
+        loss = loss - _bonus(self, entropy, mask if high is None else mask * high, accumulation)
+    if self.aux_loss_enabled:
+        loss = loss + self.router_aux_loss_coef * auxiliary / accumulation
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).mean().item())
+    with torch.no_grad():
+        _log(self, mode, inputs, new.detach(), entropy, a, mask)
+    return loss
+
+
+def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """RLOOTrainer._compute_loss: the clipped objective of whole completions, each one's log-prob a single action's."""
+    mask = inputs["completion_mask"]
+    new, entropy, auxiliary = _scored(self, model, inputs)
+    new, old, a = (new * mask).sum(1), inputs["old_logps"], inputs["advantages"]
+    if a.ndim != 1:
+        raise ValueError(f"advantages must have shape [B] for RLOOTrainer; got {a.ndim} dimensions")
+    count = new.shape[0]
+    loss, _ = tk.policy_loss(
+        new, old, a, torch.arange(count + 1, device=new.device), per_token=False,
+        config=tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high),
+    )  # fmt: skip
+    metrics = self._metrics["train" if self.model.training else "eval"]
+    if self.aux_loss_enabled:
+        loss = loss + self.router_aux_loss_coef * auxiliary
+        metrics["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).mean().item())
+    with torch.no_grad():
+        metrics["entropy"].append(_mean(self, entropy, mask))
+        low, high = _clipped(self, (new - old).exp(), a)
+        for name, x in (("low", low), ("high", high), ("region", low | high)):
+            gathered = self.accelerator.gather(x.float())
+            metrics[f"clip_ratio/{name}_mean"].append(gathered.nanmean().item())
+            if name != "region":
+                end = gathered.min() if name == "low" else gathered.max()
+                metrics[f"clip_ratio/{name}_{'min' if name == 'low' else 'max'}"].append(end.item())
+    return loss
+
+
+def _scored(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The completions' log-probs and entropies ``[B, L]``, and a mixture's balancing loss."""
+    ids, attention = (torch.cat((inputs[f"prompt_{x}"], inputs[f"completion_{x}"]), 1) for x in ("ids", "mask"))
+    score = self._get_per_token_logps_and_entropies
+    others = {name: inputs.get(name) for name in inspect.signature(score).parameters if name not in _OWN}
+    keep = inputs["completion_ids"].shape[1]
+    return score(model, ids, attention, keep, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled, **others)
+
+
+def _weighted(self: Any, inputs: dict[str, Any], new: Tensor, old: Tensor | None, a: Tensor, mask: Tensor,
+              high: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(advantages ``[B, 1]`` or ``[B, L]``, old log-probs): what multiplies the policy's term, all of it in these.
+
+    Every loss here has f(r, c A) = c f(r, A) for c >= 0, so a factor of the term is one of the advantage.
+    """
+    if self.off_policy_mask_threshold is not None:
+        before = new if old is None else old
+        sampled = inputs.get("sampling_per_token_logps", before)
+        a = a * self.get_off_policy_mask(a, new, sampled, mask, self.off_policy_mask_threshold)
+    if high is not None:
+        a = a * high
+    ratio: Any = inputs.get("importance_sampling_ratio")
+    if self.loss_type == "vespo" and ratio is not None:
+        # its weight is of the ratio to the sampler: old log-probs that make the log-ratios those
+        shift = ratio.log().clamp(_LEAST, 20.0)
+        shift = shift / mask.sum(1, keepdim=True).clamp(min=1) if ratio.shape[1] == 1 else shift
+        old = (new if old is None else old) - shift * mask
+    elif self.use_vllm and self.vllm_importance_sampling_correction:
+        a = a * ratio
+    return a, old
+
+
+def _normalizer(self: Any, inputs: dict[str, Any], mask: Tensor, accumulation: float) -> Tensor | float:
+    if self.loss_type == "bnpo":
+        return mask.sum().float().clamp(min=1)
+    if self.loss_type not in ("cispo", "dapo", "vespo"):
+        return max(mask.shape[0], 1)
+    count = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+    return count * accumulation / self.args.steps_per_generation if self.model.training else count
+
+
+def _bonus(self: Any, entropy: Tensor, mask: Tensor, accumulation: float) -> Tensor:
+    """The coefficient times the mean entropy; an adaptive coefficient moves at the end of each optimizer step."""
+    total, count = (entropy * mask).sum(), mask.sum()
+    adaptive, args = self.use_adaptive_entropy, self.args
+    coefficient = self.entropy_coef if not adaptive or self._last_world_entropy <= args.entropy_target else 0.0
+    if self.model.training:
+        if adaptive:
+            self._entropy_window_stats = torch.stack((total.detach(), count)) + (
+                0 if self._entropy_window_stats is None else self._entropy_window_stats
+            )
+            if self.accelerator.sync_gradients:
+                _adapt(self)
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
+    return coefficient * total / count.clamp(min=1.0) / accumulation
+
+
+def _adapt(self: Any) -> None:
+    total, count = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
+    found = (total / count.clamp(min=1.0)).item()
+    step = self.args.entropy_coef_delta if found <= self.args.entropy_target else -self.args.entropy_coef_delta
+    self.entropy_coef = min(max(self.entropy_coef + step, self.args.entropy_coef_min), self.args.entropy_coef_max)
+    self._last_world_entropy, self._entropy_window_stats = found, None
+
+
+def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Tensor, a: Tensor, mask: Tensor) -> None:
+    """The shares, the KL and the entropy that GRPOTrainer logs, of the ratios that the loss has."""
+    metrics, old = self._metrics[mode], inputs.get("old_per_token_logps")
+    difference = torch.zeros_like(new) if old is None else new - old
+    ratio = difference.exp()
+    if self.importance_sampling_level == "sequence":
+        ratio = ((difference * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1.0)).exp()
+    if self.beta:
+        d = inputs["ref_per_token_logps"] - new
+        kl = d.exp() - d - 1
+        metrics["kl"].append(_mean(self, kl * ratio if self.args.use_bias_correction_kl else kl, mask))
+    metrics["entropy"].append(_mean(self, entropy, mask))
+    if self.loss_type in _CLIPPED:
+        low, high = _clipped(self, ratio, a)
+        for name, x in (("low", low), ("high", high), ("region", low | high)):
+            metrics[f"clip_ratio/{name}_mean"].append(_mean(self, x.float(), mask))
+        shares = [x.float()[:, 0] if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1) for x in (low, high)]
+        least, most = (x[~x.isnan()] for x in map(self.accelerator.gather, shares))
+        metrics["clip_ratio/low_min"].append(least.min().item() if least.numel() else float("nan"))
+        metrics["clip_ratio/high_max"].append(most.max().item() if most.numel() else float("nan"))
+    elif self.loss_type == "cispo":
+        clipped = (ratio > self.epsilon_high) & (a > 0)
+        metrics["cispo_clip_ratio"].append(_mean(self, clipped.float(), mask))
+    elif self.loss_type == "vespo":
+        shape = {x: getattr(self.args, f"vespo_{x}") for x in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}
+        weight = self.get_gamma_weights(a, difference, mask, inputs.get("importance_sampling_ratio"), **shape)
+        metrics["vespo/phi_seq_mean"].append(_mean(self, weight, mask))
+
+
+def _clipped(self: Any, ratio: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    return (ratio < 1 - self.epsilon_low) & (a < 0), (ratio > 1 + self.epsilon_high) & (a > 0)
+
+
+def _mean(self: Any, x: Tensor, mask: Tensor) -> float:
+    """Over the tokens of all ranks, or over the completions for one value each."""
+    whole = x.shape[1] == 1
+    total = x.sum() if whole else (x * mask).sum()
+    count = torch.full_like(total, x.shape[0]) if whole else mask.sum().to(total.dtype)
+    total, count = self.accelerator.reduce(torch.stack((total, count)), reduction="sum")
+    return (total / count.clamp(min=1.0)).item()
