@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def batch(sequence_weights: bool = False) -> dict[str, Tensor]:
     mask = (torch.arange(length) < torch.tensor([7, 4, 0, 6, 1])[:, None]).long()
     tools = torch.ones_like(mask)
     tools[0, 2:4] = 0
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
+    normal = partial(torch.randn, generator=g)
+    weight = normal(rows, 1) if sequence_weights else normal(rows, length) * mask * tools
     old = -3.4 + 0.3 * normal(rows, length)
     return {
         "prompt_ids": torch.randint(3, 29, (rows, prompt), generator=g),
@@ -95,9 +94,7 @@ def batch(sequence_weights: bool = False) -> dict[str, Tensor]:
         "old_per_token_logps": old,
         "ref_per_token_logps": old + 0.2 * normal(rows, length),
         "sampling_per_token_logps": old + 0.3 * normal(rows, length),
-        "importance_sampling_ratio": (
-            0.4 * normal(rows, 1) if sequence_weights else 0.4 * normal(rows, length) * mask * tools
-        ).exp(),
+        "importance_sampling_ratio": (0.4 * weight).exp(),
         "num_items_in_batch": torch.tensor(23.0),
         "old_logps": (old * mask).sum(1),
     }
@@ -312,10 +309,9 @@ def test_a_recipe_s_advantages(tmp_path: Path) -> None:
     assert first.group_ids.tolist() == [0, 0, 1, 1] and first.here == slice(0, 4)
     assert first.completion_ids.shape == first.completion_mask.shape
     assert {"prompt", "n"} <= first.examples[0].keys() and "prompt_ids" in first.inputs
-    expected = trainer.reward_weights * torch.tensor([length_reward([trainer.processing_class.decode(
-        [t for t, m in zip(ids, mask, strict=True) if m], skip_special_tokens=True)])[0]
-        for ids, mask in zip(first.completion_ids.tolist(), first.completion_mask.tolist(), strict=True)])  # fmt: skip
-    assert first.rewards.tolist() == expected.tolist()
+    decode = trainer.processing_class.batch_decode
+    texts = decode(first.completion_ids * first.completion_mask, skip_special_tokens=True)
+    assert first.rewards.tolist() == length_reward(texts)
 
 
 def test_a_recipe_by_name(tmp_path: Path) -> None:
@@ -325,6 +321,13 @@ def test_a_recipe_by_name(tmp_path: Path) -> None:
         torch.manual_seed(0)
         trainer.prepared = trainer._generate_and_score_completions([{"prompt": "a b"}] * 2 + [{"prompt": "c"}] * 2)
     torch.testing.assert_close(ours.prepared["advantages"], theirs.prepared["advantages"], rtol=1e-3, atol=1e-3)
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """The blocks of docs/trl.md run in order."""
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trl.md").read_text(), re.S)
+    exec(compile("\n".join(blocks), "docs/trl.md", "exec"), {"folder": tmp_path / "tokenizer", "out": tmp_path / "out"})
 
 
 # refusals

@@ -39,7 +39,8 @@ def register(*, replace: bool = False, any_version: bool = False) -> tuple[list[
     Args:
         replace: also put them in the place of verl's own functions of the same names, so that no configuration changes.
             verl gives ``values``, ``sum_pi_squared`` and the rewards of ``gdpo`` to its own names only, so ``gae``,
-            ``optimal_token_baseline``, ``tir_optimal_token_baseline`` and ``gdpo`` can be used in this way alone.
+            ``optimal_token_baseline``, ``tir_optimal_token_baseline`` and ``gdpo`` can be used in this way alone
+            (``trajkern_gdpo`` sees one reward, the sum).
         any_version: also with a verl that this was not tested with.
 
     Returns:

@@ -1,0 +1,83 @@
+"""The folder for HuggingFace's kernels: it loads by itself, and computes what the package does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import trajkern as tk
+from trajkern.integrations import kernels as adapter
+
+pytest.importorskip("triton")
+SCRIPT = """
+import json, sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+sys.modules["trajkern"] = None  # nothing of the package may be needed
+folder = Path(sys.argv[1])
+try:
+    from kernels import get_local_kernel
+except ImportError:
+    get_local_kernel = None
+if get_local_kernel:
+    loaded = get_local_kernel(folder)
+else:
+    spec = spec_from_file_location("kernel", folder / "build/torch-universal/__init__.py")
+    loaded = sys.modules["kernel"] = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+import torch
+g = torch.Generator().manual_seed(0)
+logits, targets = torch.randn(3, 40, generator=g), torch.tensor([0, 39, 7])
+print(json.dumps(loaded.logprob.token_stats(logits, targets, None, 1.0, None, 0)[0].tolist()))
+print(sorted(name for name in vars(loaded) if hasattr(vars(loaded)[name], "__file__") and name[0] != "_"))
+"""
+
+
+def test_it_loads_and_computes_without_the_package(tmp_path: Path) -> None:
+    """In Triton's interpreter, in a process where trajkern cannot be imported."""
+    adapter.write(tmp_path)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values, families = done.stdout.strip().splitlines()[-2:]
+    g = torch.Generator().manual_seed(0)
+    expected = tk.token_logprobs(torch.randn(3, 40, generator=g), torch.tensor([0, 39, 7]))
+    torch.testing.assert_close(torch.tensor(eval(values)), expected)
+    assert set(adapter.FAMILIES) <= set(eval(families))
+
+
+def test_every_triton_family_is_there() -> None:
+    from trajkern._backends import OWNERS
+
+    assert set(adapter.FAMILIES) == {family for family, owners in OWNERS.items() if owners["cuda"] == "triton"}
+
+
+def test_writing_again_replaces_it(tmp_path: Path) -> None:
+    first = adapter.write(tmp_path)
+    (first / "stale.py").write_text("")
+    again = adapter.write(tmp_path)
+    assert again == first and not (first / "stale.py").exists()
+    assert [x.name for x in first.parent.iterdir()] == [first.name]
+
+
+def test_another_kernel_is_not_overwritten(tmp_path: Path) -> None:
+    other = tmp_path / adapter.VARIANT
+    other.mkdir(parents=True)
+    (other / "kernel.py").write_text("precious")
+    with pytest.raises(FileExistsError, match="folder must hold no other kernel"):
+        adapter.write(tmp_path)
+    assert (other / "kernel.py").read_text() == "precious"
+
+
+def test_imports_become_relative() -> None:
+    source = "import torch\nfrom trajkern import _head\nfrom trajkern._pairs import Head, Pairs\nfrom . import head\n"
+    assert adapter.relative(source) == (
+        "import torch\nfrom . import _head\nfrom ._pairs import Head, Pairs\nfrom . import head\n"
+    )
