@@ -1,1 +1,1 @@
-"""The benchmark: every op beside torch's forms of it, correctness first. ``python -m bench --help``."""
+"""The benchmark: every op beside torch's forms of it, correctness first. ``trajkern bench --help``."""

@@ -1,4 +1,4 @@
-"""``python -m bench.packed``: a model's training on packed trees beside the same rollouts flat, in time and memory.
+"""``python -m trajkern._bench.packed``: training on packed trees beside the same rollouts flat, in time and memory.
 
 Times the forward and the backward pass of the whole built-in model with the fused policy loss, both in one process.
 """
@@ -130,7 +130,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.packed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trajkern._bench.packed", description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing each work; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print every number as JSON, too")
     options = parser.parse_args(argv)

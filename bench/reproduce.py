@@ -1,6 +1,6 @@
 """Does each recipe do what its authors say? Every one beside its baseline, from the same warm-up, over several seeds.
 
-``python -m bench.reproduce`` runs all rows and writes bench/reproduction.md with a plot; ``--only rlcr`` runs one,
+``make reproduce`` runs all rows and writes bench/reproduction.md with a plot; ``--only rlcr`` runs one,
 ``--seeds`` chooses others. What has run is kept under runs/reproduce and not run again.
 """
 
@@ -252,7 +252,7 @@ def _slug(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.reproduce", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trajkern._bench.reproduce", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")

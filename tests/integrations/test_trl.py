@@ -213,7 +213,7 @@ def same_run(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> No
     ],
 )
 def test_a_run_is_the_same(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """A tiny random Llama from the same seed: every logged figure and the weights at the end."""
+    """Every logged figure, and the weights at the end."""
     (theirs, model), (ours, our_model) = (run(tmp_path, x, kind, **options) for x in (False, True))
     same_run(ours, theirs)
     for a, b in zip(our_model.parameters(), model.parameters(), strict=True):
@@ -355,9 +355,8 @@ def test_refusals_of_a_class_come_when_a_trainer_is_made(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    trainer = made(tmp_path, model=tiny(20))
     with pytest.raises(ValueError, match="must have tokens that the model has, 20 of them; it has id 28"):
-        adapter.enable(trainer)
+        adapter.enable(made(tmp_path, model=tiny(20)))
 
 
 def test_what_is_no_such_trainer(grpo: Any) -> None:
@@ -374,8 +373,7 @@ def test_what_is_no_such_trainer(grpo: Any) -> None:
 
 
 def test_a_recipe_s_shape(tmp_path: Path) -> None:
-    trainer = made(tmp_path)
-    adapter.enable(trainer, lambda rollouts: torch.zeros(3))
+    adapter.enable(trainer := made(tmp_path), lambda rollouts: torch.zeros(3))
     with pytest.raises(ValueError, match=re.escape("recipe must return advantages of shape [4] or [4, ")):
         trainer.train()
 

@@ -177,10 +177,13 @@ def _named(name: str) -> Recipe:
         count, device = rollouts.rewards.shape[0], rollouts.rewards.device
         none = torch.zeros(0, dtype=torch.int64, device=device)
         empty = torch.zeros(count + 1, dtype=torch.int64, device=device)
-        # recipes read groups and rewards; one that could not be scored counts as 0, as in TRL
-        rewards = rollouts.rewards.nan_to_num()
-        found = recipes.RECIPES[name](tk.PackedBatch(none, empty, none.bool(), rollouts.group_ids, rewards))
-        return (torch.where(found[1], found[0], 0) if isinstance(found, tuple) else found)[rollouts.here]
+        # recipes read groups and rewards; a completion that could not be scored is alone, and learns nothing
+        unscored, alone = rollouts.rewards.isnan(), count + torch.arange(count, device=device)
+        groups = torch.where(unscored, alone, rollouts.group_ids)
+        batch = tk.PackedBatch(none, empty, none.bool(), groups, rollouts.rewards.nan_to_num())
+        found = recipes.RECIPES[name](batch)
+        found = torch.where(found[1], found[0], 0) if isinstance(found, tuple) else found
+        return torch.where(unscored, 0, found)[rollouts.here]
 
     return advantages
 
