@@ -238,8 +238,8 @@ def text(kernels: list[Kernel], chosen: list[Case], measured: dict[tuple[str, st
     lines += ["that the data sheets' bandwidth and bfloat16 rate allow for them"]
     for case in chosen:
         lines += ["", *textwrap.wrap(f"{case.op}, {case.work}: {case.shape}", WIDTH, subsequent_indent="  ")]
-        times = "".join(f"   {name} {seconds(case.predicted(gpu))}" for name, gpu in GPUS.items())
-        lines.append(f"  {case.moved / 1e9:.3g} GB   {case.moved / case.fewest:.2f} ×{times}")
+        times = "".join(f"  {name} {seconds(case.predicted(gpu))}" for name, gpu in GPUS.items())
+        lines.append(f"  {case.moved / 1e9:.3g} GB  {case.moved / case.fewest:.2f} ×{times}")
         lines += [f"  measured, {name}: {seconds(median)}" for name, median in measured.get(case[:3], {}).items()]
     return "\n".join(lines) + "\n"
 

@@ -54,7 +54,7 @@ ARROWS = {
     "validate": {"testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.
-LAZY = {"_backends": {"_native", "_triton", "reference"}}
+LAZY = {"_backends": {"_native", "_triton", "reference"}, "integrations": {"_triton"}}
 THIRD_PARTY = {  # else torch and numpy
     "_triton": {"torch", "triton"},
     "_backends": {"torch", "triton"},
