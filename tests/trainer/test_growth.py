@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from trajkern import recipes
 from trajkern.trainer import train as training
-from trajkern.trainer.growth import Node, TreeShape, grow, plant, thin
+from trajkern.trainer.growth import Node, TreeShape, grow, leaf_chances, plant, thin
 from trajkern.trainer.model import ModelConfig
 from trajkern.trainer.policy import CharacterModel, Policy
+from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.run import METRICS
 from trajkern.trainer.tokenizer import EOS, decode, encode
 
@@ -91,13 +92,14 @@ def test_every_node_but_leaves_is_expanded_in_the_end(model: CharacterModel) -> 
 
 def test_thinning_keeps_as_many_of_each_tree(model: CharacterModel) -> None:
     forest = plant(grown(model, PROMPTS), SHAPE.trees)
-    thinned = thin(forest, 3, torch.Generator().manual_seed(0))
+    chances = leaf_chances(SHAPE, ALONE.rows(3), torch.Generator().manual_seed(0))
+    thinned = thin(forest, 3, chances)
     assert torch.bincount(thinned.tree.leaf_root).tolist() == [3] * 6
     assert thinned.tree.group_ids.tolist() == [0, 0, 1, 1, 2, 2]
     whole, groups = forest.completions(), forest.tree.leaf_group.tolist()
     for completion, group in zip(thinned.completions(), thinned.tree.leaf_group.tolist(), strict=True):
         assert (completion, group) in zip(whole, groups, strict=True)
-    assert forest.completions() == thin(forest, SHAPE.leaves, torch.Generator()).completions()
+    assert forest.completions() == thin(forest, SHAPE.leaves, torch.zeros(forest.tree.num_leaves)).completions()
 
 
 def test_steps_end_with_newlines_and_tool_calls(model: CharacterModel) -> None:

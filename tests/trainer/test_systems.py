@@ -270,7 +270,7 @@ def never(questions, texts):
 def test_a_gate_takes_rollouts_out_of_every_statistic(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     original = collecting.credited
-    monkeypatch.setattr(collecting, "credited", lambda p, *rest: batches.append(p.batch) or original(p, *rest))
+    monkeypatch.setattr(collecting, "credited", lambda run, p, *rest: batches.append(p.batch) or original(run, p, *rest))
     training.train(config(compose=Compose(rubric=f"{__name__}:only_even"), steps=2))
     assert [len(b.group_ids) for b in batches] == [32, 32]
     assert all(b.group_ids.bincount().tolist() == [2] * 16 for b in batches)
@@ -287,7 +287,7 @@ def test_a_batch_emptied_by_its_gate_is_skipped(config: Make, capsys: pytest.Cap
 def test_weights_behind_the_advantage(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     original = collecting.credited
-    monkeypatch.setattr(collecting, "credited", lambda p, f, v: found.append((p, f)) or original(p, f, v))
+    monkeypatch.setattr(collecting, "credited", lambda run, p, f, v: found.append((p, f)) or original(run, p, f, v))
     training.train(config(task="chain_sum_steps", compose=Compose(positive_weight=0.25, hint_weight=0.5), steps=2))
     for sample, result in found:
         batch = sample.batch

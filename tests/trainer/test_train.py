@@ -153,7 +153,7 @@ def test_random_rewards_are_the_groups_own() -> None:
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).repeat(50, 1)
     groups = torch.arange(150).repeat_interleave(4)
     order = torch.randperm(600, generator=torch.Generator().manual_seed(1))  # of the pack
-    source = collecting.dealt(groups[order], torch.Generator().manual_seed(0))
+    source = collecting.dealt(groups[order], torch.rand(600, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(groups[order][source], groups[order]) and torch.equal(source.sort().values, torch.arange(600))
     dealt = torch.empty(600).scatter(0, order, rewards.flatten()[order][source]).view(150, 4)
     assert torch.equal(dealt.sum(1), rewards.sum(1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trajkern import _backends
+from trajkern import _backends, _rank_moments
 from trajkern._checks import (
     check_choice,
     check_cu_seqlens,
@@ -136,6 +136,7 @@ def group_advantages(
     singleton: str = "raw",
     gate: Tensor | None = None,  # [N]
     weights: Tensor | None = None,  # [N]
+    process_group: Any = None,
 ) -> Tensor:
     """Advantage of each trajectory relative to its group (GRPO, Dr. GRPO, RLOO and their relatives).
 
@@ -150,6 +151,9 @@ def group_advantages(
             r / (1 + eps) with scale "std" and r with "none"; "zero" gives 0. With neither baseline nor scale it is r.
         gate: bool ``[N]``; a False trajectory gets 0 and enters no statistic. Applied before the singleton rule.
         weights: float ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a False gate.
+        process_group: of torch.distributed, over whose ranks the groups' trajectories are spread, any number or none of
+            them on a rank; equal ids are one group on all ranks. Every rank must make the call. Each group's count,
+            largest reward, sum and sum of squares travel, and the ids; no gradient.
 
     Returns:
         ``[N]`` float32 (float64 for float64 rewards). A constant group is exactly 0 with a baseline. Differentiable
@@ -175,12 +179,17 @@ def group_advantages(
     if weights is not None:
         check_tensor("weights", weights, dtypes=FLOATS, device=device)
         check_shape("weights", weights, shape, "one weight a reward")
+    options: dict[str, Any] = {"baseline": baseline, "scale": scale, "ddof": ddof, "eps": eps, "singleton": singleton}
+    if process_group is not None:
+        if rewards.requires_grad:
+            raise ValueError("rewards must not require a gradient with process_group, which gives none")
+        _check_values(rewards, weights)
+        return _rank_moments.group_advantages(
+            rewards, group_ids, gate=gate, weights=weights, ranks=process_group, **options
+        )
     if _backends.wants_reference("advantage", rewards):
         _check_values(rewards, weights)
-        return _backends.reference().group_advantages(
-            rewards, group_ids, baseline=baseline, scale=scale, ddof=ddof, eps=eps, singleton=singleton, gate=gate,
-            weights=weights,
-        )  # fmt: skip
+        return _backends.reference().group_advantages(rewards, group_ids, gate=gate, weights=weights, **options)
     r = _accumulated(rewards)
     return _GroupAdvantages.apply(
         r,

@@ -1,12 +1,14 @@
 """Recipes: a published system's way from rewards to advantages, by name.
 
 ``RECIPES`` map a packed batch to the rollouts' advantages ``[N]``, or to these and which rollouts are trained, bool
-``[N]``; ``TREE_RECIPES`` read a tree of rollouts. The modules hold each system's own functions.
+``[N]``, and take the ``process_group`` over whose ranks groups are spread; ``TREE_RECIPES`` read a tree of rollouts.
+The modules hold each system's own functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -16,11 +18,12 @@ from trajkern.recipes import nsr
 from trajkern.recipes.grpo import grpo
 from trajkern.recipes.trees import TREE_RECIPES, TreeRecipe, path_nodes
 
-Recipe = Callable[[PackedBatch], Tensor | tuple[Tensor, Tensor]]
+Recipe = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 def _by_sign(kind: str) -> Recipe:
-    def advantages(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def advantages(batch: PackedBatch, *, process_group: Any = None) -> tuple[Tensor, Tensor]:
+        """A rollout's own reward decides: no rank needs to hear of another's."""
         if batch.rewards is None:
             raise ValueError(f"batch must have rewards for the recipe {kind}; got None")
         return nsr.advantages(batch.rewards, kind=kind)

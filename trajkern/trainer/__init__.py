@@ -6,8 +6,10 @@ import sys
 
 
 def cli_main(argv: list[str]) -> int:
-    """Run the trainer on command-line arguments; returns the exit status (130 after Ctrl-C, 2 after a bad argument)."""
+    """Run the trainer on command-line arguments; returns the exit status (130 after Ctrl-C, 2 after a bad argument,
+    1 where another rank failed)."""
     from trajkern.trainer.config import parse
+    from trajkern.trainer.ranks import RankError
     from trajkern.trainer.run import Interrupted
     from trajkern.trainer.train import train
 
@@ -22,4 +24,7 @@ def cli_main(argv: list[str]) -> int:
     except (ValueError, ImportError) as error:
         print(f"trajkern train: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"trajkern train: {error}; the last checkpoint stands", file=sys.stderr)
+        return 1
     return 0

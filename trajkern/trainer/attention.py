@@ -85,8 +85,8 @@ class Cache:
         self.keep = keep  # [N, room] False on padding
         self.length = length  # columns filled
 
-    def repeat(self, copies: int) -> Cache:
-        """Every row ``copies`` times, copies adjacent."""
+    def repeat(self, copies: Tensor) -> Cache:  # [N]
+        """Row n ``copies[n]`` times, copies adjacent."""
         keys, values = (x.repeat_interleave(copies, 1) for x in (self.keys, self.values))
         return Cache(keys, values, self.keep.repeat_interleave(copies, 0), self.length)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trajkern.trainer.extras import require
+from trajkern.trainer.ranks import full, shard_like
 
 _KEY = "trajkern.trainer"
 
@@ -28,7 +29,7 @@ class Checkpoint(NamedTuple):
 
 
 def save(
-    path: Path,
+    path: Path | None,
     *,
     models: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
@@ -38,16 +39,19 @@ def save(
     """Write a checkpoint; a reader sees the old file or the new one, never a part.
 
     Args:
-        path: file to replace.
-        models: modules by name; shared parameters are stored once.
-        optimizer, generator: their whole state is stored.
+        path: file to replace; None on the ranks that only bring their shards.
+        models: modules by name, "policy" among them; shared parameters are stored once.
+        optimizer, generator: their whole state is stored; the optimizer's by the number of the policy's parameter.
         place: JSON data to find again in :attr:`Checkpoint.place`.
     """
     tensors = {"generator": generator.get_state()}
     for name, model in models.items():
-        tensors |= {f"{name}.{k}": v.detach().contiguous() for k, v in model.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= {f"{name}.{k}": full(v.detach()).contiguous() for k, v in model.named_parameters()}
+    for index, parameter in enumerate(models["policy"].parameters()):
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer.{index}.{k}": full(torch.as_tensor(v)) for k, v in state.items()}
+    if path is None:
+        return
     partial = path.with_name(path.name + ".part")
     try:
         require("safetensors.torch").save_file(tensors, partial, metadata={_KEY: json.dumps(place)})
@@ -90,12 +94,16 @@ def restore_model(checkpoint: Checkpoint, name: str, model: nn.Module) -> None:
             )
     with torch.no_grad():
         for key, parameter in own.items():
-            parameter.copy_(stored[key])
+            parameter.copy_(shard_like(stored[key], parameter))
 
 
-def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, policy: nn.Module) -> None:
+    """The inverse of what ``save`` did with the optimizer of this ``policy``."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = list(policy.parameters())
+    number = {p: n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for key, value in checkpoint.under("optimizer.").items():
         index, _, field = key.partition(".")
-        state.setdefault(int(index), {})[field] = value
+        parameter = parameters[int(index)]
+        state.setdefault(number[parameter], {})[field] = shard_like(value, parameter)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -81,6 +81,11 @@ class TrainConfig:
         max_new: most tokens of a completion; by default the longest answer's.
         lr: learning rate, decaying to a tenth.
         questions: draws that make the pool of training questions.
+        micro_tokens: most tokens of a micro-batch (a longer rollout stands alone); the gradients of
+            a step's micro-batches are added up. By default a step is one.
+        tensor_parallel: ranks that share the head, each with its part of the vocabulary; must
+            divide the ranks that torchrun starts.
+        device: cpu, or cuda: one GPU a rank.
         time_limit: seconds after which no further step starts.
         threads: torch threads; by default one a physical core.
         head: "fused" never forms the logits; "eager" does, and shows at the end what that
@@ -115,6 +120,9 @@ class TrainConfig:
     shots: int = 2
     lr: float = 5e-4
     questions: int = 20_000
+    micro_tokens: int | None = None
+    tensor_parallel: int = 1
+    device: str = "cpu"
     time_limit: float = 240.0
     threads: int | None = None
     head: Literal["fused", "eager"] = "fused"
@@ -145,6 +153,10 @@ class TrainConfig:
         for name in ("temperature", "lr", "time_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise ValueError(f"micro_tokens must be at least 1, got {self.micro_tokens}")
+        if self.micro_tokens:
+            check_parts(self.loss, "micro_tokens must not be given")
         if self.questions < self.prompts:
             raise ValueError(f"questions must be at least prompts = {self.prompts}, got {self.questions}")
 
@@ -157,6 +169,14 @@ class TrainConfig:
         """The inverse of :meth:`to_json`."""
         paths = {k: Path(v) for k, v in data.items() if k in _PATHS and v is not None}
         return cls(**{**data, **paths, **{k: table(**data[k]) for k, table in _TABLES.items() if k in data}})
+
+
+def check_parts(loss: tk.PolicyLoss, otherwise: str) -> None:
+    """Raise ValueError where the loss of a batch is not the sum of its parts' losses."""
+    if loss.kind in ("kl_cov", "clip_cov"):
+        raise ValueError(f"{otherwise} with loss.kind {loss.kind!r}, which ranks the tokens of the whole batch")
+    if loss.sampler_correction == "sequence_mask":
+        raise ValueError(f"{otherwise} with loss.sampler_correction 'sequence_mask', which changes what is counted")
 
 
 _PATHS = ("out", "tensorboard", "resume", "config")

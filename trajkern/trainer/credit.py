@@ -43,21 +43,69 @@ class Credit:
             return self.per == "leaf" and config.kind in _OF_TRAJECTORY and not corrected
         return not (self.per == "step" and config.sampler_correction == "sequence_mask")
 
-    def packed(self, config: tk.PolicyLoss) -> dict[str, Any]:
-        """``branch`` and ``config`` for the pairs of the tree."""
+    def units(self, aggregate: str) -> int:
+        """What the loss is divided by: the scored tokens, or the rollouts that have one."""
+        scored = self.loss_mask[self.forest.tree.flat_index]
+        if not aggregate.startswith("seq_mean"):
+            return int(scored.sum())
+        counted = torch.cat((scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)))
+        return int((counted[self.forest.tree.flat_cu_seqlens].diff() > 0).sum())
+
+    def pieces(self, most: int | None) -> list[Credit]:
+        """Credits of at most ``most`` tokens that train the same rollouts; a rollout that is longer stands alone."""
+        tree = self.forest.tree
+        if most is None or tree.num_tokens <= most:
+            return [self]
+        paths: list[list[int]] = [[] for _ in range(tree.num_leaves)]
+        for leaf, node in zip(*(x.tolist() for x in self.forest.path_nodes), strict=True):
+            paths[leaf].append(node)
+        lengths, room = tree.node_lengths.tolist(), most
+        pieces: list[list[int]] = [[]]
+        held: set[int] = set()
+        for leaf in tree.leaf_order.tolist():  # neighbours share the longest prefixes
+            new = sum(lengths[node] for node in paths[leaf] if node not in held)
+            if new > room and pieces[-1]:
+                pieces.append([])
+                held, room, new = set(), most, sum(lengths[node] for node in paths[leaf])
+            pieces[-1].append(leaf)
+            held.update(paths[leaf])
+            room -= new
+        flags = torch.zeros(len(pieces), tree.num_leaves, dtype=torch.bool)
+        for flag, leaves in zip(flags, pieces, strict=True):
+            flag[torch.tensor(leaves)] = True
+        return [self.of(flag) for flag in flags]
+
+    def of(self, leaves: Tensor) -> Credit:  # [L] bool
+        """The rollouts marked by ``leaves``."""
+        tree = self.forest.tree
+        owner = torch.arange(tree.num_leaves)
+        if self.per == "step":
+            owner = self.forest.path_nodes[0]
+        elif self.per == "token":
+            owner = torch.repeat_interleave(owner, tree.flat_cu_seqlens.diff())
+        nodes = self.forest.nodes_of(leaves)
+        return Credit(
+            self.forest.prune(leaves), self.advantages[leaves[owner]], self.per, self.loss_mask[nodes[tree.token_node]]
+        )
+
+    def packed(self, config: tk.PolicyLoss, normalizer: float | None = None) -> dict[str, Any]:
+        """``branch``, ``config`` and ``normalizer`` for the pairs of the tree."""
         tree = self.forest.tree
         if self.per == "leaf":
-            return {"branch": tk.Paths(tree, self.advantages), "config": config}
+            return {"branch": tk.Paths(tree, self.advantages), "config": config, "normalizer": normalizer}
         aggregate = config.resolved_aggregate
         weights = tree.leaf_weights(self.loss_mask, aggregate, max_length=config.max_length)
         if aggregate.startswith("seq_mean"):
             config = dataclasses.replace(config, aggregate="token_sum")
+            if normalizer is not None:
+                weights, normalizer = weights * (self.units(aggregate) / normalizer), None
         leaf, node = self.forest.path_nodes
         a, w = self.advantages.double(), weights[leaf]
         counted = (w > 0).double()
         terms = (w * a.relu(), -w * (-a).relu(), w, counted * (a > 0), counted * (a < 0), counted * (a == 0))
         sums = torch.zeros(tree.num_nodes, len(terms), dtype=a.dtype).index_add(0, node, torch.stack(terms, 1))
-        return {"branch": tk.Branch(*sums.to(self.advantages.dtype).unbind(1)), "config": config}
+        branch = tk.Branch(*sums.to(self.advantages.dtype).unbind(1))
+        return {"branch": branch, "config": config, "normalizer": normalizer}
 
     def flat(self, per_pair: dict[str, Tensor | None]) -> dict[str, Any]:
         """The arguments of the flat rollouts' loss: what is per pair of the tree, repeated, and the advantages."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.tasks import Question, Task
 
@@ -57,23 +58,27 @@ def evaluate(
     greedy: bool = False,
     batch: int = 128,
     prompt: Callable[[Question], list[int]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Accuracy:
-    """Sample each question ``samples`` times at temperature 1, and once greedily where asked; ``batch`` at a time."""
-    generator, prompt = torch.Generator().manual_seed(_SEED), prompt or policy.prompt
+    """Sample each question ``samples`` times at temperature 1, and once greedily where asked; ``batch`` at a time.
+
+    The ranks share the samples, and all get the result.
+    """
+    generator, prompt = torch.Generator(ranks.device).manual_seed(_SEED), prompt or policy.prompt
     passed, best, asked, texts = [], [], [], []
     for begin in range(0, len(questions), batch):
         some = questions[begin : begin + batch]
         prompts, many = [prompt(question) for question in some], each(some, samples)
-        where: dict[str, Any] = {"max_new": max_new, "generator": generator}
+        where: dict[str, Any] = {"max_new": max_new, "generator": generator, "ranks": ranks}
         drawn = sample(policy, prompts, copies=samples, environment=environment(policy, task, many), **where)
-        completions = drawn.completions()
+        completions = ranks.gather(drawn.completions())
         passed.append(rewards_of(policy, task, many, completions).view(-1, samples))
         asked += many
         texts += [policy.text(tokens) for tokens in completions]
         if greedy:
             talk = environment(policy, task, some)
             likely = sample(policy, prompts, copies=1, environment=talk, greedy=True, **where)
-            best.append(rewards_of(policy, task, some, likely.completions()))
+            best.append(rewards_of(policy, task, some, ranks.gather(likely.completions())))
     rewards = torch.cat(passed)
     powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     details: dict[str, float | None] = {f"pass@{k}": pass_at(rewards, k) for k in powers}

@@ -55,10 +55,13 @@ class Forest:
         counted = torch.cat((scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)))
         return number[index[scored]], counted[bounds]
 
+    def nodes_of(self, leaves: Tensor) -> Tensor:  # [L] bool
+        """The nodes on the paths of the rollouts marked by ``leaves``, bool ``[M]``."""
+        return tk.subtree_reduce(leaves.float(), self.tree, "max") > 0
+
     def prune(self, keep: Tensor) -> Forest:  # [L] bool
         """The rollouts marked by ``keep`` and what leads to them."""
-        tree = self.tree
-        nodes = tk.subtree_reduce(keep.float(), tree, "max") > 0
+        tree, nodes = self.tree, self.nodes_of(keep)
         number = nodes.cumsum(0) - 1
         parent = tree.parent[nodes]
         parent = torch.where(parent < 0, -1, number[parent])

@@ -11,6 +11,7 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.trainer.forest import Forest
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.ranks import ALONE, Rows
 from trajkern.trainer.sampling import Drawn, draw, left_padded, read_prompts
 
 
@@ -64,35 +65,38 @@ def grow(
     shape: TreeShape,
     *,
     max_new: int,
+    rows: Rows | None = None,
     generator: torch.Generator,
     temperature: float = 1.0,
 ) -> list[Node]:
     """The nodes of ``shape.trees`` trees of each prompt, parents first; completions of at most ``max_new`` tokens.
 
-    A tree starts as one chain of steps. In every round each of its expansions draws one of its nodes that are no
-    leaves, with replacement, and continues from there to the end. Only the node's last token is read again.
+    The prompts are the share ``rows`` of a batch, by default all of it. A tree starts as one chain of steps. In every
+    round each of its expansions draws one of its nodes that are no leaves, with replacement, and continues from there
+    to the end. Only the node's last token is read again.
     """
     tokens, keep = left_padded(prompts, policy.eos)
     width, count = tokens.shape[1], len(prompts) * shape.trees
-    logits, cache = read_prompts(policy, tokens, keep, shape.trees, max_new)
+    logits, cache = read_prompts(policy, tokens, keep, torch.full((len(prompts),), shape.trees), max_new)
+    planted = (rows or ALONE.rows(len(prompts))).times(shape.trees)
     nodes = [
         Node(-1, tree, prompts[tree // shape.trees], [0.0] * len(prompts[tree // shape.trees]), tree, width, 0, False)
         for tree in range(count)
     ]
     options: dict[str, Any] = {"generator": generator, "temperature": temperature}
-    drawn = draw(policy, logits, cache, torch.full((count,), max_new), **options)
+    drawn = draw(policy, logits, cache, torch.full((count,), max_new), rows=planted, **options)
     _add(nodes, policy, drawn, list(range(count)), width, list(range(count)))
     for left in reversed(range(shape.rounds)):
-        origins = _choose(nodes, count, shape.expansions, generator)
+        origins = _choose(nodes, planted, shape.expansions, generator)
         chosen = [nodes[n] for n in origins]
-        rows, ends = torch.tensor([n.row for n in chosen]), torch.tensor([n.end for n in chosen])
+        lines, ends = torch.tensor([n.row for n in chosen]), torch.tensor([n.end for n in chosen])
         most = torch.tensor([max_new - n.used for n in chosen])
         last = torch.tensor([n.tokens[-1] for n in chosen])
-        branch = cache.branch(rows, ends - 1, int(most.max()) + 1)
+        branch = cache.branch(lines, ends - 1, int(most.max()) + 1)
         with torch.no_grad():
             logits = policy.extend(last[:, None], torch.ones(len(last), 1, dtype=torch.bool), branch)
         begin = branch.length
-        drawn = draw(policy, logits, branch, most, **options)
+        drawn = draw(policy, logits, branch, most, rows=planted.times(shape.expansions), **options)
         first = int(max(n.row for n in nodes)) + 1
         _add(nodes, policy, drawn, origins, begin, list(range(first, first + len(origins))))
         if left:
@@ -100,14 +104,15 @@ def grow(
     return nodes
 
 
-def _choose(nodes: list[Node], trees: int, expansions: int, generator: torch.Generator) -> list[int]:
+def _choose(nodes: list[Node], trees: Rows, expansions: int, generator: torch.Generator) -> list[int]:
     """For every tree ``expansions`` of its nodes that are no leaves, with replacement."""
-    inner: list[list[int]] = [[] for _ in range(trees)]
+    inner: list[list[int]] = [[] for _ in range(trees.begin, trees.end)]
     for number, node in enumerate(nodes):
         if not node.leaf:
             inner[node.tree].append(number)
-    places = torch.rand(trees, expansions, generator=generator, dtype=torch.float64).tolist()
-    return [some[int(place * len(some))] for some, row in zip(inner, places, strict=True) for place in row]
+    places = torch.rand(trees.total, expansions, generator=generator, dtype=torch.float64, device=generator.device)
+    own = zip(inner, trees.of(places.tolist()), strict=True)
+    return [some[int(place * len(some))] for some, row in own for place in row]
 
 
 def _add(
@@ -141,10 +146,19 @@ def plant(nodes: list[Node], trees: int) -> Forest:
     )
 
 
-def thin(forest: Forest, keep: int, generator: torch.Generator) -> Forest:
-    """``keep`` leaves of each tree, at random."""
+def leaf_chances(shape: TreeShape, prompts: Rows, generator: torch.Generator) -> Tensor:
+    """A number in [0, 1) for each leaf that was grown, of those drawn for the leaves of all ranks."""
+    trees = prompts.times(shape.trees)
+    more = trees.times(shape.expansions)
+    begins = (trees.total + number * more.total for number in range(shape.rounds))
+    numbers = [torch.arange(trees.begin, trees.end), *(begin + torch.arange(more.begin, more.end) for begin in begins)]
+    return torch.rand(trees.total * shape.leaves, generator=generator, device=generator.device)[torch.cat(numbers)]
+
+
+def thin(forest: Forest, keep: int, chances: Tensor) -> Forest:  # [L]
+    """``keep`` leaves of each tree, those of the smallest ``chances``."""
     root = forest.tree.leaf_root
-    order = torch.rand(len(root), generator=generator).argsort(stable=True)
+    order = chances.argsort(stable=True)
     order = order[root[order].argsort(stable=True)]  # tree after tree, shuffled in each
     counts = torch.bincount(root, minlength=forest.tree.num_roots)
     place = torch.arange(len(root)) - (counts.cumsum(0) - counts)[root[order]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trajkern.trainer.blocks import Blocks, Layout, blocks
 from trajkern.trainer.extras import require
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.policy import Policy, vocabulary_rows
 from trajkern.trainer.tasks import Question
 
 
@@ -23,8 +23,8 @@ class HuggingFaceCache:
     def __init__(self, cache: Any, keep: Tensor) -> None:
         self.cache, self.keep = cache, keep  # keep: [N, length] bool
 
-    def repeat(self, copies: int) -> HuggingFaceCache:
-        """Every sequence ``copies`` times, copies adjacent."""
+    def repeat(self, copies: Tensor) -> HuggingFaceCache:  # [N]
+        """Sequence n ``copies[n]`` times, copies adjacent."""
         self.cache.batch_repeat_interleave(copies)
         return HuggingFaceCache(self.cache, self.keep.repeat_interleave(copies, 0))
 
@@ -98,12 +98,16 @@ class HuggingFacePolicy(Policy):
 
     def head_arguments(self) -> dict[str, Any]:
         head, config = self.model.get_output_embeddings(), self.model.config
-        return {
-            "weight": head.weight,
-            "bias": head.bias,
+        return vocabulary_rows(weight=head.weight, bias=head.bias) | {
             "softcap": getattr(config, "final_logit_softcapping", None),
             "logit_scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
         }
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.base_model.layers)
+
+    def head_modules(self) -> tuple[Any, Any]:
+        return self.model.get_output_embeddings(), self.model.get_input_embeddings()
 
     def start(self, count: int, room: int) -> HuggingFaceCache:
         # transformers' cache grows as needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,20 @@ def pack_pieces(trajectories: Sequence[Sequence[Piece]], group_ids: Tensor | Non
         loss_mask=torch.tensor([scored for tokens, scored in every for _ in tokens], dtype=torch.bool),
         group_ids=torch.arange(len(trajectories)) if group_ids is None else group_ids,
     )
+
+
+def parted(trajectories: Sequence[Sequence[Piece]], most: int | None) -> list[Sequence[Sequence[Piece]]]:
+    """Runs of trajectories of at most ``most`` tokens together; one that is longer stands alone."""
+    parts: list[list[Sequence[Piece]]] = []
+    room = 0.0
+    for trajectory in trajectories:
+        length = sum(len(tokens) for tokens, _ in trajectory)
+        if not parts or length > room:
+            parts.append([])
+            room = math.inf if most is None else most
+        parts[-1].append(trajectory)
+        room -= length
+    return list(parts)
 
 
 def demonstration(policy: Policy, pieces: Sequence[tuple[str, bool]]) -> list[Piece]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trajkern.trainer import tokenizer
 from trajkern.trainer.blocks import Layout
@@ -23,8 +24,8 @@ class KeyValues(Protocol):
     def length(self) -> int:
         """Columns filled."""
 
-    def repeat(self, copies: int) -> Any:
-        """Every sequence ``copies`` times, copies adjacent; this one must not be used after it."""
+    def repeat(self, copies: Tensor) -> Any:  # [N]
+        """Sequence n ``copies[n]`` times, copies adjacent; this one must not be used after it."""
 
     def branch(self, rows: Tensor, ends: Tensor, room: int) -> Any:  # [R], [R]
         """Copies: row ``rows[i]`` up to its column ``ends[i]``, with ``room`` more columns."""
@@ -53,6 +54,14 @@ class Policy(nn.Module, abc.ABC):
     @abc.abstractmethod
     def head_arguments(self) -> dict[str, Any]:
         """The head as :func:`trajkern.linear_logprobs` takes it: weight, and what else there is."""
+
+    @abc.abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The blocks whose weights are sharded over ranks one by one."""
+
+    @abc.abstractmethod
+    def head_modules(self) -> tuple[Any, Any]:
+        """The linear head and the embedding, whose weights may be one."""
 
     @abc.abstractmethod
     def start(self, count: int, room: int) -> KeyValues:
@@ -103,7 +112,13 @@ class CharacterModel(Transformer, Policy):
         super().__init__(config, tokenizer.VOCABULARY)
 
     def head_arguments(self) -> dict[str, Any]:
-        return {"weight": self.head.weight}
+        return vocabulary_rows(weight=self.head.weight)
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def head_modules(self) -> tuple[Any, Any]:
+        return self.head, self.embed
 
     def prompt(self, question: Question) -> list[int]:
         return tokenizer.encode(question.prompt)
@@ -113,6 +128,18 @@ class CharacterModel(Transformer, Policy):
 
     def spelling(self, tokens: list[int]) -> str:
         return tokenizer.decode(tokens)
+
+
+def vocabulary_rows(**head: Tensor | None) -> dict[str, Any]:
+    """This rank's rows of the head, and the group that holds the others where it is spread over ranks."""
+    shards = [x for x in head.values() if isinstance(x, DTensor)]
+    if not shards:
+        return dict(head)
+    ranks = shards[0].device_mesh
+    if ranks.mesh_dim_names != ("vocabulary",):
+        raise RuntimeError("the head can be read only after a forward pass, which gathers it")
+    rows = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in head.items()}
+    return rows | {"process_group": ranks.get_group()}
 
 
 def load_policy(name: str, tiny: ModelConfig, shots: Sequence[Question]) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,14 @@ class Metrics:
         history: the file a resumed run continues.
         size: bytes of it to keep.
         tensorboard: folder for event files.
+        quiet: write nothing, on all ranks but the first.
     """
 
-    def __init__(self, path: Path, *, history: Path | None, size: int, tensorboard: Path | None) -> None:
+    def __init__(
+        self, path: Path, *, history: Path | None, size: int, tensorboard: Path | None, quiet: bool = False
+    ) -> None:
+        if quiet:
+            path, history, tensorboard = Path(os.devnull), None, None
         kept = history.read_bytes()[:size] if history and history.exists() else b""
         self._file = open(path, "wb")
         self._file.write(kept)
@@ -52,10 +58,10 @@ class Metrics:
 
 
 class Display:
-    """A progress bar on a terminal, a line every few seconds elsewhere."""
+    """A progress bar on a terminal, a line every few seconds elsewhere; nothing where ``quiet``."""
 
-    def __init__(self) -> None:
-        self._console = require("rich.console").Console(soft_wrap=True, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = require("rich.console").Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0

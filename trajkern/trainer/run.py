@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.ranks import Ranks, full
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.systems import System
 from trajkern.trainer.tasks import Question, Splits, Task
@@ -64,6 +65,7 @@ class Run:
     """Everything that a step reads or changes."""
 
     config: TrainConfig
+    ranks: Ranks
     task: Task
     splits: Splits
     system: System
@@ -80,6 +82,7 @@ class Run:
     phase: str = "warmup"
     step: int = 0
     before: Accuracy | None = None
+    saved: Path | None = None  # the last checkpoint of this run
     last: tuple[Any, ...] | None = None  # credit, pairs and given log-probs of the last update
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
@@ -102,9 +105,10 @@ class Run:
             "metrics": self.metrics.size,
         }
         models = {"policy": self.policy} | ({"anchor": self.anchor} if self.anchor else {})
-        path = self.out / name
+        path = self.out / name if self.ranks.number == 0 else None
         checkpoint.save(path, models=models, optimizer=self.optimizer, generator=self.generator, place=place)
-        return path
+        self.saved = self.out / name
+        return self.saved
 
     def restore(self, stored: checkpoint.Checkpoint) -> None:
         """Continue where ``stored`` stands; weights and optimiser are the caller's to restore."""
@@ -117,24 +121,35 @@ class Run:
     def between_steps(self) -> None:
         """The place where a run may stop: heed Ctrl-C, and write the regular checkpoint."""
         every = self.config.checkpoint_every
-        if self.interrupt.is_set():
+        if self.ranks.any(self.interrupt.is_set()):
             raise Interrupted(self.save())
         if self.phase == "main" and every and self.step and self.step % every == 0:
             self.save()
 
     def draw(self, pool: list, count: int) -> list:
         """``count`` different items."""
-        order = torch.randperm(len(pool), generator=self.generator)[:count]
+        order = torch.randperm(len(pool), generator=self.generator, device=self.generator.device)[:count]
         return [pool[i] for i in order.tolist()]
 
 
-def optimise(run: Run, loss: Tensor) -> None:
-    """One step against ``loss``, its gradient clipped to norm 1."""
+def optimise(run: Run, losses: Iterable[Tensor]) -> float:
+    """One step against the sum of ``losses`` over all ranks, which is clipped to norm 1; returns its norm before.
+
+    Each of them may be formed when it is asked for: it is backpropagated, and its memory given back, before the next.
+    """
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parameters = run.optimizer.param_groups[0]["params"]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+    for loss in losses:
+        loss.backward()
+    groups = [group["params"] for group in run.optimizer.param_groups]
+    gradients = [[p.grad for p in some if p.grad is not None] for some in groups]
+    norms = [full(torch.nn.utils.get_total_norm(some)) for some in gradients]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if not norm.isfinite():
+        raise RuntimeError(f"the gradient's norm must be finite to take a step, got {norm.item()}")
+    for some in groups:
+        torch.nn.utils.clip_grads_with_norm_(some, 1.0, norm)
     run.optimizer.step()
+    return norm.item()
 
 
 def results_folder(config: TrainConfig) -> Path:
@@ -158,8 +173,11 @@ def results_folder(config: TrainConfig) -> Path:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that the step in progress ends first; a second Ctrl-C stops at once."""
+def interruptible(patient: bool) -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that the step in progress ends first; a second Ctrl-C stops at once.
+
+    Unless ``patient``: torchrun passes on the Ctrl-C that every rank gets from the terminal, too.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -168,7 +186,8 @@ def interruptible() -> Iterator[threading.Event]:
 
     def heed(number: int, frame: Any) -> None:
         event.set()
-        signal.signal(signal.SIGINT, before)
+        if not patient:
+            signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, heed)
     try:
@@ -178,12 +197,12 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def deterministic(threads: int | None) -> Iterator[None]:
-    """The same bits for the same seed and number of threads."""
+def deterministic(threads: int | None, device: torch.device) -> Iterator[None]:
+    """The same bits for the same seed and number of threads; on a GPU as far as cuBLAS goes without being told."""
     memory: Any = torch.utils.deterministic
     state = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory)
     torch.set_num_threads(threads or state[0])
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     memory.fill_uninitialized_memory = False  # the flag's debugging aid, which costs a pass over every allocation
     try:
         yield

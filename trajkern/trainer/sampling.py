@@ -11,6 +11,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.ranks import ALONE, Ranks, Rows
 from trajkern.trainer.tasks import Question, Task
 
 # Of a rollout's number and all its tokens after the prompt: what the environment adds, and whether that is the end;
@@ -53,19 +54,31 @@ def sample(
     temperature: float = 1.0,
     greedy: bool = False,
     environment: Environment | None = None,
+    ranks: Ranks = ALONE,
+    whole: bool = False,
 ) -> Rollouts:
-    """Sample ``copies`` completions of each prompt, adjacent, of at most ``max_new`` tokens, the environment's too."""
-    tokens, keep = left_padded(prompts, policy.eos)
-    logits, cache = read_prompts(policy, tokens, keep, copies, max_new)
+    """Sample ``copies`` completions of each prompt, adjacent, of at most ``max_new`` tokens, the environment's too.
+
+    Each of ``ranks`` draws and returns its share of the rollouts, ``whole`` groups where asked; any number of ranks
+    draws the same ones.
+    """
+    rows = ranks.rows(len(prompts) * copies, copies if whole else 1)
+    drawing = rows._replace(end=max(rows.end, rows.begin + 1))  # an empty share draws along, for the generator's sake
+    owner = torch.arange(drawing.begin, drawing.end) // copies
+    first = int(owner[0])
+    tokens, keep = left_padded(prompts[first : int(owner[-1]) + 1], policy.eos)
+    counts = torch.bincount(owner - first)
+    logits, cache = read_prompts(policy, tokens, keep, counts, max_new)
     most = torch.full((len(logits),), max_new)
-    options: dict[str, Any] = {"generator": generator, "temperature": temperature, "greedy": greedy}
+    options: dict[str, Any] = {"generator": generator, "temperature": temperature, "greedy": greedy, "rows": drawing}
     drawn = draw(policy, logits, cache, most, environment=environment, **options)
-    tokens, keep = (x.repeat_interleave(copies, 0) for x in (tokens, keep))
+    tokens, keep = (x.repeat_interleave(counts, 0) for x in (tokens, keep))
+    count = rows.end - rows.begin
     return Rollouts(
-        torch.cat((tokens, drawn.tokens), 1),
-        torch.cat((keep, drawn.keep), 1),
-        torch.cat((torch.zeros_like(keep), drawn.written), 1),
-        F.pad(drawn.logprobs, (tokens.shape[1], 0)),
+        torch.cat((tokens, drawn.tokens), 1)[:count],
+        torch.cat((keep, drawn.keep), 1)[:count],
+        torch.cat((torch.zeros_like(keep), drawn.written), 1)[:count],
+        F.pad(drawn.logprobs, (tokens.shape[1], 0))[:count],
         tokens.shape[1],
     )
 
@@ -79,8 +92,8 @@ def left_padded(prompts: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def read_prompts(policy: Policy, tokens: Tensor, keep: Tensor, copies: int, room: int) -> tuple[Tensor, Any]:
-    """The logits after each prompt, ``copies`` times, and a cache with ``room`` more columns; each is read once."""
+def read_prompts(policy: Policy, tokens: Tensor, keep: Tensor, copies: Tensor, room: int) -> tuple[Tensor, Any]:
+    """The logits after prompt n, ``copies[n]`` times, and a cache with ``room`` more columns; each is read once."""
     cache = policy.start(len(tokens), tokens.shape[1] + room)
     logits = policy.extend(tokens, keep, cache).repeat_interleave(copies, 0)
     return logits, cache.repeat(copies)
@@ -93,18 +106,23 @@ def draw(
     cache: Any,
     most: Tensor,  # [N]
     *,
+    rows: Rows,
     generator: torch.Generator,
     temperature: float = 1.0,
     greedy: bool = False,
     environment: Environment | None = None,
 ) -> Drawn:
-    """Continue each sequence of the cache until its end-of-sequence token, or to its ``most`` tokens (at least 1)."""
+    """Continue each sequence of the cache until its end-of-sequence token, or to its ``most`` tokens (at least 1).
+
+    The sequences are the share ``rows`` of a batch. Every rank draws the random numbers of the whole batch and uses its
+    own; the generators agree again at the end.
+    """
     tokens, keeps, logprobs, writes = [], [], [], []
     alive, longest = torch.ones(len(logits), dtype=torch.bool), int(most.max())
-    talk = Talk(environment, len(logits)) if environment else None
+    talk = Talk(environment, rows) if environment else None
     while True:
         logits = logits.float()
-        drawn = logits.argmax(-1) if greedy else _draw(logits / temperature, generator)
+        drawn = logits.argmax(-1) if greedy else _race(logits / temperature, rows, generator)
         written = alive
         if talk:
             drawn, own = talk.speak(drawn)
@@ -117,6 +135,9 @@ def draw(
         if talk:
             alive = talk.listen(drawn, written, alive)
         if len(tokens) == longest or not alive.any():
+            if not greedy:
+                for _ in range(rows.ranks.most(len(tokens)) - len(tokens)):
+                    _race(logits, rows, generator)
             return Drawn(*(torch.stack(x, 1) for x in (tokens, keeps, logprobs, writes)))
         logits = policy.extend(tokens[-1][:, None], keeps[-1][:, None], cache)
 
@@ -124,8 +145,8 @@ def draw(
 class Talk:
     """The environment's side of rollouts in progress: what it has yet to write in each."""
 
-    def __init__(self, environment: Environment, count: int) -> None:
-        self._environment = environment
+    def __init__(self, environment: Environment, rows: Rows) -> None:
+        self._environment, self._first, count = environment, rows.begin, rows.end - rows.begin
         self._said: list[list[int]] = [[] for _ in range(count)]
         self._pending: list[list[int]] = [[] for _ in range(count)]
         self._last = [False] * count  # whether the rollout ends with what is pending
@@ -145,7 +166,7 @@ class Talk:
             self._said[row].append(token)
             if not own:
                 self._pending[row].pop(0)
-            elif (reply := self._environment(row, self._said[row])) is not None:
+            elif (reply := self._environment(self._first + row, self._said[row])) is not None:
                 self._pending[row], self._last[row] = list(reply[0]), reply[1]
             go_on[row] = bool(self._pending[row]) or not self._last[row]
         return torch.tensor(go_on)
@@ -163,5 +184,7 @@ def environment(policy: Policy, task: Task, questions: Sequence[Question]) -> En
     return reply
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:  # [N, V] -> [N]
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+def _race(logits: Tensor, rows: Rows, generator: torch.Generator) -> Tensor:  # [N, V] -> [N]
+    """A draw from each softmax, as torch.multinomial makes it: the token whose exponential arrives first."""
+    arrival = logits.new_empty(rows.total, logits.shape[1]).exponential_(generator=generator)
+    return (logits.softmax(-1) / arrival[rows.begin : rows.end]).argmax(-1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,17 +16,17 @@ import trajkern as tk
 from trajkern import recipes
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import collect
-from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.config import TrainConfig, check_parts
 from trajkern.trainer.cost import measure
 from trajkern.trainer.evaluate import Accuracy, evaluate
-from trajkern.trainer.packing import pack_pieces
 from trajkern.trainer.plot import plot
 from trajkern.trainer.policy import Policy, load_policy
+from trajkern.trainer.ranks import Ranks, joined
 from trajkern.trainer.report import Display, Metrics
-from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible, optimise, results_folder
-from trajkern.trainer.systems import Values, load_system, recipe_names
-from trajkern.trainer.tasks import Question, Task, load_task
-from trajkern.trainer.update import policy_term, score, update
+from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible, results_folder
+from trajkern.trainer.systems import System, Values, load_system, recipe_names
+from trajkern.trainer.tasks import Question, Splits, Task, load_task
+from trajkern.trainer.update import imitate, policy_term, update
 
 RAMP = 20  # warm-up steps over which the learning rate rises
 
@@ -46,16 +45,23 @@ class Result(NamedTuple):
 
 
 def train(config: TrainConfig) -> Result:
-    """Train as ``config`` says and print a summary.
+    """Train as ``config`` says and print a summary. Under torchrun the ranks train together; rank 0 writes and shows.
 
     Raises:
-        ValueError: an unknown task, model or recipe; a checkpoint that is truncated or of another model; an ``out``
-            that holds another run.
+        ValueError: an unknown task, model, recipe or device; a checkpoint that is truncated or of another model; an
+            ``out`` that holds another run; more ranks than can share the work.
         Interrupted: Ctrl-C; a checkpoint has been written.
+        RankError: another rank failed or died; the last checkpoint stands.
     """
     backend = tk.use_backend("reference") if config.reference else nullcontext()
-    with backend, deterministic(config.threads), interruptible() as interrupt:
-        run = set_up(config, interrupt)
+    with (
+        backend,
+        joined(config.device, config.tensor_parallel) as ranks,
+        deterministic(config.threads, ranks.device),
+        interruptible(patient=ranks.mesh is not None) as interrupt,
+        ranks.device if ranks.device.type != "cpu" else nullcontext(),  # a default device slows every call down
+    ):
+        run = set_up(config, ranks, interrupt)
         try:
             if run.phase == "warmup":
                 warm_up(run)
@@ -67,12 +73,12 @@ def train(config: TrainConfig) -> Result:
             run.metrics.close()
 
 
-def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
+def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
     if config.recipe not in recipe_names():
         raise ValueError(f"recipe must be one of {', '.join(recipe_names())}; got {config.recipe!r}")
     stored = checkpoint.load(config.resume) if config.resume else None
-    display = Display()
+    display = Display(quiet=ranks.number > 0)
     task, sizes = load_task(config.task, config.seed), config.eval
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = task.splits(
@@ -81,42 +87,80 @@ def set_up(config: TrainConfig, interrupt: threading.Event) -> Run:
         demonstrations=config.warmup.demonstrations,
         train=config.questions,
     )
-    torch.manual_seed(config.seed)
-    policy = load_policy(config.model, config.tiny, splits.demonstrations[: config.shots])
+    policy = make_policy(config, splits, ranks)
     phase = stored.place["phase"] if stored else "warmup"
-    anchor = copy.deepcopy(policy).requires_grad_(False) if config.loss.kl_coef and phase == "main" else None
+    anchor = make_anchor(config, splits, ranks, policy) if phase == "main" else None
     optimizer = make_optimizer(config, task, policy, phase)
     if stored:
         checkpoint.restore_model(stored, "policy", policy)
         if anchor:
             checkpoint.restore_model(stored, "anchor", anchor)
-        checkpoint.restore_optimizer(stored, optimizer)
-    system = load_system(config, task, policy)
+        checkpoint.restore_optimizer(stored, optimizer, policy)
+    system = load_system(config, task, policy, ranks)
+    check_ranks(config, system, ranks)
     longest = max(len(policy.answer(q.answer)) for q in (*splits.demonstrations, *splits.validation))
-    out = results_folder(config)
+    out = ranks.told(results_folder(config) if ranks.number == 0 else None)
+    assert out is not None
     history = stored.path.parent / METRICS if stored else None
     size = stored.place["metrics"] if stored else 0
+    written: dict[str, Any] = {"history": history, "size": size, "tensorboard": config.tensorboard}
     run = Run(
         config=config,
+        ranks=ranks,
         task=task,
         splits=splits,
         system=system,
         pool=system.pool(splits),
         policy=policy,
         anchor=anchor,
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator(ranks.device).manual_seed(config.seed),
         max_new=config.max_new or longest,
         out=out,
-        metrics=Metrics(out / METRICS, history=history, size=size, tensorboard=config.tensorboard),
+        metrics=Metrics(out / METRICS, quiet=ranks.number > 0, **written),
         display=display,
         interrupt=interrupt,
         optimizer=optimizer,
     )
     if stored:
         run.restore(stored)
-    parameters = sum(p.numel() for p in policy.parameters())
-    display.say(f"{config.model}: {parameters:,} parameters, {torch.get_num_threads()} threads; results in {out}")
+    parameters, threads = sum(p.numel() for p in policy.parameters()), f"{torch.get_num_threads()} threads"
+    if ranks.mesh:
+        threads += f" on each of {ranks.mesh.size()} ranks"
+    display.say(f"{config.model}: {parameters:,} parameters, {threads}; results in {out}")
     return run
+
+
+def make_policy(config: TrainConfig, splits: Splits, ranks: Ranks) -> Policy:
+    """The policy as it begins, the same for every number of ranks."""
+    torch.manual_seed(config.seed)
+    with torch.device("cpu"):  # a rank moves to its device what it keeps
+        policy = load_policy(config.model, config.tiny, splits.demonstrations[: config.shots])
+    return ranks.shard(policy)
+
+
+def make_anchor(config: TrainConfig, splits: Splits, ranks: Ranks, policy: Policy) -> Policy | None:
+    """A copy of the policy as it is, where the loss has a KL term."""
+    if not config.loss.kl_coef:
+        return None
+    anchor = make_policy(config, splits, ranks).requires_grad_(False)
+    with torch.no_grad():
+        for own, now in zip(anchor.parameters(), policy.parameters(), strict=True):
+            own.copy_(now)
+    return anchor
+
+
+def check_ranks(config: TrainConfig, system: System, ranks: Ranks) -> None:
+    """Raise ValueError where the ranks cannot share the work."""
+    if ranks.parts == 1:
+        return
+    check_parts(config.loss, "the run must have one rank of data")
+    if config.prompts * (config.rollouts if system.splits_groups else 1) < ranks.parts:
+        kept = "" if system.splits_groups else f" (the recipe {config.recipe} keeps a group on one rank)"
+        raise ValueError(f"prompts must be enough for {ranks.parts} ranks of data{kept}; got {config.prompts}")
+    if config.warmup.batch < ranks.parts:
+        raise ValueError(f"warmup.batch must be at least {ranks.parts}, the ranks of data; got {config.warmup.batch}")
+    if config.recipe == "dro" and config.compose.rubric:
+        raise ValueError("compose.rubric must be none for the recipe dro on several ranks, which compares all prompts")
 
 
 def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) -> torch.optim.Optimizer:
@@ -125,7 +169,11 @@ def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) 
     if supervised:
         own = config.warmup.weight_decay
         betas, decay = (0.9, 0.98), task.weight_decay if own is None else own
-    return torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
+    meshes: dict[Any, list[torch.nn.Parameter]] = {}  # one fused step works on one mesh
+    for parameter in policy.parameters():
+        meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    groups = [{"params": some} for some in meshes.values()]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def set_lr(run: Run, lr: float) -> None:
@@ -158,11 +206,8 @@ def supervised_step(run: Run) -> float:
     """One optimiser step of cross-entropy on a batch of demonstrations."""
     with run.clock.timing("training"):
         drawn = run.draw(run.splits.demonstrations, run.config.warmup.batch)
-        batch = pack_pieces([run.system.demonstration(question) for question in drawn])
-        loss = -score(run.policy, batch.tokens, batch.cu_seqlens, batch.head_inputs(), run.config.head).mean()
-        optimise(run, loss)
-        run.clock.trained += batch.num_tokens
-        return loss.item()
+        own = run.ranks.rows(len(drawn)).of(drawn)
+        return imitate(run, [run.system.demonstration(question) for question in own])
 
 
 def begin_main(run: Run) -> None:
@@ -170,8 +215,7 @@ def begin_main(run: Run) -> None:
     run.before = report_heldout(run, 0)
     run.phase, run.step, run.clock = "main", 0, Clock()
     run.optimizer = make_optimizer(run.config, run.task, run.policy, run.phase)
-    if run.config.loss.kl_coef:
-        run.anchor = copy.deepcopy(run.policy).requires_grad_(False)
+    run.anchor = make_anchor(run.config, run.splits, run.ranks, run.policy)
     if run.config.warmup.steps:
         run.save("warmup.safetensors")
 
@@ -182,7 +226,7 @@ def reinforce(run: Run) -> None:
     run.display.begin(config.recipe if config.control == "none" else config.control, config.steps, run.step)
     while run.step < config.steps:
         run.between_steps()
-        if time.monotonic() - run.began > config.time_limit:
+        if run.ranks.any(time.monotonic() - run.began > config.time_limit):
             limit = f"time limit of {config.time_limit:g} s reached"
             run.display.say(f"{limit}: stopped after {run.step} of {config.steps} steps")
             break
@@ -203,10 +247,8 @@ def reinforce(run: Run) -> None:
 def policy_step(run: Run) -> Values:
     """Sample rollouts, reward them, and descend the policy loss on the prompts whose rewards differ."""
     values, credit = collect(run, run.draw(run.pool, run.config.prompts))
-    if credit is not None:
-        with run.clock.timing("training"):
-            values |= update(run, credit)
-    return values
+    with run.clock.timing("training"):
+        return values | update(run, credit)
 
 
 def supervised_control(run: Run) -> Values:
@@ -251,8 +293,9 @@ def report_heldout(run: Run, step: int) -> Accuracy:
 
 def measured(run: Run, questions: list[Question], greedy: bool = False) -> Accuracy:
     """Accuracy on these questions, posed as the recipe poses them."""
-    sizes = {"samples": run.config.eval.samples, "max_new": run.max_new}
-    return evaluate(run.policy, run.task, questions, greedy=greedy, prompt=run.system.prompt, **sizes)
+    sizes: dict[str, Any] = {"samples": run.config.eval.samples, "max_new": run.max_new, "ranks": run.ranks}
+    with run.ranks.gathered(run.policy):
+        return evaluate(run.policy, run.task, questions, greedy=greedy, prompt=run.system.prompt, **sizes)
 
 
 def finish(run: Run) -> Result:
@@ -261,12 +304,13 @@ def finish(run: Run) -> Result:
     after = report_heldout(run, run.step)
     metrics, curve = run.out / METRICS, run.out / "curve.png"
     kind = config.recipe if config.control == "none" else config.control
-    plot(metrics, curve, f"{config.task}, {kind}, seed {config.seed}")
+    if run.ranks.number == 0:
+        plot(metrics, curve, f"{config.task}, {kind}, seed {config.seed}")
     seconds = time.monotonic() - run.began
     assert run.before is not None
     result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
     run.display.say(summary(config, kind, result))
-    if config.head == "eager" and run.last:
+    if config.head == "eager" and run.last and not run.ranks.mesh:
         credit, pairs, given = run.last
         for head in ("eager", "fused"):
             term = partial(policy_term, run, credit, pairs, None, head, given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.trainer.blocks import Layout
 from trajkern.trainer.credit import Credit
+from trajkern.trainer.packing import Piece, pack_pieces, parted
 from trajkern.trainer.policy import Policy
 from trajkern.trainer.run import Run, optimise
+from trajkern.trainer.systems import Values
 
 
 def score(
@@ -30,30 +34,116 @@ def score(
     return tk.linear_logprobs(hidden, targets=pairs.targets, temperature=temperature, **arguments)
 
 
-def update(run: Run, credit: Credit) -> dict[str, float]:
-    """``config.updates`` optimiser steps on one batch. The first one's log-probs are the old ones: no extra forward."""
-    config, forest = run.config, credit.forest
-    pairs = forest.tree.pairs(forest.tokens, credit.loss_mask)
-    given: dict[str, Any] = {"sampler_logprobs": forest.sampler_logprobs[pairs.tokens]}
+class MicroBatch:
+    """A micro-batch, and what the updates on it share and leave behind."""
+
+    def __init__(self, run: Run, credit: Credit) -> None:
+        self.run, self.credit = run, credit
+        config, forest = run.config, credit.forest
+        self.pairs = forest.tree.pairs(forest.tokens, credit.loss_mask)
+        self.given: dict[str, Any] = {"sampler_logprobs": forest.sampler_logprobs[self.pairs.tokens]}
+        if run.anchor is not None:
+            with torch.no_grad():
+                self.given["ref_logprobs"] = score(
+                    run.anchor, forest.tokens, forest.tree, self.pairs, config.head, config.temperature
+                )
+        self.old: Tensor | None = None
+        self.metrics: dict[str, Tensor] = {}
+
+    def loss(self, normalizer: float | None) -> Tensor:
+        """This micro-batch's part of the loss; the first call's log-probs are the old ones of the others."""
+        loss, metrics = policy_term(
+            self.run, self.credit, self.pairs, self.old, self.run.config.head, self.given, normalizer
+        )
+        logprobs = metrics.pop("logprobs")
+        self.old = logprobs if self.old is None else self.old
+        self.metrics = metrics | {"loss": loss.detach()}
+        return loss
+
+    def values(self) -> dict[str, float]:
+        """The last update's metrics."""
+        assert self.old is not None
+        drift = (self.old - self.given["sampler_logprobs"]).abs().max()
+        found = {name: value.item() for name, value in (self.metrics | {"sampler_drift": drift}).items()}
+        forest = self.credit.forest
+        return found | {"trained": forest.flat_tokens, "shared": forest.flat_tokens - forest.tree.num_tokens}
+
+
+def update(run: Run, credit: Credit | None) -> Values:
+    """``config.updates`` optimiser steps on one batch, in micro-batches; nothing where no rank has one.
+
+    Each loss is divided by what the batches of all ranks hold together, and gradients are added up. A rank that has
+    nothing, or fewer micro-batches than another, goes along with passes that add nothing.
+    """
+    config, ranks, aggregate = run.config, run.ranks, run.config.loss.resolved_aggregate
+    credits = credit.pieces(config.micro_tokens) if credit else []
+    count = ranks.most(len(credits))
+    if not count:
+        return {}
+    normalizer = None
+    if aggregate != "token_sum" and (ranks.data or count > 1):
+        normalizer = float(ranks.sum(torch.tensor(credit.units(aggregate) if credit else 0)))
+    pieces, idle = [MicroBatch(run, some) for some in credits], range(count - len(credits))
     if run.anchor is not None:
-        with torch.no_grad():
-            given["ref_logprobs"] = score(
-                run.anchor, forest.tokens, forest.tree, pairs, config.head, config.temperature
-            )
-    old: Tensor | None = None
+        for _ in idle:
+            nothing(run.anchor)
     for _ in range(config.updates):
-        loss, metrics = policy_term(run, credit, pairs, old, config.head, given)
-        old = old if old is not None else metrics["logprobs"]
-        del metrics["logprobs"]
-        optimise(run, loss)
-        run.clock.trained += forest.flat_tokens
-        run.clock.shared += forest.flat_tokens - forest.tree.num_tokens
-    assert old is not None
-    metrics |= {"loss": loss.detach(), "sampler_drift": (old - given["sampler_logprobs"]).abs().max()}
-    run.last = (credit, pairs, given)
-    if not config.loss.kl_coef:
-        del metrics["kl"]
-    return {name: value.item() for name, value in metrics.items()}
+        losses = (piece.loss(normalizer) for piece in pieces)
+        norm = optimise(run, chain(losses, (nothing(run.policy) for _ in idle)))
+    if pieces:
+        run.last = (pieces[-1].credit, pieces[-1].pairs, pieces[-1].given)
+    return reported(run, pieces) | {"grad_norm": norm}
+
+
+def imitate(run: Run, shown: list[list[Piece]]) -> float:
+    """One optimiser step of cross-entropy on demonstrations, this rank's share of them; returns the loss of all."""
+    ranks, batches = run.ranks, [pack_pieces(some) for some in parted(shown, run.config.micro_tokens)]
+    counts = ranks.sum(torch.tensor([[int(b.loss_mask.sum()), b.num_tokens] for b in batches]).sum(0))
+    scored, trained = counts.tolist()
+    idle = range(ranks.most(len(batches)) - len(batches))
+    found = []
+
+    def losses() -> Iterator[Tensor]:
+        for batch in batches:
+            logprobs = score(run.policy, batch.tokens, batch.cu_seqlens, batch.head_inputs(), run.config.head)
+            loss = -logprobs.sum() / scored
+            found.append(loss.detach())
+            yield loss
+        for _ in idle:
+            yield nothing(run.policy)
+
+    optimise(run, losses())
+    run.clock.trained += trained
+    return ranks.sum(torch.stack(found).sum()).item()
+
+
+def nothing(policy: Policy) -> Tensor:
+    """A loss of 0 that every parameter has a share in: in a forward and a backward pass the shards travel."""
+    first = torch.zeros(1, dtype=torch.int64)
+    hidden = policy.hidden(first + policy.eos, torch.tensor([0, 1]), first)
+    return 0 * sum((x.sum() for x in policy.head_arguments().values() if isinstance(x, Tensor)), hidden.sum())
+
+
+def reported(run: Run, pieces: list[MicroBatch]) -> Values:
+    """The metrics of all micro-batches on all ranks: means over the scored tokens, but for sums and maxima."""
+    found = run.ranks.gather([piece.values() for piece in pieces])
+    tokens = sum(values["num_tokens"] for values in found)
+    merged: Values = {}
+    for name in found[0]:
+        every = [values[name] for values in found]
+        if name in ("loss", "num_tokens", "trained", "shared"):
+            merged[name] = sum(every)
+        elif name in ("ratio_max", "sampler_drift"):
+            merged[name] = max(every)
+        else:
+            total = sum(x * values["num_tokens"] for x, values in zip(every, found, strict=True))
+            merged[name] = total / max(tokens, 1)
+    updates = run.config.updates
+    run.clock.trained += updates * int(merged.pop("trained") or 0)
+    run.clock.shared += updates * int(merged.pop("shared") or 0)
+    if not run.config.loss.kl_coef:
+        del merged["kl"]
+    return merged
 
 
 def policy_term(
@@ -63,6 +153,7 @@ def policy_term(
     old: Tensor | None,  # [P]
     head: str,
     given: dict[str, Any],  # [P] each
+    normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its metrics, the entropy and the log-probs among them."""
     config, where = run.config, (credit.forest.tokens, credit.forest.tree, pairs.rows)
@@ -77,20 +168,20 @@ def policy_term(
             temperature=config.temperature,
             with_entropy=True,
             with_logprobs=True,
-            **credit.packed(loss),
+            **credit.packed(loss, normalizer),
             **run.policy.head_arguments(),
             **given,
         )
     if head == "fused":
-        arguments = run.policy.head_arguments() | {"targets": pairs.targets, "temperature": config.temperature}
-        stats = tk.linear_token_stats(run.policy.hidden(*where), outputs=("entropy",), **arguments)
+        options: dict[str, Any] = {"targets": pairs.targets, "temperature": config.temperature, "outputs": ("entropy",)}
+        stats = tk.linear_token_stats(run.policy.hidden(*where), **options, **run.policy.head_arguments())
     else:
         logits = run.policy(*where)
         stats = tk.token_stats(logits, pairs.targets, temperature=config.temperature, inplace_backward=True)
     own: dict[str, Any] = {"logprobs": stats.logprobs, "old_logprobs": old, "entropy": stats.entropy, **given}
     if reads_tree:
-        own |= {"advantages": None, "cu_seqlens": pairs.cu_seqlens, **credit.packed(loss)}
+        own |= {"advantages": None, "cu_seqlens": pairs.cu_seqlens, **credit.packed(loss, normalizer)}
     else:
-        own = credit.flat(own) | {"config": loss}
+        own = credit.flat(own) | {"config": loss, "normalizer": normalizer}
     value, metrics = tk.policy_loss(**own)
     return value, metrics | {"logprobs": stats.logprobs.detach()}

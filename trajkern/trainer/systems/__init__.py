@@ -6,7 +6,8 @@ from trajkern import recipes
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.guessing import TwentyQuestions
 from trajkern.trainer.policy import Policy
-from trajkern.trainer.systems.base import Found, Played, System, Values, rubric
+from trajkern.trainer.ranks import ALONE, Ranks
+from trajkern.trainer.systems.base import Found, Local, Played, System, Values, rubric
 from trajkern.trainer.systems.delta_belief import TurnBeliefs
 from trajkern.trainer.systems.dro import Reflection
 from trajkern.trainer.systems.feedback import HintedTeacher
@@ -33,7 +34,7 @@ def recipe_names() -> list[str]:
     return sorted({*recipes.RECIPES, *recipes.TREE_RECIPES, *SYSTEMS})
 
 
-def load_system(config: TrainConfig, task: Task, policy: Policy) -> System:
+def load_system(config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> System:
     """The system of ``config.recipe``.
 
     Raises:
@@ -56,11 +57,11 @@ def load_system(config: TrainConfig, task: Task, policy: Policy) -> System:
         raise ValueError(f"task must be {meaning}, for the recipe {name}; got {task.name!r}")
     if config.compose.hint_weight and type(task).hint is Task.hint:
         raise ValueError(f"task must be one that gives hints, for compose.hint_weight; got {task.name!r}")
-    system = SYSTEMS.get(name, System)(config, task, policy)
+    system = SYSTEMS.get(name, System)(config, task, policy, ranks)
     if config.control == "random-rewards" and not system.dealable:
         raise ValueError(f"control must be one of none, supervised for the recipe {name}, which rewards turns")
     rubric(config.compose.rubric, task)
     return system
 
 
-__all__ = ["SYSTEMS", "Found", "Played", "System", "Values", "load_system", "recipe_names", "rubric"]
+__all__ = ["SYSTEMS", "Found", "Local", "Played", "System", "Values", "load_system", "recipe_names", "rubric"]

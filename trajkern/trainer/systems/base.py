@@ -13,13 +13,15 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import recipes
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.evaluate import each
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts, select
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import Rollouts
 from trajkern.trainer.tasks import Question, Splits, Task
 
 Values = dict[str, float | int | None]  # a step's metrics
+# One rank's: a tensor counts with each of its elements, a pair (x, n) as n elements of mean x, integers are added up.
+Local = dict[str, Tensor | tuple[float, int] | float | int | None]
 Rubric = Callable[[Sequence[Question], Sequence[str]], Sequence[bool]]
 
 
@@ -56,7 +58,7 @@ class Found(NamedTuple):
     advantages: Tensor
     per_token: bool = False
     keep: Tensor | None = None
-    values: Values = {}
+    values: Local = {}
 
 
 class System:
@@ -64,14 +66,22 @@ class System:
 
     Attributes:
         task: what rollouts are drawn on; evaluation keeps to the run's own task.
+        ranks: over which a step's rollouts are spread.
         dealable: whether a rollout's signals can be dealt to another of its group, as the control with random rewards
             does.
+        remembers: whether :meth:`learn` keeps anything.
     """
 
-    dealable = True
+    dealable, remembers = True, False
 
-    def __init__(self, config: TrainConfig, task: Task, policy: Policy) -> None:
-        self.config, self.task, self.policy = config, task, policy
+    def __init__(self, config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> None:
+        self.config, self.task, self.policy, self.ranks = config, task, policy, ranks
+
+    @property
+    def splits_groups(self) -> bool:
+        """Whether a group's rollouts may lie on several ranks; else each group is played and credited on one."""
+        alone = self.config.control != "random-rewards" and self.config.compose.rubric is None
+        return alone and self.config.recipe in recipes.RECIPES
 
     def pool(self, splits: Splits) -> list[Question]:
         """The questions to train on."""
@@ -85,14 +95,11 @@ class System:
         """A trajectory of the warm-up."""
         return [(self.prompt(question), False), *demonstration(self.policy, self.task.pieces(question))]
 
-    def play(self, rollouts: Rollouts, questions: list[Question]) -> Played:
-        """Read and verify these rollouts of ``questions``, the same number of each, adjacent."""
-        completions = rollouts.completions()
-        copies = len(completions) // len(questions)
-        many, texts = each(questions, copies), [self.policy.text(tokens) for tokens in completions]
-        rewards = torch.tensor([self.task.reward(q, text) for q, text in zip(many, texts, strict=True)])
-        groups = torch.arange(len(questions)).repeat_interleave(copies)
-        return Played(many, texts, pack_rollouts(rollouts, rewards, groups))
+    def play(self, rollouts: Rollouts, questions: list[Question], groups: Tensor) -> Played:  # [N]
+        """Read and verify these rollouts, the n-th of ``questions[n]``, in group ``groups[n]``."""
+        texts = [self.policy.text(tokens) for tokens in rollouts.completions()]
+        rewards = torch.tensor([self.task.reward(q, text) for q, text in zip(questions, texts, strict=True)])
+        return Played(questions, texts, pack_rollouts(rollouts, rewards, groups))
 
     def signals(self, played: Played) -> dict[str, Tensor]:  # [N] each
         """What each rollout earned, for :meth:`credit` to compare; and for the control with random rewards to deal."""
@@ -100,11 +107,12 @@ class System:
 
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
         """The advantages. Here the recipe's, a function of a batch with rewards."""
-        found = recipes.RECIPES[self.config.recipe](replace(played.batch, rewards=signals["rewards"]))
+        batch = replace(played.batch, rewards=signals["rewards"])
+        found = recipes.RECIPES[self.config.recipe](batch, process_group=self.ranks.data)
         return Found(found[0], keep=found[1]) if isinstance(found, tuple) else Found(found)
 
-    def learn(self, played: Played) -> None:
-        """Called after every step with its rollouts."""
+    def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
+        """Called after every step with its rollouts, those of all ranks where ``remembers``."""
 
     def validated(self, pass_at_1: float) -> None:
         """Called after every validation."""

@@ -40,7 +40,7 @@ class TurnBeliefs(System):
         return Found(
             spread(found, turns),
             per_token=True,
-            values={"turn_reward": rewards.mean().item(), "belief_gain": gain[gain.isfinite()].mean().item()},
+            values={"turn_reward": rewards, "belief_gain": gain[gain.isfinite()]},
         )
 
     def beliefs(self, played: Played, start: Tensor, trajectory: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

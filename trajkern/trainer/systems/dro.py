@@ -36,8 +36,11 @@ class Reflection(System):
         written = torch.tensor([len(_answer(text)) for text in played.texts])
         rewards = rewards + settings.length_weight * dro.length_reward(written, reference, beta=settings.length_beta)
         rewards = rewards + settings.outcome_weight * played.rewards
-        _, place = groups.unique(return_inverse=True)
-        keep = dro.keep_groups(found.group_score, drop_fraction=settings.drop_fraction)[place]
+        own, place = groups.unique(return_inverse=True)
+        every = self.ranks.gather(list(zip(own.tolist(), found.group_score.tolist(), strict=True)))
+        kept = dro.keep_groups(torch.tensor([score for _, score in every]), drop_fraction=settings.drop_fraction)
+        number = {group: n for n, (group, _) in enumerate(every)}
+        keep = kept[torch.tensor([number[group] for group in own.tolist()])[place]]
         if scores.ranks is not None:
             worst: dict[str, Any] = {"worst_fraction": settings.worst_fraction, "top_k": settings.top_k}
             keep = keep & dro.rank_filter(scores.ranks, scores.cu_seqlens, groups, **worst)
@@ -47,7 +50,7 @@ class Reflection(System):
         rewards, keep = signals["rewards"], signals["keep"]
         advantages = tk.group_advantages(rewards, played.batch.group_ids, gate=keep)
         return Found(
-            advantages, keep=keep, values={"reflection": rewards.mean().item(), "filtered": int((~keep).sum())}
+            advantages, keep=keep, values={"reflection": rewards, "filtered": int((~keep).sum())}
         )
 
     def _reasoned(self, played: Played) -> list[list[Piece]]:

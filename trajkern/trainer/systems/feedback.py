@@ -46,7 +46,7 @@ class HintedTeacher(System):
             reward_weight=settings.reward_weight,
             directive_weight=settings.directive_weight,
         )
-        gap = (teacher - batch.sampler_logprobs)[batch.loss_mask].mean().item()
+        gap = (teacher - batch.sampler_logprobs)[batch.loss_mask]
         return Found(advantages, per_token=True, values={"directive": gap})
 
 

@@ -23,4 +23,4 @@ class Calibrated(System):
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
         rewards = signals["rewards"]
         advantages = tk.group_advantages(rewards, played.batch.group_ids, scale="none", singleton="zero")
-        return Found(advantages, values={"rlcr": rewards.mean().item()})
+        return Found(advantages, values={"rlcr": rewards})

@@ -10,6 +10,7 @@ import trajkern as tk
 from trajkern.recipes.skillrl import SkillBank
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.policy import Policy
+from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.systems.base import Found, Played, System
 from trajkern.trainer.tasks import Question, Splits, Task
 from trajkern.trainer.tokenizer import ALPHABET
@@ -23,8 +24,10 @@ class SkillBased(System):
     It is saved with the checkpoint. The warm-up shows skills, too, so that the policy learns to read them.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, policy: Policy) -> None:
-        super().__init__(config, task, policy)
+    remembers = True
+
+    def __init__(self, config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> None:
+        super().__init__(config, task, policy, ranks)
         settings = config.skillrl
         self.bank = SkillBank(threshold=settings.threshold, capacity=settings.capacity)
 
@@ -40,10 +43,10 @@ class SkillBased(System):
 
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
         advantages = tk.group_advantages(signals["rewards"], played.batch.group_ids)
-        return Found(advantages, values={"skills": len(self.bank)})
+        return Found(advantages, values={"skills": float(len(self.bank))})
 
-    def learn(self, played: Played) -> None:
-        for question, text, reward in zip(played.questions, played.texts, played.rewards.tolist(), strict=True):
+    def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
+        for question, text, reward in zip(questions, texts, rewards, strict=True):
             if set(text) <= _READABLE:
                 self.bank.add(question.prompt, text, reward, self.task.name)
 

@@ -11,7 +11,8 @@ import trajkern as tk
 from trajkern.recipes import srl
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.policy import Policy
-from trajkern.trainer.systems.base import Found, Played, System, Values
+from trajkern.trainer.ranks import ALONE, Ranks
+from trajkern.trainer.systems.base import Found, Local, Played, System
 from trajkern.trainer.tasks import Answer, Question, Reply, Splits, Task
 
 THOUGHT = "</think>"  # what stands before it is monologue and not scored
@@ -44,8 +45,8 @@ class StepImitation(System):
     The exercises are those of the warm-up's demonstrations: the same solutions that supervised training imitates.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, policy: Policy) -> None:
-        super().__init__(config, task, policy)
+    def __init__(self, config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> None:
+        super().__init__(config, task, policy, ranks)
         self.task = NextStep(task)
 
     def pool(self, splits: Splits) -> list[Question]:
@@ -60,7 +61,7 @@ class StepImitation(System):
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
         rewards, groups = signals["rewards"], played.batch.group_ids
         keep = srl.keep_groups(rewards, groups, min_std=self.config.srl.min_std)
-        values: Values = {"similarity": rewards.mean().item(), "filtered": int((~keep).sum())}
+        values: Local = {"similarity": rewards, "filtered": int((~keep).sum())}
         return Found(tk.group_advantages(rewards, groups, gate=keep), keep=keep, values=values)
 
 

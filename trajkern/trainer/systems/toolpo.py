@@ -27,7 +27,7 @@ class ToolRewards(System):
         mask = self.action_mask(played) if self.config.toolpo.attribution else batch.loss_mask
         where = (batch.group_ids, mask, batch.cu_seqlens)
         advantages = toolpo.token_advantages(signals["rewards"], signals["action"], *where)
-        return Found(advantages, per_token=True, values={"action_reward": signals["action"].mean().item()})
+        return Found(advantages, per_token=True, values={"action_reward": signals["action"]})
 
     def action_mask(self, played: Played) -> Tensor:  # [T] bool
         """The tokens of calls: of each turn of the policy that ends with one, from the call's beginning."""

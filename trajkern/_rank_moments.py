@@ -1,0 +1,73 @@
+"""Group statistics of trajectories that are spread over ranks: a group's moments travel, never its rewards."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def group_advantages(
+    rewards: Tensor,  # [N]
+    group_ids: Tensor,  # [N]
+    *,
+    baseline: str,
+    scale: str,
+    ddof: int,
+    eps: float,
+    singleton: str,
+    gate: Tensor | None,  # [N]
+    weights: Tensor | None,  # [N]
+    ranks: dist.ProcessGroup,
+) -> Tensor:
+    """As :func:`trajkern.group_advantages` over the trajectories of all ranks; this rank's, ``[N]``.
+
+    Measured from the group's largest reward, which all ranks can agree on. float64 inside: the order in which ranks
+    are added up then shows in no float32 result.
+    """
+    w = torch.ones_like(rewards, dtype=torch.float64) if weights is None else weights.double()
+    if gate is not None:
+        w = torch.where(gate, w, 0)
+    counted = w != 0
+    r = torch.where(counted, rewards.double(), 0)
+    groups, group = _numbered(group_ids, ranks)
+
+    def added(*columns: Tensor) -> tuple[Tensor, ...]:
+        sums = r.new_zeros(groups, len(columns)).index_add(0, group, torch.stack(columns, 1))
+        dist.all_reduce(sums, group=ranks)
+        return sums[group].unbind(1)
+
+    origin = r.new_full((groups,), -torch.inf).scatter_reduce(0, group[counted], r[counted], "amax")
+    dist.all_reduce(origin, dist.ReduceOp.MAX, group=ranks)
+    d = torch.where(counted, r - origin[group], 0)
+    total, sum_d = added(w, w * d)
+    mean_d = sum_d / total.clamp_min(torch.finfo(torch.float64).tiny)
+    alone = total <= 1
+    if baseline == "mean":
+        out = d - mean_d
+    elif baseline == "leave_one_out":
+        out = d - (sum_d - d) / torch.where(alone, 1, total - 1)
+    else:
+        out = r
+    if scale == "std":
+        (squares,) = added(w * (d - mean_d).square())
+        divisor = (squares / torch.where(alone, 1, total - ddof)).clamp_min(0).sqrt() + eps
+        out = out / torch.where(divisor == 0, 1, divisor)
+    if baseline != "none" or scale != "none":
+        raw = r / (1 + eps) if scale == "std" else r
+        out = torch.where(alone, raw if singleton == "raw" else 0, out)
+    return torch.where(counted, out, 0).to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+
+
+def _numbered(group_ids: Tensor, ranks: dist.ProcessGroup) -> tuple[int, Tensor]:
+    """How many groups there are on all ranks, and the number of each trajectory's among them, ``[N]``."""
+    own = group_ids.long().unique()
+    counts = [own.new_empty(1) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(counts, own.new_tensor([own.numel()]), group=ranks)
+    sizes = [int(count) for count in counts]
+    padded = own.new_zeros(max(sizes))
+    padded[: own.numel()] = own
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded, group=ranks)
+    every = torch.cat([ids[:size] for ids, size in zip(found, sizes, strict=True)]).unique()
+    return every.numel(), torch.searchsorted(every, group_ids.long())
