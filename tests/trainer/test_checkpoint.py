@@ -55,7 +55,7 @@ def test_round_trip(tmp_path: Path) -> None:
     twin = _model(2)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     checkpoint.restore_model(stored, "policy", twin)
-    checkpoint.restore_optimizer(stored, twin_optimizer)
+    checkpoint.restore_optimizer(stored, twin_optimizer, twin)
     assert all(map(torch.equal, _state(model), _state(twin)))
     assert torch.equal(stored.tensors["generator"], generator.get_state())
     for one, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):

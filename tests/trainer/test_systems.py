@@ -270,7 +270,7 @@ def never(questions, texts):
 def test_a_gate_takes_rollouts_out_of_every_statistic(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     original = collecting.credited
-    monkeypatch.setattr(collecting, "credited", lambda run, p, *rest: batches.append(p.batch) or original(run, p, *rest))
+    monkeypatch.setattr(collecting, "credited", lambda r, p, *rest: batches.append(p.batch) or original(r, p, *rest))
     training.train(config(compose=Compose(rubric=f"{__name__}:only_even"), steps=2))
     assert [len(b.group_ids) for b in batches] == [32, 32]
     assert all(b.group_ids.bincount().tolist() == [2] * 16 for b in batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,32 @@ def test_an_advantage_a_step(model: CharacterModel, kind: str, head: str) -> Non
     expected = flat_outcome(model, batch, per_token[scored], config, flat)
     for credit in (Credit(forest, advantages, "step", mask), Credit(forest, per_token, "token", mask)):
         check_same(expected, tree_outcome(model, credit, config, packed, head))
+
+
+@pytest.mark.parametrize("per", ["leaf", "step", "token"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo", "gmpo", "luspo"])
+@pytest.mark.parametrize("most", [1, 14, 25])
+def test_micro_batches_add_up(model: CharacterModel, kind: str, per: str, most: int) -> None:
+    """Each holds whole rollouts and at most that many tokens, or one rollout; the sums are the whole batch's."""
+    _, forest, _, packed = prepare(model)
+    forest = dataclasses.replace(forest, sampler_logprobs=packed["old_logprobs"])
+    shape = {"leaf": forest.tree.num_leaves, "step": len(forest.path_nodes[0]), "token": forest.flat_tokens}[per]
+    advantages = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mask = forest.loss_mask & (torch.arange(forest.tree.num_tokens) % 5 > 0)
+    whole, config = Credit(forest, advantages, per, mask), tk.PolicyLoss(kind)
+
+    def outcome_of(credit: Credit, normalizer: float | None) -> dict[str, Any]:
+        pairs = credit.forest.tree.pairs(credit.forest.tokens, credit.loss_mask)
+        run: Any = SimpleNamespace(policy=model, config=SimpleNamespace(loss=config, temperature=1.0))
+        old = credit.forest.sampler_logprobs[pairs.tokens]
+        loss, _ = policy_term(run, credit, pairs, old, "fused", {}, normalizer)
+        return outcome(model, loss, {})
+
+    pieces = whole.pieces(most)
+    assert all(p.forest.tree.num_tokens <= most or p.forest.tree.num_leaves == 1 for p in pieces)
+    assert len(pieces) == forest.tree.num_leaves if most == 1 else 1 < len(pieces) < forest.tree.num_leaves
+    found = [outcome_of(piece, float(whole.units(config.resolved_aggregate))) for piece in pieces]
+    check_same(outcome_of(whole, None), {name: sum(x[name] for x in found) for name in found[0]})
 
 
 def test_pruning_keeps_the_rollouts_that_are_left(model: CharacterModel) -> None:

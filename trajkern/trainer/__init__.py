@@ -9,7 +9,7 @@ def cli_main(argv: list[str]) -> int:
     """Run the trainer on command-line arguments; returns the exit status (130 after Ctrl-C, 2 after a bad argument,
     1 where another rank failed)."""
     from trajkern.trainer.config import parse
-    from trajkern.trainer.ranks import RankError
+    from trajkern.trainer.ranks import RankError, Terminated
     from trajkern.trainer.run import Interrupted
     from trajkern.trainer.train import train
 
@@ -27,4 +27,7 @@ def cli_main(argv: list[str]) -> int:
     except RankError as error:
         print(f"trajkern train: {error}; the last checkpoint stands", file=sys.stderr)
         return 1
+    except Terminated:
+        print("stopped by SIGTERM; the last checkpoint stands", file=sys.stderr)
+        return 143
     return 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trajkern.trainer import tokenizer
 from trajkern.trainer.blocks import Layout
@@ -130,16 +129,15 @@ class CharacterModel(Transformer, Policy):
         return tokenizer.decode(tokens)
 
 
-def vocabulary_rows(**head: Tensor | None) -> dict[str, Any]:
+def vocabulary_rows(**head: Any) -> dict[str, Any]:
     """This rank's rows of the head, and the group that holds the others where it is spread over ranks."""
-    shards = [x for x in head.values() if isinstance(x, DTensor)]
+    shards = {name: x for name, x in head.items() if hasattr(x, "device_mesh")}
     if not shards:
         return dict(head)
-    ranks = shards[0].device_mesh
+    ranks = shards["weight"].device_mesh
     if ranks.mesh_dim_names != ("vocabulary",):
         raise RuntimeError("the head can be read only after a forward pass, which gathers it")
-    rows = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in head.items()}
-    return rows | {"process_group": ranks.get_group()}
+    return head | {name: x.to_local() for name, x in shards.items()} | {"process_group": ranks.get_group()}
 
 
 def load_policy(name: str, tiny: ModelConfig, shots: Sequence[Question]) -> Policy:

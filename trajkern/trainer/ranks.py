@@ -7,18 +7,19 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trajkern.trainer.policy import Policy
 
+if TYPE_CHECKING:  # a run of one process does without
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
-PATIENCE = 5.0  # seconds for the other ranks to say how they ended
+PATIENCE = 2.0  # seconds for the other ranks to say how they ended
 _CONSEQUENCES = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")  # of another rank's end
 
 
@@ -187,13 +188,15 @@ def _split_head(policy: Policy, vocabulary: DeviceMesh) -> None:
 
 def full(x: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every rank must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shard_like(x: Tensor, other: Tensor) -> Tensor:
+def shard_like(x: Tensor, other: Any) -> Tensor:
     """A whole tensor as ``other`` is sharded."""
-    if not isinstance(other, DTensor) or x.shape != other.shape:
+    if not hasattr(other, "device_mesh") or x.shape != other.shape:
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
@@ -221,6 +224,8 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device=place)
         return
+    from torch.distributed.device_mesh import init_device_mesh
+
     dist.init_process_group(store=store, rank=rank, world_size=count)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -252,12 +257,13 @@ def _explain(error: Exception, store: Any, rank: int, count: int) -> None:
     """Tell the others how this rank ended; on one that ended because of another, raise what is known of that one."""
     follows = isinstance(error, Terminated) or any(mark in str(error) for mark in _CONSEQUENCES)
     store.set(f"ended/{rank}", "" if follows else f"{type(error).__name__}: {error}")
-    until, missing = time.monotonic() + PATIENCE, list(range(count))
-    while missing and time.monotonic() < until:
-        missing = [n for n in missing if not store.check([f"ended/{n}"])]
+    # who waits for this rank hears of its end when it ends
+    until, told = time.monotonic() + (PATIENCE if follows else 0.5), dict[int, str]()
+    while len(told) < count and time.monotonic() < until and not (follows and any(told.values())):
+        told |= {n: store.get(f"ended/{n}").decode() for n in range(count) if store.check([f"ended/{n}"])}
         time.sleep(0.05)
-    told = {n: store.get(f"ended/{n}").decode() for n in range(count) if n not in missing}
-    causes = {n: text for n, text in told.items() if text} or {n: "it ended without a word" for n in missing}
+    causes = {n: text for n, text in told.items() if text}
+    causes = causes or {n: "it ended without a word" for n in range(count) if n not in told}
     if follows and causes:
         failed = "; ".join(f"rank {n} of {count}: {text}" for n, text in causes.items())
         raise RankError(failed) from None

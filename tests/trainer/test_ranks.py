@@ -1,0 +1,200 @@
+"""Several ranks, and micro-batches of any size, take the steps that one process takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trajkern.trainer import cli_main
+from trajkern.trainer.checkpoint import load
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.ranks import ALONE, Ranks
+from trajkern.trainer.run import CHECKPOINT, METRICS
+from trajkern.trainer.train import check_ranks, train
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun and gloo as on Linux")
+
+SIZES = "--threads 1 --steps 3 --prompts 7 --rollouts 4 --eval.heldout 10 --eval.validation 9 --eval.samples 3"
+SIZES += " --eval.every 2 --questions 300"
+WARM_UP = "--warmup.steps 60 --warmup.check-every 60 --warmup.batch 20 --warmup.demonstrations 128 --warmup.lr 1e-2"
+TINY = "--tiny.layers 1 --tiny.width 32 --tiny.heads 2 --tiny.ffn 64"
+FEW_STEPS = "--warmup.steps 3 --warmup.check-every 3"
+AVERAGED = ("val_", "pass@", "greedy", "reward", "live_groups", "num_tokens")  # of whole numbers: the same rollouts
+
+
+def launch(ranks: int, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "trajkern", "train", *arguments, "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def check_same(out: Path, expected: Path) -> None:
+    """Rollouts are the same ones; losses and gradient norms agree as float32 sums in another order do."""
+    ours, theirs = lines(out), lines(expected)
+    assert [(x["phase"], x["step"], set(x)) for x in ours] == [(x["phase"], x["step"], set(x)) for x in theirs]
+    assert any("grad_norm" in x for x in theirs), "no step trained"
+    for x, y in zip(ours, theirs, strict=True):
+        for name in x.keys() - {"tokens/s", "phase", "step", "sampler_drift"}:
+            rel = 1e-6 if name.startswith(AVERAGED) else 1e-4
+            assert x[name] == pytest.approx(y[name], rel=rel, abs=1e-6), (x["phase"], x["step"], name)
+
+
+def check_weights(out: Path, expected: Path, shift: float) -> None:
+    """The checkpoint has the same tensors; Adam divides by a gradient's size, so the smallest ones move weights."""
+    ours, theirs = load(out / CHECKPOINT).tensors, load(expected / CHECKPOINT).tensors
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    assert torch.equal(ours["generator"], theirs["generator"])
+    for name in (k for k in ours if k.startswith("policy.")):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=shift)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run in this process, made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*arguments: str) -> Path:
+        if arguments not in made:
+            made[arguments] = tmp_path_factory.mktemp("alone")
+            assert cli_main([*arguments, "--out", str(made[arguments])]) == 0
+        return made[arguments]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def warm(alone: Callable[..., Path]) -> list[str]:
+    """Arguments that continue from the warm-up of one process."""
+    folder = alone(*f"{SIZES} {WARM_UP} {TINY} --loss.kl-coef 0.1".split())
+    return ["--resume", str(folder / "warmup.safetensors")]
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--updates 2", "--loss.kind dapo --head eager", "--recipe gigpo --loss.aggregate token_mean"]
+)
+def test_micro_batches(alone: Callable[..., Path], warm: list[str], arguments: str, tmp_path: Path) -> None:
+    changed = [*warm, *arguments.split()]
+    assert cli_main([*changed, "--micro-tokens", "25", "--out", str(tmp_path)]) == 0
+    check_same(tmp_path, alone(*changed))
+
+
+RUNS = {
+    "3_ranks_that_split_groups": (3, "--updates 2", "--micro-tokens 40"),
+    "2_by_2_ranks_of_trees": (4, "--recipe gigpo --loss.kl-coef 0", "--micro-tokens 60 --tensor-parallel 2"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_take_the_same_steps(alone: Callable[..., Path], warm: list[str], name: str, tmp_path: Path) -> None:
+    ranks, arguments, own = RUNS[name]
+    done = launch(ranks, tmp_path, *warm, *arguments.split(), *own.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = alone(*warm, *arguments.split())
+    check_same(tmp_path, expected)
+    check_weights(tmp_path, expected, 2e-4)
+    assert done.stdout.count("evaluating on 10 held-out questions") == 1, "rank 0 alone speaks"
+
+
+def test_a_tied_head_over_ranks(alone: Callable[..., Path], make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Warm-up, policy steps and checkpoints of a HuggingFace model whose vocabulary of 257 is split unevenly."""
+    model = ["--model", str(make_llama(tie_word_embeddings=True)), "--max-new", "4", "--lr", "1e-3"]
+    arguments = [*model, *f"{SIZES} {FEW_STEPS} --warmup.batch 6".split(), "--recipe", "w_reinforce"]
+    done = launch(2, tmp_path, *arguments, "--tensor-parallel", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = alone(*arguments)
+    check_same(tmp_path, expected)
+    check_weights(tmp_path, expected, 2e-3)
+
+
+FATAL = '''
+import os, signal
+calls = 0
+
+def check(questions, texts):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 3:
+        if os.environ["HOW"] == "raise":
+            raise OSError("the disk is full")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [True] * len(texts)
+'''
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_rank_that_dies(warm: list[str], how: str, tmp_path: Path) -> None:
+    (tmp_path / "fatal.py").write_text(FATAL)
+    out = tmp_path / "run"
+    options = ["--compose.rubric", "fatal:check", "--checkpoint-every", "1"]
+    done = launch(2, out, *warm, *options, PYTHONPATH=str(tmp_path), HOW=how)
+    assert done.returncode != 0
+    if how == "raise":
+        assert "trajkern train: rank 1 of 2: OSError: the disk is full; the last checkpoint stands" in done.stderr
+    else:
+        assert "rank      : 1" in done.stderr and "Signal 9 (SIGKILL)" in done.stderr, "torchrun names it"
+    assert load(out / CHECKPOINT).place["step"] == 2
+
+
+def test_ranks_that_cannot_share_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^tensor_parallel must divide the number of ranks, 1; got 2"):
+        train(TrainConfig(tensor_parallel=2, out=tmp_path))
+    with pytest.raises(ValueError, match="^device must be cpu, or cuda where torch sees a GPU; got 'abacus'"):
+        train(TrainConfig(device="abacus", out=tmp_path))
+    three: Any = SimpleNamespace(parts=3)
+    for splits, changes, text in (
+        (False, {"prompts": 2, "recipe": "dro"}, r"prompts must be enough for 3 ranks of data \(the recipe dro keeps"),
+        (True, {"prompts": 1, "rollouts": 2}, "prompts must be enough for 3 ranks of data; got 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{text}"):
+            check_ranks(TrainConfig(**changes), SimpleNamespace(splits_groups=splits), three)
+
+
+def test_losses_of_whole_batches_are_refused() -> None:
+    from trajkern import PolicyLoss
+
+    with pytest.raises(ValueError, match=r"^micro_tokens must not be given with loss.kind 'kl_cov'"):
+        TrainConfig(loss=PolicyLoss(kind="kl_cov"), micro_tokens=100)
+    with pytest.raises(ValueError, match=r"^micro_tokens must not be given with loss.sampler_correction"):
+        TrainConfig(loss=PolicyLoss(sampler_correction="sequence_mask"), micro_tokens=100)
+    with pytest.raises(ValueError, match="^micro_tokens must be at least 1, got 0"):
+        TrainConfig(micro_tokens=0)
+
+
+@pytest.mark.parametrize(("total", "whole"), [(28, 1), (28, 4), (2, 1), (7, 7), (0, 1)])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_shares(total: int, whole: int, parts: int) -> None:
+    """They cover the rows in order, differ by one at most, and keep what belongs together."""
+
+    class Part(Ranks):
+        part, parts = 0, 1
+
+    shares = []
+    for number in range(parts):
+        Part.part, Part.parts = number, parts  # type: ignore[misc]
+        shares.append(Part().rows(total, whole))
+    assert [row for share in shares for row in range(share.begin, share.end)] == list(range(total))
+    sizes = [(share.end - share.begin) / whole for share in shares]
+    assert max(sizes) - min(sizes) <= 1 and all(size == int(size) for size in sizes)
+
+
+def test_merged_metrics() -> None:
+    merged = ALONE.merged({"mean": torch.tensor([1.0, 2.0]), "pair": (3.0, 4), "count": 5, "same": 0.5, "none": None})
+    assert merged == {"mean": 1.5, "pair": 3.0, "count": 5, "same": 0.5, "none": None}
+    assert ALONE.merged({"mean": torch.zeros(0)}) == {"mean": None}
+
+
+def test_one_process_has_no_mesh() -> None:
+    assert ALONE.mesh is None and ALONE.data is None and ALONE.rows(3) == (0, 3, 3, ALONE)
