@@ -20,7 +20,7 @@ train: .venv/.built ## train the small model with GRPO and print what it learned
 	$(BIN)/trajkern train $(ARGS)
 
 test: lint ## the whole test suite; ARGS="-k tree" runs a part
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.built ## ruff and mypy
 	$(BIN)/ruff check

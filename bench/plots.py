@@ -60,12 +60,31 @@ def _timed(report: Report) -> list[dict[str, Any]]:
 
 def ratios(report: Report) -> Figure | None:
     """How many times as long as trajkern everybody else takes, on a logarithmic axis."""
+    return _ratios(report, _raced(report))
+
+
+def overview(report: Report) -> Figure | None:
+    """The same for one case an op: that of most contenders, and among those the one that moves most bytes."""
+    best: dict[str, dict[str, Any]] = {}
+    for case in _raced(report):
+        known = best.setdefault(case["op"], case)
+        if (len(case["seconds"]), case["bytes"]) > (len(known["seconds"]), known["bytes"]):
+            best[case["op"]] = case
+    return _ratios(report, list(best.values()))
+
+
+def _raced(report: Report) -> list[dict[str, Any]]:
+    names = {"eager", COMPILED, *peers_of(report)}
+    return [case for case in _timed(report) if names & set(case["seconds"])]
+
+
+def _ratios(report: Report, cases: list[dict[str, Any]]) -> Figure | None:
     names = ["eager", COMPILED, *peers_of(report)]
-    cases = [case for case in _timed(report) if set(names) & set(case["seconds"])]
     if not cases:
         return None
-    figure = Figure(figsize=(7.2, 0.9 + 0.46 * len(cases)))
+    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(cases)))
     axis = figure.subplots()
+    axis.margins(y=0.5 / len(cases))
     for name, colour in zip(names, COLOURS, strict=False):
         rows = [row for row, case in enumerate(cases) if name in case["seconds"]]
         times = [cases[row]["seconds"][name]["median"] / cases[row]["seconds"][OURS]["median"] for row in rows]
@@ -137,8 +156,9 @@ def errors(report: Report) -> Figure | None:
     cases = [case for case in report["cases"] if any(case["gate"].get(OURS, {}).get("shares", {}).values())]
     if not cases:
         return None
-    figure = Figure(figsize=(7.2, 0.9 + 0.46 * len(cases)))
+    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(cases)))
     axis = figure.subplots()
+    axis.margins(y=0.5 / len(cases))
     for name, colour in zip((OURS, "eager"), COLOURS, strict=False):
         found = [(row, max(case["gate"].get(name, {}).get("shares", {}).values(), default=0.0))
                  for row, case in enumerate(cases)]  # fmt: skip
@@ -162,7 +182,8 @@ def _log(axis: Any, scale: Callable[[str], None]) -> None:
 
 
 PICTURES: dict[str, tuple[Callable[[Report], Figure | None], str]] = {
-    "ratios": (ratios, "Everybody else's time as a multiple of trajkern's."),
+    "overview": (overview, "Everybody else's time as a multiple of trajkern's, in one case an op."),
+    "ratios": (ratios, "The same in every case."),
     "roofline": (roofline, "How far each case is above the fastest that this machine could be: the line."),
     "time": (time_growth, "Time against size."),
     "memory": (memory_growth, "Peak memory against size."),

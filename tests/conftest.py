@@ -27,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take a minute or more begin, so that none is left for one worker alone."""
+    long = ("test_triton_interpreter.py", "test_huggingface.py", "test_trl.py", "test_ranks.py")
+    items.sort(key=lambda item: item.path.name not in long)
+
+
 def _devices(config: pytest.Config) -> list[str]:
     asked = config.getoption("--device")
     if asked:

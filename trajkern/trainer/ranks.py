@@ -150,6 +150,9 @@ class Ranks:
     @contextlib.contextmanager
     def gathered(self, policy: nn.Module) -> Iterator[None]:
         """Hold all of the policy's weights: forwards then wait for no other rank."""
+        if not self.mesh:
+            yield
+            return
         from torch.distributed.fsdp import FSDPModule
 
         modules = [m for m in policy.modules() if isinstance(m, FSDPModule)]

@@ -82,7 +82,6 @@ class Run:
     phase: str = "warmup"
     step: int = 0
     before: Accuracy | None = None
-    saved: Path | None = None  # the last checkpoint of this run
     last: tuple[Any, ...] | None = None  # credit, pairs and given log-probs of the last update
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
@@ -107,8 +106,7 @@ class Run:
         models = {"policy": self.policy} | ({"anchor": self.anchor} if self.anchor else {})
         path = self.out / name if self.ranks.number == 0 else None
         checkpoint.save(path, models=models, optimizer=self.optimizer, generator=self.generator, place=place)
-        self.saved = self.out / name
-        return self.saved
+        return self.out / name
 
     def restore(self, stored: checkpoint.Checkpoint) -> None:
         """Continue where ``stored`` stands; weights and optimiser are the caller's to restore."""
