@@ -20,12 +20,13 @@ from trajkern._bench import (
     logprob,
     peers,
     policy_loss,
+    recipes,
     reflection,
     shapes,
     span,
     tree,
 )
-from trajkern._bench.case import OPS, OURS, Case
+from trajkern._bench.case import OURS, Case
 from trajkern._bench.run import Settings, clocks, release, run
 from trajkern._bench.table import markdown, seconds
 from trajkern._bench.text import text
@@ -38,8 +39,9 @@ FAMILIES = {
     "reflection": reflection.CASES,
     "tree": tree.CASES,
     "span": span.CASES,
+    "recipes": recipes.CASES,
 }
-TIMED = tuple(name for name in OPS if any(case.op == name for cases in FAMILIES.values() for case in cases))
+TIMED = tuple(dict.fromkeys(case.op for cases in FAMILIES.values() for case in cases))
 FORMAT = 2  # of the results file
 
 

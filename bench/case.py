@@ -134,7 +134,7 @@ class Case:
 
     @property
     def family(self) -> str:
-        return OPS[self.op].family
+        return OPS[self.op].family if self.op in OPS else "recipes"
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ void bind_logprob(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
 void bind_reflection(pybind11::module_& m);
 void bind_span(pybind11::module_& m);
+void bind_srl(pybind11::module_& m);
 void bind_tree(pybind11::module_& m);
 void bind_tree_layout(pybind11::module_& m);
 
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
   bind_policy_loss(m);
   bind_reflection(m);
   bind_span(m);
+  bind_srl(m);
   bind_tree(m);
   bind_tree_layout(m);
 }

@@ -47,7 +47,7 @@ ARROWS = {
     "tree_layout": {"_block_mask", "_checks", "_ext", "_tree_nodes", "_types", "layout"},
     "reference": FORMULAS,
     "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", "_rank_moments", *LAYOUTS, *FORMULAS},
-    "recipes": {"_checks", "_types", "ops", *LAYOUTS, *PUBLIC},
+    "recipes": {"_checks", "_ext", "_types", "ops", *LAYOUTS, *PUBLIC},
     "integrations": {"_checks", "_types", "ops", "recipes", *LAYOUTS, *PUBLIC},
     "testing": {"_backends", "_checks", "_paths", "_types", "ops", "reference", *LAYOUTS, *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
@@ -59,7 +59,6 @@ LAZY = {"_backends": {"_native", "_triton", "reference"}, "integrations": {"_tri
 THIRD_PARTY = {  # else torch and numpy
     "_triton": {"torch", "triton"},
     "_backends": {"torch", "triton"},
-    "recipes": {"torch", "numpy", "cydifflib"},
 }
 FREE = {"cli", "integrations", "testing", "trainer", "validate"}  # import what they need
 

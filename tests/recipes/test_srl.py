@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import random
 import statistics
-import sys
 
 import pytest
 import torch
@@ -19,22 +19,17 @@ PIECE = st.text("abcdefgh", min_size=1, max_size=60)
 LONG = st.builds(lambda a, n, b: (a * n + b)[:700], PIECE, st.integers(4, 40), TEXT)
 
 
-@pytest.fixture
-def library() -> None:
-    pytest.importorskip("cydifflib")
+def ratio(a: str, b: str, autojunk: bool = True) -> float:
+    return difflib.SequenceMatcher(None, a, b, autojunk).ratio()
 
 
-def ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
-
-
-def test_literal_similarity(library: None) -> None:
+def test_literal_similarity() -> None:
     """Blocks "b" and "d" of "abcd" and "bxd": 2 * 2 / 7; two empty actions are alike, one is not."""
     out = similarity(["abcd", "", "", "x = 3"], ["bxd", "", "a", "x = 3"])
     assert out.tolist() == [2 * 2 / 7, 1.0, 0.0, 1.0] and out.dtype == torch.float64
 
 
-def test_quirks(library: None) -> None:
+def test_quirks() -> None:
     # not symmetric
     a, b = "tide", "diet"
     assert similarity([a, b], [b, a]).tolist() == [ratio(a, b), ratio(b, a)] == [0.25, 0.5]
@@ -45,24 +40,35 @@ def test_quirks(library: None) -> None:
     assert similarity([prose[1:-1], prose[1:], prose], [prose[:-1], prose, prose]).tolist() == [2 * 198 / 397, 0.0, 1.0]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(TEXT | LONG, TEXT | LONG), max_size=4))
-def test_identical_to_difflib(pairs: list[tuple[str, str]]) -> None:
-    pytest.importorskip("cydifflib")
-    out = similarity([a for a, _ in pairs], [b for _, b in pairs])
-    assert out.tolist() == [ratio(a, b) for a, b in pairs]
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(TEXT | LONG, TEXT | LONG), max_size=4), st.booleans())
+def test_identical_to_difflib(pairs: list[tuple[str, str]], autojunk: bool) -> None:
+    out = similarity([a for a, _ in pairs], [b for _, b in pairs], autojunk=autojunk)
+    assert out.tolist() == [ratio(a, b, autojunk) for a, b in pairs]
 
 
-def test_one_expert_for_a_group(library: None) -> None:
+def test_identical_on_edited_prose() -> None:
+    """Long texts whose blocks nest deep, more of them than threads, in every width that Python stores strings in."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(60)]
+    pairs = []
+    for wide in ("", "é", "ы", "\ud800", "\U0001f600"):
+        for edits in (1, 5, 40):
+            expert = draw.choices([*words, wide], k=draw.choice([20, 40, 150]))
+            action = list(expert)
+            for _ in range(edits):
+                action[draw.randrange(len(action))] = draw.choice(words)
+            pairs.append((" ".join(action), " ".join(expert)))
+    for autojunk in (True, False):
+        out = similarity([a for a, _ in pairs], [b for _, b in pairs], autojunk=autojunk).tolist()
+        assert out == [ratio(a, b, autojunk) for a, b in pairs]
+        assert len(set(out)) > 10
+
+
+def test_one_expert_for_a_group() -> None:
     expert = "carry the one, then add 17 and 25 " * 9
     actions = ["", expert, expert[:40], "add 25 and 17", expert.upper()]
     assert similarity(actions, [expert] * 5).tolist() == [ratio(a, expert) for a in actions]
-
-
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cydifflib", None)
-    with pytest.raises(ImportError, match=r"srl.similarity needs cydifflib: pip install 'trajkern\[train\]'"):
-        similarity(["a"], ["b"])
 
 
 def test_rewards(device: str) -> None:
@@ -118,6 +124,6 @@ def test_keep_groups_matches_a_plain_loop(rows: list[tuple[float, int]], min_std
         (lambda: keep_groups(torch.ones(1), torch.ones(1).long(), min_std=0, ddof=2), ValueError, "ddof must be one"),
     ],
 )
-def test_refuses(make, error: type, message: str, library: None) -> None:
+def test_refuses(make, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()

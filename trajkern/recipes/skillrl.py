@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from trajkern._checks import check_choice, check_number, describe
+from trajkern.recipes.srl import similarity
 
 KINDS = ("demonstration", "lesson")
 SEARCH = ("family", "all")
@@ -174,9 +175,6 @@ class SkillBank:
             prompt: as ``add`` got it.
             family: None for a prompt of no known family: general skills.
             k: at least 0; the authors' 6.
-
-        Raises:
-            ImportError: without the package cydifflib, which is in trajkern's extra "train".
         """
         _check_text("prompt", prompt)
         _check_family(family)
@@ -184,7 +182,8 @@ class SkillBank:
         offered = [s for s in self._skills if s.prompt != prompt]
         if self.search == "family":
             offered = [s for s in offered if s.family in (family, None)]
-        likeness = _likeness(prompt, [skill.prompt or skill.text for skill in offered])
+        compared = [skill.prompt or skill.text for skill in offered]
+        likeness = similarity(compared, [prompt] * len(compared), autojunk=False).tolist()
 
         def rank(at: int) -> tuple[bool, float, int]:
             foreign = self.search == "family" and offered[at].family != family
@@ -255,19 +254,6 @@ class SkillBank:
         leaves = min(peers, key=lambda s: (s.reward if kind == "demonstration" else 0.0, s.number))
         self._skills.remove(leaves)
         return None if leaves is new else new
-
-
-def _likeness(prompt: str, texts: Sequence[str]) -> list[float]:
-    try:
-        from cydifflib import SequenceMatcher
-    except ImportError as error:
-        raise ImportError("skillrl.SkillBank.retrieve needs cydifflib: pip install 'trajkern[train]'") from error
-    matcher = SequenceMatcher(None, "", prompt, autojunk=False)  # analyses its second text once
-    ratios = []
-    for text in texts:
-        matcher.set_seq1(text)
-        ratios.append(matcher.ratio())
-    return ratios
 
 
 def _ends(text: str, count: int) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trajkern import group_advantages
+from trajkern import _ext, group_advantages
 from trajkern._checks import check_choice, check_number, describe
 from trajkern.recipes._groups import check_ids, check_vector, group_sum, pair_ids, widened
 
 
-def similarity(actions: Sequence[str], expert_actions: Sequence[str]) -> Tensor:
+def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojunk: bool = True) -> Tensor:
     """2 M / T of each pair, identical to ``difflib.SequenceMatcher(None, action, expert).ratio()``; float64 ``[N]``.
 
     T is the number of characters of both, M the number in matching blocks: the longest common block, then the longest
@@ -24,20 +24,18 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str]) -> Tensor:
     - M is at most the length of the longest common subsequence, and often less;
     - two empty actions have ratio 1.
 
-    The paper compares sequences and does not say of what; characters are what its replications compare.
+    The paper compares sequences and does not say of what; characters are what its replications compare. The pairs are
+    shared out among torch's threads, without the interpreter's lock.
 
     Args:
         actions: what the policy did, one string a rollout, without its monologue, which is not scored.
         expert_actions: what the expert did at that step, one string a rollout.
+        autojunk: False gives frequent characters no special treatment, as difflib's argument of this name.
 
     Raises:
-        ImportError: without the package cydifflib, which is in trajkern's extra "train".
+        ImportError: where the CPU kernels are not built.
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    try:
-        from cydifflib import SequenceMatcher
-    except ImportError as error:
-        raise ImportError("srl.similarity needs cydifflib: pip install 'trajkern[train]'") from error
     for name, texts in (("actions", actions), ("expert_actions", expert_actions)):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
@@ -46,12 +44,9 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str]) -> Tensor:
         raise ValueError(
             f"expert_actions must have one string for each of the {len(actions)} actions, got {len(expert_actions)}"
         )
-    ratios, matcher = [], SequenceMatcher(None, "", "")
-    for action, expert in zip(actions, expert_actions, strict=True):
-        matcher.set_seq2(expert)  # analysed once where a group's rollouts share the string
-        matcher.set_seq1(action)
-        ratios.append(matcher.ratio())
-    return torch.tensor(ratios, dtype=torch.float64)
+    ratios = torch.empty(len(actions), dtype=torch.float64)
+    _ext.cpu().similarity(tuple(actions), tuple(expert_actions), autojunk, ratios.data_ptr())
+    return ratios
 
 
 def rewards(
