@@ -92,9 +92,11 @@ def forward_problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype) 
     return make
 
 
-def loss_problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> Callable[[str], Problem]:
+def loss_problem(
+    rows: int, width: int, vocabulary: int, dtype: torch.dtype, **options: object
+) -> Callable[[str], Problem]:
     def make(device: str) -> Problem:
-        x = _loss_inputs(_inputs(rows, width, vocabulary, dtype, device), TRAJECTORIES)
+        x = _loss_inputs(_inputs(rows, width, vocabulary, dtype, device), TRAJECTORIES) | options
         small = _loss_inputs(_inputs(GATE_ROWS, width, vocabulary, dtype, device), 1)
         trajectory = torch.repeat_interleave(torch.arange(TRAJECTORIES), rows // TRAJECTORIES).to(device)
         weights = token_weights(torch.ones(rows, dtype=torch.bool), x["cu_seqlens"].cpu()).to(device)
@@ -160,6 +162,11 @@ _SMALL = (1024, 1024, 32768)
 CASES = (
     *_cases(*_SMALL, torch.float32, "cpu", (1.10, 1.10)),
     *_cases(512, 512, 151_936, torch.float32, "cpu", (1.10, 1.10)),
+    Case(
+        "linear_policy_loss", "forward + backward, workspace of 256 MiB", "512 × 512 × 151,936 float32",
+        loss_problem(512, 512, 151_936, torch.float32, workspace_bytes=2**28), (Target("times", 1.10, FLOOR),),
+        ("cpu",), memory_of="weight",
+    ),
     Case(
         "linear_policy_loss", "forward + backward, 30% scored", "1,024 × 1,024 × 32,768 float32",
         _less(_masked, 0.3, *_SMALL), (Target("times", 0.36, FLOOR),), ("cpu",),

@@ -62,7 +62,9 @@ class Tiles:
     def whole_rows(self, slots: int) -> tuple[int, int]:
         """(rows, columns of a slice) of a tile of whole rows. The widest shard decides, so that ranks keep step."""
         rows = self.workspace // (self.shard.widest * self.dtype.itemsize)
-        rows = rows // ROW_MULTIPLE * ROW_MULTIPLE if rows >= ROW_MULTIPLE else rows
+        if ROW_MULTIPLE <= rows < slots:  # as many in every block
+            each = -(-slots // -(-slots // (rows // ROW_MULTIPLE * ROW_MULTIPLE)))
+            rows = -(-each // ROW_MULTIPLE) * ROW_MULTIPLE
         return max(1, min(slots, rows)), min(SLICE, self.size) if self.cpu else self.size
 
     def scale(self, row: Tensor) -> Tensor:
