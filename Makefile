@@ -8,7 +8,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench reproduce gpu-check clean
+.PHONY: help setup train test lint bench reproduce readme gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,6 +31,9 @@ bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists t
 
 reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
 	$(BIN)/python -m trajkern._bench.reproduce $(ARGS)
+
+readme: .venv/.built ## the README's table of times, from bench/results
+	$(BIN)/python -m trajkern._bench.readme
 
 gpu-check: ## on a machine with an NVIDIA GPU and no network: build, test, measure with $(PYTHON), results under OUT
 	$(PYTHON) bench/gpu_check.py --out $(OUT)

@@ -27,6 +27,7 @@ from trajkern._bench import (
     tree,
 )
 from trajkern._bench.case import OURS, Case
+from trajkern._bench.memory import hold
 from trajkern._bench.run import Settings, clocks, release, run
 from trajkern._bench.table import markdown, seconds
 from trajkern._bench.text import text
@@ -128,6 +129,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
     """Fill the report, and save it after every case."""
+    hold()
     settings = Settings.of(args.device, args.quick, args.peers)
     clock = clocks(args.device)
     report["ceilings"] = ceilings.measure(args.device, clock[False], settings.seconds / 2)

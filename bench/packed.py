@@ -6,7 +6,6 @@ Times the forward and the backward pass of the whole built-in model with the fus
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import sys
@@ -92,7 +91,7 @@ def measure(work: Work, seconds_each: float) -> dict[str, Any]:
     calls = contenders(work, model)
     losses = {name: call() for name, call in calls.items()}
     torch.testing.assert_close(losses["packed"], losses["flat"], rtol=1e-4, atol=1e-6)
-    peaks = {name: statistics.median(_peak(call) for _ in range(5)) for name, call in calls.items()}
+    peaks = {name: statistics.median(peak_bytes(call, "cpu") for _ in range(5)) for name, call in calls.items()}
     samples = race(calls, WallClock(), seconds=seconds_each, rounds=(5, 100))
     share = work.tree.num_tokens / work.tree.flat_index.shape[0]
     time = ratio(samples["packed"], samples["flat"])
@@ -105,11 +104,6 @@ def measure(work: Work, seconds_each: float) -> dict[str, Any]:
         "peak_bytes": peaks,
         "memory": peaks["packed"] / peaks["flat"] / share,
     }
-
-
-def _peak(call: Callable[[], object]) -> int:
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator still holds would hide what the call takes
-    return peak_bytes(call, "cpu")
 
 
 def markdown(results: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from trajkern._bench import table
 from trajkern._bench.case import COMPILED, OURS, RIVAL_BUDGET
 from trajkern._bench.run import gemm_rate
 from trajkern._bench.table import peers_of
@@ -53,29 +54,14 @@ def _label(case: dict[str, Any]) -> str:
     return f"{case['op']}, {case['work']}\n{case['shape']}"
 
 
-def _timed(report: Report) -> list[dict[str, Any]]:
-    """The cases whose time is the device's, not the caller's."""
-    return [case for case in report["cases"] if OURS in case["seconds"] and not case["host"]]
-
-
 def ratios(report: Report) -> Figure | None:
     """How many times as long as trajkern everybody else takes, on a logarithmic axis."""
-    return _ratios(report, _raced(report))
+    return _ratios(report, table.raced(report))
 
 
 def overview(report: Report) -> Figure | None:
-    """The same for one case an op: that of most contenders, and among those the one that moves most bytes."""
-    best: dict[str, dict[str, Any]] = {}
-    for case in _raced(report):
-        known = best.setdefault(case["op"], case)
-        if (len(case["seconds"]), case["bytes"]) > (len(known["seconds"]), known["bytes"]):
-            best[case["op"]] = case
-    return _ratios(report, list(best.values()))
-
-
-def _raced(report: Report) -> list[dict[str, Any]]:
-    names = {"eager", COMPILED, *peers_of(report)}
-    return [case for case in _timed(report) if names & set(case["seconds"])]
+    """The same for one case an op."""
+    return _ratios(report, table.overview(report))
 
 
 def _ratios(report: Report, cases: list[dict[str, Any]]) -> Figure | None:
@@ -101,7 +87,7 @@ def _ratios(report: Report, cases: list[dict[str, Any]]) -> Figure | None:
 
 def roofline(report: Report) -> Figure | None:
     """Measured time against what the measured copy bandwidth and matrix product rate allow."""
-    cases = _timed(report)
+    cases = table.timed(report)
     if not cases:
         return None
     copy, gemm = report["ceilings"]["copy_bytes_per_second"], gemm_rate(report["ceilings"])

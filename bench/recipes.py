@@ -148,13 +148,11 @@ def _gate(device: str) -> Exact:
 def _toolpo_form(
     success: Tensor, action: Tensor, group_ids: Tensor, action_mask: Tensor, cu_seqlens: Tensor
 ) -> Outcome:
+    groups = int(group_ids.max()) + 1
+
     def centred(x: Tensor) -> Tensor:
-        return (
-            x
-            - torch.zeros(int(group_ids.max()) + 1).scatter_reduce(0, group_ids, x, "mean", include_self=False)[
-                group_ids
-            ]
-        )
+        means = torch.zeros(groups).scatter_reduce(0, group_ids, x, "mean", include_self=False)
+        return x - means[group_ids]
 
     of_outcome, of_action = (
         torch.repeat_interleave(centred(x), cu_seqlens.diff(), output_size=action_mask.shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from trajkern._bench import peers
 from trajkern._bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
-from trajkern._bench.memory import peak_bytes
+from trajkern._bench.memory import give_back, peak_bytes
 from trajkern._bench.timing import Call, Clock, DeviceClock, Summary, WallClock, race, ratio
 
 
@@ -100,7 +99,7 @@ def verdict(target: Target, result: dict[str, Any], samples: dict[str, list[floa
 
 def release() -> None:
     """Give back the memory of the case before."""
-    gc.collect()
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -87,6 +87,27 @@ def peer_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def timed(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases whose time is the device's, not the caller's."""
+    return [case for case in report["cases"] if OURS in case["seconds"] and not case["host"]]
+
+
+def raced(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that somebody else can do as well."""
+    names = {"eager", COMPILED, *peers_of(report)}
+    return [case for case in timed(report) if names & set(case["seconds"])]
+
+
+def overview(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of those one an op: that of most contenders, and among them the one that moves most bytes."""
+    best: dict[str, dict[str, Any]] = {}
+    for case in raced(report):
+        known = best.setdefault(case["op"], case)
+        if (len(case["seconds"]), case["bytes"]) > (len(known["seconds"]), known["bytes"]):
+            best[case["op"]] = case
+    return list(best.values())
+
+
 def absent_peers(report: dict[str, Any]) -> str:
     """Which peers could not be used, and why."""
     found = [f"{name} ({why})" for name, why in report.get("peers", {}).items() if name not in peers_of(report)]

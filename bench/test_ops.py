@@ -10,9 +10,15 @@ import pytest
 
 from trajkern._bench.__main__ import FAMILIES
 from trajkern._bench.case import OURS, Case
+from trajkern._bench.memory import hold
 from trajkern._bench.run import gate, release
 
 CASES = [case for cases in FAMILIES.values() for case in cases if "cpu" in case.devices]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady_memory() -> None:
+    hold()
 
 
 @pytest.mark.parametrize("name", [OURS, "eager"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,20 @@ def test_peak_memory_sees_an_allocation_that_is_gone_again() -> None:
     size = 256 * 2**20
     assert peak_bytes(lambda: torch.ones(size, dtype=torch.uint8).sum(), "cpu") > 0.9 * size
     assert peak_bytes(lambda: torch.ones(10).sum(), "cpu") < 0.1 * size
+
+
+def test_kept_memory_hides_no_peak() -> None:
+    """In a process of its own: what the C library was told stays."""
+    code = """
+import torch
+from trajkern._bench.memory import hold, peak_bytes
+hold()
+blocks = lambda: [torch.ones(2**22, dtype=torch.uint8) for _ in range(40)]
+blocks()
+print(peak_bytes(blocks, "cpu"))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 0.9 * 40 * 2**22
 
 
 # the gate

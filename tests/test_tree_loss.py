@@ -66,7 +66,8 @@ class _Rollouts:
             paths = tk.Paths(self.tree, self.advantages, self.gate)
             given |= {"advantages": None, "cu_seqlens": self.tree.node_offsets, "branch": paths}
         loss, metrics = tk.policy_loss(**given, config=config, **options)
-        loss.backward()
+        if loss.isfinite():
+            loss.backward()
         grads = {
             f"grad_{i}": torch.zeros_like(x) if x.grad is None else x.grad for i, x in enumerate((logprobs, entropy))
         }
@@ -129,6 +130,21 @@ def test_head_equals_the_flat_rollouts(kind, correction, on_policy) -> None:
         results.append((loss.detach(), h.grad, w.grad, *metrics.values()))
     for packed, flat in zip(*results, strict=True):
         torch.testing.assert_close(packed, flat, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "seq_mean_token_mean"])
+@pytest.mark.parametrize("correction", ["tis", "icepop", "sequence_mask"])
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_a_samplers_nan_reaches_the_loss(kind, correction, aggregate) -> None:
+    rollouts = _Rollouts(0, 12, 0.1)
+    rollouts.gate[:], rollouts.mask[:] = True, True
+    rollouts.given["sampler_logprobs"][3] = torch.nan
+    config = tk.PolicyLoss(kind, aggregate=aggregate, sampler_correction=correction)
+    for flat in (True, False):
+        assert rollouts.loss(config, flat=flat)["loss"].isnan(), flat
+        rollouts.mask[3] = False
+        assert rollouts.loss(config, flat=flat)["loss"].isfinite(), flat
+        rollouts.mask[3] = True
 
 
 def test_node_advantages_are_a_branch() -> None:

@@ -125,16 +125,18 @@ def node_counts(cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def gate_of(paths: Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
-            sampler: Tensor | None) -> Tensor | None:  # fmt: skip
-    """The rollouts that the gate and the sampler's sequence mask leave."""
+            sampler: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The rollouts that the gate and the sampler's sequence mask leave; 1, or NaN where that mask met one."""
     if config.sampler_correction != "sequence_mask":
-        return paths.gate
+        return paths.gate, None
     assert old is not None and sampler is not None
     counts = leaf_counts(paths, cu_seqlens, mask, None).clamp_min(1)
     log_w = scored(old - sampler, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     w = (path_sums(log_w, cu_seqlens, paths.tree) / counts).exp()
     kept = ~((w < config.sampler_low) | (w > config.sampler_high))
-    return kept if paths.gate is None else kept & paths.gate
+    if paths.gate is not None:
+        kept, w = kept & paths.gate, torch.where(paths.gate, w, 0)
+    return kept, 1 + 0 * w.sum()
 
 
 def sampler_factor(config: PolicyLoss, log_w: Tensor) -> Tensor:
@@ -176,8 +178,9 @@ def read_branch(branch: Branch | Paths, config: PolicyLoss, cu_seqlens: Tensor, 
                 ) -> tuple[Tensor, PolicyLoss, Tensor | None]:  # fmt: skip
     """The branch as the kernels read it, [6, M] or [6, P]; the loss whose sum over tokens, with these coefficients, is
     the flat rollouts'; and what divides that sum."""
+    sound = None
     if isinstance(branch, Paths):
-        gate = gate_of(branch, config, cu_seqlens, mask, old, sampler)
+        gate, sound = gate_of(branch, config, cu_seqlens, mask, old, sampler)
         weights = weights_of(config, leaf_counts(branch, cu_seqlens, mask, gate), normalizer)
         branch = ops.branch_coefficients(branch.advantages.detach(), branch.tree, leaf_weights=weights)
         config, normalizer = summed(config), None
@@ -185,4 +188,5 @@ def read_branch(branch: Branch | Paths, config: PolicyLoss, cu_seqlens: Tensor, 
         leaves = branch.leaf_count.detach().double()
         total = sum_in_any_order(scored(leaves, mask) if per_token else leaves * node_counts(cu_seqlens, mask))
         normalizer = torch.where(total == 0, 1, total).to(dtype)
-    return torch.stack([x.detach().to(dtype) for x in branch]), config, normalizer
+    stacked = torch.stack([x.detach().to(dtype) for x in branch])
+    return stacked if sound is None else stacked * sound, config, normalizer

