@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trajkern._bench.case import COMPILED, FLOOR, OURS
+from trajkern._bench.case import COMPILED, OURS
 from trajkern._bench.table import overview, peers_of, seconds, table
+from trajkern._bench.text import size
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- times: begin (make readme) -->", "<!-- times: end -->"
-COLUMNS = ("op", "work", "trajkern", "eager", COMPILED, "fastest package", "nobody can avoid")
+COLUMNS = ("op", "work", OURS, "eager", COMPILED, "fastest package", "peak memory; eager's")
 
 Report = dict[str, Any]
 
@@ -55,9 +56,13 @@ def rows(report: Report) -> list[tuple[str, ...]]:
         best = min(timed, key=lambda name: case["seconds"][name]["median"], default=None)
         return f"{time(case, best)} ({best})" if best else "–"
 
+    def memory(case: dict[str, Any]) -> str:
+        shown = "memory_of" in case and {OURS, "eager"} <= case["peak_bytes"].keys()
+        return "; ".join(size(case["peak_bytes"][name]) for name in (OURS, "eager")) if shown else ""
+
     return [
         (f"`{case['op']}`", f"{case['work']}: {case['shape']}", time(case, OURS), time(case, "eager"),
-         time(case, COMPILED), package(case), time(case, FLOOR))
+         time(case, COMPILED), package(case), memory(case))
         for case in overview(report)
     ]  # fmt: skip
 

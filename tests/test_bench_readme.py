@@ -31,6 +31,7 @@ def report(date: str, cases: list[dict[str, Any]], **machine: str) -> dict[str, 
 
 def test_a_gpu_comes_first_and_what_it_has_not_measured_is_named(tmp_path: Path) -> None:
     both = case("spread", "forward", trajkern=2e-3, eager=4e-3, trl=7e-3, liger=6e-3, floor=1e-3)
+    both |= {"memory_of": {"name": "x", "bytes": 1}, "peak_bytes": {"trajkern": 2**11, "eager": 3 * 2**20, "trl": 7}}
     for folder, name, content in (
         ("a-cpu", "2026-01-01", report("2026-01-01", [case("gae", "old", trajkern=1.0, eager=1.0)])),
         ("a-cpu", "2026-01-02", report("2026-01-02", [both, case("gae", "forward", trajkern=1.0, eager=3.0)])),
@@ -43,8 +44,8 @@ def test_a_gpu_comes_first_and_what_it_has_not_measured_is_named(tmp_path: Path)
     assert heads[0].startswith("H9, 2026-01-03, torch 2.99, trl 1.2, liger 0.1;")
     assert heads[1].startswith("A Processor, 3 threads, 2026-01-02, torch 2.99, trl 1.2, liger 0.1;")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.splitlines() if line.startswith("| `")]
-    assert cells[0] == ["`spread`", "forward: 7 rows", "2 ms", "4 ms", "–", "6 ms (liger)", "1 ms"]
-    assert cells[2] == ["`gae`", "forward: 7 rows", "1 s", "3 s", "–", "–", "–"]
+    assert cells[0] == ["`spread`", "forward: 7 rows", "2 ms", "4 ms", "–", "6 ms (liger)", "2 KiB; 3 MiB"]
+    assert cells[2] == ["`gae`", "forward: 7 rows", "1 s", "3 s", "–", "–", ""]
     assert made.endswith("Not measured on a GPU yet: `gae`.")
 
 
