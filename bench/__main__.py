@@ -28,7 +28,7 @@ from trajkern._bench import (
 )
 from trajkern._bench.case import OURS, Case
 from trajkern._bench.memory import hold
-from trajkern._bench.run import Settings, clocks, release, run
+from trajkern._bench.run import Settings, clocks, release, run, shares
 from trajkern._bench.table import markdown, seconds
 from trajkern._bench.text import text
 
@@ -132,7 +132,7 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
     hold()
     settings = Settings.of(args.device, args.quick, args.peers)
     clock = clocks(args.device)
-    report["ceilings"] = ceilings.measure(args.device, clock[False], settings.seconds / 2)
+    report["ceilings"] = before = ceilings.measure(args.device, clock[False], settings.seconds / 2)
     release()
     for case in chosen(args):
         print(f"{case.name}: ", end="", file=sys.stderr, flush=True)
@@ -142,6 +142,9 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
         report["cases"].append(result)
         _save(report, args)
         release()
+    report["ceilings"] = ceilings.best(before, ceilings.measure(args.device, clock[False], settings.seconds / 2))
+    for result in report["cases"]:
+        result |= shares(result, report["ceilings"])
     if args.growth:
         ops = {case.op for case in chosen(args)}
         report["growth"] = growth.measure(

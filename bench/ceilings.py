@@ -43,6 +43,11 @@ def measure(device: str, clock: Clock, seconds: float) -> dict[str, Any]:
     }
 
 
+def best(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The highest rates and the shortest times: a machine that was slow for a while could do more."""
+    return {k: (max if k.endswith("_per_second") else min)(x, after[k]) for k, x in before.items()}
+
+
 def machine(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": cpu_name(),

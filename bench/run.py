@@ -53,14 +53,21 @@ def run(case: Case, settings: Settings, clock: Clock, ceilings: dict[str, float]
     samples = race({**calls, FLOOR: problem.floor}, clock, seconds=settings.seconds, rounds=settings.rounds)
     result["seconds"] = {name: asdict(Summary.of(s)) for name, s in samples.items()}
     result |= {"bytes": problem.bytes, "flops": problem.flops}
-    if OURS in calls and not case.host:
-        median = result["seconds"][OURS]["median"]
-        result["share_of_copy"] = problem.bytes / median / ceilings["copy_bytes_per_second"]
-        if problem.flops:
-            result["share_of_gemm"] = problem.flops / median / gemm_rate(ceilings)
+    result |= shares(result, ceilings)
     targets = [t for t in case.targets if settings.device in t.devices]
     result["targets"] = [verdict(t, result, samples) for t in targets]
     return result
+
+
+def shares(result: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float]:
+    """How much of the copy's and the matrix product's rate trajkern reaches; nothing where its caller was timed."""
+    if OURS not in result["seconds"] or result["host"]:
+        return {}
+    median = result["seconds"][OURS]["median"]
+    found = {"share_of_copy": result["bytes"] / median / ceilings["copy_bytes_per_second"]}
+    if result["flops"]:
+        found["share_of_gemm"] = result["flops"] / median / gemm_rate(ceilings)
+    return found
 
 
 def gemm_rate(ceilings: dict[str, float]) -> float:

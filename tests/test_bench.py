@@ -142,6 +142,17 @@ print(peak_bytes(blocks, "cpu"))
 # the gate
 
 
+def test_the_better_ceiling_counts() -> None:
+    before = {"copy_bytes_per_second": 4.0, "launch_seconds": 2.0}
+    after = {"copy_bytes_per_second": 8.0, "launch_seconds": 3.0}
+    ceilings = program.ceilings.best(before, after) | {"gemm_8_float32_flop_per_second": 2.0}
+    assert ceilings["launch_seconds"] == 2.0
+    case = {"seconds": {OURS: {"median": 2.0}}, "host": False, "bytes": 4, "flops": 1}
+    assert program.shares(case, ceilings) == {"share_of_copy": 0.25, "share_of_gemm": 0.25}
+    assert program.shares(case | {"flops": 0}, ceilings) == {"share_of_copy": 0.25}
+    assert program.shares(case | {"host": True}, ceilings) == program.shares(case | {"seconds": {}}, ceilings) == {}
+
+
 def test_gate_passes_what_is_right() -> None:
     made = problem({"eager": right})
     for name in (OURS, "eager"):
