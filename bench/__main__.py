@@ -132,7 +132,7 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
     hold()
     settings = Settings.of(args.device, args.quick, args.peers)
     clock = clocks(args.device)
-    report["ceilings"] = before = ceilings.measure(args.device, clock[False], settings.seconds / 2)
+    report["ceilings"] = ceilings.measure(args.device, clock[False], settings.seconds / 2)
     release()
     for case in chosen(args):
         print(f"{case.name}: ", end="", file=sys.stderr, flush=True)
@@ -142,7 +142,8 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
         report["cases"].append(result)
         _save(report, args)
         release()
-    report["ceilings"] = ceilings.best(before, ceilings.measure(args.device, clock[False], settings.seconds / 2))
+    after = ceilings.measure(args.device, clock[False], settings.seconds / 2)
+    report["ceilings"] = ceilings.best(report["ceilings"], after)
     for result in report["cases"]:
         result |= shares(result, report["ceilings"])
     if args.growth:

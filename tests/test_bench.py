@@ -139,9 +139,6 @@ print(peak_bytes(blocks, "cpu"))
     assert int(found.stdout) > 0.9 * 40 * 2**22
 
 
-# the gate
-
-
 def test_the_better_ceiling_counts() -> None:
     before = {"copy_bytes_per_second": 4.0, "launch_seconds": 2.0}
     after = {"copy_bytes_per_second": 8.0, "launch_seconds": 3.0}
@@ -151,6 +148,9 @@ def test_the_better_ceiling_counts() -> None:
     assert program.shares(case, ceilings) == {"share_of_copy": 0.25, "share_of_gemm": 0.25}
     assert program.shares(case | {"flops": 0}, ceilings) == {"share_of_copy": 0.25}
     assert program.shares(case | {"host": True}, ceilings) == program.shares(case | {"seconds": {}}, ceilings) == {}
+
+
+# the gate
 
 
 def test_gate_passes_what_is_right() -> None:
