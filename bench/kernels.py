@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
-from trajkern._types import FORMS, SAMPLER_CORRECTIONS
+from trajkern.losses.kinds import FORMS, SAMPLER_CORRECTIONS
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {
@@ -80,7 +80,7 @@ def _slope(dtype: torch.dtype, length: int, kind: int) -> Variant:
 
 def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
     return {
-        "FORM": FORMS.index(form),
+        "FORM": list(FORMS).index(form),
         "SEQUENCE": sequence,
         "CORRECTION": SAMPLER_CORRECTIONS.index(correction),
         "PER_TOKEN": sequence,

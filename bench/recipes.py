@@ -14,8 +14,8 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._bench.case import OURS, Case, Function, Target
+from trajkern.layouts.spans import trajectories
 from trajkern.recipes import dro, srl, toolpo
-from trajkern.span_layout import trajectories
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.registry import Inputs
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern._bench.case import Case, Problem, Target, with_compiled
-from trajkern.span_layout import Spans
+from trajkern.layouts.spans import Spans
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.span import spans_of
 

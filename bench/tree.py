@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from trajkern._bench.case import Case, Problem, Target, with_compiled
+from trajkern.layouts.tree import Tree
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.tree import regular_tree
-from trajkern.tree_layout import Tree
 
 LEVELS, BRANCHING = 5, 3  # 121 nodes a tree
 EPS = 1e-6

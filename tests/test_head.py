@@ -13,8 +13,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import trajkern as tk
-from trajkern import _head, _pairs, reference
+from trajkern import reference
 from trajkern._bench.memory import peak_bytes
+from trajkern._tiles import head as head_tiles
+from trajkern._tiles.pairs import Head, pairs_of
 from trajkern.testing import budget_share, oracle, run
 from trajkern.testing.head import LINEAR_LOGPROBS, LINEAR_POLICY_LOSS
 
@@ -183,10 +185,10 @@ def test_idle_slots_and_pairs_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     """Nobody counts there: as many slots as there could be rows, the masked pairs in none of them."""
     hidden, weight, targets = _inputs(tokens=6)
     rows, mask = torch.tensor([4, 1, 4, 4, 1, 0]), torch.tensor([1, 1, 0, 1, 1, 0]).bool()
-    head = _pairs.Head(hidden, weight, None, targets, rows, mask, None, None, None, [1.0, 0.0, 1.0], [0, 1 << 20], "")
-    exact = _pairs.pairs_of(head, 130, mask)
+    head = Head(hidden, weight, None, targets, rows, mask, None, None, None, [1.0, 0.0, 1.0], [0, 1 << 20], "")
+    exact = pairs_of(head, 130, mask)
     assert exact.row.tolist() == [1, 4] and exact.idle is None and sorted(exact.pair.tolist()) == [0, 1, 3, 4]
-    counted = _pairs.pairs_of(head, 130, mask, exact=False)
+    counted = pairs_of(head, 130, mask, exact=False)
     assert counted.row[:2].tolist() == [1, 4] and counted.idle.tolist() == [False, False, True, True, True, True]
     assert counted.offsets.tolist() == [0, 2, 4, 4, 4, 4, 4] and torch.equal(counted.pair[:4], exact.pair)
 
@@ -196,7 +198,7 @@ def test_uncounted_slots_give_the_same_numbers(name: str, monkeypatch: pytest.Mo
     case = next(case for case in LINEAR_LOGPROBS.cases if case.name == name)
     inputs = LINEAR_LOGPROBS.inputs(case, torch.float32)
     expected = run(LINEAR_LOGPROBS, tk.linear_logprobs, inputs)
-    monkeypatch.setattr(_head, "pairs_of", partial(_pairs.pairs_of, exact=False))
+    monkeypatch.setattr(head_tiles, "pairs_of", partial(pairs_of, exact=False))
     got = run(LINEAR_LOGPROBS, tk.linear_logprobs, inputs)
     high, low = oracle(LINEAR_LOGPROBS, inputs)
     for key in expected:

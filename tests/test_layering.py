@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,39 +18,25 @@ from trajkern._backends import OWNERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {"trajkern"}
-FORMULAS = {"_types", "_covariance"}  # plain data and plain torch that an op and its reference share
-LAYOUTS = {"layout", "span_layout", "tree_layout"}
-HEAD = {"_head", "_pairs", "_ranks"}  # the head's loops over tiles, which its launchers share
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
-    "__init__": {"_backends", "_paths", "_types", "ops", "recipes", *LAYOUTS},
+    "__init__": {"_backends", "_results", "layouts", "losses", "ops", "recipes"},
     "__main__": {"cli"},
-    "_block_mask": set(),
-    "_checks": set(),
-    "_check_head": {"_checks", "_ranks"},
-    "_covariance": set(),
-    "_divergence": {"_head", "_pairs"},
-    "_head": HEAD,
-    "_pairs": set(),
-    "_paths": {"_backends", "_checks", "_tree_nodes", "_types", "ops", "tree_layout"},
-    "_ranks": set(),
-    "_rank_moments": set(),
-    "_tree_nodes": {"_ext"},
-    "_types": {"_checks"},
-    "_ext": set(),
     "_backends": {"_checks", "_ext"},
-    "_library": {"_backends"},
-    "_native": {"_checks", "_divergence", "_ext", "_head"},
-    "_triton": {"_divergence", "_head"},
-    "layout": {"_checks", "_types"},
-    "span_layout": {"_checks", "_ext"},
-    "tree_layout": {"_block_mask", "_checks", "_ext", "_tree_nodes", "_types", "layout"},
-    "reference": FORMULAS,
-    "ops": {"_backends", "_check_head", "_checks", "_library", "_paths", "_rank_moments", *LAYOUTS, *FORMULAS},
-    "recipes": {"_checks", "_ext", "_types", "ops", *LAYOUTS, *PUBLIC},
-    "integrations": {"_checks", "_types", "ops", "recipes", *LAYOUTS, *PUBLIC},
-    "testing": {"_backends", "_checks", "_paths", "_types", "ops", "reference", *LAYOUTS, *PUBLIC},
+    "_checks": set(),
+    "_ext": set(),
+    "_results": set(),
+    "losses": {"_checks"},
+    "layouts": {"_checks", "_ext", "losses"},
+    "_tiles": {"losses"},
+    "_native": {"_checks", "_ext", "_tiles", "losses"},
+    "_triton": {"_tiles", "losses"},
+    "reference": {"_results", "losses"},
+    "ops": {"_backends", "_checks", "_results", "_tiles", "layouts", "losses"},
+    "recipes": {"_checks", "_ext", "_results", "layouts", "ops", *PUBLIC},
+    "integrations": {"_checks", "layouts", "losses", "ops", "recipes", *PUBLIC},
+    "testing": {"_backends", "_checks", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},
@@ -134,6 +121,20 @@ def test_arrows(path: Path) -> None:
     assert not wrong, f"{_name(path)} ({layer}) may not import {wrong}"
 
 
+def test_no_circle() -> None:
+    """Modules can be put in an order in which each imports only those before it."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PYTHON}
+    modules = {name.replace("triton_kernels", "trajkern._triton"): path for name, path in modules.items()}
+    order = TopologicalSorter[str]()
+    for module, path in modules.items():
+        for found in (found for found in _imports(path) if not found.lazy):
+            target = f"{found.module}.{found.name}"
+            target = target if target in modules else found.module
+            if target in modules and target != module:
+                order.add(module, target)
+    order.prepare()  # raises where there is one
+
+
 @pytest.mark.parametrize("path", [p for p in PYTHON if _layer(p) in ("integrations", "trainer")], ids=_name)
 def test_users_of_the_package_see_public_names_only(path: Path) -> None:
     names = {found.name for found in _imports(path) if found.module == "trajkern" and found.name}
@@ -163,7 +164,7 @@ def test_one_name_per_family(family: str) -> None:
 
 
 def test_every_kernel_file_bears_a_family_name() -> None:
-    helpers = {"__init__", "primitives", "configs"}
+    helpers = {"__init__", "primitives", "configs", "_head_arguments", "_library", "_rank_moments"}
     folders = ("csrc/cpu", "csrc/cuda", "triton_kernels", "trajkern/ops")
     files = [p for folder in folders for p in (ROOT / folder).iterdir() if p.suffix in {".cpp", ".cu", ".py"}]
     stems = {p.stem.removeprefix("bind_") for p in files}

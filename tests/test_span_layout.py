@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trajkern as tk
-from trajkern import span_layout
+from trajkern.layouts import spans as span_layout
 
 FIELDS = {
     "start": torch.tensor([0, 3, 3, 7]),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._types import AGGREGATES
+from trajkern.losses.kinds import AGGREGATES
 from trajkern.testing.tree import chain, random_tree, star
 
 PARENT, LENGTHS = [-1, 0, 0, 1, 1, -1], [2, 0, 3, 1, 2, 1]

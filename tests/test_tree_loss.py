@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._types import AGGREGATES
+from trajkern.losses.kinds import AGGREGATES
 from trajkern.testing.tree import random_tree, regular_tree
 
 EXACT = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "gpg", "reinforce", "dppo_tv", "dppo_kl", "gspo", "luspo")

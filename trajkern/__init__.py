@@ -1,9 +1,12 @@
 """Kernels for reinforcement learning of language-model agents, on packed batches of rollouts."""
 
 from trajkern._backends import backends, use_backend
-from trajkern._paths import Paths
-from trajkern._types import GAE, KINDS, Branch, PolicyLoss, Reflection, TokenStats
-from trajkern.layout import HeadInputs, PackedBatch
+from trajkern._results import GAE, Branch, Reflection, TokenStats
+from trajkern.layouts.batch import HeadInputs, PackedBatch
+from trajkern.layouts.spans import Spans
+from trajkern.layouts.tree import Tree
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.kinds import KINDS
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
 from trajkern.ops.divergence import linear_divergence, topk_divergence
 from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_stats
@@ -12,8 +15,7 @@ from trajkern.ops.policy_loss import policy_loss
 from trajkern.ops.reflection import reflection_rewards, variance_weights
 from trajkern.ops.span import span_reduce, spread
 from trajkern.ops.tree import branch_coefficients, sibling_advantages, subtree_reduce
-from trajkern.span_layout import Spans
-from trajkern.tree_layout import Tree
+from trajkern.ops.tree_loss import Paths
 
 __version__ = "0.1.0"
 policy_loss_kinds = tuple(KINDS)

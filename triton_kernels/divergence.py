@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trajkern import _divergence
+from trajkern._tiles import divergence as tiles
 
 from . import head
 from .configs import MAP_STEPS, row_warps
@@ -22,7 +22,7 @@ from .logprob import MAP_LOADS, _columns, _launch, _load, _map_launch
 from .primitives import _series, exp, log1p
 
 FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)  # beta 0 and 1; 2 is between
-SAVED = tl.constexpr(_divergence.SAVED)
+SAVED = tl.constexpr(tiles.SAVED)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -214,12 +214,12 @@ def _kind(beta: float) -> int:
     return int(beta) if beta in (0, 1) else 2
 
 
-_KERNELS = _divergence.Kernels(head._KERNELS, rows, gradient)
+_KERNELS = tiles.Kernels(head._KERNELS, rows, gradient)
 
 
 def linear_divergence(*args: Any) -> list[Tensor]:
-    return _divergence.linear_divergence(_KERNELS, *args)
+    return tiles.linear_divergence(_KERNELS, *args)
 
 
 def linear_divergence_backward(*args: Any) -> list[Tensor]:
-    return _divergence.linear_divergence_backward(_KERNELS, *args)
+    return tiles.linear_divergence_backward(_KERNELS, *args)

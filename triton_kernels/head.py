@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trajkern import _head
+from trajkern._tiles import head as tiles
 
 from .configs import MAP_STEPS, row_warps
 from .logprob import MAP_LOADS, NEGLIGIBLE, _columns, _fold, _launch, _load, _map_launch, _merge
@@ -179,16 +179,16 @@ def gradient(
         )  # fmt: skip
 
 
-_KERNELS = _head.Kernels(empty, fold, gradient, policy_loss)
+_KERNELS = tiles.Kernels(empty, fold, gradient, policy_loss)
 
 
 def linear_token_stats(*args: Any) -> list[Tensor]:
-    return _head.linear_token_stats(_KERNELS, *args)
+    return tiles.linear_token_stats(_KERNELS, *args)
 
 
 def linear_token_stats_backward(*args: Any) -> list[Tensor]:
-    return _head.linear_token_stats_backward(_KERNELS, *args)
+    return tiles.linear_token_stats_backward(_KERNELS, *args)
 
 
 def linear_policy_loss(*args: Any) -> list[Tensor]:
-    return _head.linear_policy_loss(_KERNELS, *args)
+    return tiles.linear_policy_loss(_KERNELS, *args)

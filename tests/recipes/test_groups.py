@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trajkern import Tree, _backends
-from trajkern._tree_nodes import Nodes
+from trajkern.layouts._nodes import Nodes
 from trajkern.recipes import (
     delta_belief,
     dro,

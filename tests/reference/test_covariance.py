@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from trajkern._covariance import largest_covariances
+from trajkern.losses.covariance import largest_covariances
 
 
 def chosen(a, p, mask=None, candidates=None, *, fraction: float, band=None, dtype=torch.float64) -> list[int]:

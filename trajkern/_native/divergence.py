@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern import _divergence, _ext
+from trajkern import _ext
 from trajkern._native import head
+from trajkern._tiles import divergence as tiles
 
 
 def rows(
@@ -42,12 +43,12 @@ def _tile(student: Tensor, teacher: Tensor) -> tuple[int | bool, ...]:
     return student.data_ptr(), teacher.data_ptr(), double, student.stride(0), teacher.stride(0), *student.shape
 
 
-_KERNELS = _divergence.Kernels(head._KERNELS, rows, gradient)
+_KERNELS = tiles.Kernels(head._KERNELS, rows, gradient)
 
 
 def linear_divergence(*args: Any) -> list[Tensor]:
-    return _divergence.linear_divergence(_KERNELS, *args)
+    return tiles.linear_divergence(_KERNELS, *args)
 
 
 def linear_divergence_backward(*args: Any) -> list[Tensor]:
-    return _divergence.linear_divergence_backward(_KERNELS, *args)
+    return tiles.linear_divergence_backward(_KERNELS, *args)

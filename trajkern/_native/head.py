@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern import _ext, _head
+from trajkern import _ext
 from trajkern._native._args import DTYPE, pointer
 from trajkern._native.policy_loss import policy_loss
+from trajkern._tiles import head as tiles
 
 
 def fold(
@@ -53,16 +54,16 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x
 
 
-_KERNELS = _head.Kernels(empty, fold, gradient, policy_loss)
+_KERNELS = tiles.Kernels(empty, fold, gradient, policy_loss)
 
 
 def linear_token_stats(*args: Any) -> list[Tensor]:
-    return _head.linear_token_stats(_KERNELS, *args)
+    return tiles.linear_token_stats(_KERNELS, *args)
 
 
 def linear_token_stats_backward(*args: Any) -> list[Tensor]:
-    return _head.linear_token_stats_backward(_KERNELS, *args)
+    return tiles.linear_token_stats_backward(_KERNELS, *args)
 
 
 def linear_policy_loss(*args: Any) -> list[Tensor]:
-    return _head.linear_policy_loss(_KERNELS, *args)
+    return tiles.linear_policy_loss(_KERNELS, *args)

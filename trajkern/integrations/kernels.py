@@ -25,7 +25,7 @@ from pathlib import Path
 import trajkern as tk
 
 FAMILIES = ("divergence", "head", "logprob", "policy_loss", "reflection")
-SHARED = ("_divergence", "_head", "_pairs", "_ranks")  # trajkern's modules that they import
+SHARED = ("_tiles/*.py", "losses/__init__.py", "losses/kinds.py")  # trajkern's modules that they import
 VARIANT = "build/torch-universal"
 
 
@@ -47,20 +47,22 @@ def write(folder: str | Path) -> Path:
     partial.mkdir(parents=True)
     package = Path(str(import_module("trajkern").__file__)).parent
     kernels = Path(str(import_module("trajkern._triton.configs").__file__)).parent
-    for source in [*sorted(kernels.glob("*.py")), *(package / f"{name}.py" for name in SHARED)]:
-        if source.name != "__init__.py":
-            (partial / source.name).write_text(relative(source.read_text()))
-    described = (kernels / "__init__.py").read_text()
-    (partial / "__init__.py").write_text(f"{described}\nfrom . import {', '.join(FAMILIES)}\n")
+    for source in sorted(kernels.glob("*.py")):
+        (partial / source.name).write_text(relative(source.read_text()))
+    for source in (path for pattern in SHARED for path in sorted(package.glob(pattern))):
+        copy = partial / source.relative_to(package)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(relative(source.read_text(), ".."))
+    with (partial / "__init__.py").open("a") as package_file:
+        package_file.write(f"\nfrom . import {', '.join(FAMILIES)}\n")
     (partial / "metadata.json").write_text(json.dumps(_metadata(), indent=1) + "\n")
     partial.rename(variant)
     return variant
 
 
-def relative(source: str) -> str:
-    """The same module with its imports of trajkern's own modules relative."""
-    source = re.sub(r"^from trajkern import ", "from . import ", source, flags=re.M)
-    return re.sub(r"^from trajkern\.(\w+) import ", r"from .\1 import ", source, flags=re.M)
+def relative(source: str, top: str = ".") -> str:
+    """The same module with its imports of trajkern's own modules relative to ``top``."""
+    return re.sub(r"^from trajkern\.([\w.]+) import ", rf"from {top}\1 import ", source, flags=re.M)
 
 
 def _metadata() -> dict[str, object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trajkern import _backends, _rank_moments
+from trajkern import _backends
 from trajkern._checks import (
     check_choice,
     check_cu_seqlens,
@@ -27,8 +27,9 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._library import define, recorded
-from trajkern._types import GAE
+from trajkern._results import GAE
+from trajkern.ops import _rank_moments
+from trajkern.ops._library import define, recorded
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)

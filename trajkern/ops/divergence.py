@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
-from trajkern._check_head import FLOATS, WORKSPACE, accumulator
 from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
-from trajkern._library import define, recorded
+from trajkern.ops._head_arguments import FLOATS, WORKSPACE, accumulator
+from trajkern.ops._library import define, recorded
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor? mask, float temperature,"

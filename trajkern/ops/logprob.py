@@ -27,8 +27,8 @@ from trajkern._checks import (
     describe,
     laid_out,
 )
-from trajkern._library import define, recorded
-from trajkern._types import TokenStats
+from trajkern._results import TokenStats
+from trajkern.ops._library import define, recorded
 
 OUTPUTS = ("entropy", "sum_sq_probs", "is_top1")  # bit i of the op's ``outputs``
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

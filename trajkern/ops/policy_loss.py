@@ -16,9 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, laid_out, readable
-from trajkern._covariance import largest_covariances
-from trajkern._library import define, recorded
-from trajkern._paths import (
+from trajkern._results import Branch
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.covariance import largest_covariances
+from trajkern.losses.kinds import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, METRICS, RATIO_LEVELS, SAMPLER_CORRECTIONS
+from trajkern.ops._library import define, recorded
+from trajkern.ops.tree import branch_coefficients
+from trajkern.ops.tree_loss import (
     LOG_RATIO_BOUND,
     Paths,
     check_branch,
@@ -31,18 +35,6 @@ from trajkern._paths import (
     summed,
     weights_of,
 )
-from trajkern._types import (
-    AGGREGATES,
-    FORMS,
-    KINDS,
-    KL_ESTIMATORS,
-    METRICS,
-    RATIO_LEVELS,
-    SAMPLER_CORRECTIONS,
-    Branch,
-    PolicyLoss,
-)
-from trajkern.ops.tree import branch_coefficients
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -259,7 +251,7 @@ def _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, pa
 def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
     """The configuration as the kernels read it: enumerations in ``options``, numbers in ``params``."""
     options = [
-        FORMS.index(KINDS[c.kind][2]),
+        list(FORMS).index(KINDS[c.kind].form),
         RATIO_LEVELS.index(c.resolved_ratio_level),
         1 + KL_ESTIMATORS.index(c.kl) if c.kl_coef else 0,
         AGGREGATES.index(c.resolved_aggregate),

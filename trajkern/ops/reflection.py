@@ -36,8 +36,8 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._library import define, recorded
-from trajkern._types import Reflection
+from trajkern._results import Reflection
+from trajkern.ops._library import define, recorded
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)

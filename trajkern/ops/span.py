@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_choice, check_shape, check_tensor, laid_out
-from trajkern._library import define, recorded
-from trajkern._types import Branch
-from trajkern.layout import PackedBatch
-from trajkern.span_layout import Spans
-from trajkern.tree_layout import Tree
+from trajkern._results import Branch
+from trajkern.layouts.batch import PackedBatch
+from trajkern.layouts.spans import Spans
+from trajkern.layouts.tree import Tree
+from trajkern.ops._library import define, recorded
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("sum", "mean", "max", "min")

@@ -31,9 +31,9 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._library import define, recorded
-from trajkern._types import Branch
-from trajkern.tree_layout import Tree
+from trajkern._results import Branch
+from trajkern.layouts.tree import Tree
+from trajkern.ops._library import define, recorded
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("sum", "mean", "max", "min", "var")

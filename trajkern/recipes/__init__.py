@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from trajkern._checks import check_choice
-from trajkern.layout import PackedBatch
+from trajkern.layouts.batch import PackedBatch
 from trajkern.recipes import nsr
 from trajkern.recipes.grpo import grpo
 from trajkern.recipes.trees import TREE_RECIPES, TreeRecipe, path_nodes

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from trajkern import Tree, spread, subtree_reduce
 from trajkern._checks import check_cu_seqlens, check_finite, check_shape, check_tensor, readable
+from trajkern.layouts.spans import trajectories
 from trajkern.ops.advantage import FLOATS, INTEGERS
-from trajkern.span_layout import trajectories
 
 
 def check_vector(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trajkern.layout import PackedBatch
+from trajkern.layouts.batch import PackedBatch
 from trajkern.ops.advantage import group_advantages
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trajkern._types import GAE
+from trajkern._results import GAE
 
 
 def _accumulated(x: Tensor) -> Tensor:

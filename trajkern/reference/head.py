@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._types import PolicyLoss, TokenStats
+from trajkern._results import TokenStats
+from trajkern.losses.config import PolicyLoss
 from trajkern.reference.logprob import token_stats
 from trajkern.reference.policy_loss import policy_loss
 

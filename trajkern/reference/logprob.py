@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trajkern._types import TokenStats
+from trajkern._results import TokenStats
 
 
 def token_logprobs(

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._covariance import largest_covariances
-from trajkern._types import METRICS, Branch, PolicyLoss
+from trajkern._results import Branch
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.covariance import largest_covariances
+from trajkern.losses.kinds import METRICS
 
 LOG_RATIO_BOUND = 20.0  # exp of it is finite in float32, so 0 * inf cannot arise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trajkern._types import Reflection
+from trajkern._results import Reflection
 
 
 def variance_weights(

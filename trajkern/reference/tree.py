@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._types import Branch
+from trajkern._results import Branch
 
 
 def _accumulated(x: Tensor) -> Tensor:

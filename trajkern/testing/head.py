@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trajkern._paths import Paths
-from trajkern._types import METRICS, PolicyLoss
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.kinds import METRICS
+from trajkern.ops.tree_loss import Paths
 from trajkern.reference import linear_logprobs
 from trajkern.testing.registry import Case, Inputs, OpSpec
 from trajkern.testing.tree import regular_tree

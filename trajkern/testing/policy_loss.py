@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._paths import Paths
-from trajkern._types import AGGREGATES, KINDS, KL_ESTIMATORS, Branch, PolicyLoss
+from trajkern._results import Branch
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.kinds import AGGREGATES, KINDS, KL_ESTIMATORS
+from trajkern.ops.tree_loss import Paths
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
 from trajkern.testing.tree import random_tree
 

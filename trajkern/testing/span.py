@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern.layout import PackedBatch
-from trajkern.span_layout import Spans
+from trajkern.layouts.batch import PackedBatch
+from trajkern.layouts.spans import Spans
+from trajkern.layouts.tree import Tree
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
 from trajkern.testing.tree import chain, random_tree, regular_tree
-from trajkern.tree_layout import Tree
 
 DTYPES = (torch.float32, torch.float64)
 OPS = ("sum", "mean", "max", "min")

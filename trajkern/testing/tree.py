@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern.layouts.tree import Tree
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
-from trajkern.tree_layout import Tree
 
 DTYPES = (torch.float32, torch.float64)
 

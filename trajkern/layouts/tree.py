@@ -16,9 +16,9 @@ from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import check_choice, check_number, check_shape, check_tensor
-from trajkern._tree_nodes import Nodes, derive, offsets_of
-from trajkern._types import AGGREGATES
-from trajkern.layout import HeadInputs, PackedBatch
+from trajkern.layouts._nodes import Nodes, derive, offsets_of
+from trajkern.layouts.batch import HeadInputs, PackedBatch
+from trajkern.losses.kinds import AGGREGATES
 
 _INTEGER = (torch.int64, torch.int32)
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
@@ -301,7 +301,7 @@ class Tree:
             return inside & (position[column] <= position[row])
 
         if not dense:
-            from trajkern._block_mask import block_mask
+            from trajkern.layouts._block_mask import block_mask
 
             return block_mask(visible, self.num_tokens, self.device)
         token = torch.arange(self.num_tokens, device=self.device)

@@ -18,7 +18,7 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._ranks import shard
+from trajkern._tiles.shards import shard
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._pairs import Head, Pairs, in_range, pairs_of
-from trajkern._ranks import Shard, shard
+from trajkern._tiles.pairs import Head, Pairs, in_range, pairs_of
+from trajkern._tiles.shards import Shard, shard
 
 # A tile's columns do not depend on the workspace: they are the order of the sums.
 COLUMNS = {"cpu": 16384, "cuda": 32768}  # of a tile that is dropped once folded

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern import _head
-from trajkern._head import Grads, Tiles, part_of, slices
-from trajkern._pairs import Head
+from trajkern._tiles import head as head_tiles
+from trajkern._tiles.head import Grads, Tiles, part_of, slices
+from trajkern._tiles.pairs import Head
 
 SAVED = 6  # numbers a row that the backward needs, see csrc/cpu/divergence.cpp
 
@@ -22,7 +22,7 @@ SAVED = 6  # numbers a row that the backward needs, see csrc/cpu/divergence.cpp
 class Kernels(NamedTuple):
     """A backend's: those of its head, rows and gradient (see their launchers)."""
 
-    head: _head.Kernels
+    head: head_tiles.Kernels
     rows: Callable[..., None]
     gradient: Callable[..., None]
 

@@ -1,77 +1,11 @@
-"""The value types that ops and references share: result tuples and the policy loss' configuration."""
+"""What the policy loss minimises: the user's choices, checked against the table of kinds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
 
 from trajkern._checks import check_choice, check_number
-
-
-class TokenStats(NamedTuple):
-    """Per-token statistics of softmax(logits / temperature). What was not asked for is None."""
-
-    logprobs: Tensor  # log p of the target
-    entropy: Tensor | None = None  # -sum_j p_j log p_j
-    sum_sq_probs: Tensor | None = None  # sum_j p_j^2, no gradient
-    is_top1: Tensor | None = None  # bool: no other logit is larger than the target's
-    mean_logit: Tensor | None = None  # of the logits over the temperature, no gradient; the head's ops only
-
-
-class GAE(NamedTuple):
-    """Generalised advantage estimates and the value targets advantages + values."""
-
-    advantages: Tensor  # [T]
-    returns: Tensor  # [T]
-
-
-class Reflection(NamedTuple):
-    """Reasoning reflection rewards, and the statistics of the reference tokens that they are made of."""
-
-    rewards: Tensor  # [N]
-    weights: Tensor  # [P], the same for all rollouts of a group
-    std: Tensor  # [P], likewise
-    group_score: Tensor  # [G], the largest std of each group, in ascending group id
-
-
-class Branch(NamedTuple):
-    """What the leaves below each node (or each token's node) add up to, with leaf weights w and advantages A."""
-
-    positive: Tensor  # sum of w A over A > 0
-    negative: Tensor  # sum of w A over A < 0
-    leaf_count: Tensor  # sum of w, no gradient
-    positive_count: Tensor  # leaves with A > 0 and w not 0, no gradient
-    negative_count: Tensor  # leaves with A < 0 and w not 0, no gradient
-    zero_count: Tensor  # leaves with A = 0 and w not 0, no gradient
-
-
-# kind -> (ratio level, aggregation) where the configuration names none, and the form a kernel computes
-KINDS = {
-    "grpo": ("token", "seq_mean_token_mean", "clip"),
-    "dapo": ("token", "token_mean", "clip"),
-    "bnpo": ("token", "token_mean", "clip"),
-    "dr_grpo": ("token", "seq_mean_token_sum_norm", "clip"),
-    "gspo": ("sequence", "seq_mean_token_mean", "clip"),
-    "gmpo": ("token", "seq_mean_token_mean", "gmpo"),
-    "cispo": ("token", "token_mean", "cispo"),
-    "sapo": ("token", "seq_mean_token_mean", "sapo"),
-    "luspo": ("sequence", "seq_mean_token_sum", "clip"),
-    "vespo": ("token", "token_mean", "vespo"),
-    "gpg": ("token", "token_mean", "reinforce"),
-    "reinforce": ("token", "token_mean", "reinforce"),
-    "dppo_tv": ("token", "token_mean", "dppo_tv"),
-    "dppo_kl": ("token", "token_mean", "dppo_kl"),
-    "kl_cov": ("token", "token_mean", "kl_cov"),
-    "clip_cov": ("token", "token_mean", "clip"),
-}
-RATIO_LEVELS = ("token", "sequence")
-AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
-KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
-FORMS = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "kl_cov", "gmpo", "vespo")
-METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens")
-SAMPLER_CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
+from trajkern.losses.kinds import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, RATIO_LEVELS, SAMPLER_CORRECTIONS
 
 
 @dataclass(frozen=True)
@@ -132,14 +66,13 @@ class PolicyLoss:
         check_choice("sampler_correction", self.sampler_correction, SAMPLER_CORRECTIONS)
         for name in ("clip_low", "clip_high", "sampler_low", "sampler_high", "cov_fraction"):
             check_number(name, getattr(self, name), low=0)
-        for name in ("sapo_tau_pos", "sapo_tau_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
-                     "vespo_lambda_neg"):  # fmt: skip
+        for name in (*FORMS["sapo"], *FORMS["vespo"]):
             check_number(name, getattr(self, name), above=0)
         for name in ("kl_coef", "entropy_coef", "cov_low", "cov_high", "cov_coef"):
             check_number(name, getattr(self, name))
-        if self.kind in ("kl_cov", "clip_cov") and self.ratio_level == "sequence":
+        if self.ranks_tokens and self.ratio_level == "sequence":
             raise ValueError(f"ratio_level must be 'token' for kind {self.kind!r}, which ranks tokens; got 'sequence'")
-        if self.kind in ("kl_cov", "clip_cov") and self.sampler_correction == "sequence_mask":
+        if self.ranks_tokens and self.sampler_correction == "sequence_mask":
             raise ValueError(
                 f"sampler_correction must not be 'sequence_mask' for kind {self.kind!r}, which ranks all tokens"
             )
@@ -161,13 +94,25 @@ class PolicyLoss:
 
     @property
     def resolved_ratio_level(self) -> str:
-        return self.ratio_level or KINDS[self.kind][0]
+        return self.ratio_level or KINDS[self.kind].ratio_level
+
+    @property
+    def resolved_aggregate(self) -> str:
+        return self.aggregate or KINDS[self.kind].aggregate
+
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether it chooses tokens by their covariance, so that a batch's loss is not the sum of its parts'."""
+        return bool(KINDS[self.kind].selects)
 
     @property
     def is_token_level(self) -> bool:
         """Whether a token's gradient needs no other token's log-prob."""
-        return self.resolved_ratio_level == "token" and self.kind not in ("gmpo", "vespo", "kl_cov", "clip_cov")
+        return self.resolved_ratio_level == "token" and not (self.ranks_tokens or KINDS[self.kind].by_trajectory)
 
     @property
-    def resolved_aggregate(self) -> str:
-        return self.aggregate or KINDS[self.kind][1]
+    def exact_in_tree(self) -> bool:
+        """Whether sums over the leaves below a token give it exactly; else it needs the flat rollouts."""
+        level = self.resolved_ratio_level
+        kl_has_ratio = self.kl_coef != 0 and self.kl == "k3_corrected"
+        return level in KINDS[self.kind].in_tree and not (level == "sequence" and kl_has_ratio)

@@ -11,11 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
-from trajkern._tree_nodes import offsets_of
-from trajkern._types import FORMS, KINDS, Branch, PolicyLoss
+from trajkern._results import Branch
+from trajkern.layouts._nodes import offsets_of
+from trajkern.layouts.tree import Tree, aggregate_weights
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.kinds import FORMS, KINDS
 from trajkern.ops import span
 from trajkern.ops import tree as ops
-from trajkern.tree_layout import Tree, aggregate_weights
 
 LOG_RATIO_BOUND = 20.0
 _SUM = ops.REDUCTIONS.index("sum")

@@ -1,0 +1,1 @@
+"""How rollouts lie in memory: packed batches, spans of them, trees of shared prefixes."""
