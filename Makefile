@@ -7,8 +7,10 @@ OUT ?= bench/results/
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/cuda_host/*.*)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench reproduce readme gpu-check clean
+.PHONY: help setup train test lint format bench reproduce readme gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -22,9 +24,15 @@ train: .venv/.built ## train the small model with GRPO and print what it learned
 test: lint ## the whole test suite; ARGS="-k tree" runs a part
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: .venv/.built ## ruff and mypy
+lint: .venv/.built ## ruff, clang-format and mypy; nothing is rewritten
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
+
+format: .venv/.built ## lay out all Python and C++ as `make lint` wants it
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
 
 bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists the flags
 	$(BIN)/trajkern bench $(ARGS)

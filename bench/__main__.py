@@ -112,9 +112,15 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
-        "format": FORMAT, "date": ceilings.now(), "device": args.device, "quick": args.quick, "complete": False,
-        "machine": ceilings.machine(args.device), "versions": ceilings.versions(), "cases": [],
-    }  # fmt: skip
+        "format": FORMAT,
+        "date": ceilings.now(),
+        "device": args.device,
+        "quick": args.quick,
+        "complete": False,
+        "machine": ceilings.machine(args.device),
+        "versions": ceilings.versions(),
+        "cases": [],
+    }
     if args.peers:
         report["peers"] = peers.versions()
     try:
@@ -185,12 +191,24 @@ def _parser() -> argparse.ArgumentParser:
         "the float64 reference; one that is wrong gets no time. The exit status is 1 if trajkern or torch is.",
     )
     add = parser.add_argument
-    add("--op", choices=(*FAMILIES, *TIMED), action="extend", nargs="+", metavar="OP",
-        help=f"families or ops; default: all of {', '.join(FAMILIES)}")  # fmt: skip
+    add(
+        "--op",
+        choices=(*FAMILIES, *TIMED),
+        action="extend",
+        nargs="+",
+        metavar="OP",
+        help=f"families or ops; default: all of {', '.join(FAMILIES)}",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--peers", action="store_true", help=f"time other packages, too: {', '.join(peers.PEERS)}")
-    add("--shapes", choices=shapes.MODELS, action="extend", nargs="+", metavar="MODEL",
-        help=f"the heads of these models instead: {', '.join(shapes.MODELS)}")  # fmt: skip
+    add(
+        "--shapes",
+        choices=shapes.MODELS,
+        action="extend",
+        nargs="+",
+        metavar="MODEL",
+        help=f"the heads of these models instead: {', '.join(shapes.MODELS)}",
+    )
     add("--rows", type=int, help=f"tokens of --shapes; default: {shapes.ROWS['cpu']}, {shapes.ROWS['cuda']:,} on a GPU")
     add("--growth", action="store_true", help="how time and memory grow with each size, too")
     add("--quick", action="store_true", help="few rounds and no torch.compile: under a minute")
@@ -199,8 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--html", type=Path, metavar="FILE", help="write the report there: one page with tables and plots")
     add("--png", type=Path, metavar="FOLDER", help="write the report's plots there")
     add("--load", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
-    add("--static", action="store_true",
-        help="measure nothing: compile for GPUs and predict; see `trajkern bench --static --help`")  # fmt: skip
+    add(
+        "--static",
+        action="store_true",
+        help="measure nothing: compile for GPUs and predict; see `trajkern bench --static --help`",
+    )
     return parser
 
 

@@ -62,8 +62,9 @@ def _packed(op: str) -> Callable[[str], Problem]:
 
     def make(device: str) -> Problem:
         generator = torch.Generator().manual_seed(0)
-        half = torch.randint(TOKENS // TRAJECTORIES // 2, TOKENS // TRAJECTORIES + 1, (TRAJECTORIES // 2,),
-                             generator=generator)  # fmt: skip
+        half = torch.randint(
+            TOKENS // TRAJECTORIES // 2, TOKENS // TRAJECTORIES + 1, (TRAJECTORIES // 2,), generator=generator
+        )
         lengths = torch.cat([half, 2 * TOKENS // TRAJECTORIES - half])
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(device)
         gated = int(cu_seqlens[GATE_TRAJECTORIES])
@@ -134,14 +135,21 @@ def _whiten(device: str) -> Problem:
 CASES = (
     Case("group_advantages", "forward", "4,096 trajectories, 512 groups", groups(4096, 8)),
     Case(
-        "group_advantages", "forward", "65,536 trajectories, 8,192 groups", groups(65_536, 8),
+        "group_advantages",
+        "forward",
+        "65,536 trajectories, 8,192 groups",
+        groups(65_536, 8),
         targets=(Target("fast", 5, "eager"),),
     ),
     Case(
-        "group_advantages", "forward with grad", "16 trajectories, 4 groups", groups(16, 4, grad=True),
-        targets=(Target("seconds", 40e-6),), host=True,
+        "group_advantages",
+        "forward with grad",
+        "16 trajectories, 4 groups",
+        groups(16, 4, grad=True),
+        targets=(Target("seconds", 40e-6),),
+        host=True,
     ),
     Case("discounted_returns", "forward", "1,048,576 tokens", _packed("discounted_returns")),
     Case("gae", "forward", "1,048,576 tokens", _packed("gae")),
     Case("whiten", "forward", "1,048,576 tokens, mask", _whiten),
-)  # fmt: skip
+)

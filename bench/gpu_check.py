@@ -102,12 +102,24 @@ def run(command: list[str], limit: float, environment: dict[str, str]) -> dict[s
     start, tail = time.monotonic(), []
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True, preexec_fn=_heed_interrupts,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
+        )
     except OSError as error:  # there is no such program
-        return {"command": command, "status": 127, "seconds": 0.0, "limit": limit, "timed_out": False,
-                "tail": [str(error)]}  # fmt: skip
+        return {
+            "command": command,
+            "status": 127,
+            "seconds": 0.0,
+            "limit": limit,
+            "timed_out": False,
+            "tail": [str(error)],
+        }
     timers = [
         threading.Timer(limit, os.killpg, (process.pid, signal.SIGINT)),
         threading.Timer(limit + GRACE, os.killpg, (process.pid, signal.SIGKILL)),
@@ -122,8 +134,14 @@ def run(command: list[str], limit: float, environment: dict[str, str]) -> dict[s
     for timer in timers:
         timer.cancel()
     seconds = time.monotonic() - start
-    return {"command": command, "status": status, "seconds": round(seconds, 2), "limit": round(limit, 1),
-            "timed_out": seconds > limit, "tail": tail}  # fmt: skip
+    return {
+        "command": command,
+        "status": status,
+        "seconds": round(seconds, 2),
+        "limit": round(limit, 1),
+        "timed_out": seconds > limit,
+        "tail": tail,
+    }
 
 
 def read_junit(path: Path) -> list[dict[str, Any]]:
@@ -131,12 +149,14 @@ def read_junit(path: Path) -> list[dict[str, Any]]:
     cases = []
     for case in ET.parse(path).iter("testcase"):
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        cases.append({
-            "test": f"{case.get('classname')}::{case.get('name')}",
-            "outcome": "passed" if problem is None else problem.tag,
-            "seconds": float(case.get("time", 0)),
-            "why": None if problem is None else f"{problem.get('message')}\n{problem.text or ''}"[:2000],
-        })  # fmt: skip
+        cases.append(
+            {
+                "test": f"{case.get('classname')}::{case.get('name')}",
+                "outcome": "passed" if problem is None else problem.tag,
+                "seconds": float(case.get("time", 0)),
+                "why": None if problem is None else f"{problem.get('message')}\n{problem.text or ''}"[:2000],
+            }
+        )
     return cases
 
 

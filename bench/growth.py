@@ -47,17 +47,21 @@ SWEEPS = (
     Sweep("token_stats", "T, rows of 32,768 logits", _powers(16, 4, 8), lambda n: _logits(n, 32_768)),
     Sweep("token_stats", "V, vocabulary of 64 rows", _powers(4096, 4, 1), lambda n: _logits(64, n)),
     Sweep(
-        "linear_policy_loss", "T, rows of 256 × 8,192", _powers(64, 4, 8),
+        "linear_policy_loss",
+        "T, rows of 256 × 8,192",
+        _powers(64, 4, 8),
         lambda n: head.loss_problem(n, 256, 8192, torch.float32),
     ),
     Sweep(
-        "policy_loss", "T, tokens of 1,024 trajectories", _powers(65_536, 4, 1),
+        "policy_loss",
+        "T, tokens of 1,024 trajectories",
+        _powers(65_536, 4, 1),
         lambda n: policy_loss.problem(n, 1024, backward=True),
     ),
     Sweep("group_advantages", "N, trajectories, groups of 8", _powers(16_384, 4, 1), lambda n: advantage.groups(n, 8)),
     Sweep("span_reduce", "T, tokens in spans of 40", _powers(262_144, 4, 1), lambda n: span.problem("mean", n)),
     Sweep("subtree_reduce", "M, nodes of a tree", _powers(65_536, 4, 1), lambda n: tree.reduce_problem(n)),
-)  # fmt: skip
+)
 
 
 def measure(

@@ -153,9 +153,14 @@ def _cases(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: s
     forward, loss = ((Target("times", bound, FLOOR, (device,)),) for bound in bounds)
     yield Case("linear_logprobs", "forward", shape, forward_problem(rows, width, vocabulary, dtype), forward, (device,))
     yield Case(
-        "linear_policy_loss", "forward + backward", shape, loss_problem(rows, width, vocabulary, dtype), loss,
-        (device,), memory_of="weight",
-    )  # fmt: skip
+        "linear_policy_loss",
+        "forward + backward",
+        shape,
+        loss_problem(rows, width, vocabulary, dtype),
+        loss,
+        (device,),
+        memory_of="weight",
+    )
 
 
 _SMALL = (1024, 1024, 32768)
@@ -163,17 +168,29 @@ CASES = (
     *_cases(*_SMALL, torch.float32, "cpu", (1.10, 1.10)),
     *_cases(512, 512, 151_936, torch.float32, "cpu", (1.10, 1.10)),
     Case(
-        "linear_policy_loss", "forward + backward, workspace of 256 MiB", "512 × 512 × 151,936 float32",
-        loss_problem(512, 512, 151_936, torch.float32, workspace_bytes=2**28), (Target("times", 1.10, FLOOR),),
-        ("cpu",), memory_of="weight",
+        "linear_policy_loss",
+        "forward + backward, workspace of 256 MiB",
+        "512 × 512 × 151,936 float32",
+        loss_problem(512, 512, 151_936, torch.float32, workspace_bytes=2**28),
+        (Target("times", 1.10, FLOOR),),
+        ("cpu",),
+        memory_of="weight",
     ),
     Case(
-        "linear_policy_loss", "forward + backward, 30% scored", "1,024 × 1,024 × 32,768 float32",
-        _less(_masked, 0.3, *_SMALL), (Target("times", 0.36, FLOOR),), ("cpu",),
+        "linear_policy_loss",
+        "forward + backward, 30% scored",
+        "1,024 × 1,024 × 32,768 float32",
+        _less(_masked, 0.3, *_SMALL),
+        (Target("times", 0.36, FLOOR),),
+        ("cpu",),
     ),
     Case(
-        "linear_policy_loss", "forward + backward, half the advantages 0", "1,024 × 1,024 × 32,768 float32",
-        _less(_half_zero, 0.5, *_SMALL), (Target("times", 0.70, FLOOR),), ("cpu",),
+        "linear_policy_loss",
+        "forward + backward, half the advantages 0",
+        "1,024 × 1,024 × 32,768 float32",
+        _less(_half_zero, 0.5, *_SMALL),
+        (Target("times", 0.70, FLOOR),),
+        ("cpu",),
     ),
     *_cases(8192, 4096, 131_072, torch.bfloat16, "cuda", (1.10, 1.15)),
-)  # fmt: skip
+)

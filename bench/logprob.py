@@ -29,8 +29,17 @@ def entropy(logits: Tensor, targets: Tensor, **_) -> Outcome:
     }
 
 
-def _problem(op: str, rows: int, vocabulary: int, dtype: torch.dtype, device: str, *, grad: bool = False,
-             backward: bool = False, inplace: bool = False) -> Problem:  # fmt: skip
+def _problem(
+    op: str,
+    rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    grad: bool = False,
+    backward: bool = False,
+    inplace: bool = False,
+) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(rows, vocabulary, generator=generator, device=device, dtype=dtype) * 3
     inputs = {"logits": logits, "targets": torch.randint(vocabulary, (rows,), generator=generator, device=device)}
@@ -73,13 +82,19 @@ def _cases(rows: int, dtype: torch.dtype, devices: tuple[str, ...]):
     yield case("token_logprobs", "forward", make=make("token_logprobs"), targets=(Target("times", 1.6, FLOOR),))
     yield case("token_stats", "forward, entropy", make=make("token_stats"), targets=(Target("times", 2.1, FLOOR),))
     yield case(
-        "token_logprobs", "forward + backward", make=make("token_logprobs", backward=True), targets=faster,
+        "token_logprobs",
+        "forward + backward",
+        make=make("token_logprobs", backward=True),
+        targets=faster,
         memory_of="logits",
-    )  # fmt: skip
+    )
     yield case(
-        "token_logprobs", "forward + in-place backward", make=make("token_logprobs", backward=True, inplace=True),
-        targets=(*faster, in_place), memory_of="logits",
-    )  # fmt: skip
+        "token_logprobs",
+        "forward + in-place backward",
+        make=make("token_logprobs", backward=True, inplace=True),
+        targets=(*faster, in_place),
+        memory_of="logits",
+    )
     yield case(
         "token_stats", "forward + backward, entropy", make=make("token_stats", backward=True), memory_of="logits"
     )

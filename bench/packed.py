@@ -68,9 +68,14 @@ def contenders(work: Work, model: CharacterModel) -> dict[str, Callable[[], Tens
     def step(tokens: Tensor, layout: Layout, pairs: tk.HeadInputs, **credit: Any) -> Tensor:
         model.zero_grad(set_to_none=True)
         loss, _ = tk.linear_policy_loss(
-            model.hidden(tokens, layout, pairs.rows), targets=pairs.targets, old_logprobs=None,
-            cu_seqlens=pairs.cu_seqlens, config=CONFIG, **credit, **model.head_arguments(),
-        )  # fmt: skip
+            model.hidden(tokens, layout, pairs.rows),
+            targets=pairs.targets,
+            old_logprobs=None,
+            cu_seqlens=pairs.cu_seqlens,
+            config=CONFIG,
+            **credit,
+            **model.head_arguments(),
+        )
         loss.backward()
         return loss.detach()
 

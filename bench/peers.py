@@ -155,16 +155,27 @@ def _liger_loss(problem: Problem, device: str) -> Function:
         raise Cannot("takes trajectories of one length")
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
 
-    def form(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
-             mask: Tensor | None = None, **_: Any) -> Outcome:  # fmt: skip
+    def form(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        **_: Any,
+    ) -> Outcome:
         rows = (advantages.shape[0], -1)
         given = torch.ones_like(targets) if mask is None else mask.to(targets.dtype)
         return {
             "loss": loss(
-                hidden.view(*rows, hidden.shape[1]), weight, targets.view(rows), given.view(rows), advantages,
+                hidden.view(*rows, hidden.shape[1]),
+                weight,
+                targets.view(rows),
+                given.view(rows),
+                advantages,
                 old_per_token_logps=old_logprobs.view(rows),
             )[0]
-        }  # fmt: skip
+        }
 
     return form
 
@@ -272,9 +283,14 @@ def _verl_loss(problem: Problem, device: str) -> Function:
     advantages = x["advantages"][:, None].expand_as(old)
     mode = "seq-mean-token-mean"
     actor = FSDPActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=config.clip_low,
-        clip_ratio_low=config.clip_low, clip_ratio_high=config.clip_high, loss_agg_mode=mode,
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=config.clip_low,
+        clip_ratio_low=config.clip_low,
+        clip_ratio_high=config.clip_high,
+        loss_agg_mode=mode,
+    )
 
     def form(logprobs: Tensor, **_: Any) -> Outcome:
         rows = padded(logprobs)
@@ -287,11 +303,13 @@ def _verl_loss(problem: Problem, device: str) -> Function:
 
 PEERS = {
     "trl": Peer(
-        "trl", "trl.trainer.utils",
+        "trl",
+        "trl.trainer.utils",
         {"token_logprobs": _trl_logprobs, "token_stats": _trl_stats, "linear_logprobs": _trl_linear},
     ),
     "liger": Peer(
-        "liger-kernel", "liger_kernel.chunked_loss",
+        "liger-kernel",
+        "liger_kernel.chunked_loss",
         {"token_logprobs": _liger_logprobs, "linear_logprobs": _liger_linear, "linear_policy_loss": _liger_loss},
     ),
     "torch": Peer("torch", "torch", {"linear_logprobs": _torch_linear}),
@@ -299,10 +317,15 @@ PEERS = {
     "flash-attn": Peer("flash-attn", "flash_attn", {"token_logprobs": _flash_logprobs}, gpu_only=True),
     "quack": Peer("quack-kernels", "quack", {"token_logprobs": _quack_logprobs}, gpu_only=True),
     "verl": Peer(
-        "verl", "verl.trainer.ppo.core_algos",
+        "verl",
+        "verl.trainer.ppo.core_algos",
         {
-            "token_logprobs": _verl_logprobs, "token_stats": _verl_stats, "linear_logprobs": _verl_linear,
-            "group_advantages": _verl_groups, "whiten": _verl_whiten, "policy_loss": _verl_loss,
+            "token_logprobs": _verl_logprobs,
+            "token_stats": _verl_stats,
+            "linear_logprobs": _verl_linear,
+            "group_advantages": _verl_groups,
+            "whiten": _verl_whiten,
+            "policy_loss": _verl_loss,
         },
     ),
-}  # fmt: skip
+}

@@ -18,10 +18,19 @@ from trajkern._bench.table import peers_of
 INK = "#808182"  # becomes currentColor
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#ec4899", "#22d3ee", "#a16207")
 STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "trajkern",
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "trajkern",
+}
 
 Report = dict[str, Any]
 
@@ -127,8 +136,13 @@ def _growth(report: Report, key: str, label: str) -> Figure | None:
     for sweep, colour in zip(sweeps, COLOURS, strict=False):
         points = [(p["value"], p[key]) for p in sweep["points"] if p[key] > 0]
         power = f", power {sweep['exponent']:.2f}" if key == "seconds" else ""
-        axis.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", markersize=4, color=colour,
-                  label=f"{sweep['op']} over {sweep['size'].partition(',')[0]}{power}")  # fmt: skip
+        axis.plot(
+            *zip(*points, strict=True) if points else ((), ()),
+            marker="o",
+            markersize=4,
+            color=colour,
+            label=f"{sweep['op']} over {sweep['size'].partition(',')[0]}{power}",
+        )
     _log(axis.xaxis, axis.set_xscale)
     _log(axis.yaxis, axis.set_yscale)
     axis.set_xlabel("size")
@@ -146,8 +160,10 @@ def errors(report: Report) -> Figure | None:
     axis = figure.subplots()
     axis.margins(y=0.5 / len(cases))
     for name, colour in zip((OURS, "eager"), COLOURS, strict=False):
-        found = [(row, max(case["gate"].get(name, {}).get("shares", {}).values(), default=0.0))
-                 for row, case in enumerate(cases)]  # fmt: skip
+        found = [
+            (row, max(case["gate"].get(name, {}).get("shares", {}).values(), default=0.0))
+            for row, case in enumerate(cases)
+        ]
         scale = 1.0 if name == OURS else RIVAL_BUDGET
         shown = [(row, scale * share) for row, share in found if share > 0]
         axis.scatter([share for _, share in shown], [row for row, _ in shown], s=26, color=colour, label=name, zorder=3)

@@ -75,15 +75,25 @@ def token_weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 CASES = (
     Case(
-        "policy_loss", "forward + backward, grpo with KL", "1,048,576 tokens, 1,024 trajectories",
-        problem(2**20, 1024, backward=True), targets=(Target("fast", 8, "eager"), Target("fast", 2, "torch.compile")),
+        "policy_loss",
+        "forward + backward, grpo with KL",
+        "1,048,576 tokens, 1,024 trajectories",
+        problem(2**20, 1024, backward=True),
+        targets=(Target("fast", 8, "eager"), Target("fast", 2, "torch.compile")),
     ),
     Case(
-        "policy_loss", "forward with grad, grpo with KL", "32 tokens, 4 trajectories", problem(32, 4, backward=False),
-        targets=(Target("seconds", 40e-6),), host=True,
-    ),
-    Case(
-        "policy_loss", "forward + backward, grpo with KL", "32 tokens, 4 trajectories", problem(32, 4, backward=True),
+        "policy_loss",
+        "forward with grad, grpo with KL",
+        "32 tokens, 4 trajectories",
+        problem(32, 4, backward=False),
+        targets=(Target("seconds", 40e-6),),
         host=True,
     ),
-)  # fmt: skip
+    Case(
+        "policy_loss",
+        "forward + backward, grpo with KL",
+        "32 tokens, 4 trajectories",
+        problem(32, 4, backward=True),
+        host=True,
+    ),
+)

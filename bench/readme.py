@@ -61,10 +61,17 @@ def rows(report: Report) -> list[tuple[str, ...]]:
         return "; ".join(size(case["peak_bytes"][name]) for name in (OURS, "eager")) if shown else ""
 
     return [
-        (f"`{case['op']}`", f"{case['work']}: {case['shape']}", time(case, OURS), time(case, "eager"),
-         time(case, COMPILED), package(case), memory(case))
+        (
+            f"`{case['op']}`",
+            f"{case['work']}: {case['shape']}",
+            time(case, OURS),
+            time(case, "eager"),
+            time(case, COMPILED),
+            package(case),
+            memory(case),
+        )
         for case in overview(report)
-    ]  # fmt: skip
+    ]
 
 
 def replaced(text: str, made: str) -> str:

@@ -188,7 +188,11 @@ CASES = (
     Case("dro.gate", "as weights of the tokens", _PACK, _gate, (Target("fast", 5, "eager"),), ("cpu",)),
     Case("toolpo.token_advantages", "forward", _PACK, _toolpo, (), ("cpu",)),
     Case(
-        "srl.similarity", "eager is difflib", f"{PAIRS} pairs of {CHARACTERS:,} characters", _similarity,
-        (Target("fast", 10, "eager"),), ("cpu",),
+        "srl.similarity",
+        "eager is difflib",
+        f"{PAIRS} pairs of {CHARACTERS:,} characters",
+        _similarity,
+        (Target("fast", 10, "eager"),),
+        ("cpu",),
     ),
-)  # fmt: skip
+)

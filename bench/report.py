@@ -59,17 +59,17 @@ def html(report: dict[str, Any]) -> str:
         _section("Targets", (*LONG, "measured", "target", ""), target_rows(report)),
         _section("Times", TIME_COLUMNS, _times(report)),
         _figure(report, "ratios"),
-        _section("Other packages, as a multiple of trajkern's time",
-                 (*LONG, *peers_of(report)), peer_rows(report)),
+        _section("Other packages, as a multiple of trajkern's time", (*LONG, *peers_of(report)), peer_rows(report)),
         f'<p class="faint">{escape(absent_peers(report))}</p>',
         _figure(report, "roofline"),
-        _section("Growth", ("op", "over", "from", "to", "time grows by the power"),
-                 growth_rows(report.get("growth", []))),
+        _section(
+            "Growth", ("op", "over", "from", "to", "time grows by the power"), growth_rows(report.get("growth", []))
+        ),
         _figure(report, "time"),
         _figure(report, "memory"),
         _figure(report, "errors"),
         _section("Gate failed, so not timed", ("case", "contender", "why"), failure_rows(report)),
-    ]  # fmt: skip
+    ]
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

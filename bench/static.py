@@ -87,8 +87,13 @@ def cases() -> Iterator[Case]:
     yield from _head_cases(8192, 4096, 131_072)
     tokens = 2**20
     # the mask is read twice: first to count each trajectory's tokens
-    yield Case("policy_loss", "forward + backward, grpo with KL", "1,048,576 tokens, 1,024 trajectories",
-               17 * tokens, 18 * tokens)  # fmt: skip
+    yield Case(
+        "policy_loss",
+        "forward + backward, grpo with KL",
+        "1,048,576 tokens, 1,024 trajectories",
+        17 * tokens,
+        18 * tokens,
+    )
     pack = 4 * 4096 * 256
     # the deviations' float64 columns are one a reference token, written once and read by every member of the group
     shape = "4,096 rollouts of 256 tokens, groups of 8"
@@ -131,8 +136,16 @@ def triton_kernels(archs: list[int], families: set[str], folder: Path) -> Iterat
             (found,) = read_cubin(cubin, str(triton.knobs.nvidia.cuobjdump.path))
             name = f"{variant.kernel.__name__} {variant.name}".strip()
             shared = made.metadata.shared
-            yield Kernel(_family(variant.kernel.fn.__module__), name, arch, found.registers, found.spilled, shared,
-                         found.loads, found.stores)  # fmt: skip
+            yield Kernel(
+                _family(variant.kernel.fn.__module__),
+                name,
+                arch,
+                found.registers,
+                found.spilled,
+                shared,
+                found.loads,
+                found.stores,
+            )
 
 
 def cuda_kernels(archs: list[int], families: set[str], folder: Path, nvcc: str, dump: str) -> Iterator[Kernel]:
@@ -294,8 +307,14 @@ _FAMILIES = ("logprob", "head", "divergence", "policy_loss", "reflection", "adva
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trajkern bench --static", description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("--op", choices=_FAMILIES, action="extend", nargs="+", metavar="FAMILY",
-                        help=f"only these: {', '.join(_FAMILIES)}")  # fmt: skip
+    parser.add_argument(
+        "--op",
+        choices=_FAMILIES,
+        action="extend",
+        nargs="+",
+        metavar="FAMILY",
+        help=f"only these: {', '.join(_FAMILIES)}",
+    )
     parser.add_argument("--arch", type=int, choices=ARCHS, action="extend", nargs="+", help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     return parser

@@ -25,8 +25,11 @@ def markdown(report: dict[str, Any]) -> str:
 def heading(report: dict[str, Any]) -> str:
     machine, versions, ceilings = report["machine"], report["versions"], report["ceilings"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads"
-    rate = next(f"{v / 1e12:.3g} TFLOP/s ({k.removesuffix('_flop_per_second').replace('_', ' ')})"
-                for k, v in ceilings.items() if k.endswith("flop_per_second"))  # fmt: skip
+    rate = next(
+        f"{v / 1e12:.3g} TFLOP/s ({k.removesuffix('_flop_per_second').replace('_', ' ')})"
+        for k, v in ceilings.items()
+        if k.endswith("flop_per_second")
+    )
     return (
         f"{where}; torch {versions['torch']}, trajkern {versions['trajkern']}; {report['date']}; "
         f"load average before: {machine['load_average_before']:.1f}. "

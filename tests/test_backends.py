@@ -16,10 +16,13 @@ ARGUMENTS = {
     "group_advantages": {"rewards": torch.ones(2), "group_ids": torch.zeros(2, dtype=torch.int64)},
     "gae": {"rewards": TOKENS, "values": TOKENS, "cu_seqlens": CU_SEQLENS},
     "policy_loss": {
-        "logprobs": TOKENS, "old_logprobs": TOKENS, "advantages": torch.ones(1), "cu_seqlens": CU_SEQLENS,
+        "logprobs": TOKENS,
+        "old_logprobs": TOKENS,
+        "advantages": torch.ones(1),
+        "cu_seqlens": CU_SEQLENS,
         "config": tk.PolicyLoss(),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["gpu", "", None, "Native"])

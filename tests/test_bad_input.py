@@ -38,8 +38,12 @@ def good(function: str) -> dict:
         return {"x": x}
     advantages = torch.tensor([1.0, 5.0, -1.0])
     return {
-        "logprobs": x, "old_logprobs": x, "advantages": advantages, "cu_seqlens": cu_seqlens, "config": tk.PolicyLoss(),
-    }  # fmt: skip
+        "logprobs": x,
+        "old_logprobs": x,
+        "advantages": advantages,
+        "cu_seqlens": cu_seqlens,
+        "config": tk.PolicyLoss(),
+    }
 
 
 FLOATS, INTEGERS = r"dtype float32, .*; got ", r"dtype int64, int32; got "
@@ -127,8 +131,10 @@ GROUPS = [
 RETURNS = [
     ("rewards", torch.ones(4).long(), TypeError, FLOATS + r"int64\[4\]"),
     ("rewards", torch.ones(2, 2), ValueError, r"1 dimension; got float32\[2, 2\]"),
-    *CU_SEQLENS, *GAMMA, *TOKEN_MASK,
-]  # fmt: skip
+    *CU_SEQLENS,
+    *GAMMA,
+    *TOKEN_MASK,
+]
 GAE = [
     ("values", torch.ones(3), ValueError, r"shape \[4\] \(one value a token\); got float32\[3\]"),
     ("values", torch.ones(4).int(), TypeError, FLOATS + r"int32\[4\]"),
@@ -143,8 +149,9 @@ WHITEN = [
     ("x", torch.ones(4).long(), TypeError, FLOATS + r"int64\[4\]"),
     ("x", torch.ones(2, 2), ValueError, r"1 dimension; got float32\[2, 2\]"),
     ("eps", 0.0, ValueError, r"greater than 0, got 0.0"),
-    *DDOF, *TOKEN_MASK,
-]  # fmt: skip
+    *DDOF,
+    *TOKEN_MASK,
+]
 LOSS = [
     ("logprobs", torch.ones(4).long(), TypeError, FLOATS + r"int64\[4\]"),
     ("logprobs", torch.ones(2, 2), ValueError, r"1 dimension; got float32\[2, 2\]"),
@@ -169,8 +176,9 @@ LOSS = [
     ("normalizer", torch.tensor(0.0), ValueError, r"greater than 0.* 0.0"),
     ("normalizer", torch.tensor(-1.0), ValueError, r"greater than 0.* -1.0"),
     ("normalizer", torch.tensor(NAN), ValueError, r"nan"),
-    *CU_SEQLENS, *TOKEN_MASK,
-]  # fmt: skip
+    *CU_SEQLENS,
+    *TOKEN_MASK,
+]
 TABLES = {
     "token_logprobs": LOGITS,
     "token_stats": LOGITS
@@ -278,10 +286,12 @@ CONFIGURATIONS = [
     ("vespo_lambda_pos", {"vespo_lambda_pos": -1}, ValueError, r"greater than 0, got -1"),
     ("ratio_level", {"kind": "kl_cov", "ratio_level": "sequence"}, ValueError, r"'token' .*'kl_cov'.*; got 'sequence'"),
     (
-        "sampler_correction", {"kind": "clip_cov", "sampler_correction": "sequence_mask"}, ValueError,
+        "sampler_correction",
+        {"kind": "clip_cov", "sampler_correction": "sequence_mask"},
+        ValueError,
         r"not be 'sequence_mask' for kind 'clip_cov'",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

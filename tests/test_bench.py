@@ -281,8 +281,11 @@ def test_report(tiny_program) -> None:
     assert status == 0 and report["complete"]
     assert report["machine"]["cpu"] in tables and report["versions"]["torch"] == torch.__version__
     assert report["ceilings"].keys() == {
-        "copy_bytes_per_second", "gemm_1024_float32_flop_per_second", "launch_seconds", "empty_call_seconds"
-    }  # fmt: skip
+        "copy_bytes_per_second",
+        "gemm_1024_float32_flop_per_second",
+        "launch_seconds",
+        "empty_call_seconds",
+    }
     assert "≥ 1e+09 × as fast as eager" in tables and "**not met**" in tables
     assert "Gate failed" not in tables
 

@@ -23,10 +23,12 @@ def case(op: str, work: str, **seconds: float) -> dict[str, Any]:
 
 def report(date: str, cases: list[dict[str, Any]], **machine: str) -> dict[str, Any]:
     return {
-        "date": f"{date}T00:00:00+00:00", "versions": {"torch": "2.99"}, "cases": cases,
+        "date": f"{date}T00:00:00+00:00",
+        "versions": {"torch": "2.99"},
+        "cases": cases,
         "machine": {"cpu": "A Processor", "threads": 3, **machine},
         "peers": {"trl": "1.2", "liger": "0.1", "quack": "not installed", "torch": "2.99"},
-    }  # fmt: skip
+    }
 
 
 def test_a_gpu_comes_first_and_what_it_has_not_measured_is_named(tmp_path: Path) -> None:

@@ -145,17 +145,33 @@ def test_terminal_shows_every_contender_in_80_columns(results: Path, capsys: pyt
     assert program.main(["--load", str(results)]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= WIDTH
-    for part in ("linear_logprobs\n  forward: 3 × 4 × 7", "fine ", "wrong: gate failed", "odd – takes even rows",
-                 "target ≥ 1e+09 × as fast as eager", "NOT MET", "Not compared:", "growth", "empty call"):  # fmt: skip
+    for part in (
+        "linear_logprobs\n  forward: 3 × 4 × 7",
+        "fine ",
+        "wrong: gate failed",
+        "odd – takes even rows",
+        "target ≥ 1e+09 × as fast as eager",
+        "NOT MET",
+        "Not compared:",
+        "growth",
+        "empty call",
+    ):
         assert part in out
 
 
 def test_who_is_faster_is_said() -> None:
     report = {"device": "cpu", "peers": {"fine": "1.0"}}
     case = {
-        "op": "gae", "work": "forward", "shape": "1", "host": True, "gate": {}, "unable": {}, "targets": [],
-        "peak_bytes": {}, "seconds": {n: {"median": t, "spread": 0.0} for n, t in ((OURS, 2.0), ("fine", 1.0))},
-    }  # fmt: skip
+        "op": "gae",
+        "work": "forward",
+        "shape": "1",
+        "host": True,
+        "gate": {},
+        "unable": {},
+        "targets": [],
+        "peak_bytes": {},
+        "seconds": {n: {"median": t, "spread": 0.0} for n, t in ((OURS, 2.0), ("fine", 1.0))},
+    }
     assert "    ! slower than fine" in list(case_lines(case, list(report["peers"])))
 
 

@@ -39,8 +39,9 @@ def test_compiles_without_spills(
 ) -> None:
     done = reports[source, arch].result()
     assert done.returncode == 0, done.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
-                         done.stderr, re.DOTALL)  # fmt: skip
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr, re.DOTALL
+    )
     assert kernels, f"{source.name} holds no kernel"
     spilled = {name: (stores, loads) for name, stores, loads in kernels if (stores, loads) != ("0", "0")}
     assert not spilled, f"(bytes stored, loaded) for sm_{arch}: {spilled}"

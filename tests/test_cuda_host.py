@@ -41,10 +41,7 @@ SOURCES = {
 SPECS = (*advantage.SPECS, *span.SPECS, *tree.SPECS)
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 SMALL = [
-    pytest.param((spec, case), id=f"{spec.name}-{case.name}")
-    for spec in SPECS
-    for case in spec.cases
-    if not case.large
+    pytest.param((spec, case), id=f"{spec.name}-{case.name}") for spec in SPECS for case in spec.cases if not case.large
 ]
 COMPILER = shutil.which("g++") or shutil.which("c++")
 

@@ -64,8 +64,10 @@ def test_the_stages_are_commands_that_exist(gpu_check, tmp_path: Path) -> None:
     names = [stage.name for stage in plan]
     assert names == ["build", "tests-cuda", "validation", "benchmark", "memcheck", "racecheck", "tests-cpu"]
     assert sum(stage.limit for stage in plan[:-1]) <= 700
-    help_of = {name: subprocess.run([sys.executable, "-m", "trajkern", name, "--help"], capture_output=True, text=True)
-               for name in ("validate", "bench")}  # fmt: skip
+    help_of = {
+        name: subprocess.run([sys.executable, "-m", "trajkern", name, "--help"], capture_output=True, text=True)
+        for name in ("validate", "bench")
+    }
     for stage in plan:
         if "trajkern" in stage.command:
             at = stage.command.index("trajkern")
@@ -95,6 +97,8 @@ def test_every_test_is_in_the_report(gpu_check, tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, capture_output=True)
     cases = {case["test"].split("::")[1]: case for case in gpu_check.read_junit(report)}
     assert {name: case["outcome"] for name, case in cases.items()} == {
-        "test_a": "passed", "test_b": "failure", "test_c": "skipped",
-    }  # fmt: skip
+        "test_a": "passed",
+        "test_b": "failure",
+        "test_c": "skipped",
+    }
     assert "assert 1 == 2" in cases["test_b"]["why"] and cases["test_a"]["why"] is None

@@ -224,14 +224,16 @@ BAD = [
     ({"logits_dtype": torch.float16}, ValueError, r"logits_dtype must be one of torch.float32; got torch.float16"),
     ({"sampling_support": torch.ones(3)}, TypeError, r"sampling_support must be a tuple \(ids, offsets\)"),
     (
-        {"sampling_support": (torch.zeros(24).long(), torch.arange(25))}, ValueError,
+        {"sampling_support": (torch.zeros(24).long(), torch.arange(25))},
+        ValueError,
         r"sampling_support must hold every unmasked target; it lacks",
     ),
     (
-        {"sampling_support": (torch.zeros(24).long(), torch.arange(25) // 2)}, ValueError,
+        {"sampling_support": (torch.zeros(24).long(), torch.arange(25) // 2)},
+        ValueError,
         r"sampling_support offsets must run from 0 to the 24 entries; it runs from 0 to 12",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "text"), BAD, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
@@ -316,9 +318,9 @@ def test_memory_is_the_workspace() -> None:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        tk.linear_policy_loss(
-            hidden, weight, targets, old, torch.ones(1), torch.tensor([0, 4096]), config=CONFIG
-        )[0].backward()  # fmt: skip
+        tk.linear_policy_loss(hidden, weight, targets, old, torch.ones(1), torch.tensor([0, 4096]), config=CONFIG)[
+            0
+        ].backward()
 
     gradients = hidden.nbytes + weight.nbytes
     assert peak_bytes(step, "cpu") - gradients <= (64 + 8) << 20  # 8 MiB of pages and thread stacks are not ours

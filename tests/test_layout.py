@@ -103,9 +103,11 @@ def test_boundaries_that_only_overflow_makes_ascend(dtype: torch.dtype) -> None:
     limits = torch.iinfo(dtype)
     with pytest.raises(ValueError, match="cu_seqlens must never decrease"):
         tk.PackedBatch(
-            torch.arange(6), torch.tensor([0, limits.max, limits.min, -1, 6], dtype=dtype), torch.zeros(6).bool(),
+            torch.arange(6),
+            torch.tensor([0, limits.max, limits.min, -1, 6], dtype=dtype),
+            torch.zeros(6).bool(),
             torch.zeros(4).long(),
-        )  # fmt: skip
+        )
 
 
 def test_what_stands_on_unscored_tokens_does_not_matter() -> None:
@@ -146,9 +148,12 @@ def test_head_inputs_literal(dtype: torch.dtype) -> None:
 def test_batches_without_a_loss(lengths: list[int], scored: list[int]) -> None:
     count = len(lengths)
     batch = tk.PackedBatch(
-        torch.arange(sum(lengths)), torch.tensor([0, *accumulate(lengths)]), torch.tensor(scored, dtype=torch.bool),
-        torch.arange(count), torch.zeros(count),
-    )  # fmt: skip
+        torch.arange(sum(lengths)),
+        torch.tensor([0, *accumulate(lengths)]),
+        torch.tensor(scored, dtype=torch.bool),
+        torch.arange(count),
+        torch.zeros(count),
+    )
     pairs = batch.head_inputs()
     assert pairs.rows.shape == pairs.targets.shape == pairs.tokens.shape == (0,)
     assert pairs.cu_seqlens.tolist() == [0] * (count + 1)
@@ -186,10 +191,13 @@ def packed(lengths: list[int], scored: list[bool], seed: int) -> tk.PackedBatch:
     total, count = sum(lengths), len(lengths)
     floats = {name: torch.randn(total, generator=g) for name in FLOAT_FIELDS}
     return tk.PackedBatch(
-        torch.randint(-100, 1000, (total,), generator=g), torch.tensor([0, *accumulate(lengths)]),
-        torch.tensor(scored, dtype=torch.bool), torch.randint(-3, 3, (count,), generator=g),
-        torch.randn(count, generator=g), **floats,
-    )  # fmt: skip
+        torch.randint(-100, 1000, (total,), generator=g),
+        torch.tensor([0, *accumulate(lengths)]),
+        torch.tensor(scored, dtype=torch.bool),
+        torch.randint(-3, 3, (count,), generator=g),
+        torch.randn(count, generator=g),
+        **floats,
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -202,10 +210,13 @@ def test_padding_and_back(made, side: str, slack: int) -> None:
         return batch.to_padded(x, length=length, side=side, value=value)
 
     again = tk.PackedBatch.from_padded(
-        padded(batch.tokens, 999), padded(torch.ones(batch.num_tokens)), loss_mask=padded(batch.loss_mask),
-        group_ids=batch.group_ids, rewards=batch.rewards,
+        padded(batch.tokens, 999),
+        padded(torch.ones(batch.num_tokens)),
+        loss_mask=padded(batch.loss_mask),
+        group_ids=batch.group_ids,
+        rewards=batch.rewards,
         **{name: padded(getattr(batch, name), math.nan) for name in FLOAT_FIELDS},
-    )  # fmt: skip
+    )
     for name in ("tokens", "cu_seqlens", "loss_mask", "group_ids", "rewards", *FLOAT_FIELDS):
         assert torch.equal(getattr(again, name), getattr(batch, name)), name
     assert torch.equal(again.group_index, batch.group_index) and again.num_groups == batch.num_groups
@@ -250,16 +261,19 @@ def test_from_padded_takes_masks_of_any_dtype_and_both_sides() -> None:
     batch = tk.PackedBatch.from_padded(
         torch.tensor([[0, 1, 2, 0], [3, 4, 5, 6], [0, 0, 0, 0]]),
         torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0] * 4]).int(),
-        loss_mask=torch.tensor([[0, 0, 0.5, 0], [0, 2, 0, 1], [0] * 4]), group_ids=torch.tensor([1, 1, 2]),
-    )  # fmt: skip
+        loss_mask=torch.tensor([[0, 0, 0.5, 0], [0, 2, 0, 1], [0] * 4]),
+        group_ids=torch.tensor([1, 1, 2]),
+    )
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6] and batch.cu_seqlens.tolist() == [0, 2, 6, 6]
     assert batch.loss_mask.tolist() == [False, True, False, True, False, True]
 
 
 PADDED = {
-    "tokens": torch.tensor([[1, 2, 3], [4, 5, 6]]), "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]]),
-    "loss_mask": torch.tensor([[0, 1, 0], [0, 0, 1]]), "group_ids": torch.tensor([0, 0]),
-}  # fmt: skip
+    "tokens": torch.tensor([[1, 2, 3], [4, 5, 6]]),
+    "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]]),
+    "loss_mask": torch.tensor([[0, 1, 0], [0, 0, 1]]),
+    "group_ids": torch.tensor([0, 0]),
+}
 NOT_PADDED = [
     ("tokens", torch.tensor([1, 2, 3]), ValueError, r"2 dimensions; got int64\[3\]"),
     ("tokens", torch.ones(2, 3), TypeError, r"dtype int64, int32; got float32\[2, 3\]"),

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _setup(*args: str) -> None:
     environment = {**os.environ, "TRAJKERN_CUDA": "0"}
-    done = subprocess.run([sys.executable, "setup.py", "-q", *args], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

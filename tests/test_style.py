@@ -18,6 +18,7 @@ PYTHON = [path for path in SOURCES if path.suffix == ".py"]
 TEXT = [*SOURCES, *sorted(p for p in ROOT.glob("*") if p.suffix in {".md", ".toml", ".in"} or p.name == "Makefile")]
 
 MAX_FILE_LINES = 400  # one sitting
+MAX_FMT_SKIPS = 20
 MAX_FUNCTION_LINES = 60  # one screen of code; a docstring of maths is counted apart
 
 SHIPPED = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("trajkern", "triton_kernels", "csrc")]
@@ -58,6 +59,11 @@ def test_file_length(path: Path) -> None:
 def test_function_length(path: Path) -> None:
     long = {f.name: lines for f in _functions(path) if (lines := _code_lines(f)) > MAX_FUNCTION_LINES}
     assert not long, f"{_name(path)}: longer than {MAX_FUNCTION_LINES} lines: {long}"
+
+
+def test_few_lines_are_laid_out_by_hand() -> None:
+    skips = [(_name(path), n) for path in PYTHON if (n := path.read_text().count("# fmt: " + "skip"))]
+    assert sum(n for _, n in skips) <= MAX_FMT_SKIPS, skips
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=_name)

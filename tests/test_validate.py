@@ -73,8 +73,12 @@ def test_own_tensors(tmp_path, capsys) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     path = tmp_path / "mine.safetensors"
     x = torch.randn(9)
-    tensors = {"logprobs": x - 3, "old_logprobs": x - 3.1, "advantages": torch.randn(2),
-               "cu_seqlens": torch.tensor([0, 4, 9])}  # fmt: skip
+    tensors = {
+        "logprobs": x - 3,
+        "old_logprobs": x - 3.1,
+        "advantages": torch.randn(2),
+        "cu_seqlens": torch.tensor([0, 4, 9]),
+    }
     save_file(tensors, path, {"config": json.dumps({"kind": "dapo", "clip_high": 0.28}), "normalizer": "4.5"})
     assert validate.main(["--op", "policy_loss", "--inputs", str(path)]) == 0
     shown = capsys.readouterr().out

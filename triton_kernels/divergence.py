@@ -187,9 +187,19 @@ def rows(
         head.fold(z, scale, state, False)
     with torch.cuda.device_of(student):
         divergence_kernel[(student.shape[0],)](
-            student, teacher, scale, *states, divergence, saved, 1 - beta, beta, student.stride(0), teacher.stride(0),
-            KIND=_kind(beta), **_launch(row_warps(student.shape[1]), student, teacher),
-        )  # fmt: skip
+            student,
+            teacher,
+            scale,
+            *states,
+            divergence,
+            saved,
+            1 - beta,
+            beta,
+            student.stride(0),
+            teacher.stride(0),
+            KIND=_kind(beta),
+            **_launch(row_warps(student.shape[1]), student, teacher),
+        )
 
 
 def gradient(
@@ -205,9 +215,20 @@ def gradient(
     part = MAP_STEPS * MAP_LOADS.value * launch["THREADS"] * launch["WIDTH"]
     with torch.cuda.device_of(student):
         slope_kernel[(student.shape[0], triton.cdiv(student.shape[1], part))](
-            grad, student, teacher, scale, saved, upstream, 1 - beta, beta, grad.stride(0), student.stride(0),
-            teacher.stride(0), KIND=_kind(beta), **launch,
-        )  # fmt: skip
+            grad,
+            student,
+            teacher,
+            scale,
+            saved,
+            upstream,
+            1 - beta,
+            beta,
+            grad.stride(0),
+            student.stride(0),
+            teacher.stride(0),
+            KIND=_kind(beta),
+            **launch,
+        )
 
 
 def _kind(beta: float) -> int:

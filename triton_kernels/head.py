@@ -74,8 +74,24 @@ def fold_kernel(
 
 
 @triton.jit
-def _place(grad, columns, first, begin, end, targets, logprobs, grad_logprobs, total, s, h, row_entropy, gain, softcap,
-           x, SOFTCAP: tl.constexpr):  # fmt: skip
+def _place(
+    grad,
+    columns,
+    first,
+    begin,
+    end,
+    targets,
+    logprobs,
+    grad_logprobs,
+    total,
+    s,
+    h,
+    row_entropy,
+    gain,
+    softcap,
+    x,
+    SOFTCAP: tl.constexpr,
+):
     """Columns that are targets, from log p itself. Pairs of one target are neighbours: the last one has their sum."""
     own, previous = 0.0, tl.full([], -1, tl.int64)
     for i in range(begin, end):
@@ -129,8 +145,24 @@ def gradient_kernel(
         made = -s * share * tl.exp2(t) * slope * gain
         if SOFTCAP:
             made *= (softcap - x) * (softcap + x)
-        made = _place(made, columns + start, first, begin, end, targets, logprobs, grad_logprobs, total, s, h,
-                      row_entropy, gain, softcap, x, SOFTCAP)  # fmt: skip
+        made = _place(
+            made,
+            columns + start,
+            first,
+            begin,
+            end,
+            targets,
+            logprobs,
+            grad_logprobs,
+            total,
+            s,
+            h,
+            row_entropy,
+            gain,
+            softcap,
+            x,
+            SOFTCAP,
+        )
         tl.store(grad + start + columns, made.to(grad.dtype.element_ty), mask=columns < size - start)
 
 
@@ -149,7 +181,7 @@ def fold(
         with torch.cuda.device_of(z):
             fold_kernel[(z.shape[0],)](
                 z, scale, state, z.stride(0), MOMENTS=moments, **_launch(row_warps(z.shape[1]), z)
-            )  # fmt: skip
+            )
 
 
 def gradient(
@@ -174,9 +206,24 @@ def gradient(
     gain = logit_scale / softcap**2 if softcap else logit_scale
     with torch.cuda.device_of(z):
         gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], part))](
-            grad, z, norm, scale, offsets, targets, logprobs, grad_logprobs, entropy, grad_entropy, first, softcap,
-            gain, z.stride(0), grad.stride(0), SOFTCAP=bool(softcap), **launch,
-        )  # fmt: skip
+            grad,
+            z,
+            norm,
+            scale,
+            offsets,
+            targets,
+            logprobs,
+            grad_logprobs,
+            entropy,
+            grad_entropy,
+            first,
+            softcap,
+            gain,
+            z.stride(0),
+            grad.stride(0),
+            SOFTCAP=bool(softcap),
+            **launch,
+        )
 
 
 _KERNELS = tiles.Kernels(empty, fold, gradient, policy_loss)

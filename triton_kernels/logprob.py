@@ -155,8 +155,18 @@ def stats_kernel(
         tl.store(is_top1 + row, keep & top1)
 
 
-@triton.jit(do_not_specialize=["stride_grad_logprobs", "stride_grad_entropy", "inner", "stride_outer", "stride_inner",
-                               "out_outer", "out_inner", "vectors"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "stride_grad_logprobs",
+        "stride_grad_entropy",
+        "inner",
+        "stride_outer",
+        "stride_inner",
+        "out_outer",
+        "out_inner",
+        "vectors",
+    ]
+)
 def backward_kernel(
     grad_logits,  # [rows, V]
     grad_logprobs, stride_grad_logprobs, grad_entropy, stride_grad_entropy,  # [rows]
@@ -220,9 +230,17 @@ def token_stats(
     if logprobs.numel():
         with torch.cuda.device_of(x):
             stats_kernel[(logprobs.numel(),)](
-                x, targets, temperatures, temperature, mask, logprobs, norm,
-                *optional, *_row_strides(x), **_launch(row_warps(x.shape[-1]), x),
-            )  # fmt: skip
+                x,
+                targets,
+                temperatures,
+                temperature,
+                mask,
+                logprobs,
+                norm,
+                *optional,
+                *_row_strides(x),
+                **_launch(row_warps(x.shape[-1]), x),
+            )
     return [logprobs, norm, *(y for y in optional if y is not None)]
 
 
@@ -242,8 +260,19 @@ def token_stats_backward_(grad_logprobs: Tensor, grad_entropy: Tensor | None, lo
         logits.copy_(x.view(logits.shape))
 
 
-def _backward(grad_logits: Tensor, grad_logprobs, grad_entropy, logits, targets, temperatures, temperature, mask,
-              logprobs, norm, entropy) -> None:  # fmt: skip
+def _backward(
+    grad_logits: Tensor,
+    grad_logprobs,
+    grad_entropy,
+    logits,
+    targets,
+    temperatures,
+    temperature,
+    mask,
+    logprobs,
+    norm,
+    entropy,
+) -> None:
     if not logits.numel():
         return
     launch = _map_launch(logits, grad_logits)
@@ -251,9 +280,23 @@ def _backward(grad_logits: Tensor, grad_logprobs, grad_entropy, logits, targets,
     g, h = _flat(grad_logprobs), _flat(grad_entropy)
     with torch.cuda.device_of(logits):
         backward_kernel[(targets.numel(), triton.cdiv(logits.shape[-1], part))](
-            grad_logits, g, g.stride(0), h, 0 if h is None else h.stride(0), logits, targets, temperatures, temperature,
-            mask, logprobs, norm, entropy, *_row_strides(logits), *_row_strides(grad_logits)[1:], **launch,
-        )  # fmt: skip
+            grad_logits,
+            g,
+            g.stride(0),
+            h,
+            0 if h is None else h.stride(0),
+            logits,
+            targets,
+            temperatures,
+            temperature,
+            mask,
+            logprobs,
+            norm,
+            entropy,
+            *_row_strides(logits),
+            *_row_strides(grad_logits)[1:],
+            **launch,
+        )
 
 
 def _as_rows(x: Tensor) -> Tensor:

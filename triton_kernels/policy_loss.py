@@ -43,8 +43,23 @@ def _span(cu_seqlens, n, tokens):
 
 
 @triton.jit
-def _gmpo_means(logprobs, old_logprobs, advantages, mask, means, n, start, end, length, log_ratio, low, high,
-                SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _gmpo_means(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    means,
+    n,
+    start,
+    end,
+    length,
+    log_ratio,
+    low,
+    high,
+    SEQUENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Stores exp(mean bounded log-ratio), the mean advantage, and the share of tokens that the bounds let through."""
     bounded_sum, advantage_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     free_sum = tl.zeros([BLOCK], tl.float32)
@@ -98,8 +113,23 @@ def means_kernel(
         if FORM == VESPO:
             tl.store(means + 1, clamp_log_ratio(tl.sum(ratio_sum, 0)))
         if FORM == GMPO:
-            _gmpo_means(logprobs, old_logprobs, advantages, mask, means, n, start, end, length, log_ratio, c0, c1,
-                        SEQUENCE, PER_TOKEN, BLOCK)  # fmt: skip
+            _gmpo_means(
+                logprobs,
+                old_logprobs,
+                advantages,
+                mask,
+                means,
+                n,
+                start,
+                end,
+                length,
+                log_ratio,
+                c0,
+                c1,
+                SEQUENCE,
+                PER_TOKEN,
+                BLOCK,
+            )
 
 
 @triton.jit(do_not_specialize=["tokens", "trajectories"])
@@ -180,10 +210,33 @@ def tokens_kernel(
     if means is not None:
         means += n.to(tl.int64) * COLUMNS
     value, slope, mean_slope, share, clipped, own, r, h, kl, leaves = token_loss(
-        at, n, keep, logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, selected, means,
-        stride, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
-        FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN, BRANCH,
-    )  # fmt: skip
+        at,
+        n,
+        keep,
+        logprobs,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        sampler_logprobs,
+        entropy,
+        selected,
+        means,
+        stride,
+        kl_coef,
+        entropy_coef,
+        sampler_low,
+        sampler_high,
+        c0,
+        c1,
+        c2,
+        c3,
+        FORM,
+        SEQUENCE,
+        KL,
+        CORRECTION,
+        PER_TOKEN,
+        BRANCH,
+    )
     w = tl.load(weight)
     if AGGREGATE == SEQ_MEAN_TOKEN_MEAN:
         w *= tl.load(inverses + n)
@@ -199,7 +252,14 @@ def tokens_kernel(
     if BRANCH:  # a token counts as often as it has rollouts
         own, r, h, kl = own * one, r * one, h * one, kl * one
     _store_partial(
-        partials + tl.program_id(0).to(tl.int64) * 8, tl.where(keep, value * w, 0.0), clipped, own, r, largest, h, kl,
+        partials + tl.program_id(0).to(tl.int64) * 8,
+        tl.where(keep, value * w, 0.0),
+        clipped,
+        own,
+        r,
+        largest,
+        h,
+        kl,
         one,
     )
 
@@ -287,19 +347,57 @@ def policy_loss(
     c = _form_params(form, params)
     with torch.cuda.device_of(logprobs):
         means_kernel[(trajectories,)](
-            logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, counts, inverses,
-            means, tokens, sampler_low, sampler_high, *c[:2], **shape, **ALONG,
-        )  # fmt: skip
+            logprobs,
+            old_logprobs,
+            advantages,
+            cu_seqlens,
+            mask,
+            sampler_logprobs,
+            counts,
+            inverses,
+            means,
+            tokens,
+            sampler_low,
+            sampler_high,
+            *c[:2],
+            **shape,
+            **ALONG,
+        )
         weight_kernel[(1,)](
             counts, cu_seqlens, normalizer, weight, tokens, trajectories, max_length, AGGREGATE=aggregate, **ALONE
         )
         tokens_kernel[(partials.shape[0],)](
-            logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
-            inverses, means, weight, grad_logprobs, grad_entropy,
-            *spread, partials, tokens, trajectories, trajectories.bit_length(), advantages.shape[-1], kl_coef,
-            entropy_coef, sampler_low, sampler_high, *c, **shape, KL=kl, AGGREGATE=aggregate,
-            BRANCH=advantages.ndim == 2, **FLAT,
-        )  # fmt: skip
+            logprobs,
+            old_logprobs,
+            advantages,
+            cu_seqlens,
+            mask,
+            ref_logprobs,
+            sampler_logprobs,
+            entropy,
+            selected,
+            inverses,
+            means,
+            weight,
+            grad_logprobs,
+            grad_entropy,
+            *spread,
+            partials,
+            tokens,
+            trajectories,
+            trajectories.bit_length(),
+            advantages.shape[-1],
+            kl_coef,
+            entropy_coef,
+            sampler_low,
+            sampler_high,
+            *c,
+            **shape,
+            KL=kl,
+            AGGREGATE=aggregate,
+            BRANCH=advantages.ndim == 2,
+            **FLAT,
+        )
         if spread[0] is not None:
             spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, inverses, tokens, **ALONG)
         sum_kernel[(1,)](partials, loss, metrics, partials.shape[0], **SUMMING)

@@ -151,8 +151,21 @@ def reward_kernel(
 
 
 @triton.jit
-def _upstream(logprobs, baseline, cu_seqlens, order, first, last, tokens, length, column, grad_rewards, grad_weights,
-              grad_std, ROWS: tl.constexpr):  # fmt: skip
+def _upstream(
+    logprobs,
+    baseline,
+    cu_seqlens,
+    order,
+    first,
+    last,
+    tokens,
+    length,
+    column,
+    grad_rewards,
+    grad_weights,
+    grad_std,
+    ROWS: tl.constexpr,
+):
     """Of BLOCK columns: A_j, what reaches the deviation by way of the weights, and what reaches it directly."""
     weighed, direct = tl.zeros(column.shape, tl.float64), tl.zeros(column.shape, tl.float64)
     for row in range(first, last, ROWS):
@@ -190,8 +203,21 @@ def slope_kernel(
         inside = column < length
         _, mean, std = _columns(logprobs, cu_seqlens, order, first, last, tokens, start, length, column, shares, ROWS)
         std += poison
-        weighed, direct = _upstream(logprobs, baseline, cu_seqlens, order, first, last, tokens, length, column,
-                                    grad_rewards, grad_weights, grad_std, ROWS)  # fmt: skip
+        weighed, direct = _upstream(
+            logprobs,
+            baseline,
+            cu_seqlens,
+            order,
+            first,
+            last,
+            tokens,
+            length,
+            column,
+            grad_rewards,
+            grad_weights,
+            grad_std,
+            ROWS,
+        )
         tl.store(columns + column, std, mask=inside)
         tl.store(columns + tokens + column, mean, mask=inside)
         tl.store(columns + 2 * tokens + column, weighed, mask=inside)
@@ -280,9 +306,21 @@ def reflection_rewards(
                 logprobs, cu_seqlens, order, bounds, columns, totals, scores, tokens, ddof, **ROLLOUTS
             )
             reward_kernel[(rollouts,)](
-                logprobs, baseline, cu_seqlens, order, rank, bounds, columns, totals, rewards, weights, std, tokens,
-                NORMALIZE=normalize, **TOKENS,
-            )  # fmt: skip
+                logprobs,
+                baseline,
+                cu_seqlens,
+                order,
+                rank,
+                bounds,
+                columns,
+                totals,
+                rewards,
+                weights,
+                std,
+                tokens,
+                NORMALIZE=normalize,
+                **TOKENS,
+            )
     return [x for x in (rewards, weights, std, scores) if x is not None]
 
 
@@ -308,11 +346,37 @@ def reflection_rewards_backward(
     if rollouts:
         with torch.cuda.device_of(logprobs):
             slope_kernel[(rollouts,)](
-                logprobs, baseline, cu_seqlens, order, bounds, grad_rewards, grad_weights, grad_std, columns, sums,
-                peaks, tokens, ddof, **ROLLOUTS,
-            )  # fmt: skip
+                logprobs,
+                baseline,
+                cu_seqlens,
+                order,
+                bounds,
+                grad_rewards,
+                grad_weights,
+                grad_std,
+                columns,
+                sums,
+                peaks,
+                tokens,
+                ddof,
+                **ROLLOUTS,
+            )
             gradient_kernel[(rollouts,)](
-                logprobs, cu_seqlens, order, rank, bounds, columns, sums, peaks, grad_rewards, grad_scores, *made,
-                tokens, rollouts, ddof, NORMALIZE=normalize, **TOKENS,
-            )  # fmt: skip
+                logprobs,
+                cu_seqlens,
+                order,
+                rank,
+                bounds,
+                columns,
+                sums,
+                peaks,
+                grad_rewards,
+                grad_scores,
+                *made,
+                tokens,
+                rollouts,
+                ddof,
+                NORMALIZE=normalize,
+                **TOKENS,
+            )
     return [x for x in made if x is not None]

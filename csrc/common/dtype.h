@@ -30,10 +30,14 @@ using Accumulator = typename AccumulatorOf<T>::type;
 template <class F>
 void with_dtype(int dtype, F&& f) {
   switch (static_cast<DType>(dtype)) {
-    case DType::float32: return f(float{});
-    case DType::float64: return f(double{});
-    case DType::float16: return f(Half{});
-    case DType::bfloat16: return f(BFloat16{});
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::float16:
+      return f(Half{});
+    case DType::bfloat16:
+      return f(BFloat16{});
   }
 }
 

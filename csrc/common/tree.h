@@ -99,8 +99,8 @@ struct BranchSums {
 TK_HD BranchSums branch_leaf(double advantage, double weight) {
   const bool up = advantage > 0 && weight != 0, down = advantage < 0 && weight != 0;
   const bool neither = weight != 0 && !up && !down;
-  return {up ? weight * advantage : 0, down ? weight * advantage : 0, weight, double(up), double(down),
-          double(neither)};
+  return {
+      up ? weight * advantage : 0, down ? weight * advantage : 0, weight, double(up), double(down), double(neither)};
 }
 
 }  // namespace tk

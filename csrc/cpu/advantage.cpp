@@ -112,7 +112,8 @@ void gae(const T* rewards, const T* values, const Trajectories& in, const T* boo
   });
 }
 
-// The adjoint runs forward: u = g + gamma lam u_previous is the gradient of the step, whose value is -u + gamma u_previous.
+// The adjoint runs forward: u = g + gamma lam u_previous is the gradient of the step, whose value is -u + gamma
+// u_previous.
 template <class T>
 void gae_backward(const T* grads, const Trajectories& in, double gamma, double lam, T* grad_rewards, T* grad_values,
                   T* grad_bootstrap) {

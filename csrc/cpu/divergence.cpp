@@ -29,7 +29,8 @@ constexpr int64_t kGrain = 1 << 13;  // elements worth a thread
 enum Kind { kForward, kReverse, kMixture };  // beta 0, beta 1, between
 
 // What the backward needs to know of a row: each softmax's maximum and its sum without one place of the maximum;
-// log(s / t), or log(s / m), at the largest s, and from there to its mean over s, which is precise where that s is near 1.
+// log(s / t), or log(s / m), at the largest s, and from there to its mean over s, which is precise where that s is
+// near 1.
 struct Saved {
   double max_s, rest_s, max_t, rest_t, anchor, center;
 };
@@ -49,8 +50,8 @@ TK_INLINE Vec<double, W> multiply_add(const Vec<double, W>& a, const Vec<double,
 template <int W>
 TK_INLINE Vec<float, W> vlog(const Vec<float, W>& x) {
   using V = Vec<float, W>;
-  constexpr float c[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,
-                         -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  constexpr float c[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,
+                         -1.6668057665e-1f, 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
   const auto shifted = bit_cast<Vec<int32_t, W>>(x) - 0x3f3504f3;  // sqrt(1/2)
   const V exponent = __builtin_convertvector(shifted >> 23, V);
   const V f = bit_cast<V>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;

@@ -101,9 +101,8 @@ TK_INLINE void chained_gradient(T* z, int64_t columns, const logprob::Upstream& 
   using A = Accumulator<T>;
   const A softcap = A(chain.softcap), gain = A(chain.gain());
   if (softcap > 0)
-    logprob::row_gradient<W, true>(z, z, columns, up, [=](const auto& x) TK_INLINE_LAMBDA {
-      return gain * (softcap - x) * (softcap + x);
-    });
+    logprob::row_gradient<W, true>(
+        z, z, columns, up, [=](const auto& x) TK_INLINE_LAMBDA { return gain * (softcap - x) * (softcap + x); });
   else
     logprob::row_gradient<W, true>(z, z, columns, up, [=](const auto&) TK_INLINE_LAMBDA { return gain; });
 }
@@ -143,8 +142,8 @@ void bound_gradient(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const Pairs<A> pairs{as<int64_t>(offsets), as<int64_t>(targets),  as<A>(logprobs),
-                         as<A>(grad_logprobs), as<A>(entropy), as<A>(grad_entropy)};
+    const Pairs<A> pairs{as<int64_t>(offsets), as<int64_t>(targets), as<A>(logprobs),
+                         as<A>(grad_logprobs), as<A>(entropy),       as<A>(grad_entropy)};
     gradient(Tile<T>{as<T>(z), stride, rows, columns}, as<A>(norm), as<double>(scale), pairs,
              Chain{softcap, logit_scale});
   });

@@ -96,8 +96,13 @@ struct Gradients {
 
 template <class A>
 Upstream upstream(const Problem& p, const Gradients<A>& grads, const Stats<const A>& saved, int64_t r) {
-  Upstream up{saved.norm[2 * r], saved.norm[2 * r + 1], p.inverse_temperature<A>(r), saved.logprobs[r], 0,
-              grads.logprobs[r * grads.logprobs_stride], 0};
+  Upstream up{saved.norm[2 * r],
+              saved.norm[2 * r + 1],
+              p.inverse_temperature<A>(r),
+              saved.logprobs[r],
+              0,
+              grads.logprobs[r * grads.logprobs_stride],
+              0};
   if (grads.entropy) {
     up.entropy = saved.entropy[r];
     up.grad_entropy = grads.entropy[r * grads.entropy_stride];

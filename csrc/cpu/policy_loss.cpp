@@ -55,8 +55,10 @@ void for_runs(const Job<Real>& job, const F& f) {
       size_t r = std::lower_bound(runs.begin(), runs.end(), begin, before) - runs.begin();
       for (; r < runs.size() && runs[r].begin < end; ++r) f(block, r);
     };
-    if constexpr (std::is_same_v<Real, float>) dispatch(work);
-    else work(std::integral_constant<int, 2>{});  // where std::exp takes the time
+    if constexpr (std::is_same_v<Real, float>)
+      dispatch(work);
+    else
+      work(std::integral_constant<int, 2>{});  // where std::exp takes the time
   });
 }
 
@@ -197,8 +199,13 @@ void write_results(const std::vector<RunTotals>& runs, double tokens, bool branc
   }
   if (branches) tokens = sum.tokens;
   const double count = std::max(tokens, 1.0);
-  const double out[] = {sum.clipped / count, -sum.log_ratio / count, sum.ratio / count,
-                        std::isnan(sum.ratio) ? sum.ratio : sum.ratio_max, sum.entropy / count, sum.kl / count, tokens};
+  const double out[] = {sum.clipped / count,
+                        -sum.log_ratio / count,
+                        sum.ratio / count,
+                        std::isnan(sum.ratio) ? sum.ratio : sum.ratio_max,
+                        sum.entropy / count,
+                        sum.kl / count,
+                        tokens};
   *loss = sum.loss;
   std::copy(std::begin(out), std::end(out), metrics);
 }
@@ -232,11 +239,27 @@ using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
 template <class Real>
 void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch_stride, const Options& options,
          const std::array<double, 15>& params) {
-  policy_loss(Job<Real>{as<Real>(p[0]), as<Real>(p[1]), as<Real>(p[2]), as<Real>(p[3]),
-                        as<Real>(p[4]), as<Real>(p[5]), as<Real>(p[6]), as<int64_t>(p[7]),
-                        as<uint8_t>(p[8]), as<uint8_t>(p[9]), as<Real>(p[10]), as<Real>(p[11]),
-                        as<Real>(p[12]), as<Real>(p[13]), tokens, trajectories, branch_stride, options,
-                        params, {}, {}});
+  policy_loss(Job<Real>{as<Real>(p[0]),
+                        as<Real>(p[1]),
+                        as<Real>(p[2]),
+                        as<Real>(p[3]),
+                        as<Real>(p[4]),
+                        as<Real>(p[5]),
+                        as<Real>(p[6]),
+                        as<int64_t>(p[7]),
+                        as<uint8_t>(p[8]),
+                        as<uint8_t>(p[9]),
+                        as<Real>(p[10]),
+                        as<Real>(p[11]),
+                        as<Real>(p[12]),
+                        as<Real>(p[13]),
+                        tokens,
+                        trajectories,
+                        branch_stride,
+                        options,
+                        params,
+                        {},
+                        {}});
 }
 
 }  // namespace
@@ -246,20 +269,22 @@ void bind_policy_loss(pybind11::module_& m) {
   using namespace tk::policy;
   using tk::as;
   namespace py = pybind11;
-  m.def("policy_loss",
-        [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories, int64_t branch_stride,
-           const std::array<int, 8>& o, const std::array<double, 15>& params) {
-          if (!covers(as<int64_t>(pointers[7]), trajectories, tokens)) return false;
-          const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
-          py::gil_scoped_release release;
-          if (tk::DType(dtype) == tk::DType::float64)
-            run<double>(pointers, tokens, trajectories, branch_stride, options, params);
-          else run<float>(pointers, tokens, trajectories, branch_stride, options, params);
-          return true;
-        });
+  m.def("policy_loss", [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories,
+                          int64_t branch_stride, const std::array<int, 8>& o, const std::array<double, 15>& params) {
+    if (!covers(as<int64_t>(pointers[7]), trajectories, tokens)) return false;
+    const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
+    py::gil_scoped_release release;
+    if (tk::DType(dtype) == tk::DType::float64)
+      run<double>(pointers, tokens, trajectories, branch_stride, options, params);
+    else
+      run<float>(pointers, tokens, trajectories, branch_stride, options, params);
+    return true;
+  });
   m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {
     py::gil_scoped_release release;
-    if (tk::DType(dtype) == tk::DType::float64) scale(as<double>(x), length, *as<double>(factor));
-    else scale(as<float>(x), length, *as<float>(factor));
+    if (tk::DType(dtype) == tk::DType::float64)
+      scale(as<double>(x), length, *as<double>(factor));
+    else
+      scale(as<float>(x), length, *as<float>(factor));
   });
 }

@@ -8,7 +8,7 @@
 
 namespace tk::policy {
 
-constexpr int kRun = 512;     // tokens
+constexpr int kRun = 512;      // tokens
 constexpr int kSumLanes = 16;  // every sum has as many partial sums, whatever the width of a vector
 
 struct Run {
@@ -195,15 +195,24 @@ struct Block {
   TK_INLINE Term<V> policy(const Lane& x, int i) const {
     const Token<V>& t = x.token;
     switch (options.form) {
-      case kClip: return selected ? drop(clip(t, params), chosen(x, i)) : clip(t, params);
-      case kCispo: return cispo(t, params);
-      case kSapo: return sapo(t, params);
-      case kReinforce: return reinforce(t);
-      case kDppoTv: return dppo_tv(t, params);
-      case kDppoKl: return dppo_kl(t, params);
-      case kKlCov: return kl_cov(t, chosen(x, i), params);
-      case kGmpo: return gmpo(t, at(value, i), at(value_alt, i), params);
-      default: return vespo(t, at(value, i), at(value_alt, i));
+      case kClip:
+        return selected ? drop(clip(t, params), chosen(x, i)) : clip(t, params);
+      case kCispo:
+        return cispo(t, params);
+      case kSapo:
+        return sapo(t, params);
+      case kReinforce:
+        return reinforce(t);
+      case kDppoTv:
+        return dppo_tv(t, params);
+      case kDppoKl:
+        return dppo_kl(t, params);
+      case kKlCov:
+        return kl_cov(t, chosen(x, i), params);
+      case kGmpo:
+        return gmpo(t, at(value, i), at(value_alt, i), params);
+      default:
+        return vespo(t, at(value, i), at(value_alt, i));
     }
   }
 
@@ -257,8 +266,10 @@ struct Block {
         entropies.add(j, times * y);
       }
       losses.add(j, masked(x.kept, w * term.loss));
-      if (options.sequence_level) store<W>(first + i, masked(x.kept, term.d_log_ratio));
-      else term.d_logprob += through_clamp(x, term.d_log_ratio);
+      if (options.sequence_level)
+        store<W>(first + i, masked(x.kept, term.d_log_ratio));
+      else
+        term.d_logprob += through_clamp(x, term.d_log_ratio);
       if (options.need_grad_logprobs) write(job.grad_logprobs, i, masked(x.kept, w * term.d_logprob));
       if (options.need_grad_entropy) write(job.grad_entropy, i, masked(x.kept, w * leaves * -params.entropy_coef));
     });

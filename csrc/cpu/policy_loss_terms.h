@@ -23,9 +23,22 @@ struct Params {
       sapo_tau_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, cov_coef, ratio_low, ratio_high;
 
   explicit Params(const std::array<double, 15>& x)
-      : clip_low(x[0]), clip_high(x[1]), clip_dual(x[2]), kl_coef(x[3]), entropy_coef(x[4]), max_length(x[5]),
-        sampler_low(x[6]), sampler_high(x[7]), sapo_tau_pos(x[8]), sapo_tau_neg(x[9]), vespo_k_pos(x[10]),
-        vespo_lambda_pos(x[11]), vespo_k_neg(x[12]), vespo_lambda_neg(x[13]), cov_coef(x[14]), ratio_low(1 - x[0]),
+      : clip_low(x[0]),
+        clip_high(x[1]),
+        clip_dual(x[2]),
+        kl_coef(x[3]),
+        entropy_coef(x[4]),
+        max_length(x[5]),
+        sampler_low(x[6]),
+        sampler_high(x[7]),
+        sapo_tau_pos(x[8]),
+        sapo_tau_neg(x[9]),
+        vespo_k_pos(x[10]),
+        vespo_lambda_pos(x[11]),
+        vespo_k_neg(x[12]),
+        vespo_lambda_neg(x[13]),
+        cov_coef(x[14]),
+        ratio_low(1 - x[0]),
         ratio_high(1 + x[1]) {}
 };
 
@@ -88,7 +101,8 @@ struct Expansion {
 // exp(x), for |x| <= 80.
 template <class V>
 TK_INLINE V exponential(const V& x) {
-  if constexpr (std::is_same_v<Scalar<V>, double>) return vexp<kLanes<V>>(x);
+  if constexpr (std::is_same_v<Scalar<V>, double>)
+    return vexp<kLanes<V>>(x);
   else {
     const Expansion<V> e(x);
     return vfma<kLanes<V>>(e.power, e.r + e.excess, e.power);

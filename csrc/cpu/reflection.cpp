@@ -66,9 +66,9 @@ bool find_groups(const int64_t* ids, const int64_t* cu_seqlens, int64_t n, int64
 
 template <class T>
 struct Problem {
-  const T* x;                        // [P]
+  const T* x;  // [P]
   const int64_t *cu_seqlens, *order, *rank, *bounds;
-  const T* baseline;                 // [P] or null
+  const T* baseline;  // [P] or null
   int64_t rollouts;
   int ddof;
   bool normalize;
@@ -177,9 +177,8 @@ TK_INLINE void add_dots(const Problem<T>& in, const Group& group, int64_t j, Cou
 
 template <class T>
 TK_INLINE void write_rows(const Group& group, const double* s, double divisor, T* row, T* out) {
-  each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
-    write(row + j, count, read(s + j, count) / divisor);
-  });
+  each_step(0, group.length,
+            [&](int64_t j, auto count) TK_INLINE_LAMBDA { write(row + j, count, read(s + j, count) / divisor); });
   for (const int64_t at : group.at) std::memcpy(out + at, row, group.length * sizeof(T));
 }
 
@@ -306,8 +305,15 @@ void each_group(const Problem<T>& in, const F& f) {
 template <class T>
 Problem<T> problem(uintptr_t x, uintptr_t cu_seqlens, uintptr_t order, uintptr_t rank, uintptr_t bounds,
                    uintptr_t baseline, int64_t rollouts, int ddof, bool normalize) {
-  return {as<const T>(x), as<const int64_t>(cu_seqlens), as<const int64_t>(order), as<const int64_t>(rank),
-          as<const int64_t>(bounds), as<const T>(baseline), rollouts, ddof, normalize};
+  return {as<const T>(x),
+          as<const int64_t>(cu_seqlens),
+          as<const int64_t>(order),
+          as<const int64_t>(rank),
+          as<const int64_t>(bounds),
+          as<const T>(baseline),
+          rollouts,
+          ddof,
+          normalize};
 }
 
 bool bound_groups(uintptr_t ids, uintptr_t cu_seqlens, int64_t n, int64_t tokens, uintptr_t order, uintptr_t rank,
@@ -317,8 +323,8 @@ bool bound_groups(uintptr_t ids, uintptr_t cu_seqlens, int64_t n, int64_t tokens
 }
 
 bool bound_rewards(int dtype, uintptr_t x, uintptr_t cu_seqlens, uintptr_t order, uintptr_t rank, uintptr_t bounds,
-                   uintptr_t baseline, int64_t rollouts, int ddof, bool normalize, uintptr_t rewards,
-                   uintptr_t weights, uintptr_t std, uintptr_t scores) {
+                   uintptr_t baseline, int64_t rollouts, int ddof, bool normalize, uintptr_t rewards, uintptr_t weights,
+                   uintptr_t std, uintptr_t scores) {
   std::atomic<bool> finite{true};
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
@@ -334,16 +340,19 @@ bool bound_rewards(int dtype, uintptr_t x, uintptr_t cu_seqlens, uintptr_t order
 
 void bound_rewards_backward(int dtype, uintptr_t x, uintptr_t cu_seqlens, uintptr_t order, uintptr_t rank,
                             uintptr_t bounds, uintptr_t baseline, int64_t rollouts, uintptr_t grad_rewards,
-                            uintptr_t grad_weights, uintptr_t grad_std, uintptr_t grad_scores, int ddof,
-                            bool normalize, uintptr_t grad_x, uintptr_t grad_baseline) {
+                            uintptr_t grad_weights, uintptr_t grad_std, uintptr_t grad_scores, int ddof, bool normalize,
+                            uintptr_t grad_x, uintptr_t grad_baseline) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
     const auto in = problem<T>(x, cu_seqlens, order, rank, bounds, baseline, rollouts, ddof, normalize);
-    const Gradients<T> grads{as<const T>(grad_rewards), as<const T>(grad_weights), as<const T>(grad_std),
-                             as<const T>(grad_scores), as<T>(grad_x), as<T>(grad_baseline)};
-    each_group(in, [&](int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA {
-      differentiate_group(in, grads, g, scratch);
-    });
+    const Gradients<T> grads{as<const T>(grad_rewards),
+                             as<const T>(grad_weights),
+                             as<const T>(grad_std),
+                             as<const T>(grad_scores),
+                             as<T>(grad_x),
+                             as<T>(grad_baseline)};
+    each_group(in,
+               [&](int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA { differentiate_group(in, grads, g, scratch); });
   });
 }
 

@@ -1,4 +1,6 @@
 // Reductions over spans, values spread to tokens, and the turns of a packed batch, on the CPU.
+#include "../common/span.h"
+
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -7,7 +9,6 @@
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
-#include "../common/span.h"
 #include "huge_pages.h"
 #include "simd.h"
 
@@ -56,9 +57,8 @@ TK_INLINE T fold(const Vec<T, W> (&x)[K], const Join& join) {
 template <int W, class T>
 TK_INLINE double span_sum(const T* x, int64_t begin, int64_t end, int64_t tokens) {
   Vec<double, W> sums[kLanes / W] = {};
-  each_vector<W>(x, begin, end, tokens, T(0), [&](int k, const auto& v) TK_INLINE_LAMBDA {
-    sums[k] += __builtin_convertvector(v, Vec<double, W>);
-  });
+  each_vector<W>(x, begin, end, tokens, T(0),
+                 [&](int k, const auto& v) TK_INLINE_LAMBDA { sums[k] += __builtin_convertvector(v, Vec<double, W>); });
   return fold<W, kLanes / W, double>(sums, [](const auto& a, const auto& b) TK_INLINE_LAMBDA { return a + b; });
 }
 
@@ -182,9 +182,7 @@ void turns(const Scored& in, int64_t* start, int64_t* end, int64_t* trajectory, 
   parallel_for(in.blocks(), 1, [&](int64_t first, int64_t last) {
     int64_t s = in.before[first];
     for (int64_t b = first; b < last; ++b)
-      each_turn(in, b, [&](int64_t from, int64_t to, int64_t n) {
-        start[s] = from, end[s] = to, trajectory[s++] = n;
-      });
+      each_turn(in, b, [&](int64_t from, int64_t to, int64_t n) { start[s] = from, end[s] = to, trajectory[s++] = n; });
   });
   const int64_t count = in.before[in.blocks()];
   for (int64_t s = 0; s < count; ++s) index[s] = s && trajectory[s] == trajectory[s - 1] ? index[s - 1] + 1 : 0;

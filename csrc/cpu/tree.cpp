@@ -120,8 +120,8 @@ int branch_coefficients(const T* advantages, const T* weights, const TreeNodes& 
 }
 
 template <class T>
-void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages,
-                                  const T* weights, const TreeNodes& tree, T* grad_advantages) {
+void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages, const T* weights,
+                                  const TreeNodes& tree, T* grad_advantages) {
   struct Path {
     double positive, negative;
   };
@@ -137,8 +137,8 @@ void branch_coefficients_backward(const T* grad_positive, const T* grad_negative
       });
 }
 
-bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves, int op,
-                          uintptr_t out, uintptr_t /*scratch*/) {
+bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves,
+                          int op, uintptr_t out, uintptr_t /*scratch*/) {
   bool legal = false;
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
@@ -168,9 +168,9 @@ bool bound_sibling_advantages(uintptr_t values, int dtype, const TreeArrays& tre
   return legal;
 }
 
-void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const TreeArrays& tree, int64_t nodes,
-                                       int64_t leaves, int baseline, bool by_std, double ddof, double eps, bool zero,
-                                       uintptr_t grad_values) {
+void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const TreeArrays& tree,
+                                       int64_t nodes, int64_t leaves, int baseline, bool by_std, double ddof,
+                                       double eps, bool zero, uintptr_t grad_values) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
     sibling_advantages_backward(as<const T>(grads), as<const T>(values), tree_nodes(tree, nodes, leaves),

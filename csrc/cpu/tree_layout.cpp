@@ -98,9 +98,14 @@ void bound_flat(uintptr_t parent_, uintptr_t offsets_, uintptr_t leaves_, int64_
 // (mismatch or None, parent, lengths, source of each node's tokens, group of each root), as bytes of int64.
 pybind11::tuple bound_prefixes(uintptr_t tokens, uintptr_t mask, uintptr_t cu_seqlens, uintptr_t group, int64_t count,
                                int64_t groups, const std::vector<uintptr_t>& logprobs, double tolerance, bool split) {
-  PrefixBatch in{as<const int64_t>(tokens), as<const bool>(mask), as<const int64_t>(cu_seqlens),
-                 as<const int64_t>(group),  count,                groups,
-                 tolerance,                 {}};
+  PrefixBatch in{as<const int64_t>(tokens),
+                 as<const bool>(mask),
+                 as<const int64_t>(cu_seqlens),
+                 as<const int64_t>(group),
+                 count,
+                 groups,
+                 tolerance,
+                 {}};
   for (const uintptr_t x : logprobs) in.logprobs.push_back(as<const double>(x));
   PrefixTree tree(in, split);
   const bool done = tree.build();

@@ -30,8 +30,9 @@ struct Cut {
   int64_t node, leaf;
 };
 
-// The first root from `node` on before which all of the earlier trees' nodes lie, or the end. Their leaves are the first
-// of the depth-first order, so they all lie before it where as many leaves do, and the nodes above them with them.
+// The first root from `node` on before which all of the earlier trees' nodes lie, or the end. Their leaves are the
+// first of the depth-first order, so they all lie before it where as many leaves do, and the nodes above them with
+// them.
 inline Cut next_cut(const TreeNodes& tree, int64_t node) {
   int64_t leaf = node;
   for (int64_t n = node; n < tree.nodes; ++n) {
@@ -113,8 +114,8 @@ void subtree_moments(const T* leaf_values, const TreeNodes& tree, Moments* found
       },
       [&](int64_t n, const int32_t* begin, const int32_t* end) {
         const double origin = found[*begin].mean;
-        const double sum = sum_children(
-            begin, end, [&](int64_t c) { return double(tree.leaf_count(c)) * (found[c].mean - origin); });
+        const double sum =
+            sum_children(begin, end, [&](int64_t c) { return double(tree.leaf_count(c)) * (found[c].mean - origin); });
         const double mean = sum / double(tree.leaf_count(n));
         const double squares = sum_children(begin, end, [&](int64_t c) {
           const double apart = (found[c].mean - origin) - mean;
@@ -165,7 +166,8 @@ bool subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out)
     each_node(tree, [&](int64_t n) { out[n] = T(moments[n].squares / double(tree.leaf_count(n))); });
   } else {
     const auto sums = unwritten<double>(tree.nodes);
-    if (op == kSum) subtree_sums(leaf_values, tree, sums.get(), out, [](int64_t, double sum) { return sum; });
+    if (op == kSum)
+      subtree_sums(leaf_values, tree, sums.get(), out, [](int64_t, double sum) { return sum; });
     else
       subtree_sums(leaf_values, tree, sums.get(), out,
                    [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
@@ -211,8 +213,7 @@ void subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNod
         [&](int64_t n, const Slope* above) {
           const double s = 2 * double(grads[n]) / double(tree.leaf_count(n));
           if (!above) return Slope{s, 0};
-          return Slope{above->sum + s,
-                       above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
+          return Slope{above->sum + s, above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
         },
         [&](int64_t l, const Slope& slope) { grad_leaves[l] = T(slope.at); });
   } else {

@@ -254,8 +254,7 @@ __global__ void whiten_partials(Masked<T> in, double* partials) {
   each_of_share(in, [&](int64_t i) { count += 1, sum += double(in.x[i]); }, [](int64_t) {});
   count = block_total(count), sum = block_total(sum);
   const double mean = count > 0 ? sum / count : 0;
-  each_of_share(
-      in, [&](int64_t i) { squares += (double(in.x[i]) - mean) * (double(in.x[i]) - mean); }, [](int64_t) {});
+  each_of_share(in, [&](int64_t i) { squares += (double(in.x[i]) - mean) * (double(in.x[i]) - mean); }, [](int64_t) {});
   store_partial({count, mean, block_total(squares)}, partials);
 }
 
@@ -348,13 +347,14 @@ void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, b
          shift_mean, ddof, grad_x);
 }
 
-#define INSTANTIATE(T)                                                                                                 \
-  template void group_advantages<T>(const GroupRows<T>&, const GroupRule&, T*, void*);                                 \
-  template void group_advantages_backward<T>(const GroupRows<T>&, const GroupRule&, const T*, T*, void*);              \
-  template void gae<T>(const T*, const T*, const Trajectories&, const T*, double, double, T*, void*);                  \
-  template void gae_backward<T>(const T*, const Trajectories&, double, double, T*, T*, T*, void*);                     \
-  template void whiten<T>(const Masked<T>&, bool, double, double, T*, double*, double*, int64_t, void*);               \
-  template void whiten_backward<T>(const T*, const Masked<T>&, const double*, bool, double, T*, double*, int64_t, void*);
+#define INSTANTIATE(T)                                                                                            \
+  template void group_advantages<T>(const GroupRows<T>&, const GroupRule&, T*, void*);                            \
+  template void group_advantages_backward<T>(const GroupRows<T>&, const GroupRule&, const T*, T*, void*);         \
+  template void gae<T>(const T*, const T*, const Trajectories&, const T*, double, double, T*, void*);             \
+  template void gae_backward<T>(const T*, const Trajectories&, double, double, T*, T*, T*, void*);                \
+  template void whiten<T>(const Masked<T>&, bool, double, double, T*, double*, double*, int64_t, void*);          \
+  template void whiten_backward<T>(const T*, const Masked<T>&, const double*, bool, double, T*, double*, int64_t, \
+                                   void*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -1,7 +1,6 @@
 // Reductions over spans and values spread to tokens on a GPU.
-#include "span.h"
-
 #include "block.cuh"
+#include "span.h"
 
 namespace tk {
 namespace cuda {
@@ -55,8 +54,10 @@ __global__ void spread_kernel(SpanRanges spans, const T* values, T* out) {
   int64_t s = 0, last = spans.count;  // the first span that ends behind t lies in [s, last]
   while (s < last) {
     const int64_t middle = s + (last - s) / 2;
-    if (spans.end[middle] > t) last = middle;
-    else s = middle + 1;
+    if (spans.end[middle] > t)
+      last = middle;
+    else
+      s = middle + 1;
   }
   out[t] = s < spans.count && spans.start[s] <= t ? values[s] : T(0);
 }
@@ -83,9 +84,9 @@ void spread(const T* values, const SpanRanges& spans, T* out, void* stream) {
   launch(spread_kernel<T>, blocks_for(spans.tokens), kThreads, 0, stream, spans, values, out);
 }
 
-#define INSTANTIATE(T)                                                                                           \
-  template void span_reduce<T>(const T*, const SpanRanges&, int, T*, void*);                                     \
-  template void span_extreme_backward<T>(const T*, const T*, const T*, const SpanRanges&, T*, void*);            \
+#define INSTANTIATE(T)                                                                                \
+  template void span_reduce<T>(const T*, const SpanRanges&, int, T*, void*);                          \
+  template void span_extreme_backward<T>(const T*, const T*, const T*, const SpanRanges&, T*, void*); \
   template void spread<T>(const T*, const SpanRanges&, T*, void*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -173,9 +173,8 @@ __global__ void sibling_backward_kernel(TreeNodes tree, const T* grads, const T*
     if (lane() == 0) grad_values[p] = T(double(grad_values[p]) - map.gain * sum_g);
     return;
   }
-  const double sum_ga = children_sum(tree, p, [&](int64_t c) {
-    return double(grads[c]) * sibling_advantage(map, group, double(values[c]), shift);
-  });
+  const double sum_ga = children_sum(
+      tree, p, [&](int64_t c) { return double(grads[c]) * sibling_advantage(map, group, double(values[c]), shift); });
   const SiblingGradient gradient = sibling_gradient(rule, map, group, sum_g, sum_ga);
   for (int64_t i = tree.child_begin[p] + lane(); i < tree.child_begin[p + 1]; i += kWarp) {
     const int32_t c = tree.child[i];
@@ -227,23 +226,23 @@ void sibling_advantages_backward(const T* grads, const T* values, const TreeNode
 template <class T>
 void branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree, T* const* out, void* scratch,
                          void* stream) {
-  reduce(tree, BranchesOf<T>{advantages, weights},
-         WriteBranches<T>{out[0], out[1], out[2], out[3], out[4], out[5]}, scratch, stream);
+  reduce(tree, BranchesOf<T>{advantages, weights}, WriteBranches<T>{out[0], out[1], out[2], out[3], out[4], out[5]},
+         scratch, stream);
 }
 
 template <class T>
-void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages,
-                                  const T* weights, const TreeNodes& tree, T* grad_advantages, void* stream) {
+void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages, const T* weights,
+                                  const TreeNodes& tree, T* grad_advantages, void* stream) {
   launch(branch_backward_kernel<T>, blocks_for(tree.nodes, kThreads), kThreads, 0, stream, tree, grad_positive,
          grad_negative, advantages, weights, grad_advantages);
 }
 
-#define INSTANTIATE(T)                                                                                                 \
-  template void subtree_reduce<T>(const T*, const TreeNodes&, int, T*, void*, void*);                                  \
-  template void subtree_reduce_backward<T>(const T*, const T*, const TreeNodes&, int, T*, void*, void*);               \
-  template void sibling_advantages<T>(const T*, const TreeNodes&, const SiblingRule&, T*, void*);                      \
-  template void sibling_advantages_backward<T>(const T*, const T*, const TreeNodes&, const SiblingRule&, T*, void*);   \
-  template void branch_coefficients<T>(const T*, const T*, const TreeNodes&, T* const*, void*, void*);                 \
+#define INSTANTIATE(T)                                                                                               \
+  template void subtree_reduce<T>(const T*, const TreeNodes&, int, T*, void*, void*);                                \
+  template void subtree_reduce_backward<T>(const T*, const T*, const TreeNodes&, int, T*, void*, void*);             \
+  template void sibling_advantages<T>(const T*, const TreeNodes&, const SiblingRule&, T*, void*);                    \
+  template void sibling_advantages_backward<T>(const T*, const T*, const TreeNodes&, const SiblingRule&, T*, void*); \
+  template void branch_coefficients<T>(const T*, const T*, const TreeNodes&, T* const*, void*, void*);               \
   template void branch_coefficients_backward<T>(const T*, const T*, const T*, const T*, const TreeNodes&, T*, void*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -23,8 +23,8 @@ template <class T>
 void branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree, T* const* out, void* scratch,
                          void* stream);
 template <class T>
-void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages,
-                                  const T* weights, const TreeNodes& tree, T* grad_advantages, void* stream);
+void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages, const T* weights,
+                                  const TreeNodes& tree, T* grad_advantages, void* stream);
 
 }  // namespace cuda
 }  // namespace tk

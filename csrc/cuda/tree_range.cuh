@@ -1,6 +1,6 @@
 // Sums over the leaves below every node. They are a range of the depth-first order; summaries of 32 and of 1,024
-// leaves, counted from where their tree begins, bound what a node reads. So a node's sum has an order that is its tree's own,
-// and the number of launches does not grow with the depth.
+// leaves, counted from where their tree begins, bound what a node reads. So a node's sum has an order that is its
+// tree's own, and the number of launches does not grow with the depth.
 #pragma once
 #include "../common/tree.h"
 #include "block.cuh"

@@ -139,7 +139,8 @@ class Matcher {
   // By what is alike at its ends, seeds or not.
   Block grown(Block block, int64_t a_begin, int64_t a_end, int64_t b_begin, int64_t b_end) const {
     const std::vector<int>&a = letters_.a, &b = letters_.b;
-    while (block.a > a_begin && block.b > b_begin && a[block.a - 1] == b[block.b - 1]) --block.a, --block.b, ++block.size;
+    while (block.a > a_begin && block.b > b_begin && a[block.a - 1] == b[block.b - 1])
+      --block.a, --block.b, ++block.size;
     while (block.a + block.size < a_end && block.b + block.size < b_end &&
            a[block.a + block.size] == b[block.b + block.size])
       ++block.size;
@@ -156,7 +157,8 @@ void bound_similarity(const pybind11::tuple& a, const pybind11::tuple& b, bool a
   const pybind11::gil_scoped_release unlocked;
   parallel_for(count, 1, [&](int64_t, int64_t) {  // each thread takes the next pair: some take much longer than others
     Matcher matcher;
-    for (int64_t i = next++; i < count; i = next++) as<double>(out)[i] = matcher.ratio(texts_a[i], texts_b[i], autojunk);
+    for (int64_t i = next++; i < count; i = next++)
+      as<double>(out)[i] = matcher.ratio(texts_a[i], texts_b[i], autojunk);
   });
 }
 

@@ -2,6 +2,8 @@
 // next collective. The order of the fibers is a setting: a missing barrier shows as a result that depends on it.
 #include "cuda_host.h"
 
+#include <ucontext.h>
+
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
@@ -11,7 +13,6 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <ucontext.h>
 #include <vector>
 
 #include "cuda_runtime.h"

@@ -1,5 +1,6 @@
 // CUDA's names for a host compiler: the .cu files, compiled as C++ with this folder first on the include path, run
-// with one fiber per thread (cuda_host.cpp). For tests of indexing and logic; memory ordering and speed are not modelled.
+// with one fiber per thread (cuda_host.cpp). For tests of indexing and logic; memory ordering and speed are not
+// modelled.
 //
 // Stricter than the hardware: every lane a mask names must exist, be alive and arrive at the same line.
 // Shared memory is the dynamic kind only; a static __shared__ array does not compile here.

@@ -89,11 +89,17 @@ def make_batch(seed: int, dtype: torch.dtype = torch.float64, *, rows: int = 23,
 
     old = -normal(rows, length).abs() * 2
     return SimpleNamespace(
-        rewards=rewards, mask=mask, uid=names[choice.numpy()], old=old,
-        new=(old + 0.4 * normal(rows, length)).clamp(max=-1e-3), advantages=normal(rows, length),
-        values=normal(rows, length), weights=(0.5 * normal(rows, length)).exp(), baselines=normal(rows),
+        rewards=rewards,
+        mask=mask,
+        uid=names[choice.numpy()],
+        old=old,
+        new=(old + 0.4 * normal(rows, length)).clamp(max=-1e-3),
+        advantages=normal(rows, length),
+        values=normal(rows, length),
+        weights=(0.5 * normal(rows, length)).exp(),
+        baselines=normal(rows),
         sum_pi_squared=torch.rand(rows, length, generator=g).to(dtype),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,21 @@ from trajkern.integrations import liger as adapter
 
 chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
 CASES = {
-    "dapo": {}, "grpo": {"loss_type": "grpo"}, "bnpo": {"loss_type": "bnpo", "temperature": 0.8},
+    "dapo": {},
+    "grpo": {"loss_type": "grpo"},
+    "bnpo": {"loss_type": "bnpo", "temperature": 0.8},
     "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 31},
-    "two_sided": {"delta": 1.4, "epsilon_low": 0.1}, "no_kl": {"beta": 0.0, "use_ref_model": False},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.05}, "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 1.4},
-    "vespo": {"loss_type": "vespo", "vespo_k_neg": 2.5}, "corrected": {"use_bias_correction_kl": True, "beta": 0.3},
+    "two_sided": {"delta": 1.4, "epsilon_low": 0.1},
+    "no_kl": {"beta": 0.0, "use_ref_model": False},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.05},
+    "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 1.4},
+    "vespo": {"loss_type": "vespo", "vespo_k_neg": 2.5},
+    "corrected": {"use_bias_correction_kl": True, "beta": 0.3},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.01, "epsilon_high": 0.02},
     "gspo_corrected": {"importance_sampling_level": "sequence", "use_bias_correction_kl": True, "delta": 1.5},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0, "epsilon_low": 0.01},
     "unused_reference": {"use_ref_model": False},
-}  # fmt: skip
+}
 
 
 def _inputs(dtype: torch.dtype = torch.float32):
@@ -38,11 +43,15 @@ def _inputs(dtype: torch.dtype = torch.float32):
     mask[0, 3] = 0
     new = (hidden @ weight.t() + bias).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     tensors = {
-        "_input": hidden.to(dtype), "lin_weight": weight.to(dtype), "selected_token_ids": targets,
-        "attention_mask": mask, "advantages": normal(rows), "bias": bias.to(dtype),
+        "_input": hidden.to(dtype),
+        "lin_weight": weight.to(dtype),
+        "selected_token_ids": targets,
+        "attention_mask": mask,
+        "advantages": normal(rows),
+        "bias": bias.to(dtype),
         "ref_per_token_logps": new + 0.3 * normal(rows, length),
         "old_per_token_logps": new + 0.3 * normal(rows, length),
-    }  # fmt: skip
+    }
     return tensors, (0.4 * normal(rows, length)).exp()
 
 
@@ -92,8 +101,9 @@ def test_mixed_dtypes_and_no_grad() -> None:
     inputs, _ = _inputs(torch.bfloat16)
     inputs |= {k: inputs[k].float() for k in ("lin_weight", "bias")}
     ours, _ = _result(adapter.LigerFusedLinearGRPOLoss(), inputs)
-    exact, _ = _result(adapter.LigerFusedLinearGRPOLoss(), {k: v.float() if v.is_floating_point() else v
-                                                            for k, v in inputs.items()})  # fmt: skip
+    exact, _ = _result(
+        adapter.LigerFusedLinearGRPOLoss(), {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    )
     assert [x.dtype for x in ours] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     for x, y in zip(ours, exact, strict=True):
         assert (x.float() - y).norm() <= 0.02 * y.norm()

@@ -15,8 +15,14 @@ import torch
 from trajkern.integrations import openrlhf as adapter
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDS = ("deepspeed", "flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed",
-         "pylatexenc")  # fmt: skip
+NEEDS = (
+    "deepspeed",
+    "flash_attn",
+    "flash_attn.bert_padding",
+    "flash_attn.utils",
+    "flash_attn.utils.distributed",
+    "pylatexenc",
+)
 CORRECTIONS = [
     {},
     {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.3)},
@@ -78,8 +84,13 @@ def test_policy_loss(models, padded_batch, kind: str, correction: dict, dtype: t
     b.old[0, ::3] -= 22 if kind == "ppo" else 0
     for token_level in (True, False):
         for dual in (None, 1.5):
-            options = {"clip_eps_low": 0.1, "clip_eps_high": 0.25, "dual_clip": dual, "token_level_loss": token_level,
-                       "policy_loss_type": kind} | correction  # fmt: skip
+            options = {
+                "clip_eps_low": 0.1,
+                "clip_eps_high": 0.25,
+                "dual_clip": dual,
+                "token_level_loss": token_level,
+                "policy_loss_type": kind,
+            } | correction
             for info in ({}, {"dp_size": 4, "batch_num_tokens": 333.0, "global_batch_size": 50.0}, {"dp_size": 2}):
                 theirs, their_grad = _results(theirs_of(**options), b, dtype, **info)
                 ours, our_grad = _results(adapter.PolicyLoss(**options), b, dtype, **info)
@@ -100,8 +111,11 @@ def test_without_a_mask_and_without_a_token(models, padded_batch) -> None:
 
 
 def test_enable_and_disable(models, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {(holder, name): vars(sys.modules[holder])[name]
-            for name, holders in adapter.HOLDERS.items() for holder in holders[:2]}  # fmt: skip
+    held = {
+        (holder, name): vars(sys.modules[holder])[name]
+        for name, holders in adapter.HOLDERS.items()
+        for holder in holders[:2]
+    }
     trainer = type(sys)("ppo_actor")
     monkeypatch.setitem(sys.modules, adapter.HOLDERS["PolicyLoss"][2], trainer)
     trainer.PolicyLoss = models.PolicyLoss

@@ -14,9 +14,16 @@ from trajkern.integrations.transformers import causal_model, head_arguments, hid
 transformers = pytest.importorskip("transformers")
 V = 61
 SMALL = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
@@ -119,9 +126,15 @@ def test_the_halves_make_the_policy_loss() -> None:
     rows, targets, tokens, cu_seqlens = batch.head_inputs()
     old = log_probs(model, batch).detach()
     loss, _ = tk.linear_policy_loss(
-        hidden_states(model, batch), targets=targets, rows=rows, old_logprobs=old[tokens], cu_seqlens=cu_seqlens,
-        advantages=torch.ones(5), config=tk.PolicyLoss("grpo"), **head_arguments(model),
-    )  # fmt: skip
+        hidden_states(model, batch),
+        targets=targets,
+        rows=rows,
+        old_logprobs=old[tokens],
+        cu_seqlens=cu_seqlens,
+        advantages=torch.ones(5),
+        config=tk.PolicyLoss("grpo"),
+        **head_arguments(model),
+    )
     torch.testing.assert_close(loss, torch.tensor(-1.0), rtol=1e-5, atol=1e-5)
 
 

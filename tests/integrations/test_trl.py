@@ -37,9 +37,17 @@ def tokenizer() -> Any:
 def tiny(vocabulary: int = len(WORDS)) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -54,16 +62,28 @@ def made(folder: Path, kind: str = "GRPO", model: Any = None, processing: Any = 
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     data = datasets.Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"] * 2, "n": list(range(8))})
     config = getattr(trl, f"{kind}Config")(
-        output_dir=str(folder), per_device_train_batch_size=4, num_generations=2, max_completion_length=6,
-        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, bf16=False, save_strategy="no",
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=6,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        bf16=False,
+        save_strategy="no",
         **{"max_steps": 3, "learning_rate": 1e-2} | options,
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return getattr(trl, f"{kind}Trainer")(
-            model=model, reward_funcs=length_reward, args=config, train_dataset=data,
+            model=model,
+            reward_funcs=length_reward,
+            args=config,
+            train_dataset=data,
             processing_class=processing or tokenizer(),
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +152,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two-sided": {"args.delta": 1.5},
     "high entropy": {"top_entropy_quantile": 0.4},
     "off-policy mask": {"off_policy_mask_threshold": 0.05},
-    "everything": {"top_entropy_quantile": 0.6, "off_policy_mask_threshold": 0.05, "_entropy_bonus_enabled": True,
-                   "entropy_coef": 0.03, "current_gradient_accumulation_steps": 3, "args.delta": 1.6},
-    "adaptive entropy": {"_entropy_bonus_enabled": True, "use_adaptive_entropy": True, "entropy_coef": 0.03,
-                         "_last_world_entropy": 0.1, "args.entropy_target": 2.0, "args.entropy_coef_delta": 0.01,
-                         "args.entropy_coef_max": 0.035, "_entropy_window_stats": None},
+    "everything": {
+        "top_entropy_quantile": 0.6,
+        "off_policy_mask_threshold": 0.05,
+        "_entropy_bonus_enabled": True,
+        "entropy_coef": 0.03,
+        "current_gradient_accumulation_steps": 3,
+        "args.delta": 1.6,
+    },
+    "adaptive entropy": {
+        "_entropy_bonus_enabled": True,
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.03,
+        "_last_world_entropy": 0.1,
+        "args.entropy_target": 2.0,
+        "args.entropy_coef_delta": 0.01,
+        "args.entropy_coef_max": 0.035,
+        "_entropy_window_stats": None,
+    },
     "sampler weights": {"use_vllm": True, "vllm_importance_sampling_correction": True, "beta": 0.0},
-    "sequence sampler weights": {"use_vllm": True, "vllm_importance_sampling_correction": True,
-                                 "importance_sampling_level": "sequence"},
-}  # fmt: skip
+    "sequence sampler weights": {
+        "use_vllm": True,
+        "vllm_importance_sampling_correction": True,
+        "importance_sampling_level": "sequence",
+    },
+}
 
 
 def changed(trainer: Any, patch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
@@ -248,8 +284,11 @@ def test_the_head_scores_labels_only(grpo: Any, monkeypatch: pytest.MonkeyPatch)
     from trajkern import linear_token_stats
 
     seen = []
-    monkeypatch.setattr(adapter.tk, "linear_token_stats", lambda hidden, *x, **y: seen.append(hidden.shape[0]) or
-                        linear_token_stats(hidden, *x, **y))  # fmt: skip
+    monkeypatch.setattr(
+        adapter.tk,
+        "linear_token_stats",
+        lambda hidden, *x, **y: seen.append(hidden.shape[0]) or linear_token_stats(hidden, *x, **y),
+    )
     adapter.enable(grpo)
     grpo.compute_loss(grpo.model, batch())
     assert seen == [int(batch()["completion_mask"].sum())]

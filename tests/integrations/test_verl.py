@@ -49,9 +49,14 @@ def _losses(core, name: str, b: SimpleNamespace, mode: str, config, weights):
         new = b.new.clone().requires_grad_()
         torch.manual_seed(0)
         loss, metrics = core.get_policy_loss_fn(prefix + name)(
-            old_log_prob=b.old, log_prob=new, advantages=b.advantages, response_mask=b.mask, loss_agg_mode=mode,
-            config=config, rollout_is_weights=weights,
-        )  # fmt: skip
+            old_log_prob=b.old,
+            log_prob=new,
+            advantages=b.advantages,
+            response_mask=b.mask,
+            loss_agg_mode=mode,
+            config=config,
+            rollout_is_weights=weights,
+        )
         value = loss.detach().clone()
         loss -= 0.5 * new[b.mask].sum() * 0  # verl's trainer adds the entropy in place
         (2 * loss).backward()
@@ -108,11 +113,15 @@ def test_large_ratios(core, padded_batch) -> None:
         _compare(_losses(core, name, b, "token-mean", _config(), None), b.mask, torch.float64)
 
 
-@pytest.mark.parametrize("correction", [
-    {"loss_type": "ppo_clip", "rollout_is": "token", "bypass_mode": True},
-    {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.3},
-    {"loss_type": "reinforce", "rollout_is": None, "rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.9_1.1"},
-], ids=["clip", "weights", "rejection"])  # fmt: skip
+@pytest.mark.parametrize(
+    "correction",
+    [
+        {"loss_type": "ppo_clip", "rollout_is": "token", "bypass_mode": True},
+        {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.3},
+        {"loss_type": "reinforce", "rollout_is": None, "rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.9_1.1"},
+    ],
+    ids=["clip", "weights", "rejection"],
+)
 def test_bypass_mode(core, padded_batch, correction: dict) -> None:
     b = padded_batch(2)
     algorithm = importlib.import_module("verl.trainer.config.algorithm")
@@ -154,8 +163,13 @@ def test_through_verls_trainer(core, padded_batch) -> None:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
     prompts = torch.nested.as_nested_tensor([torch.zeros(2).long()] * len(lengths), layout=torch.jagged)
-    fields = {"responses": b.mask.long(), "response_mask": b.mask.long(), "old_log_probs": b.old,
-              "advantages": b.advantages, "ref_log_prob": b.old * 1.1}  # fmt: skip
+    fields = {
+        "responses": b.mask.long(),
+        "response_mask": b.mask.long(),
+        "old_log_probs": b.old,
+        "advantages": b.advantages,
+        "ref_log_prob": b.old * 1.1,
+    }
     jagged_fields = {"prompts": prompts} | {name: jagged(x) for name, x in fields.items()}
     data = tensordict.TensorDict(jagged_fields, batch_size=[len(lengths)])
     for key, value in {"dp_size": 2, "batch_num_tokens": 400, "global_batch_size": 50}.items():
@@ -218,8 +232,13 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_loss_arguments(core, padded_batch, message: str) -> None:
     b, change = padded_batch(0), dict(BAD[message])
-    given = {"old_log_prob": b.old, "log_prob": b.new, "advantages": b.advantages, "response_mask": b.mask,
-             "config": _config(global_batch_info=change.pop("info", {}))}  # fmt: skip
+    given = {
+        "old_log_prob": b.old,
+        "log_prob": b.new,
+        "advantages": b.advantages,
+        "response_mask": b.mask,
+        "config": _config(global_batch_info=change.pop("info", {})),
+    }
     with pytest.raises((TypeError, ValueError), match=message):
         core.get_policy_loss_fn("trajkern_vanilla")(**given | change)
 

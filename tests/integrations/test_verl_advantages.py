@@ -9,9 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-ESTIMATORS = ("gae", "grpo", "grpo_vectorized", "gdpo", "grpo_passk", "reinforce_plus_plus",
-              "reinforce_plus_plus_baseline", "remax", "rloo", "rloo_vectorized", "opo", "gpg",
-              "optimal_token_baseline", "tir_optimal_token_baseline")  # fmt: skip
+ESTIMATORS = (
+    "gae",
+    "grpo",
+    "grpo_vectorized",
+    "gdpo",
+    "grpo_passk",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
+    "rloo_vectorized",
+    "opo",
+    "gpg",
+    "optimal_token_baseline",
+    "tir_optimal_token_baseline",
+)
 
 
 def _tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -30,8 +43,13 @@ def _estimate(core, name: str, b: SimpleNamespace, **more):
     algo = importlib.import_module("verl.trainer.config").AlgoConfig(gamma=0.9)
     given = {"token_level_rewards": b.rewards.clone(), "response_mask": b.mask.long(), "config": algo, "index": b.uid}
     if name.endswith("gae"):
-        given = {"token_level_rewards": b.rewards, "values": b.values, "response_mask": b.mask.long(), "gamma": 0.95,
-                 "lam": 0.9}  # fmt: skip
+        given = {
+            "token_level_rewards": b.rewards,
+            "values": b.values,
+            "response_mask": b.mask.long(),
+            "gamma": 0.95,
+            "lam": 0.9,
+        }
     if name.endswith("remax"):
         given["reward_baselines"] = b.baselines
     if "optimal" in name:

@@ -67,9 +67,12 @@ def test_matches_a_plain_loop(steps: list[tuple], episodes: list[float], weight:
     expected = torch.tensor([a + weight * b for a, b in zip(whole, local, strict=True)], dtype=torch.float64)
     ids = (torch.tensor(x, dtype=torch.int64) for x in (trajectory, anchor, group))
     out = step_advantages(
-        torch.tensor(returns, dtype=torch.float64), *ids,
-        episode_rewards=torch.tensor(episodes, dtype=torch.float64), weight=weight, scale=scale,
-    )  # fmt: skip
+        torch.tensor(returns, dtype=torch.float64),
+        *ids,
+        episode_rewards=torch.tensor(episodes, dtype=torch.float64),
+        weight=weight,
+        scale=scale,
+    )
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-9)
 
 

@@ -79,9 +79,7 @@ def test_edges(scale: str) -> None:
     assert node_advantages(torch.tensor([3.0]), chain(4), scale=scale).tolist() == [0] * 4
     assert node_advantages(torch.full((27,), 0.1), regular_tree(4, 3), scale=scale).tolist() == [0] * 40
     big, small = torch.tensor([10000.0, 10001.0, 10000.0]), torch.tensor([0.0, 1.0, 0.0])
-    torch.testing.assert_close(
-        node_advantages(big, star(3), scale=scale), node_advantages(small, star(3), scale=scale)
-    )
+    torch.testing.assert_close(node_advantages(big, star(3), scale=scale), node_advantages(small, star(3), scale=scale))
 
 
 def test_low_probability(device: str) -> None:

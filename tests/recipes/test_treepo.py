@@ -37,9 +37,7 @@ def plain(rewards: list[float], ids: list[list[int]], weighting: str) -> list[fl
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_literal(weighting: str, device: str) -> None:
-    out = advantages(
-        torch.tensor(REWARDS, device=device), torch.tensor(IDS, device=device), weighting=weighting
-    )
+    out = advantages(torch.tensor(REWARDS, device=device), torch.tensor(IDS, device=device), weighting=weighting)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.cpu(), torch.tensor(EXPECTED[weighting]))
 

@@ -51,9 +51,7 @@ def plain(rewards: list[float], tree: tk.Tree, form: str, selected: list[bool] |
             others = [rewards[y] for y in leaves[r] if y != x]
             centred[x] = rewards[x] - sum(others) / len(others) if others else 0.0
     chosen = [sum(1 if selected is None else selected[x] for x in s) for s in leaves]
-    sv = [
-        sum(centred[x] for x in s) / len(s) / math.sqrt(max(c, 1)) for s, c in zip(leaves, chosen, strict=True)
-    ]
+    sv = [sum(centred[x] for x in s) / len(s) / math.sqrt(max(c, 1)) for s, c in zip(leaves, chosen, strict=True)]
     out = [0.0] * len(parent)
     for node in tree.leaves.tolist():  # path by path, as the code does
         path = []

@@ -71,9 +71,12 @@ def test_every_option(options: dict, rows: str) -> None:
     gate = GATE if "gate" in rows else None
     copies = COPIES if "copies" in rows else None
     actual = reference.group_advantages(
-        tensor(REWARDS), torch.tensor(IDS), **options,
-        gate=gate and torch.tensor(gate), weights=copies and tensor(copies),
-    )  # fmt: skip
+        tensor(REWARDS),
+        torch.tensor(IDS),
+        **options,
+        gate=gate and torch.tensor(gate),
+        weights=copies and tensor(copies),
+    )
     assert actual.tolist() == pytest.approx(expected(REWARDS, IDS, gate, copies, **options), rel=1e-13, abs=1e-15)
 
 
@@ -139,9 +142,7 @@ class TestLiterals:
         assert actual.tolist() == pytest.approx(raw if singleton == "raw" else [0, 0])
 
     def test_gate_comes_before_the_singleton_rule(self) -> None:
-        actual = reference.group_advantages(
-            tensor([3.0, 5.0]), self.ONE[:2], gate=torch.tensor([True, False]), eps=0.5
-        )
+        actual = reference.group_advantages(tensor([3.0, 5.0]), self.ONE[:2], gate=torch.tensor([True, False]), eps=0.5)
         assert actual.tolist() == [2.0, 0.0]
 
     def test_gated_and_weightless_rewards_are_not_read(self) -> None:
@@ -260,9 +261,7 @@ class TestScans:
     def test_gae_literal(self) -> None:
         """gamma 1/2, lambda 1/2; deltas 1+2-1, 2+1-4 | 0+4-2, each with half the value behind it."""
         rewards, values = tensor([1, 2, 0]), tensor([1, 4, 2])
-        out = reference.gae(
-            rewards, values, torch.tensor([0, 2, 3]), gamma=0.5, lam=0.5, bootstrap=tensor([2, 8])
-        )
+        out = reference.gae(rewards, values, torch.tensor([0, 2, 3]), gamma=0.5, lam=0.5, bootstrap=tensor([2, 8]))
         assert out.advantages.tolist() == [2 - 0.25 * 1, -1, 2]
         assert out.returns.tolist() == [2.75, 3, 4]
 
@@ -296,9 +295,13 @@ class TestScans:
     def test_masked_values_are_not_read(self) -> None:
         values = tensor([1, math.nan, 2])
         out = reference.gae(
-            tensor([1, 1, 1]), values, torch.tensor([0, 3]), gamma=1.0, lam=1.0,
+            tensor([1, 1, 1]),
+            values,
+            torch.tensor([0, 3]),
+            gamma=1.0,
+            lam=1.0,
             mask=torch.tensor([True, False, True]),
-        )  # fmt: skip
+        )
         assert out.advantages.tolist() == [1, 0, -1] and out.returns.tolist() == [2, 0, 1]
 
     @pytest.mark.parametrize("cu", [[0], [0, 0, 0]], ids=["no_trajectories", "empty_trajectories"])
@@ -339,9 +342,7 @@ class TestWhiten:
         std = math.sqrt(sum((x - mean) ** 2 for x in kept) / (len(kept) - ddof) + Fraction("1e-8"))
         whitened = iter([float(x - mean) / std + (0 if shift_mean else float(mean)) for x in kept])
         expected = [next(whitened) if k else 0 for k in mask or [True] * 4]
-        actual = reference.whiten(
-            tensor(self.X), mask=mask and torch.tensor(mask), shift_mean=shift_mean, ddof=ddof
-        )
+        actual = reference.whiten(tensor(self.X), mask=mask and torch.tensor(mask), shift_mean=shift_mean, ddof=ddof)
         assert actual.tolist() == pytest.approx(expected, rel=1e-13)
 
     def test_literal(self) -> None:

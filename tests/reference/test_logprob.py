@@ -43,9 +43,12 @@ def of_reference(logits: Tensor, target: int, temperature: float) -> dict[str, T
     (grad_logprobs,) = torch.autograd.grad(stats.logprobs.sum(), row, retain_graph=True)
     (grad_entropy,) = torch.autograd.grad(stats.entropy.sum(), row)
     return {
-        "logprobs": stats.logprobs.detach(), "entropy": stats.entropy.detach(), "sum_sq_probs": stats.sum_sq_probs,
-        "grad_logprobs": grad_logprobs[0], "grad_entropy": grad_entropy[0],
-    }  # fmt: skip
+        "logprobs": stats.logprobs.detach(),
+        "entropy": stats.entropy.detach(),
+        "sum_sq_probs": stats.sum_sq_probs,
+        "grad_logprobs": grad_logprobs[0],
+        "grad_entropy": grad_entropy[0],
+    }
 
 
 def margin(nats: float, others: int = 49) -> list[float]:
@@ -103,9 +106,7 @@ def test_narrow_logits_are_read_exactly(dtype: torch.dtype, scale: float) -> Non
 class TestLiterals:
     def test_four_tokens(self) -> None:
         logits = torch.tensor([LOG_1_TO_4] * 4, dtype=torch.float64)
-        stats = reference.token_stats(
-            logits, torch.arange(4), outputs=("entropy", "sum_sq_probs", "is_top1")
-        )
+        stats = reference.token_stats(logits, torch.arange(4), outputs=("entropy", "sum_sq_probs", "is_top1"))
         expected = [-2.302585092994046, -1.6094379124341003, -1.2039728043259361, -0.9162907318741551]
         assert stats.logprobs.tolist() == pytest.approx(expected, rel=1e-15)
         assert stats.entropy.tolist() == pytest.approx([1.2798542258336676] * 4, rel=1e-15)
@@ -130,9 +131,7 @@ class TestLiterals:
 
     def test_one_token_vocabulary_is_certain(self) -> None:
         logits = torch.tensor([[3.0], [-1e4]], requires_grad=True)
-        stats = reference.token_stats(
-            logits, torch.tensor([0, 0]), outputs=("entropy", "sum_sq_probs", "is_top1")
-        )
+        stats = reference.token_stats(logits, torch.tensor([0, 0]), outputs=("entropy", "sum_sq_probs", "is_top1"))
         (stats.logprobs.sum() + stats.entropy.sum()).backward()
         assert stats.logprobs.tolist() == [0, 0] and stats.entropy.tolist() == [0, 0]
         assert stats.sum_sq_probs.tolist() == [1, 1] and stats.is_top1.tolist() == [True, True]
@@ -141,9 +140,10 @@ class TestLiterals:
     @pytest.mark.parametrize("vocabulary", [2, 3, 1000, 50257])
     def test_uniform(self, vocabulary: int) -> None:
         stats = reference.token_stats(
-            torch.full((1, vocabulary), -3.5, dtype=torch.float64), torch.tensor([1]),
+            torch.full((1, vocabulary), -3.5, dtype=torch.float64),
+            torch.tensor([1]),
             outputs=("entropy", "sum_sq_probs", "is_top1"),
-        )  # fmt: skip
+        )
         assert stats.logprobs.item() == pytest.approx(-math.log(vocabulary), rel=1e-13)
         assert stats.entropy.item() == pytest.approx(math.log(vocabulary), rel=1e-13)
         assert stats.sum_sq_probs.item() == pytest.approx(1 / vocabulary, rel=1e-13)
@@ -185,9 +185,7 @@ class TestArguments:
         mask = torch.tensor([True, False, True, False])
         alone = reference.token_stats(logits[::2], targets[::2], outputs=("entropy", "sum_sq_probs", "is_top1"))
         logits.requires_grad_()
-        stats = reference.token_stats(
-            logits, targets, mask=mask, outputs=("entropy", "sum_sq_probs", "is_top1")
-        )
+        stats = reference.token_stats(logits, targets, mask=mask, outputs=("entropy", "sum_sq_probs", "is_top1"))
         for whole, kept in zip(stats[:4], alone[:4], strict=True):
             assert torch.equal(whole[mask], kept) and whole[~mask].tolist() == [0, 0]
         (stats.logprobs.sum() + stats.entropy.sum()).backward()

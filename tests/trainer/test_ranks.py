@@ -119,7 +119,7 @@ def test_a_tied_head_over_ranks(alone: Callable[..., Path], make_llama: Callable
     check_weights(tmp_path, expected, 2e-3)
 
 
-FATAL = '''
+FATAL = """
 import os, signal
 calls = 0
 
@@ -131,7 +131,7 @@ def check(questions, texts):
             raise OSError("the disk is full")
         os.kill(os.getpid(), signal.SIGKILL)
     return [True] * len(texts)
-'''
+"""
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])

@@ -66,9 +66,7 @@ def group_advantages_backward(
     """``rule``: group_advantages' last five arguments."""
     grad_rewards = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
-    _call(
-        "group_advantages_backward", rewards, grad_advantages.data_ptr(), *rows, *rule, grad_rewards.data_ptr()
-    )
+    _call("group_advantages_backward", rewards, grad_advantages.data_ptr(), *rows, *rule, grad_rewards.data_ptr())
     return grad_rewards
 
 
@@ -84,9 +82,20 @@ def gae(
     advantages = torch.empty_like(rewards)
     tokens = rewards.shape[0]
     bad = _call(
-        "gae", rewards, rewards.data_ptr(), DTYPE[rewards.dtype], pointer(values), cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1, tokens, pointer(bootstrap), pointer(mask), gamma, lam, advantages.data_ptr(),
-    )  # fmt: skip
+        "gae",
+        rewards,
+        rewards.data_ptr(),
+        DTYPE[rewards.dtype],
+        pointer(values),
+        cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        tokens,
+        pointer(bootstrap),
+        pointer(mask),
+        gamma,
+        lam,
+        advantages.data_ptr(),
+    )
     if bad >= 0:
         check_cu_seqlens(cu_seqlens, tokens)
     return advantages
@@ -106,10 +115,20 @@ def gae_backward(
     grad_values = grad_advantages.new_empty(tokens if need_values else 0)
     grad_bootstrap = grad_advantages.new_empty(count if need_bootstrap else 0)
     bad = _call(
-        "gae_backward", grad_advantages, grad_advantages.data_ptr(), DTYPE[grad_advantages.dtype],
-        cu_seqlens.data_ptr(), count, tokens, pointer(mask), gamma, lam, grad_rewards.data_ptr(),
-        pointer(grad_values if need_values else None), pointer(grad_bootstrap if need_bootstrap else None),
-    )  # fmt: skip
+        "gae_backward",
+        grad_advantages,
+        grad_advantages.data_ptr(),
+        DTYPE[grad_advantages.dtype],
+        cu_seqlens.data_ptr(),
+        count,
+        tokens,
+        pointer(mask),
+        gamma,
+        lam,
+        grad_rewards.data_ptr(),
+        pointer(grad_values if need_values else None),
+        pointer(grad_bootstrap if need_bootstrap else None),
+    )
     if bad >= 0:
         check_cu_seqlens(cu_seqlens, tokens)
     return grad_rewards, grad_values, grad_bootstrap
@@ -125,9 +144,19 @@ def whiten(
     """The second result is (mean, 1 / sqrt(var + eps)) in float64, which the backward needs."""
     out, stats = torch.empty_like(x), x.new_empty(2, dtype=torch.float64)
     _call(
-        "whiten", x, x.data_ptr(), DTYPE[x.dtype], pointer(mask), x.shape[0], shift_mean, ddof, eps, out.data_ptr(),
-        stats.data_ptr(), partial_sums=True,
-    )  # fmt: skip
+        "whiten",
+        x,
+        x.data_ptr(),
+        DTYPE[x.dtype],
+        pointer(mask),
+        x.shape[0],
+        shift_mean,
+        ddof,
+        eps,
+        out.data_ptr(),
+        stats.data_ptr(),
+        partial_sums=True,
+    )
     return out, stats
 
 
@@ -141,7 +170,17 @@ def whiten_backward(
 ) -> Tensor:
     grad_x = torch.empty_like(x)
     _call(
-        "whiten_backward", x, grad_out.data_ptr(), x.data_ptr(), DTYPE[x.dtype], pointer(mask), x.shape[0],
-        stats.data_ptr(), shift_mean, ddof, grad_x.data_ptr(), partial_sums=True,
-    )  # fmt: skip
+        "whiten_backward",
+        x,
+        grad_out.data_ptr(),
+        x.data_ptr(),
+        DTYPE[x.dtype],
+        pointer(mask),
+        x.shape[0],
+        stats.data_ptr(),
+        shift_mean,
+        ddof,
+        grad_x.data_ptr(),
+        partial_sums=True,
+    )
     return grad_x

@@ -20,8 +20,9 @@ def rows(
     divergence: Tensor,  # [R]
     saved: Tensor,  # [R, 6]
 ) -> None:
-    _ext.cpu().divergence_rows(*_tile(student, teacher), scale.data_ptr(), beta, divergence.data_ptr(),
-                               saved.data_ptr())  # fmt: skip
+    _ext.cpu().divergence_rows(
+        *_tile(student, teacher), scale.data_ptr(), beta, divergence.data_ptr(), saved.data_ptr()
+    )
 
 
 def gradient(
@@ -34,8 +35,9 @@ def gradient(
     upstream: Tensor,  # [R]
 ) -> None:
     assert grad.data_ptr() == student.data_ptr()
-    _ext.cpu().divergence_gradient(*_tile(student, teacher), scale.data_ptr(), beta, saved.data_ptr(),
-                                   upstream.data_ptr())  # fmt: skip
+    _ext.cpu().divergence_gradient(
+        *_tile(student, teacher), scale.data_ptr(), beta, saved.data_ptr(), upstream.data_ptr()
+    )
 
 
 def _tile(student: Tensor, teacher: Tensor) -> tuple[int | bool, ...]:

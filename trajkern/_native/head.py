@@ -42,10 +42,21 @@ def gradient(
     assert grad.data_ptr() == z.data_ptr()
     targets = targets - first
     _ext.cpu().head_gradient(
-        z.data_ptr(), DTYPE[z.dtype], z.stride(0), *z.shape, norm.data_ptr(), scale.data_ptr(), offsets.data_ptr(),
-        targets.data_ptr(), logprobs.data_ptr(), grad_logprobs.data_ptr(), pointer(entropy), pointer(grad_entropy),
-        softcap, logit_scale,
-    )  # fmt: skip
+        z.data_ptr(),
+        DTYPE[z.dtype],
+        z.stride(0),
+        *z.shape,
+        norm.data_ptr(),
+        scale.data_ptr(),
+        offsets.data_ptr(),
+        targets.data_ptr(),
+        logprobs.data_ptr(),
+        grad_logprobs.data_ptr(),
+        pointer(entropy),
+        pointer(grad_entropy),
+        softcap,
+        logit_scale,
+    )
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

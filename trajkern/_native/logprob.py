@@ -28,26 +28,61 @@ def token_stats(
             made.append(torch.empty(shape, dtype=kind))
             asked[i] = made[-1].data_ptr()
     bad = _ext.cpu().token_stats(
-        x.data_ptr(), DTYPE[x.dtype], *rows(x), x.shape[-1], targets.data_ptr(), temperature, pointer(temperatures),
-        pointer(mask), outputs, made[0].data_ptr(), made[1].data_ptr(), *asked,
-    )  # fmt: skip
+        x.data_ptr(),
+        DTYPE[x.dtype],
+        *rows(x),
+        x.shape[-1],
+        targets.data_ptr(),
+        temperature,
+        pointer(temperatures),
+        pointer(mask),
+        outputs,
+        made[0].data_ptr(),
+        made[1].data_ptr(),
+        *asked,
+    )
     if bad >= 0:
         check_targets(targets, x.shape[-1], mask)
     return made
 
 
-def _backward(grad_logits: Tensor, grad_logprobs, grad_entropy, logits, targets, temperatures, temperature, mask,
-              logprobs, norm, entropy) -> None:  # fmt: skip
+def _backward(
+    grad_logits: Tensor,
+    grad_logprobs,
+    grad_entropy,
+    logits,
+    targets,
+    temperatures,
+    temperature,
+    mask,
+    logprobs,
+    norm,
+    entropy,
+) -> None:
     outer, inner, *strides = rows(logits)
     grad_strides = rows(grad_logits)[2:]
     grad_logprobs, grad_entropy = _flat(grad_logprobs), _flat(grad_entropy)
     _ext.cpu().token_stats_backward(
-        grad_logits.data_ptr(), *grad_strides, logits.data_ptr(), DTYPE[logits.dtype], outer, inner, *strides,
-        logits.shape[-1], targets.data_ptr(), temperature, pointer(temperatures), pointer(mask),
-        grad_logprobs.data_ptr(), grad_logprobs.stride(0), pointer(grad_entropy),
-        0 if grad_entropy is None else grad_entropy.stride(0), logprobs.data_ptr(), norm.data_ptr(),
+        grad_logits.data_ptr(),
+        *grad_strides,
+        logits.data_ptr(),
+        DTYPE[logits.dtype],
+        outer,
+        inner,
+        *strides,
+        logits.shape[-1],
+        targets.data_ptr(),
+        temperature,
+        pointer(temperatures),
+        pointer(mask),
+        grad_logprobs.data_ptr(),
+        grad_logprobs.stride(0),
+        pointer(grad_entropy),
+        0 if grad_entropy is None else grad_entropy.stride(0),
+        logprobs.data_ptr(),
+        norm.data_ptr(),
         pointer(entropy),
-    )  # fmt: skip
+    )
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

@@ -29,10 +29,21 @@ def policy_loss(
     grad = torch.empty(tokens, dtype=dtype) if options[6] else None
     grad_entropy = torch.empty(tokens, dtype=dtype) if options[7] else None
     pointers = [
-        logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), pointer(ref_logprobs),
-        pointer(sampler_logprobs), pointer(entropy), pointer(normalizer), cu_seqlens.data_ptr(), pointer(mask),
-        pointer(selected), loss.data_ptr(), metrics.data_ptr(), pointer(grad), pointer(grad_entropy),
-    ]  # fmt: skip
+        logprobs.data_ptr(),
+        old_logprobs.data_ptr(),
+        advantages.data_ptr(),
+        pointer(ref_logprobs),
+        pointer(sampler_logprobs),
+        pointer(entropy),
+        pointer(normalizer),
+        cu_seqlens.data_ptr(),
+        pointer(mask),
+        pointer(selected),
+        loss.data_ptr(),
+        metrics.data_ptr(),
+        pointer(grad),
+        pointer(grad_entropy),
+    ]
     sizes = tokens, cu_seqlens.shape[0] - 1, advantages.shape[1] if advantages.ndim == 2 else 0
     if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, *sizes, options, params):
         check_cu_seqlens(cu_seqlens, tokens)

@@ -17,21 +17,33 @@ def reflection_groups(
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, rank, bounds = torch.empty_like(group_ids), torch.empty_like(group_ids), torch.empty_like(cu_seqlens)
     legal = _ext.cpu().reflection_groups(
-        group_ids.data_ptr(), cu_seqlens.data_ptr(), group_ids.shape[0], tokens, order.data_ptr(), rank.data_ptr(),
+        group_ids.data_ptr(),
+        cu_seqlens.data_ptr(),
+        group_ids.shape[0],
+        tokens,
+        order.data_ptr(),
+        rank.data_ptr(),
         bounds.data_ptr(),
-    )  # fmt: skip
+    )
     if not legal:
         check_cu_seqlens(cu_seqlens, tokens)
         check_equal_lengths(cu_seqlens, group_ids)
     return order, rank, bounds
 
 
-def _grouped(logprobs: Tensor, cu_seqlens: Tensor, order: Tensor, rank: Tensor, bounds: Tensor,
-             baseline: Tensor | None) -> tuple[int, ...]:  # fmt: skip
+def _grouped(
+    logprobs: Tensor, cu_seqlens: Tensor, order: Tensor, rank: Tensor, bounds: Tensor, baseline: Tensor | None
+) -> tuple[int, ...]:
     return (
-        DTYPE[logprobs.dtype], logprobs.data_ptr(), cu_seqlens.data_ptr(), order.data_ptr(), rank.data_ptr(),
-        bounds.data_ptr(), pointer(baseline), order.shape[0],
-    )  # fmt: skip
+        DTYPE[logprobs.dtype],
+        logprobs.data_ptr(),
+        cu_seqlens.data_ptr(),
+        order.data_ptr(),
+        rank.data_ptr(),
+        bounds.data_ptr(),
+        pointer(baseline),
+        order.shape[0],
+    )
 
 
 def reflection_rewards(
@@ -51,9 +63,14 @@ def reflection_rewards(
         rewards, scores = (logprobs.new_empty(order.shape) for _ in range(2))
         std = torch.empty_like(logprobs)
     legal = _ext.cpu().reflection_rewards(
-        *_grouped(logprobs, cu_seqlens, order, rank, bounds, baseline), ddof, normalize, pointer(rewards),
-        weights.data_ptr(), pointer(std), pointer(scores),
-    )  # fmt: skip
+        *_grouped(logprobs, cu_seqlens, order, rank, bounds, baseline),
+        ddof,
+        normalize,
+        pointer(rewards),
+        weights.data_ptr(),
+        pointer(std),
+        pointer(scores),
+    )
     if not legal:
         check_finite("logprobs", logprobs)
         if baseline is not None:
@@ -78,7 +95,13 @@ def reflection_rewards_backward(
 ) -> list[Tensor]:
     made = [torch.empty_like(logprobs) if need else None for need in needs]
     _ext.cpu().reflection_rewards_backward(
-        *_grouped(logprobs, cu_seqlens, order, rank, bounds, baseline), pointer(grad_rewards), pointer(grad_weights),
-        pointer(grad_std), pointer(grad_scores), ddof, normalize, *map(pointer, made),
-    )  # fmt: skip
+        *_grouped(logprobs, cu_seqlens, order, rank, bounds, baseline),
+        pointer(grad_rewards),
+        pointer(grad_weights),
+        pointer(grad_std),
+        pointer(grad_scores),
+        ddof,
+        normalize,
+        *map(pointer, made),
+    )
     return [x for x in made if x is not None]

@@ -32,9 +32,16 @@ def span_extreme_backward(
 ) -> Tensor:
     grad_x = torch.zeros_like(x)
     call(
-        "span_extreme_backward", x, grad_out.data_ptr(), x.data_ptr(), extreme.data_ptr(), DTYPE[x.dtype], x.shape[0],
-        *_ranges(start, end), grad_x.data_ptr(),
-    )  # fmt: skip
+        "span_extreme_backward",
+        x,
+        grad_out.data_ptr(),
+        x.data_ptr(),
+        extreme.data_ptr(),
+        DTYPE[x.dtype],
+        x.shape[0],
+        *_ranges(start, end),
+        grad_x.data_ptr(),
+    )
     return grad_x
 
 

@@ -1,5 +1,4 @@
-"""Launchers of csrc/cpu/tree.cpp and csrc/cuda/tree.cu, which take the same arguments. ``tree`` is Tree.arrays.
-"""
+"""Launchers of csrc/cpu/tree.cpp and csrc/cuda/tree.cu, which take the same arguments. ``tree`` is Tree.arrays."""
 
 from __future__ import annotations
 
@@ -30,9 +29,15 @@ def subtree_reduce(
 ) -> Tensor:
     out, scratch = leaf_values.new_empty(tree[0].shape[0]), _scratch(leaf_values, tree)
     legal = call(
-        "subtree_reduce", leaf_values, leaf_values.data_ptr(), DTYPE[leaf_values.dtype], *_tree(tree), op,
-        out.data_ptr(), pointer(scratch),
-    )  # fmt: skip
+        "subtree_reduce",
+        leaf_values,
+        leaf_values.data_ptr(),
+        DTYPE[leaf_values.dtype],
+        *_tree(tree),
+        op,
+        out.data_ptr(),
+        pointer(scratch),
+    )
     if legal is False:
         check_finite("leaf_values", leaf_values)
     return out
@@ -46,9 +51,16 @@ def subtree_reduce_backward(
 ) -> Tensor:
     grad_leaf_values, scratch = torch.empty_like(leaf_values), _scratch(leaf_values, tree)
     call(
-        "subtree_reduce_backward", leaf_values, grad_out.data_ptr(), leaf_values.data_ptr(), DTYPE[leaf_values.dtype],
-        *_tree(tree), op, grad_leaf_values.data_ptr(), pointer(scratch),
-    )  # fmt: skip
+        "subtree_reduce_backward",
+        leaf_values,
+        grad_out.data_ptr(),
+        leaf_values.data_ptr(),
+        DTYPE[leaf_values.dtype],
+        *_tree(tree),
+        op,
+        grad_leaf_values.data_ptr(),
+        pointer(scratch),
+    )
     return grad_leaf_values
 
 
@@ -63,9 +75,18 @@ def sibling_advantages(
 ) -> Tensor:
     advantages = torch.empty_like(node_values)
     legal = call(
-        "sibling_advantages", node_values, node_values.data_ptr(), DTYPE[node_values.dtype], *_tree(tree), baseline,
-        by_std, ddof, eps, zero_singleton, advantages.data_ptr(),
-    )  # fmt: skip
+        "sibling_advantages",
+        node_values,
+        node_values.data_ptr(),
+        DTYPE[node_values.dtype],
+        *_tree(tree),
+        baseline,
+        by_std,
+        ddof,
+        eps,
+        zero_singleton,
+        advantages.data_ptr(),
+    )
     if legal is False:
         check_finite("node_values", node_values)
     return advantages
@@ -80,9 +101,15 @@ def sibling_advantages_backward(
     """``rule``: sibling_advantages' last five arguments."""
     grad_node_values = torch.empty_like(node_values)
     call(
-        "sibling_advantages_backward", node_values, grad_advantages.data_ptr(), node_values.data_ptr(),
-        DTYPE[node_values.dtype], *_tree(tree), *rule, grad_node_values.data_ptr(),
-    )  # fmt: skip
+        "sibling_advantages_backward",
+        node_values,
+        grad_advantages.data_ptr(),
+        node_values.data_ptr(),
+        DTYPE[node_values.dtype],
+        *_tree(tree),
+        *rule,
+        grad_node_values.data_ptr(),
+    )
     return grad_node_values
 
 
@@ -94,10 +121,15 @@ def branch_coefficients(
     out = tuple(leaf_advantages.new_empty(tree[0].shape[0]) for _ in range(6))
     scratch = _scratch(leaf_advantages, tree)
     bad = call(
-        "branch_coefficients", leaf_advantages, leaf_advantages.data_ptr(), DTYPE[leaf_advantages.dtype],
-        pointer(leaf_weights), *_tree(tree), [x.data_ptr() for x in out],
+        "branch_coefficients",
+        leaf_advantages,
+        leaf_advantages.data_ptr(),
+        DTYPE[leaf_advantages.dtype],
+        pointer(leaf_weights),
+        *_tree(tree),
+        [x.data_ptr() for x in out],
         pointer(scratch),
-    )  # fmt: skip
+    )
     if bad:
         check_finite("leaf_advantages", leaf_advantages)
         check_values("leaf_weights", cast(Tensor, leaf_weights), 0)
@@ -113,8 +145,14 @@ def branch_coefficients_backward(
 ) -> Tensor:
     grad_leaf_advantages = torch.empty_like(leaf_advantages)
     call(
-        "branch_coefficients_backward", leaf_advantages, grad_positive.data_ptr(), grad_negative.data_ptr(),
-        leaf_advantages.data_ptr(), DTYPE[leaf_advantages.dtype], pointer(leaf_weights), *_tree(tree),
+        "branch_coefficients_backward",
+        leaf_advantages,
+        grad_positive.data_ptr(),
+        grad_negative.data_ptr(),
+        leaf_advantages.data_ptr(),
+        DTYPE[leaf_advantages.dtype],
+        pointer(leaf_weights),
+        *_tree(tree),
         grad_leaf_advantages.data_ptr(),
-    )  # fmt: skip
+    )
     return grad_leaf_advantages

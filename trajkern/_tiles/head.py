@@ -292,8 +292,19 @@ def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
     return stats.finish(tiles) + ([tiles.shard.sum(grads.hidden[:-1])] if grads.hidden is not None else [])
 
 
-def _chain(tiles: Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, stats: Stats, grad_logprobs: Tensor,
-           grad_entropy: Tensor | None, grads: Grads, *, kept: bool) -> None:  # fmt: skip
+def _chain(
+    tiles: Tiles,
+    pairs: Pairs,
+    block: _Block,
+    columns: int,
+    z: Tensor,
+    stats: Stats,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    grads: Grads,
+    *,
+    kept: bool,
+) -> None:
     """Adds a block to the gradients. ``kept``: ``z`` holds the block's logits; otherwise it has room for a slice."""
     rows = block.hi - block.lo
     index = pairs.pair[block.pairs]
@@ -352,9 +363,19 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
 
     def policy(form_grads: bool) -> list[Tensor]:
         return kernels.policy_loss(
-            stats.logprobs, old, advantages, cu_seqlens, head.mask, ref, sampler, stats.entropy, None, normalizer,
-            [*options, int(form_grads), int(form_grads and has_entropy_term)], params,
-        )  # fmt: skip
+            stats.logprobs,
+            old,
+            advantages,
+            cu_seqlens,
+            head.mask,
+            ref,
+            sampler,
+            stats.entropy,
+            None,
+            normalizer,
+            [*options, int(form_grads), int(form_grads and has_entropy_term)],
+            params,
+        )
 
     live = _live(head, advantages, cu_seqlens, options, params)
     pairs = pairs_of(head, tiles.shard.vocabulary, live)
@@ -363,8 +384,18 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     for block in _blocks(tiles, pairs, rows):
         stats.write(tiles, pairs, block, _fold(tiles, pairs, block, columns, z, outputs))
         grad_logprobs, *grad_entropy = policy(True)[2:]
-        _chain(tiles, pairs, block, columns, z, stats, grad_logprobs, grad_entropy[0] if grad_entropy else None, grads,
-               kept=True)  # fmt: skip
+        _chain(
+            tiles,
+            pairs,
+            block,
+            columns,
+            z,
+            stats,
+            grad_logprobs,
+            grad_entropy[0] if grad_entropy else None,
+            grads,
+            kept=True,
+        )
     if live is not head.mask and live is not None:  # no gradient: folded in small tiles
         others = pairs_of(head, tiles.shard.vocabulary, ~live if head.mask is None else head.mask & ~live)
         rows, columns = tiles.fold_shape(others.row.shape[0])

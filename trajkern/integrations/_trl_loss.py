@@ -12,8 +12,12 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.integrations._adapter import padded_rows
 
-_AGGREGATES = {"grpo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean", "dr_grpo": "seq_mean_token_sum_norm",
-               "luspo": "seq_mean_token_sum"}  # fmt: skip
+_AGGREGATES = {
+    "grpo": "seq_mean_token_mean",
+    "sapo": "seq_mean_token_mean",
+    "dr_grpo": "seq_mean_token_sum_norm",
+    "luspo": "seq_mean_token_sum",
+}
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _LEAST = -18.420680743952367  # log 1e-8, TRL's bound of a weight's logarithm
 _OWN = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
@@ -37,13 +41,22 @@ def config(trainer: Any) -> tk.PolicyLoss:
     args, kind = trainer.args, trainer.loss_type
     cispo = kind == "cispo"
     return tk.PolicyLoss(
-        kind, ratio_level=trainer.importance_sampling_level, aggregate=_AGGREGATES.get(kind, "token_mean"),
-        clip_low=1.0 if cispo else trainer.epsilon_low, clip_high=trainer.epsilon_high - cispo,
-        clip_dual=args.delta if kind in _CLIPPED else None, max_length=trainer.max_completion_length,
-        kl="k3_corrected" if args.use_bias_correction_kl else "k3", kl_coef=trainer.beta,
-        sapo_tau_pos=args.sapo_temperature_pos, sapo_tau_neg=args.sapo_temperature_neg, vespo_k_pos=args.vespo_k_pos,
-        vespo_lambda_pos=args.vespo_lambda_pos, vespo_k_neg=args.vespo_k_neg, vespo_lambda_neg=args.vespo_lambda_neg,
-    )  # fmt: skip
+        kind,
+        ratio_level=trainer.importance_sampling_level,
+        aggregate=_AGGREGATES.get(kind, "token_mean"),
+        clip_low=1.0 if cispo else trainer.epsilon_low,
+        clip_high=trainer.epsilon_high - cispo,
+        clip_dual=args.delta if kind in _CLIPPED else None,
+        max_length=trainer.max_completion_length,
+        kl="k3_corrected" if args.use_bias_correction_kl else "k3",
+        kl_coef=trainer.beta,
+        sapo_tau_pos=args.sapo_temperature_pos,
+        sapo_tau_neg=args.sapo_temperature_neg,
+        vespo_k_pos=args.vespo_k_pos,
+        vespo_lambda_pos=args.vespo_lambda_pos,
+        vespo_k_neg=args.vespo_k_neg,
+        vespo_lambda_neg=args.vespo_lambda_neg,
+    )
 
 
 def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -99,9 +112,13 @@ def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         raise ValueError(f"advantages must have shape [B] for RLOOTrainer; got {a.ndim} dimensions")
     count = new.shape[0]
     loss, _ = tk.policy_loss(
-        new, old, a, torch.arange(count + 1, device=new.device), per_token=False,
+        new,
+        old,
+        a,
+        torch.arange(count + 1, device=new.device),
+        per_token=False,
         config=tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high),
-    )  # fmt: skip
+    )
     metrics = self._metrics["train" if self.model.training else "eval"]
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * auxiliary
@@ -127,8 +144,9 @@ def _scored(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tens
     return score(model, ids, attention, keep, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled, **others)
 
 
-def _weighted(self: Any, inputs: dict[str, Any], new: Tensor, old: Tensor | None, a: Tensor, mask: Tensor,
-              high: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def _weighted(
+    self: Any, inputs: dict[str, Any], new: Tensor, old: Tensor | None, a: Tensor, mask: Tensor, high: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(advantages ``[B, 1]`` or ``[B, L]``, old log-probs): what multiplies the policy's term, all of it in these.
 
     Every loss here has f(r, c A) = c f(r, A) for c >= 0, so a factor of the term is one of the advantage.

@@ -104,8 +104,9 @@ def gae(token_level_rewards, response_mask, values=None, gamma=1.0, lam=1.0, **_
         return rows.pad(tk.whiten(out.advantages, mask=rows.mask)), rows.pad(out.returns)
 
 
-def grpo(token_level_rewards, response_mask, index=None, epsilon=1e-6, norm_adv_by_std_in_grpo=None, config=None,
-         **_: Any) -> Pair:  # fmt: skip
+def grpo(
+    token_level_rewards, response_mask, index=None, epsilon=1e-6, norm_adv_by_std_in_grpo=None, config=None, **_: Any
+) -> Pair:
     """As ``grpo`` and ``grpo_vectorized``: (r - mean) / (std + epsilon) over the rows of a uid; r alone in its group.
 
     ``norm_adv_by_std_in_grpo`` None: the configuration's, which verl passes to its own ``grpo`` only. A group of equal
@@ -119,8 +120,17 @@ def grpo(token_level_rewards, response_mask, index=None, epsilon=1e-6, norm_adv_
     return a, a
 
 
-def gdpo(token_level_rewards, response_mask, index=None, epsilon=1e-6, norm_adv_by_std_in_grpo=None, config=None,
-         non_tensor_batch=None, batch=None, **_: Any) -> Pair:  # fmt: skip
+def gdpo(
+    token_level_rewards,
+    response_mask,
+    index=None,
+    epsilon=1e-6,
+    norm_adv_by_std_in_grpo=None,
+    config=None,
+    non_tensor_batch=None,
+    batch=None,
+    **_: Any,
+) -> Pair:
     """As ``gdpo``: GRPO of every reward of ``algorithm.gdpo_reward_keys`` alone, their weighted sum, whitened.
 
     Without ``non_tensor_batch`` the token rewards are the only one, as in verl.
@@ -229,8 +239,17 @@ def gpg(token_level_rewards, response_mask, index=None, f_norm=1.0, **_: Any) ->
     return a, a
 
 
-def optimal_token_baseline(token_level_rewards, response_mask, index=None, old_log_probs=None, sum_pi_squared=None,
-                           rollout_is_weights=None, handle_zero_tail=True, epsilon=1e-8, **_: Any) -> Pair:  # fmt: skip
+def optimal_token_baseline(
+    token_level_rewards,
+    response_mask,
+    index=None,
+    old_log_probs=None,
+    sum_pi_squared=None,
+    rollout_is_weights=None,
+    handle_zero_tail=True,
+    epsilon=1e-8,
+    **_: Any,
+) -> Pair:
     """As ``optimal_token_baseline``: G_t - B_t, B_t = sum G_t W_t / (sum W_t + epsilon) over the rows of a uid.
 
     W_t is the running sum of (1 - 2 pi + sum of pi^2) times the squared rollout weight. Behind the end of the second
@@ -243,9 +262,17 @@ def optimal_token_baseline(token_level_rewards, response_mask, index=None, old_l
     return torch.where(mask, a, 0), returns
 
 
-def tir_optimal_token_baseline(token_level_rewards, response_mask, index=None, old_log_probs=None, sum_pi_squared=None,
-                               rollout_is_weights=None, handle_zero_tail=True, epsilon=1e-8,
-                               **_: Any) -> Pair:  # fmt: skip
+def tir_optimal_token_baseline(
+    token_level_rewards,
+    response_mask,
+    index=None,
+    old_log_probs=None,
+    sum_pi_squared=None,
+    rollout_is_weights=None,
+    handle_zero_tail=True,
+    epsilon=1e-8,
+    **_: Any,
+) -> Pair:
     """As ``tir_optimal_token_baseline``: as the one above, where t counts the unmasked tokens of a row only."""
     batch = _read(token_level_rewards.detach(), response_mask, index)
     returns, weights = _reward_to_go(batch), _path_variance(batch, old_log_probs, sum_pi_squared, rollout_is_weights)
@@ -298,7 +325,20 @@ def _by_sign(kind: str):
 
 VERL = {
     f.__name__: f
-    for f in (gae, grpo, gdpo, grpo_passk, reinforce_plus_plus_baseline, reinforce_plus_plus, remax, rloo,
-              rloo_vectorized, opo, gpg, optimal_token_baseline, tir_optimal_token_baseline)
-} | {"grpo_vectorized": grpo}  # fmt: skip
+    for f in (
+        gae,
+        grpo,
+        gdpo,
+        grpo_passk,
+        reinforce_plus_plus_baseline,
+        reinforce_plus_plus,
+        remax,
+        rloo,
+        rloo_vectorized,
+        opo,
+        gpg,
+        optimal_token_baseline,
+        tir_optimal_token_baseline,
+    )
+} | {"grpo_vectorized": grpo}
 OWN = {kind: _by_sign(kind) for kind in recipes.nsr.KINDS}

@@ -20,8 +20,10 @@ from trajkern.integrations._adapter import Rows, padded_rows
 
 Result = tuple[Tensor, dict[str, float]]
 LOSSES: dict[str, Callable[..., Result]] = {}
-AGGREGATES = {mode: mode.replace("-", "_") for mode in (
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")}  # fmt: skip
+AGGREGATES = {
+    mode: mode.replace("-", "_")
+    for mode in ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+}
 
 
 class _Call:
@@ -71,10 +73,15 @@ class _Call:
         )
         given.setdefault("normalizer", None if count is None else count / ranks)
         value, metrics = tk.policy_loss(
-            self.new if new is None else new, self.old if old is None else old,
-            self.weighted if advantages is None else advantages, self.rows.cu_seqlens,
-            config=loss, mask=self.rows.mask, per_token=True, **given,
-        )  # fmt: skip
+            self.new if new is None else new,
+            self.old if old is None else old,
+            self.weighted if advantages is None else advantages,
+            self.rows.cu_seqlens,
+            config=loss,
+            mask=self.rows.mask,
+            per_token=True,
+            **given,
+        )
         return (value * ranks if mode == "token-sum" and ranks != 1 else value), metrics
 
     def truncated(self, bound: float) -> Tensor:
@@ -273,8 +280,9 @@ def vespo(call: _Call) -> Result:
     return loss, _floats(pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
 
 
-def bypass_mode(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
-                rollout_is_weights=None) -> Result:  # fmt: skip
+def bypass_mode(
+    old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None, rollout_is_weights=None
+) -> Result:
     """As ``bypass_mode``: verl's own rollout correction and rejection mask, then ``vanilla`` or REINFORCE.
 
     ``rollout_is_weights`` is not read, as in verl: the weights are computed here.
@@ -286,13 +294,20 @@ def bypass_mode(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode
     if kind not in ("ppo_clip", "reinforce"):
         raise ValueError(f"rollout_correction.loss_type must be 'ppo_clip' or 'reinforce', got {kind!r}")
     helper = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
-    names = {"rollout_is": None, "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": False, "rollout_rs": None,
-             "rollout_rs_threshold": None}  # fmt: skip
+    names = {
+        "rollout_is": None,
+        "rollout_is_threshold": 2.0,
+        "rollout_is_batch_normalize": False,
+        "rollout_rs": None,
+        "rollout_rs_threshold": None,
+    }
     with torch.no_grad():
         weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
-            old_log_prob=log_prob, rollout_log_prob=old_log_prob, response_mask=response_mask,
+            old_log_prob=log_prob,
+            rollout_log_prob=old_log_prob,
+            response_mask=response_mask,
             **{name: correction.get(name, default) for name, default in names.items()},
-        )  # fmt: skip
+        )
     given = (old_log_prob, log_prob, advantages, mask, loss_agg_mode, config)
     if kind == "ppo_clip":
         loss, own = LOSSES["vanilla"](*given)  # its ratio is the correction

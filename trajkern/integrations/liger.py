@@ -20,8 +20,12 @@ from trajkern.integrations._adapter import Patches, Rows, check_version, padded_
 TESTED = ("0.8.5",)
 HOLDERS = ("liger_kernel.chunked_loss", "liger_kernel.chunked_loss.grpo_loss", "trl.trainer.grpo_trainer")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-AGGREGATES = {"grpo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean", "dr_grpo": "seq_mean_token_sum_norm",
-              "luspo": "seq_mean_token_sum"}  # fmt: skip
+AGGREGATES = {
+    "grpo": "seq_mean_token_mean",
+    "sapo": "seq_mean_token_mean",
+    "dr_grpo": "seq_mean_token_sum_norm",
+    "luspo": "seq_mean_token_sum",
+}
 _patches = Patches()
 
 
@@ -101,13 +105,22 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.loss_type, self.clips = loss_type, clips
         cispo = loss_type == "cispo"
         self.config = tk.PolicyLoss(
-            loss_type, ratio_level=importance_sampling_level, aggregate=AGGREGATES.get(loss_type, "token_mean"),
-            clip_low=1.0 if cispo else epsilon_low, clip_high=epsilon_high - 1 if cispo else epsilon_high,
-            clip_dual=delta if clips else None, max_length=max_completion_length,
-            kl="k3_corrected" if use_bias_correction_kl else "k3", kl_coef=beta if use_ref_model else 0.0,
-            sapo_tau_pos=sapo_temperature_pos, sapo_tau_neg=sapo_temperature_neg, vespo_k_pos=vespo_k_pos,
-            vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
-        )  # fmt: skip
+            loss_type,
+            ratio_level=importance_sampling_level,
+            aggregate=AGGREGATES.get(loss_type, "token_mean"),
+            clip_low=1.0 if cispo else epsilon_low,
+            clip_high=epsilon_high - 1 if cispo else epsilon_high,
+            clip_dual=delta if clips else None,
+            max_length=max_completion_length,
+            kl="k3_corrected" if use_bias_correction_kl else "k3",
+            kl_coef=beta if use_ref_model else 0.0,
+            sapo_tau_pos=sapo_temperature_pos,
+            sapo_tau_neg=sapo_temperature_neg,
+            vespo_k_pos=vespo_k_pos,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_neg=vespo_lambda_neg,
+        )
 
     def forward(
         self,
@@ -139,11 +152,21 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             a, per_token = self._weighted(rows, a, vllm_is_ratio), True
         hidden = self._hidden(rows, "_input", _input)
         loss, metrics = tk.linear_policy_loss(
-            hidden, lin_weight.to(hidden.dtype), targets, old, a, rows.cu_seqlens, config=self.config,
-            bias=None if bias is None else bias.to(hidden.dtype), temperature=self.temperature, mask=rows.mask,
-            ref_logprobs=reference, normalizer=self._normalizer(rows, num_items_in_batch), per_token=per_token,
+            hidden,
+            lin_weight.to(hidden.dtype),
+            targets,
+            old,
+            a,
+            rows.cu_seqlens,
+            config=self.config,
+            bias=None if bias is None else bias.to(hidden.dtype),
+            temperature=self.temperature,
+            mask=rows.mask,
+            ref_logprobs=reference,
+            normalizer=self._normalizer(rows, num_items_in_batch),
+            per_token=per_token,
             with_logprobs=True,
-        )  # fmt: skip
+        )
         clipped = self._clipped(rows, metrics["logprobs"], old, advantages.detach())
         return loss, (metrics["kl"], clipped) if self.beta != 0 else (clipped,)
 
@@ -165,9 +188,13 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         flat = self._hidden(rows, "ref_input", hidden)
         with torch.no_grad():
             return tk.linear_logprobs(
-                flat, weight.to(flat.dtype), targets, bias=None if bias is None else bias.to(flat.dtype),
-                temperature=self.temperature, mask=rows.mask,
-            )  # fmt: skip
+                flat,
+                weight.to(flat.dtype),
+                targets,
+                bias=None if bias is None else bias.to(flat.dtype),
+                temperature=self.temperature,
+                mask=rows.mask,
+            )
 
     def _weighted(self, rows: Rows, advantages: Tensor, ratio: Tensor) -> Tensor:
         """w A per token, which gives w times the policy's term: all of these have f(r, w A) = w f(r, A)."""

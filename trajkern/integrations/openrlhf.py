@@ -109,9 +109,12 @@ class PolicyLoss(torch.nn.Module):
         gspo = policy_loss_type == "gspo"  # a mean over rows, whatever was asked for
         self.token_level_loss = token_level_loss and not gspo
         self.config = tk.PolicyLoss(
-            "gspo" if gspo else "grpo", clip_low=clip_eps_low, clip_high=clip_eps_high, clip_dual=dual_clip,
+            "gspo" if gspo else "grpo",
+            clip_low=clip_eps_low,
+            clip_high=clip_eps_high,
+            clip_dual=dual_clip,
             aggregate="token_mean" if self.token_level_loss else "seq_mean_token_mean",
-        )  # fmt: skip
+        )
 
     def forward(
         self,
@@ -148,9 +151,14 @@ class PolicyLoss(torch.nn.Module):
         base = rollout if gspo else old
         weights, dropped = (None, None) if gspo or not corrects else self._correction(rows, old, rollout)
         loss, metrics = tk.policy_loss(
-            new, base, a if weights is None else a * weights, rows.cu_seqlens, config=self.config,
-            normalizer=normalizer, **given,
-        )  # fmt: skip
+            new,
+            base,
+            a if weights is None else a * weights,
+            rows.cu_seqlens,
+            config=self.config,
+            normalizer=normalizer,
+            **given,
+        )
         if weights is not None or self.config.clip_dual is not None:
             # OpenRLHF counts what the first clip cuts: before the dual one, and before the correction's zeros
             plain = tk.PolicyLoss(self.config.kind, clip_low=self.config.clip_low, clip_high=self.config.clip_high)

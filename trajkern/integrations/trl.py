@@ -146,14 +146,23 @@ class _FusedHead:
     ) -> tuple[Tensor | None, ...]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        names = {"entropy": "entropy", "log_sum_sq_probs": "sum_sq_probs", "mean_logits": "mean_logit",
-                 "is_top1": "is_top1"}  # fmt: skip
+        names = {
+            "entropy": "entropy",
+            "log_sum_sq_probs": "sum_sq_probs",
+            "mean_logits": "mean_logit",
+            "is_top1": "is_top1",
+        }
         with torch.autocast(device, enabled=False):
             found = tk.linear_token_stats(
-                hidden.to(dtype), weight.to(dtype), targets, outputs=tuple(names[x] for x in outputs if x in names),
-                bias=None if bias is None else bias.to(dtype), temperature=temperature,
-                softcap=final_logit_softcapping, logit_scale=logit_scale,
-            )  # fmt: skip
+                hidden.to(dtype),
+                weight.to(dtype),
+                targets,
+                outputs=tuple(names[x] for x in outputs if x in names),
+                bias=None if bias is None else bias.to(dtype),
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+            )
         squares = None if found.sum_sq_probs is None else found.sum_sq_probs.log()
         return found.logprobs, found.entropy, squares, found.mean_logit, found.is_top1
 
@@ -208,9 +217,14 @@ def _credited(target: Any, recipe: Recipe) -> dict[str, Callable[..., Any]]:
         count, rank = len(examples), self.accelerator.process_index
         mask = found["completion_mask"] * found["tool_mask"] if "tool_mask" in found else found["completion_mask"]
         rollouts = Rollouts(
-            rewards, torch.arange(rewards.shape[0], device=rewards.device) // size,
-            slice(rank * count, (rank + 1) * count), found["completion_ids"], mask, examples, found,
-        )  # fmt: skip
+            rewards,
+            torch.arange(rewards.shape[0], device=rewards.device) // size,
+            slice(rank * count, (rank + 1) * count),
+            found["completion_ids"],
+            mask,
+            examples,
+            found,
+        )
         advantages = recipe(rollouts)
         if tuple(advantages.shape) not in ((count,), tuple(mask.shape)):
             raise ValueError(

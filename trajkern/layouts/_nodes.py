@@ -42,14 +42,22 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     if bool((lengths < 0).any()):
         at = int((lengths < 0).nonzero()[0, 0])
         raise ValueError(f"node_lengths must be at least 0; node {at}'s is {int(lengths[at])}")
-    short = {name: torch.empty(m, dtype=torch.int32) for name in
-             ("parent", "child", "leaf_begin", "leaf_end", "tree_begin", "root", "depth")}  # fmt: skip
+    short = {
+        name: torch.empty(m, dtype=torch.int32)
+        for name in ("parent", "child", "leaf_begin", "leaf_end", "tree_begin", "root", "depth")
+    }
     child_begin = torch.empty(m + 1, dtype=torch.int32)
     position, previous = torch.empty(2, m, dtype=torch.int64)
     bad, leaves, roots, levels = _ext.cpu().tree_derive(
-        up.data_ptr(), lengths.data_ptr(), m, short["parent"].data_ptr(), child_begin.data_ptr(),
-        *(x.data_ptr() for name, x in short.items() if name != "parent"), position.data_ptr(), previous.data_ptr(),
-    )  # fmt: skip
+        up.data_ptr(),
+        lengths.data_ptr(),
+        m,
+        short["parent"].data_ptr(),
+        child_begin.data_ptr(),
+        *(x.data_ptr() for name, x in short.items() if name != "parent"),
+        position.data_ptr(),
+        previous.data_ptr(),
+    )
     if bad >= 0:
         _refuse_parent(up, bad)
     short["child"] = short["child"][: m - roots].clone()
@@ -58,9 +66,15 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     order = torch.empty(leaves, dtype=torch.int32)
     order[short["leaf_begin"][leaf].long()] = torch.arange(leaves, dtype=torch.int32)
     nodes = Nodes(
-        child_begin=child_begin, order=order, position=position, previous=previous, leaves=leaf,
-        node_offsets=offsets_of(lengths), token_node=torch.repeat_interleave(torch.arange(m), lengths), **short,
-    )  # fmt: skip
+        child_begin=child_begin,
+        order=order,
+        position=position,
+        previous=previous,
+        leaves=leaf,
+        node_offsets=offsets_of(lengths),
+        token_node=torch.repeat_interleave(torch.arange(m), lengths),
+        **short,
+    )
     return Nodes(*(x.to(device) for x in nodes)), roots, levels
 
 

@@ -176,9 +176,7 @@ class PackedBatch:
         packed = {k: None if x is None else _same_shape(k, x, tokens)[keep] for k, x in per_token.items()}
         return cls(tokens[keep], cu_seqlens, scored[keep], group_ids, rewards, **packed)
 
-    def to_padded(
-        self, x: Tensor, *, length: int | None = None, side: str = "right", value: float = 0
-    ) -> Tensor:
+    def to_padded(self, x: Tensor, *, length: int | None = None, side: str = "right", value: float = 0) -> Tensor:
         """Pad a per-token tensor ``[T, ...]`` to ``[N, length, ...]``, the padding on ``side`` filled with ``value``.
 
         ``length`` defaults to the longest trajectory's. The inverse of :meth:`from_padded`, bit for bit.

@@ -210,9 +210,13 @@ class Tree:
         )
         index = torch.empty(int(bounds[-1]), dtype=torch.int64)
         _ext.cpu().tree_flat(
-            parent.data_ptr(), offsets.data_ptr(), leaves.data_ptr(), leaves.shape[0], bounds.data_ptr(),
+            parent.data_ptr(),
+            offsets.data_ptr(),
+            leaves.data_ptr(),
+            leaves.shape[0],
+            bounds.data_ptr(),
             index.data_ptr(),
-        )  # fmt: skip
+        )
         return index.to(self.device)
 
     def pairs(
@@ -318,9 +322,7 @@ class Tree:
         return moved
 
     @classmethod
-    def from_trajectories(
-        cls, batch: PackedBatch, on_mismatch: str = "raise", *, tolerance: float = 1e-3
-    ) -> Tree:
+    def from_trajectories(cls, batch: PackedBatch, on_mismatch: str = "raise", *, tolerance: float = 1e-3) -> Tree:
         """The tree of a batch's shared prefixes, inside each group and where the loss masks agree too.
 
         Inner nodes come first; then each trajectory has a leaf of its own (of length 0 where it is a prefix or a
@@ -344,9 +346,16 @@ class Tree:
         given = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
         logprobs = {name: x.cpu().double().contiguous() for name, x in given.items()}
         mismatch, *found = _ext.cpu().tree_prefixes(
-            tokens.data_ptr(), mask.data_ptr(), cu_seqlens.data_ptr(), group.data_ptr(), batch.num_trajectories,
-            batch.num_groups, [x.data_ptr() for x in logprobs.values()], tolerance, on_mismatch == "split",
-        )  # fmt: skip
+            tokens.data_ptr(),
+            mask.data_ptr(),
+            cu_seqlens.data_ptr(),
+            group.data_ptr(),
+            batch.num_trajectories,
+            batch.num_groups,
+            [x.data_ptr() for x in logprobs.values()],
+            tolerance,
+            on_mismatch == "split",
+        )
         if mismatch is not None:
             field, *places = mismatch
             _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)

@@ -76,9 +76,19 @@ def check_head(
     ids, offsets = _check_support(sampling_support, targets, of.vocabulary, mask)
     options = [int(logits_dtype != torch.float32), workspace]
     return (
-        hidden, weight, bias, laid_out(targets, torch.int64), None if rows is None else laid_out(rows, torch.int64),
-        laid_out(mask, torch.bool), temperatures, ids, offsets, scales, options, group,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        laid_out(targets, torch.int64),
+        None if rows is None else laid_out(rows, torch.int64),
+        laid_out(mask, torch.bool),
+        temperatures,
+        ids,
+        offsets,
+        scales,
+        options,
+        group,
+    )
 
 
 def _check_scales(temperature, softcap, logit_scale, hidden: Tensor) -> tuple[Tensor | None, list[float]]:

@@ -237,9 +237,7 @@ def discounted_returns(
     if _backends.wants_reference("advantage", rewards):
         return _backends.reference().discounted_returns(rewards, cu_seqlens, gamma=gamma, mask=mask)
     mask = laid_out(mask, torch.bool)
-    return _GAE.apply(
-        _accumulated(rewards), None, laid_out(cu_seqlens, torch.int64), None, mask, float(gamma), 1.0
-    )
+    return _GAE.apply(_accumulated(rewards), None, laid_out(cu_seqlens, torch.int64), None, mask, float(gamma), 1.0)
 
 
 @recorded

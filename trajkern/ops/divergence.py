@@ -34,8 +34,10 @@ _ARGUMENTS = (
 
 def _fake(hidden, *_):
     saved = torch.float64 if hidden.device.type == "cpu" else accumulator(hidden)
-    return [hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden)),
-            hidden.new_empty((hidden.shape[0], 6), dtype=saved)]  # fmt: skip
+    return [
+        hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden)),
+        hidden.new_empty((hidden.shape[0], 6), dtype=saved),
+    ]
 
 
 # -> [divergence, saved = a row's (max z, sum_j exp u_j without the maximum's 1) of the student and of the teacher, log
@@ -135,8 +137,16 @@ def _check(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, be
     check_number("workspace_bytes", workspace_bytes)
     if workspace_bytes < row:
         raise ValueError(f"workspace_bytes must hold one row of both logits, {row} bytes; got {workspace_bytes}")
-    return (hidden, weight, teacher_hidden, teacher_weight, laid_out(mask, torch.bool), float(temperature),
-            float(beta), int(workspace_bytes))  # fmt: skip
+    return (
+        hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        laid_out(mask, torch.bool),
+        float(temperature),
+        float(beta),
+        int(workspace_bytes),
+    )
 
 
 def _check_beta(beta: float) -> None:

@@ -50,9 +50,7 @@ def _grads_fake(hidden, weight, needs):
 
 # -> [logprobs, norm = (max z, sum_j exp u_j without the maximum's 1) a row, or a pair
 #     with a support, the outputs, with ``unit`` d logprobs / d hidden]
-_linear_token_stats = define(
-    "head", f"linear_token_stats({_HEAD}, int outputs, bool unit) -> Tensor[]", _stats_fake
-)
+_linear_token_stats = define("head", f"linear_token_stats({_HEAD}, int outputs, bool unit) -> Tensor[]", _stats_fake)
 _linear_token_stats_backward = define(
     "head",
     f"linear_token_stats_backward({_HEAD}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor logprobs, Tensor norm,"
@@ -76,8 +74,9 @@ _linear_policy_loss = define(
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, rows, mask, temperatures, ids, offsets, scales, options, group,
-                outputs):  # fmt: skip
+    def forward(
+        ctx: Any, hidden, weight, bias, targets, rows, mask, temperatures, ids, offsets, scales, options, group, outputs
+    ):
         head = (hidden, weight, bias, targets, rows, mask, temperatures, ids, offsets)
         frozen = ctx.needs_input_grad[:3] == (True, False, False) and not outputs & 1
         ctx.unit = frozen and _one_target_a_row(rows)
@@ -189,10 +188,21 @@ def linear_logprobs(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     return linear_token_stats(
-        hidden, weight, targets, outputs=(), rows=rows, bias=bias, temperature=temperature, softcap=softcap,
-        logit_scale=logit_scale, mask=mask, sampling_support=sampling_support, logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes, process_group=process_group,
-    ).logprobs  # fmt: skip
+        hidden,
+        weight,
+        targets,
+        outputs=(),
+        rows=rows,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        sampling_support=sampling_support,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        process_group=process_group,
+    ).logprobs
 
 
 @recorded
@@ -281,36 +291,72 @@ def linear_policy_loss(
     mask = head.get("mask")
     like = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)
     a, per_token, divisor, ref, sampler = check_policy(
-        like, like if old_logprobs is None else old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs,
-        sampler_logprobs, like, branch, normalizer, per_token,
-    )  # fmt: skip
+        like,
+        like if old_logprobs is None else old_logprobs,
+        advantages,
+        cu_seqlens,
+        config,
+        mask,
+        ref_logprobs,
+        sampler_logprobs,
+        like,
+        branch,
+        normalizer,
+        per_token,
+    )
     if _backends.wants_reference("head", hidden):
         return _backends.reference().linear_policy_loss(
-            hidden, weight, targets, old_logprobs, advantages, cu_seqlens, config=config, ref_logprobs=ref,
-            sampler_logprobs=sampler, branch=branch, normalizer=divisor, per_token=per_token,
-            with_entropy=with_entropy, with_logprobs=with_logprobs, **head,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            old_logprobs,
+            advantages,
+            cu_seqlens,
+            config=config,
+            ref_logprobs=ref,
+            sampler_logprobs=sampler,
+            branch=branch,
+            normalizer=divisor,
+            per_token=per_token,
+            with_entropy=with_entropy,
+            with_logprobs=with_logprobs,
+            **head,
+        )
     with_entropy |= config.entropy_coef != 0
     needs_logprobs = isinstance(branch, Paths) and old_logprobs is None and config.sampler_correction == "sequence_mask"
     if needs_logprobs or not config.is_token_level or not torch.is_grad_enabled():
         outputs = ("entropy",) if with_entropy else ()
         stats = linear_token_stats(hidden, weight, targets, outputs=outputs, **head)
         loss, metrics = policy_loss(
-            stats.logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
-            sampler_logprobs=sampler_logprobs, entropy=stats.entropy, branch=branch, normalizer=normalizer,
+            stats.logprobs,
+            old_logprobs,
+            advantages,
+            cu_seqlens,
+            config=config,
+            mask=mask,
+            ref_logprobs=ref_logprobs,
+            sampler_logprobs=sampler_logprobs,
+            entropy=stats.entropy,
+            branch=branch,
+            normalizer=normalizer,
             per_token=per_token,
-        )  # fmt: skip
+        )
         return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})
     dtype = accumulator(hidden)
     old, ref, sampler = laid_out(old_logprobs, dtype), laid_out(ref, dtype), laid_out(sampler, dtype)
     cu_seqlens, mask = laid_out(cu_seqlens, torch.int64), laid_out(mask, torch.bool)
     if branch is not None:
-        a, config, divisor = read_branch(
-            branch, config, cu_seqlens, mask, old, sampler, divisor, per_token, dtype
-        )
+        a, config, divisor = read_branch(branch, config, cu_seqlens, mask, old, sampler, divisor, per_token, dtype)
     loss, values, logprobs = _LinearPolicyLoss.apply(
-        *arguments, old, laid_out(a, dtype), cu_seqlens, ref, sampler,
-        divisor, *encode(config, per_token), int(with_entropy),
-    )  # fmt: skip
+        *arguments,
+        old,
+        laid_out(a, dtype),
+        cu_seqlens,
+        ref,
+        sampler,
+        divisor,
+        *encode(config, per_token),
+        int(with_entropy),
+    )
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
     return loss, metrics | ({"logprobs": logprobs} if with_logprobs else {})

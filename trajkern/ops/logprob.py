@@ -170,9 +170,14 @@ def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Seq
     inplace = inplace_backward and not torch.compiler.is_compiling()
     bits = sum(1 << i for i, name in enumerate(OUTPUTS) if name in outputs) if outputs else 0
     return _TokenStats.apply(
-        logits, laid_out(targets, torch.int64), temperatures, float(temperature), laid_out(mask, torch.bool), bits,
+        logits,
+        laid_out(targets, torch.int64),
+        temperatures,
+        float(temperature),
+        laid_out(mask, torch.bool),
+        bits,
         inplace,
-    )  # fmt: skip
+    )
 
 
 def _check(logits, targets, temperature, mask) -> None:

@@ -39,8 +39,9 @@ from trajkern.ops.tree_loss import (
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _policy_loss_fake(logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
-                      options, params):  # fmt: skip
+def _policy_loss_fake(
+    logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer, options, params
+):
     *_, need_logprobs, need_entropy = options
     grads = [logprobs.new_empty(logprobs.shape) for need in (need_logprobs, need_entropy) if need]
     return [logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), *grads]
@@ -54,20 +55,41 @@ _policy_loss = define(
     " int[] options, float[] params) -> Tensor[]",
     _policy_loss_fake,
 )
-_scale_gradient_ = define(
-    "policy_loss", "scale_gradient_(Tensor(a!) x, Tensor scale) -> ()", lambda x, scale: None
-)
+_scale_gradient_ = define("policy_loss", "scale_gradient_(Tensor(a!) x, Tensor scale) -> ()", lambda x, scale: None)
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs, entropy, old, advantages, cu_seqlens, mask, ref, sampler, selected, normalizer,
-                options, params):  # fmt: skip
+    def forward(
+        ctx: Any,
+        logprobs,
+        entropy,
+        old,
+        advantages,
+        cu_seqlens,
+        mask,
+        ref,
+        sampler,
+        selected,
+        normalizer,
+        options,
+        params,
+    ):
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         loss, metrics, *grads = _policy_loss(
-            logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer,
-            [*options, *map(int, needs)], params,
-        )  # fmt: skip
+            logprobs,
+            old,
+            advantages,
+            cu_seqlens,
+            mask,
+            ref,
+            sampler,
+            entropy,
+            selected,
+            normalizer,
+            [*options, *map(int, needs)],
+            params,
+        )
         rest = iter(grads)
         ctx.grads = [next(rest) if need else None for need in needs]
         ctx.mark_non_differentiable(metrics)
@@ -188,14 +210,34 @@ def policy_loss(
     if old_logprobs is None and isinstance(logprobs, Tensor):
         old_logprobs = logprobs.detach()
     advantages, per_token, divisor, ref, sampler = check_policy(
-        logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy, branch,
-        normalizer, per_token,
-    )  # fmt: skip
+        logprobs,
+        old_logprobs,
+        advantages,
+        cu_seqlens,
+        config,
+        mask,
+        ref_logprobs,
+        sampler_logprobs,
+        entropy,
+        branch,
+        normalizer,
+        per_token,
+    )
     if _backends.wants_reference("policy_loss", logprobs):
         return _backends.reference().policy_loss(
-            logprobs, old_logprobs, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref,
-            sampler_logprobs=sampler, entropy=entropy, branch=branch, normalizer=divisor, per_token=per_token,
-        )  # fmt: skip
+            logprobs,
+            old_logprobs,
+            advantages,
+            cu_seqlens,
+            config=config,
+            mask=mask,
+            ref_logprobs=ref,
+            sampler_logprobs=sampler,
+            entropy=entropy,
+            branch=branch,
+            normalizer=divisor,
+            per_token=per_token,
+        )
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     new, old = laid_out(logprobs, dtype), laid_out(old_logprobs, dtype)
     mask, cu_seqlens = laid_out(mask, torch.bool), laid_out(cu_seqlens, torch.int64)
@@ -241,9 +283,17 @@ def _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, pa
         of_ratio = of_leaves(counts)[1]
     branch = branch_coefficients(torch.zeros_like(a), tree, leaf_weights=weights)
     rest, metrics = policy_loss(
-        new, old, None, cu_seqlens, branch=branch, mask=mask, ref_logprobs=ref, entropy=entropy, per_token=False,
+        new,
+        old,
+        None,
+        cu_seqlens,
+        branch=branch,
+        mask=mask,
+        ref_logprobs=ref,
+        entropy=entropy,
+        per_token=False,
         config=replace(own, kind="reinforce"),
-    )  # fmt: skip
+    )
     loss = policy + rest if sound is None else (policy + rest) / sound
     return loss, metrics | {k: of_ratio[k] for k in ("clip_fraction", "ratio_mean", "ratio_max")}
 
@@ -259,10 +309,22 @@ def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
         int(per_token),
     ]
     params = [
-        c.clip_low, c.clip_high, math.inf if c.clip_dual is None else c.clip_dual, c.kl_coef, c.entropy_coef,
-        c.max_length or 1, c.sampler_low, c.sampler_high, c.sapo_tau_pos, c.sapo_tau_neg, c.vespo_k_pos,
-        c.vespo_lambda_pos, c.vespo_k_neg, c.vespo_lambda_neg, c.cov_coef,
-    ]  # fmt: skip
+        c.clip_low,
+        c.clip_high,
+        math.inf if c.clip_dual is None else c.clip_dual,
+        c.kl_coef,
+        c.entropy_coef,
+        c.max_length or 1,
+        c.sampler_low,
+        c.sampler_high,
+        c.sapo_tau_pos,
+        c.sapo_tau_neg,
+        c.vespo_k_pos,
+        c.vespo_lambda_pos,
+        c.vespo_k_neg,
+        c.vespo_lambda_neg,
+        c.cov_coef,
+    ]
     return options, [float(x) for x in params]
 
 
@@ -282,8 +344,20 @@ def _select(c: PolicyLoss, new, old, per_token, advantages, cu_seqlens, mask) ->
     return largest_covariances(per_token, new, mask, mask & ~clipped, c.cov_fraction, (c.cov_low, c.cov_high))
 
 
-def check_policy(logprobs, old_logprobs, advantages, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy,
-                 branch, normalizer, per_token):  # fmt: skip
+def check_policy(
+    logprobs,
+    old_logprobs,
+    advantages,
+    cu_seqlens,
+    config,
+    mask,
+    ref_logprobs,
+    sampler_logprobs,
+    entropy,
+    branch,
+    normalizer,
+    per_token,
+):
     """Raises, or returns the advantages (a branch's positive ones), per_token, the normalizer as a tensor, and
     ref_logprobs and sampler_logprobs if they are read."""
     if branch is not None and advantages is not None:

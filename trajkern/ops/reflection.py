@@ -175,8 +175,15 @@ def reflection_rewards(
     return Reflection(rewards, weights, std, scores[:groups])
 
 
-def _apply(logprobs: Tensor, baseline: Tensor | None, cu_seqlens: Tensor, group_ids: Tensor, ddof: int,
-           normalize: bool, rewarded: bool) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+def _apply(
+    logprobs: Tensor,
+    baseline: Tensor | None,
+    cu_seqlens: Tensor,
+    group_ids: Tensor,
+    ddof: int,
+    normalize: bool,
+    rewarded: bool,
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """The op's outputs, and the rank of each rollout in order."""
     x = laid_out(logprobs, torch.float64 if logprobs.dtype == torch.float64 else torch.float32)
     bounds = laid_out(cu_seqlens, torch.int64)

@@ -126,8 +126,14 @@ def node_counts(cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
     return cu_seqlens.diff() if mask is None else offsets_of(mask)[cu_seqlens].diff()
 
 
-def gate_of(paths: Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
-            sampler: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+def gate_of(
+    paths: Paths,
+    config: PolicyLoss,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    old: Tensor | None,
+    sampler: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """The rollouts that the gate and the sampler's sequence mask leave; 1, or NaN where that mask met one."""
     if config.sampler_correction != "sequence_mask":
         return paths.gate, None
@@ -175,9 +181,17 @@ def sum_in_any_order(x: Tensor) -> Tensor:
     return exact + 0 * x.sum()  # NaN stays NaN
 
 
-def read_branch(branch: Branch | Paths, config: PolicyLoss, cu_seqlens: Tensor, mask: Tensor | None, old: Tensor | None,
-                sampler: Tensor | None, normalizer: Tensor | None, per_token: bool, dtype: torch.dtype,
-                ) -> tuple[Tensor, PolicyLoss, Tensor | None]:  # fmt: skip
+def read_branch(
+    branch: Branch | Paths,
+    config: PolicyLoss,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    old: Tensor | None,
+    sampler: Tensor | None,
+    normalizer: Tensor | None,
+    per_token: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, PolicyLoss, Tensor | None]:
     """The branch as the kernels read it, [6, M] or [6, P]; the loss whose sum over tokens, with these coefficients, is
     the flat rollouts'; and what divides that sum."""
     sound = None

@@ -95,8 +95,17 @@ def linear_policy_loss(
     stats = linear_token_stats(hidden, weight, targets, outputs=outputs, mask=mask, **head)
     old = stats.logprobs.detach() if old_logprobs is None else old_logprobs
     loss, metrics = policy_loss(
-        stats.logprobs, old, advantages, cu_seqlens, config=config, mask=mask, ref_logprobs=ref_logprobs,
-        sampler_logprobs=sampler_logprobs, entropy=stats.entropy, branch=branch, normalizer=normalizer,
+        stats.logprobs,
+        old,
+        advantages,
+        cu_seqlens,
+        config=config,
+        mask=mask,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler_logprobs,
+        entropy=stats.entropy,
+        branch=branch,
+        normalizer=normalizer,
         per_token=per_token,
-    )  # fmt: skip
+    )
     return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})

@@ -56,9 +56,18 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`trajkern.policy_loss`."""
     if branch is not None and not isinstance(branch, Branch):
-        return _flat_policy_loss(branch, config, cu_seqlens, normalizer, logprobs=logprobs, old_logprobs=old_logprobs,
-                                 mask=mask, ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs,
-                                 entropy=entropy)  # fmt: skip
+        return _flat_policy_loss(
+            branch,
+            config,
+            cu_seqlens,
+            normalizer,
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            mask=mask,
+            ref_logprobs=ref_logprobs,
+            sampler_logprobs=sampler_logprobs,
+            entropy=entropy,
+        )
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     segments = _Segments(cu_seqlens.long())
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
@@ -114,13 +123,23 @@ def _flat_policy_loss(
         counted = torch.repeat_interleave(paths.gate, tree.flat_lengths)
         flat["mask"] = counted if flat["mask"] is None else flat["mask"] & counted
     return policy_loss(
-        advantages=paths.advantages, cu_seqlens=tree.flat_cu_seqlens, config=config, normalizer=normalizer,
-        per_token=False, **flat,
-    )  # fmt: skip
+        advantages=paths.advantages,
+        cu_seqlens=tree.flat_cu_seqlens,
+        config=config,
+        normalizer=normalizer,
+        per_token=False,
+        **flat,
+    )
 
 
-def _per_token(advantages: Any, branch: Branch | None, logprobs: Tensor, segments: _Segments, per_token: bool | None,
-               dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+def _per_token(
+    advantages: Any,
+    branch: Branch | None,
+    logprobs: Tensor,
+    segments: _Segments,
+    per_token: bool | None,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The advantages under which a token's loss is taken, for how many rollouts each, and the weight of its KL."""
     size = (advantages if branch is None else branch.positive).numel()
     is_per_token = size != segments.count if per_token is None else per_token

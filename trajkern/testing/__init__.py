@@ -6,8 +6,14 @@ from trajkern.testing.registry import Case, OpSpec, Variant
 from trajkern.testing.validation import check, spec_of
 
 SPECS = (
-    *logprob.SPECS, *advantage.SPECS, *policy_loss.SPECS, *head.SPECS, *divergence.SPECS, *reflection.SPECS,
-    *span.SPECS, *tree.SPECS,
-)  # fmt: skip
+    *logprob.SPECS,
+    *advantage.SPECS,
+    *policy_loss.SPECS,
+    *head.SPECS,
+    *divergence.SPECS,
+    *reflection.SPECS,
+    *span.SPECS,
+    *tree.SPECS,
+)
 
 __all__ = ["SPECS", "Case", "OpSpec", "Variant", "budget_share", "check", "errors", "oracle", "run", "spec_of"]

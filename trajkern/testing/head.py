@@ -135,8 +135,11 @@ CASES = (
     Case("temperatures", _head(6, 16, 129, 3.0, temperature=_temperatures), "one temperature a row"),
     Case("softcap", _head(5, 16, 130, 20.0, softcap=5.0), "logits deep inside the softcap's bend"),
     Case("scale_and_bias", _head(5, 16, 66, bias=_bias, logit_scale=1.7), "a bias is scaled as the logits are"),
-    Case("everything", _head(9, 16, 70, 3.0, bias=_bias, logit_scale=0.5, softcap=4.0, temperature=_temperatures,
-                             mask=_mask), "all transformations at once, and a mask"),  # fmt: skip
+    Case(
+        "everything",
+        _head(9, 16, 70, 3.0, bias=_bias, logit_scale=0.5, softcap=4.0, temperature=_temperatures, mask=_mask),
+        "all transformations at once, and a mask",
+    ),
     Case("mask", _head(17, 16, 65, mask=_mask), "masked pairs are 0 and have no gradient"),
     Case("nothing_scored", _head(6, 16, 65, mask=_none), "no mask bit set"),
     Case("masked_rubbish", _edited(_head(9, 8, 40, mask=_mask), _masked_rubbish), "NaN states, targets of -100"),
@@ -146,8 +149,11 @@ CASES = (
     Case("same_target_twice", _edited(_head(4, 8, 33), _same_target_twice), "pairs that agree in row and target"),
     Case("one_row_many_targets", _head(40, 8, 33, rows=lambda g, x: torch.full((40,), 7)), "every target on one row"),
     Case("support", _head(12, 16, 200, 3.0, sampling_support=_support(9)), "the softmax over each token's own set"),
-    Case("support_shared_rows", _head(12, 16, 90, rows=_tree, mask=_mask, sampling_support=_support(5)),
-         "sets of their own on shared rows"),  # fmt: skip
+    Case(
+        "support_shared_rows",
+        _head(12, 16, 90, rows=_tree, mask=_mask, sampling_support=_support(5)),
+        "sets of their own on shared rows",
+    ),
     Case("very_negative", _edited(_head(4, 16, 300), _common_offset(-1e4)), "all logits near -1e4"),
     Case("common_offset", _edited(_head(4, 16, 300), _common_offset(1e4)), "a common offset of 1e4"),
     Case("margin_17", _edited(_head(3, 8, 50), _certain(17.0)), "float32 rounds p to 1 beyond 16.6 nats"),
@@ -250,16 +256,36 @@ def _on_policy(x: Inputs) -> None:
     x["old_logprobs"] = None
 
 
-_KINDS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gmpo", "cispo", "sapo", "luspo", "vespo", "gpg", "reinforce",
-          "dppo_tv", "dppo_kl", "kl_cov", "clip_cov")  # fmt: skip
-_FULL = PolicyLoss("dapo", clip_high=0.28, clip_dual=3.0, kl_coef=0.1, kl="k3", entropy_coef=0.05,
-                   sampler_correction="tis")  # fmt: skip
+_KINDS = (
+    "grpo",
+    "dapo",
+    "dr_grpo",
+    "bnpo",
+    "gspo",
+    "gmpo",
+    "cispo",
+    "sapo",
+    "luspo",
+    "vespo",
+    "gpg",
+    "reinforce",
+    "dppo_tv",
+    "dppo_kl",
+    "kl_cov",
+    "clip_cov",
+)
+_FULL = PolicyLoss(
+    "dapo", clip_high=0.28, clip_dual=3.0, kl_coef=0.1, kl="k3", entropy_coef=0.05, sampler_correction="tis"
+)
 _REMOVING = dataclasses.replace(_FULL, sampler_correction="sequence_mask")
 LOSS_CASES = (
     *(Case(kind, _loss(PolicyLoss(kind, max_length=16)), "the kind alone") for kind in _KINDS),
     Case("full", _loss(_FULL, mask=_mask), "KL, entropy, dual clip, sampler correction and a mask"),
-    Case("everything", _loss(_FULL, mask=_mask, bias=_bias, softcap=6.0, logit_scale=1.2, temperature=_temperatures),
-         "all options of the head, too"),  # fmt: skip
+    Case(
+        "everything",
+        _loss(_FULL, mask=_mask, bias=_bias, softcap=6.0, logit_scale=1.2, temperature=_temperatures),
+        "all options of the head, too",
+    ),
     Case("entropy", _loss(PolicyLoss("grpo", entropy_coef=0.1)), "the entropy's gradient joins log p's"),
     Case("corrected_kl", _loss(PolicyLoss("grpo", kl_coef=0.2, kl="k3_corrected")), "a KL that reads the ratio"),
     Case("icepop", _loss(PolicyLoss("dapo", sampler_correction="icepop")), "tokens with no gradient"),
@@ -274,8 +300,10 @@ LOSS_CASES = (
     Case("with_entropy", _edited(_loss(PolicyLoss("grpo")), lambda x: x.update(with_entropy=True)), "a metric only"),
     Case("with_logprobs", _edited(_loss(_FULL, mask=_mask), lambda x: x.update(with_logprobs=True)), "one output more"),
     Case("shared_rows", _loss(_FULL, rows=_tree, mask=_mask), "several targets a row"),
-    *(Case(f"tree_{kind}", _tree_loss(PolicyLoss(kind, max_length=16, clip_dual=3.0)), "a packed tree", mixed=True)
-      for kind in _KINDS[:5]),  # fmt: skip
+    *(
+        Case(f"tree_{kind}", _tree_loss(PolicyLoss(kind, max_length=16, clip_dual=3.0)), "a packed tree", mixed=True)
+        for kind in _KINDS[:5]
+    ),
     Case("tree_full", _tree_loss(_FULL, mask=_mask), "every term and a mask", mixed=True),
     Case("tree_mask", _tree_loss(_REMOVING), "rollouts removed", mixed=True),
     Case("support", _loss(PolicyLoss("grpo"), sampling_support=_support(9)), "the softmax over each token's own set"),

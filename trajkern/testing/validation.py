@@ -136,8 +136,9 @@ def cases_of(spec: OpSpec, backend: str, intensity: int, seed: int) -> list[tupl
     return [(c, 0) for c in cases] + fresh
 
 
-def examine(result: Result, spec: OpSpec, function: Function, dtype: torch.dtype, intensity: int, seed: int,
-            bits: bool = True) -> Iterator[None]:  # fmt: skip
+def examine(
+    result: Result, spec: OpSpec, function: Function, dtype: torch.dtype, intensity: int, seed: int, bits: bool = True
+) -> Iterator[None]:
     """Fill ``result``; with ``bits``, results that differ from run to run or with the batch are failures, too."""
     for case, draw in cases_of(spec, result.backend, intensity, seed):
         inputs, why = spec.inputs(case, dtype, result.device, draw), ""
@@ -190,8 +191,9 @@ def dependent(spec: OpSpec, function: Function, inputs: Inputs) -> str:
 
 def _for_ones(spec: OpSpec, function: Function, inputs: Inputs) -> Outcome:
     """Outputs but scalars, and gradients for an upstream of ones, which permutes into itself."""
-    leaves = {k: x.detach().requires_grad_() for k, x in inputs.items()
-              if k in spec.differentiable and isinstance(x, Tensor)}  # fmt: skip
+    leaves = {
+        k: x.detach().requires_grad_() for k, x in inputs.items() if k in spec.differentiable and isinstance(x, Tensor)
+    }
     outputs = spec.outputs(function(**inputs | leaves))
     outcome = {name: x.detach() for name, x in outputs.items() if x.ndim}
     total = sum(x.sum() for name, x in outputs.items() if x.requires_grad and name not in spec.no_grad_outputs)

@@ -115,9 +115,7 @@ def _choose(nodes: list[Node], trees: Rows, expansions: int, generator: torch.Ge
     return [some[int(place * len(some))] for some, row in own for place in row]
 
 
-def _add(
-    nodes: list[Node], policy: Policy, drawn: Drawn, origins: list[int], begin: int, rows: list[int]
-) -> None:
+def _add(nodes: list[Node], policy: Policy, drawn: Drawn, origins: list[int], begin: int, rows: list[int]) -> None:
     """Append what was drawn after each origin, a node a step; its first token stands in column ``begin``."""
     lengths = drawn.keep.sum(1).tolist()
     columns = zip(origins, rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), lengths, strict=True)
@@ -126,9 +124,17 @@ def _add(
         for step in policy.steps(tokens[:length]):
             stop = at + step
             nodes.append(
-                Node(parent, nodes[parent].tree, tokens[at:stop], logprobs[at:stop], row, begin + stop, start + stop,
-                     stop == length)
-            )  # fmt: skip
+                Node(
+                    parent,
+                    nodes[parent].tree,
+                    tokens[at:stop],
+                    logprobs[at:stop],
+                    row,
+                    begin + stop,
+                    start + stop,
+                    stop == length,
+                )
+            )
             parent, at = len(nodes) - 1, stop
 
 

@@ -49,9 +49,7 @@ class Reflection(System):
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
         rewards, keep = signals["rewards"], signals["keep"]
         advantages = tk.group_advantages(rewards, played.batch.group_ids, gate=keep)
-        return Found(
-            advantages, keep=keep, values={"reflection": rewards, "filtered": int((~keep).sum())}
-        )
+        return Found(advantages, keep=keep, values={"reflection": rewards, "filtered": int((~keep).sum())})
 
     def _reasoned(self, played: Played) -> list[list[Piece]]:
         """Each rollout up to its last newline, then the reference answer."""
