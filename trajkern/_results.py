@@ -42,3 +42,10 @@ class Branch(NamedTuple):
     positive_count: Tensor  # leaves with A > 0 and w not 0, no gradient
     negative_count: Tensor  # leaves with A < 0 and w not 0, no gradient
     zero_count: Tensor  # leaves with A = 0 and w not 0, no gradient
+
+    @classmethod
+    def of(cls, advantages: Tensor, weights: Tensor, counts: Tensor) -> Branch:
+        """Of single leaves, ``counts`` of them in each place: what sums over leaves are made of."""
+        signs = (advantages > 0, advantages < 0, advantages == 0)
+        positive, negative = weights * advantages.relu(), -weights * (-advantages).relu()
+        return cls(positive, negative, weights, *(counts * sign for sign in signs))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import check_targets
+from trajkern._dtypes import accumulator
 from trajkern._native._args import DTYPE, as_rows, pointer, rows
 
 
@@ -19,7 +20,7 @@ def token_stats(
     outputs: int,
 ) -> list[Tensor]:
     x = as_rows(logits)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator(x)
     shape = targets.shape
     made = [torch.empty(shape, dtype=dtype), torch.empty((*shape, 2), dtype=dtype)]
     asked = [0, 0, 0]

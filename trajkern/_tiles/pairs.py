@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trajkern._dtypes import accumulator
+
 
 class Head(NamedTuple):
     """The arguments that every op of the family begins with."""
@@ -31,7 +33,7 @@ class Head(NamedTuple):
 
     @property
     def accumulator(self) -> torch.dtype:
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        return accumulator(self.hidden)
 
 
 class Pairs(NamedTuple):

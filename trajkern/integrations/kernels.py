@@ -25,7 +25,13 @@ from pathlib import Path
 import trajkern as tk
 
 FAMILIES = ("divergence", "head", "logprob", "policy_loss", "reflection")
-SHARED = ("_tiles/*.py", "losses/__init__.py", "losses/kinds.py")  # trajkern's modules that they import
+SHARED = (
+    "_dtypes.py",
+    "_tiles/*.py",
+    "losses/__init__.py",
+    "losses/inputs.py",
+    "losses/kinds.py",
+)  # trajkern's modules that they import
 VARIANT = "build/torch-universal"
 
 
@@ -52,7 +58,7 @@ def write(folder: str | Path) -> Path:
     for source in (path for pattern in SHARED for path in sorted(package.glob(pattern))):
         copy = partial / source.relative_to(package)
         copy.parent.mkdir(exist_ok=True)
-        copy.write_text(relative(source.read_text(), ".."))
+        copy.write_text(relative(source.read_text(), "." if copy.parent == partial else ".."))
     with (partial / "__init__.py").open("a") as package_file:
         package_file.write(f"\nfrom . import {', '.join(FAMILIES)}\n")
     (partial / "metadata.json").write_text(json.dumps(_metadata(), indent=1) + "\n")

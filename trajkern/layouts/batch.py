@@ -19,8 +19,8 @@ from trajkern._checks import (
     check_tensor,
     describe,
 )
+from trajkern._dtypes import INTEGERS
 
-_INTEGER = (torch.int64, torch.int32)
 _FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
@@ -65,14 +65,14 @@ class PackedBatch:
     sampler_logprobs: Tensor | None = None  # [T]
 
     def __post_init__(self) -> None:
-        check_tensor("tokens", self.tokens, dtypes=_INTEGER, ndim=1)
+        check_tensor("tokens", self.tokens, dtypes=INTEGERS, ndim=1)
         device, length = self.tokens.device, self.tokens.numel()
-        check_tensor("cu_seqlens", self.cu_seqlens, dtypes=_INTEGER, ndim=1, device=device)
+        check_tensor("cu_seqlens", self.cu_seqlens, dtypes=INTEGERS, ndim=1, device=device)
         check_cu_seqlens(self.cu_seqlens, length)
         count = self.cu_seqlens.numel() - 1
         check_tensor("loss_mask", self.loss_mask, dtypes=(torch.bool,), device=device)
         check_shape("loss_mask", self.loss_mask, (length,), "one flag a token")
-        check_tensor("group_ids", self.group_ids, dtypes=_INTEGER, device=device)
+        check_tensor("group_ids", self.group_ids, dtypes=INTEGERS, device=device)
         check_shape("group_ids", self.group_ids, (count,), "one id a trajectory")
         if self.rewards is not None:
             check_tensor("rewards", self.rewards, dtypes=_FLOAT, device=device)
@@ -164,7 +164,7 @@ class PackedBatch:
         ``attention_mask`` is nonzero on real tokens, which must be contiguous in each row; rows may be padded on
         either side. ``loss_mask`` (any dtype, nonzero = scored) must be zero on padding.
         """
-        check_tensor("tokens", tokens, dtypes=_INTEGER, ndim=2)
+        check_tensor("tokens", tokens, dtypes=INTEGERS, ndim=2)
         keep = _real_tokens(attention_mask, tokens)
         scored = _same_shape("loss_mask", loss_mask, tokens) != 0
         if bool((scored & ~keep).any()):

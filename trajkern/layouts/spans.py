@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import check_cu_seqlens, check_shape, check_tensor, describe
+from trajkern._dtypes import INTEGERS
 
-_INTEGER = (torch.int64, torch.int32)
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
 
 
@@ -45,9 +45,9 @@ class Spans:
     cu_seqlens: InitVar[Tensor | None] = None  # [N+1]
 
     def __post_init__(self, cu_seqlens: Tensor | None) -> None:
-        check_tensor("start", self.start, dtypes=_INTEGER, ndim=1)
+        check_tensor("start", self.start, dtypes=INTEGERS, ndim=1)
         for name in ("end", "trajectory", "index"):
-            check_tensor(name, getattr(self, name), dtypes=_INTEGER, device=self.device)
+            check_tensor(name, getattr(self, name), dtypes=INTEGERS, device=self.device)
             check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
         if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool):
             raise TypeError(f"num_tokens must be an int, got {describe(self.num_tokens)}")
@@ -57,7 +57,7 @@ class Spans:
         _check_ranges(arrays, self.num_tokens)
         _check_numbers(arrays)
         if cu_seqlens is not None:
-            check_tensor("cu_seqlens", cu_seqlens, dtypes=_INTEGER, ndim=1, device=self.device)
+            check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=self.device)
             check_cu_seqlens(cu_seqlens, self.num_tokens)
             _check_inside(arrays, cu_seqlens.cpu().long())
 
@@ -103,7 +103,7 @@ class Spans:
         Found on the host, whatever the device.
         """
         check_tensor("loss_mask", loss_mask, dtypes=(torch.bool,), ndim=1)
-        check_tensor("cu_seqlens", cu_seqlens, dtypes=_INTEGER, ndim=1, device=loss_mask.device)
+        check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=loss_mask.device)
         check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
         mask, bounds = loss_mask.cpu().contiguous(), cu_seqlens.cpu().long().contiguous()
         before = torch.zeros(-(-tokens // _BLOCK) + 1, dtype=torch.int64)  # turns that begin before each block

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import check_choice, check_number, check_shape, check_tensor
+from trajkern._dtypes import INTEGERS
 from trajkern.layouts._nodes import Nodes, derive, offsets_of
 from trajkern.layouts.batch import HeadInputs, PackedBatch
 from trajkern.losses.kinds import AGGREGATES
 
-_INTEGER = (torch.int64, torch.int32)
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 
@@ -67,19 +67,19 @@ class Tree:
     source: Tensor | None = None  # [T]
 
     def __post_init__(self) -> None:
-        check_tensor("parent", self.parent, dtypes=_INTEGER, ndim=1)
+        check_tensor("parent", self.parent, dtypes=INTEGERS, ndim=1)
         device, count = self.parent.device, self.parent.numel()
         if count >= 2**31 - 1:
             raise ValueError(f"parent must hold fewer than 2**31 - 1 nodes, got {count}")
-        check_tensor("node_lengths", self.node_lengths, dtypes=_INTEGER, device=device)
+        check_tensor("node_lengths", self.node_lengths, dtypes=INTEGERS, device=device)
         check_shape("node_lengths", self.node_lengths, (count,), "one length a node")
         derived, roots, levels = derive(self.parent, self.node_lengths)
         object.__setattr__(self, "_derived", (derived, roots, levels))
         if self.group_ids is not None:
-            check_tensor("group_ids", self.group_ids, dtypes=_INTEGER, device=device)
+            check_tensor("group_ids", self.group_ids, dtypes=INTEGERS, device=device)
             check_shape("group_ids", self.group_ids, (roots,), "one id a root")
         if self.source is not None:
-            check_tensor("source", self.source, dtypes=_INTEGER, device=device)
+            check_tensor("source", self.source, dtypes=INTEGERS, device=device)
             check_shape("source", self.source, tuple(derived.token_node.shape), "one place a token")
 
     @property
@@ -230,7 +230,7 @@ class Tree:
         ancestor that has one. A rollout's first token has none. ``loss_mask`` (bool) chooses among them; without it all
         pairs are returned. ``cu_seqlens`` ``[M+1]`` counts the pairs of each node. Reads device values.
         """
-        check_tensor("tokens", tokens, dtypes=_INTEGER, device=self.device)
+        check_tensor("tokens", tokens, dtypes=INTEGERS, device=self.device)
         check_shape("tokens", tokens, (self.num_tokens,), "one id a token of the tree")
         scored = self.rows >= 0
         if loss_mask is not None:

@@ -13,6 +13,7 @@ AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_s
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
 SAMPLER_CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
 
+LOG_RATIO_BOUND = 20.0  # of a clamped log-ratio: exp of it is finite in float32, so 0 * inf cannot arise
 METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens")
 
 # The numbers that the kernels take, named as PolicyLoss names them.

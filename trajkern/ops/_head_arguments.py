@@ -18,15 +18,10 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.shards import shard
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32)
 WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_head(

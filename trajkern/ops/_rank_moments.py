@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trajkern._dtypes import accumulator
+
 
 def group_advantages(
     rewards: Tensor,  # [N]
@@ -56,7 +58,7 @@ def group_advantages(
     if baseline != "none" or scale != "none":
         raw = r / (1 + eps) if scale == "std" else r
         out = torch.where(alone, raw if singleton == "raw" else 0, out)
-    return torch.where(counted, out, 0).to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    return torch.where(counted, out, 0).to(accumulator(rewards))
 
 
 def _numbered(group_ids: Tensor, ranks: dist.ProcessGroup) -> tuple[int, Tensor]:

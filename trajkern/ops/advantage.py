@@ -27,12 +27,11 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import GAE
 from trajkern.ops import _rank_moments
 from trajkern.ops._library import define, recorded
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-INTEGERS = (torch.int64, torch.int32)
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("std", "none")
 SINGLETONS = ("raw", "zero")
@@ -122,7 +121,7 @@ class _Whiten(torch.autograd.Function):
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return laid_out(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return laid_out(x, accumulator(x))
 
 
 @recorded

@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
-from trajkern.ops._head_arguments import FLOATS, WORKSPACE, accumulator
+from trajkern._dtypes import FLOATS, accumulator
+from trajkern.ops._head_arguments import WORKSPACE
 from trajkern.ops._library import define, recorded
 
 _ARGUMENTS = (

@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_choice, describe, laid_out, readable
+from trajkern._dtypes import accumulator
 from trajkern._results import Branch, TokenStats
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import METRICS
-from trajkern.ops._head_arguments import accumulator, check_head
+from trajkern.ops._head_arguments import check_head
 from trajkern.ops._library import define, recorded
 from trajkern.ops.policy_loss import check_policy, encode, policy_loss, scaled
 from trajkern.ops.tree_loss import Paths, read_branch

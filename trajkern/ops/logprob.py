@@ -27,6 +27,7 @@ from trajkern._checks import (
     describe,
     laid_out,
 )
+from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
 from trajkern.ops._library import define, recorded
 
@@ -35,7 +36,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _stats_fake(logits, targets, temperatures, temperature, mask, outputs):
-    rows, dtype = targets.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows, dtype = targets.shape, accumulator(logits)
     made = [logits.new_empty(rows, dtype=dtype), logits.new_empty((*rows, 2), dtype=dtype)]
     for bit, kind in ((1, dtype), (2, dtype), (4, torch.bool)):
         if outputs & bit:
@@ -165,7 +166,7 @@ def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Seq
         return [x for x in stats if x is not None]
     temperatures = None
     if isinstance(temperature, Tensor):
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = accumulator(logits)
         temperatures, temperature = laid_out(temperature, dtype), 1.0
     inplace = inplace_backward and not torch.compiler.is_compiling()
     bits = sum(1 << i for i, name in enumerate(OUTPUTS) if name in outputs) if outputs else 0

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, laid_out, readable
+from trajkern._dtypes import FLOATS, accumulator
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
@@ -35,8 +36,6 @@ from trajkern.ops.tree_loss import (
     summed,
     weights_of,
 )
-
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _policy_loss_fake(
@@ -238,7 +237,7 @@ def policy_loss(
             normalizer=divisor,
             per_token=per_token,
         )
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logprobs)
     new, old = laid_out(logprobs, dtype), laid_out(old_logprobs, dtype)
     mask, cu_seqlens = laid_out(mask, torch.bool), laid_out(cu_seqlens, torch.int64)
     ref, sampler, entropy = laid_out(ref, dtype), laid_out(sampler, dtype), laid_out(entropy, dtype)
@@ -422,7 +421,7 @@ def _check_advantages(logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, 
 def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
     if normalizer is None:
         return None
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logprobs)
     if isinstance(normalizer, Tensor):
         check_tensor("normalizer", normalizer, dtypes=(*FLOATS, torch.int64, torch.int32), device=logprobs.device)
         if normalizer.numel() != 1:

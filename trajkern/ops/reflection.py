@@ -36,11 +36,9 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Reflection
 from trajkern.ops._library import define, recorded
-
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-INTEGERS = (torch.int64, torch.int32)
 
 
 def _fake(logprobs, cu_seqlens, order, rank, bounds, baseline, ddof, normalize, rewarded):
@@ -185,7 +183,7 @@ def _apply(
     rewarded: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The op's outputs, and the rank of each rollout in order."""
-    x = laid_out(logprobs, torch.float64 if logprobs.dtype == torch.float64 else torch.float32)
+    x = laid_out(logprobs, accumulator(logprobs))
     bounds = laid_out(cu_seqlens, torch.int64)
     groups = _reflection_groups(laid_out(group_ids, torch.int64), bounds, x.shape[0])
     made = _Reflection.apply(x, laid_out(baseline, x.dtype), bounds, *groups, ddof, normalize, rewarded)

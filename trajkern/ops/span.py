@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_choice, check_shape, check_tensor, laid_out
+from trajkern._dtypes import FLOATS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
 from trajkern.ops._library import define, recorded
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("sum", "mean", "max", "min")
 SUM, MEAN = 0, 1
 Values = TypeVar("Values", Tensor, Branch)
@@ -80,7 +80,7 @@ class _Spread(torch.autograd.Function):
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return laid_out(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return laid_out(x, accumulator(x))
 
 
 @recorded

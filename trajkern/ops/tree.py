@@ -31,11 +31,11 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
+from trajkern._dtypes import FLOATS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.tree import Tree
 from trajkern.ops._library import define, recorded
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("sum", "mean", "max", "min", "var")
 BASELINES = ("mean", "leave_one_out", "parent", "none")
 SCALES = ("std", "none")
@@ -127,7 +127,7 @@ class _BranchCoefficients(torch.autograd.Function):
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return laid_out(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return laid_out(x, accumulator(x))
 
 
 def _check_tree(tree: Any) -> None:

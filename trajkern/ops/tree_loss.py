@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
+from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
 from trajkern.layouts._nodes import offsets_of
 from trajkern.layouts.tree import Tree, aggregate_weights
@@ -47,7 +48,7 @@ class Paths:
         if not isinstance(self.tree, Tree):
             raise TypeError(f"tree must be a Tree, got {describe(self.tree)}")
         device, shape = self.tree.device, (self.tree.num_leaves,)
-        check_tensor("advantages", self.advantages, dtypes=ops.FLOATS, device=device)
+        check_tensor("advantages", self.advantages, dtypes=FLOATS, device=device)
         check_shape("advantages", self.advantages, shape, "one advantage a leaf")
         if readable(self.advantages):
             check_finite("advantages", self.advantages)
@@ -111,7 +112,7 @@ def check_branch(branch: Any, config: PolicyLoss, pairs: Tensor, cu_seqlens: Ten
             "tree.leaf_weights(mask, aggregate), with which the aggregate is 'token_sum'"
         )
     for name, x in branch._asdict().items():
-        check_tensor(f"branch.{name}", x, dtypes=(*ops.FLOATS, torch.int64, torch.int32), ndim=1, device=pairs.device)
+        check_tensor(f"branch.{name}", x, dtypes=(*FLOATS, *INTEGERS), ndim=1, device=pairs.device)
         check_shape(f"branch.{name}", x, tuple(branch.positive.shape), "like branch.positive")
 
 

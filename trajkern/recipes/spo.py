@@ -6,7 +6,8 @@ from torch import Tensor
 
 from trajkern import Tree, sibling_advantages
 from trajkern._checks import check_choice, check_number, check_tensor
-from trajkern.ops.tree import FLOATS, SCALES
+from trajkern._dtypes import FLOATS
+from trajkern.ops.tree import SCALES
 from trajkern.recipes._groups import check_tree, leaf_means, widened
 
 

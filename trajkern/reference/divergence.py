@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern._dtypes import accumulator
+
 
 def linear_divergence(
     hidden: Tensor,  # [T, H]
@@ -21,7 +23,7 @@ def linear_divergence(
     **_: Any,
 ) -> Tensor:
     """See :func:`trajkern.linear_divergence`; the workspace has no meaning here."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = accumulator(hidden)
     if mask is not None:
         hidden, teacher_hidden = (torch.where(mask[:, None], h, 0) for h in (hidden, teacher_hidden))
     student = torch.log_softmax(hidden.to(dtype) @ weight.to(dtype).t() / temperature, -1)
@@ -47,7 +49,7 @@ def topk_divergence(
     divergence = _divergence(student, teacher, beta)
     if mask is not None:
         divergence = torch.where(mask, divergence, 0)
-    return divergence.to(torch.float64 if student_logprobs.dtype == torch.float64 else torch.float32)
+    return divergence.to(accumulator(student_logprobs))
 
 
 def _log_tail(logprobs: Tensor) -> Tensor:  # [T, K] -> [T, 1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
 from trajkern.losses.config import PolicyLoss
 from trajkern.reference.logprob import token_stats
@@ -39,7 +40,7 @@ def linear_token_stats(
     rows = torch.arange(targets.shape[0], device=targets.device) if rows is None else rows.long()
     if mask is not None:
         rows, targets = torch.where(mask, rows, 0), torch.where(mask, targets, 0)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = accumulator(hidden)
     h = hidden[rows] if hidden.shape[0] else hidden[:0]
     if mask is not None:
         h = torch.where(mask[:, None], h, 0)

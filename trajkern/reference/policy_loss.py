@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern._dtypes import accumulator
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
@@ -68,7 +69,7 @@ def policy_loss(
             sampler_logprobs=sampler_logprobs,
             entropy=entropy,
         )
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logprobs)
     segments = _Segments(cu_seqlens.long())
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     a, times, leaves = _per_token(advantages, branch, logprobs, segments, per_token, dtype)

@@ -106,8 +106,6 @@ def branch_coefficients(
     """See :func:`trajkern.branch_coefficients`."""
     a = _accumulated(leaf_advantages)
     w = torch.ones_like(a) if leaf_weights is None else leaf_weights.detach().to(a.dtype)
-    counted = w != 0
-    kinds = (counted & kind for kind in (a > 0, a < 0, a == 0))
-    terms = w * a.relu(), -(w * (-a).relu()), w, *(kind.to(a.dtype) for kind in kinds)
     node, leaf = _paths(tree)
-    return Branch(*(_sums(x[leaf], node, tree.num_nodes)[: tree.num_nodes] for x in terms))
+    leaves = Branch.of(a, w, (w != 0).to(a.dtype))
+    return Branch(*(_sums(x[leaf], node, tree.num_nodes)[: tree.num_nodes] for x in leaves))
