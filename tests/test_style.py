@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import trajkern as tk
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("trajkern", "triton_kernels", "csrc", "bench", "tests")
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
@@ -18,8 +20,12 @@ PYTHON = [path for path in SOURCES if path.suffix == ".py"]
 TEXT = [*SOURCES, *sorted(p for p in ROOT.glob("*") if p.suffix in {".md", ".toml", ".in"} or p.name == "Makefile")]
 
 MAX_FILE_LINES = 400  # one sitting
+MAX_PARAMETERS = 12  # where no one else's signature or a kernel's launch decides
 MAX_FMT_SKIPS = 20
 MAX_FUNCTION_LINES = 60  # one screen of code; a docstring of maths is counted apart
+
+# file -> functions that bear another library's signature
+OTHERS_SIGNATURES = {"trajkern/integrations/liger.py": {"__init__", "forward"}}
 
 SHIPPED = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("trajkern", "triton_kernels", "csrc")]
 HOT = [
@@ -50,6 +56,12 @@ def _code_lines(function: ast.FunctionDef) -> int:
     return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
 
+def _parameters(function: ast.FunctionDef) -> int:
+    arguments = function.args
+    named = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
+    return named + (arguments.vararg is not None) + (arguments.kwarg is not None)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_file_length(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
@@ -64,6 +76,15 @@ def test_function_length(path: Path) -> None:
 def test_few_lines_are_laid_out_by_hand() -> None:
     skips = [(_name(path), n) for path in PYTHON if (n := path.read_text().count("# fmt: " + "skip"))]
     assert sum(n for _, n in skips) <= MAX_FMT_SKIPS, skips
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=_name)
+def test_parameters(path: Path) -> None:
+    """Public ops, their twins in the reference and launched Triton kernels (``*_kernel``) may have more, grouped."""
+    legal = {*tk.__all__, *OTHERS_SIGNATURES.get(_name(path), ())}
+    many = {f.name: n for f in _functions(path) if (n := _parameters(f)) > MAX_PARAMETERS and f.name not in legal}
+    many = {name: n for name, n in many.items() if not name.endswith("_kernel")}
+    assert not many, f"{_name(path)}: more than {MAX_PARAMETERS} parameters: {many}"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=_name)

@@ -9,7 +9,8 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import KINDS
 from trajkern.ops.advantage import discounted_returns, gae, group_advantages, whiten
 from trajkern.ops.divergence import linear_divergence, topk_divergence
-from trajkern.ops.head import linear_logprobs, linear_policy_loss, linear_token_stats
+from trajkern.ops.head import linear_logprobs, linear_token_stats
+from trajkern.ops.head_loss import linear_policy_loss
 from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
 from trajkern.ops.reflection import reflection_rewards, variance_weights

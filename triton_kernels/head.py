@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trajkern._tiles import head as tiles
+from trajkern._tiles.tiles import Kernels, PairTerms
 
 from .configs import MAP_STEPS, row_warps
 from .logprob import MAP_LOADS, NEGLIGIBLE, _columns, _fold, _launch, _load, _map_launch, _merge
@@ -191,11 +192,7 @@ def gradient(
     norm: Tensor,  # [R, 2]
     scale: Tensor,  # [R]
     offsets: Tensor,  # [R+1]
-    targets: Tensor,  # [pairs]
-    logprobs: Tensor,  # [pairs]
-    grad_logprobs: Tensor,  # [pairs]
-    entropy: Tensor | None,  # [pairs]
-    grad_entropy: Tensor | None,  # [pairs]
+    terms: PairTerms,
     softcap: float,
     logit_scale: float,
 ) -> None:
@@ -211,11 +208,7 @@ def gradient(
             norm,
             scale,
             offsets,
-            targets,
-            logprobs,
-            grad_logprobs,
-            entropy,
-            grad_entropy,
+            *terms,
             first,
             softcap,
             gain,
@@ -226,7 +219,7 @@ def gradient(
         )
 
 
-_KERNELS = tiles.Kernels(empty, fold, gradient, policy_loss)
+_KERNELS = Kernels(empty, fold, gradient, policy_loss)
 
 
 def linear_token_stats(*args: Any) -> list[Tensor]:

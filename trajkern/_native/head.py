@@ -11,6 +11,7 @@ from trajkern import _ext
 from trajkern._native._args import DTYPE, pointer
 from trajkern._native.policy_loss import policy_loss
 from trajkern._tiles import head as tiles
+from trajkern._tiles.tiles import Kernels, PairTerms
 
 
 def fold(
@@ -31,16 +32,12 @@ def gradient(
     norm: Tensor,  # [R, 2] max, sum e
     scale: Tensor,  # [R]
     offsets: Tensor,  # [R+1]
-    targets: Tensor,  # [pairs], of the shard
-    logprobs: Tensor,  # [pairs]
-    grad_logprobs: Tensor,  # [pairs]
-    entropy: Tensor | None,  # [pairs]
-    grad_entropy: Tensor | None,  # [pairs]
+    terms: PairTerms,
     softcap: float,
     logit_scale: float,
 ) -> None:
     assert grad.data_ptr() == z.data_ptr()
-    targets = targets - first
+    targets = terms.targets - first
     _ext.cpu().head_gradient(
         z.data_ptr(),
         DTYPE[z.dtype],
@@ -50,10 +47,10 @@ def gradient(
         scale.data_ptr(),
         offsets.data_ptr(),
         targets.data_ptr(),
-        logprobs.data_ptr(),
-        grad_logprobs.data_ptr(),
-        pointer(entropy),
-        pointer(grad_entropy),
+        terms.logprobs.data_ptr(),
+        terms.grad_logprobs.data_ptr(),
+        pointer(terms.entropy),
+        pointer(terms.grad_entropy),
         softcap,
         logit_scale,
     )
@@ -65,7 +62,7 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x
 
 
-_KERNELS = tiles.Kernels(empty, fold, gradient, policy_loss)
+_KERNELS = Kernels(empty, fold, gradient, policy_loss)
 
 
 def linear_token_stats(*args: Any) -> list[Tensor]:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import check_cu_seqlens
 from trajkern._native._args import DTYPE, pointer
+from trajkern.losses.kinds import METRICS
 
 
 def policy_loss(
     logprobs: Tensor,  # [T]
-    old_logprobs: Tensor,  # [T]
-    advantages: Tensor,  # [N] or [T], or a branch's rows of them [6, N or T]
-    cu_seqlens: Tensor,  # [N+1]
-    mask: Tensor | None,  # [T]
-    ref_logprobs: Tensor | None,  # [T]
-    sampler_logprobs: Tensor | None,  # [T]
     entropy: Tensor | None,  # [T]
     selected: Tensor | None,  # [T]
-    normalizer: Tensor | None,  # []
-    options: list[int],
-    params: list[float],
+    *inputs: Any,
 ) -> list[Tensor]:
+    """``inputs``: those of :class:`LossInputs`, of which ``options`` has all of kinds.OPTIONS."""
+    old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, normalizer, options, params = inputs
     tokens, dtype = logprobs.shape[0], logprobs.dtype
-    loss, metrics = torch.empty((), dtype=dtype), torch.empty(7, dtype=dtype)
-    grad = torch.empty(tokens, dtype=dtype) if options[6] else None
-    grad_entropy = torch.empty(tokens, dtype=dtype) if options[7] else None
+    loss, metrics = torch.empty((), dtype=dtype), torch.empty(len(METRICS), dtype=dtype)
+    grad_logprobs = torch.empty(tokens, dtype=dtype) if options[-2] else None
+    grad_entropy = torch.empty(tokens, dtype=dtype) if options[-1] else None
     pointers = [
         logprobs.data_ptr(),
         old_logprobs.data_ptr(),
@@ -41,13 +38,13 @@ def policy_loss(
         pointer(selected),
         loss.data_ptr(),
         metrics.data_ptr(),
-        pointer(grad),
+        pointer(grad_logprobs),
         pointer(grad_entropy),
     ]
     sizes = tokens, cu_seqlens.shape[0] - 1, advantages.shape[1] if advantages.ndim == 2 else 0
     if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, *sizes, options, params):
         check_cu_seqlens(cu_seqlens, tokens)
-    return [x for x in (loss, metrics, grad, grad_entropy) if x is not None]
+    return [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
 
 
 def scale_gradient_(x: Tensor, scale: Tensor) -> None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._tiles import head as head_tiles
-from trajkern._tiles.head import Grads, Tiles, part_of, slices
-from trajkern._tiles.pairs import Head
+from trajkern._tiles import tiles as head_tiles
+from trajkern._tiles.arguments import Head
+from trajkern._tiles.tiles import Grads, Tiles, part_of, slices
 
 SAVED = 6  # numbers a row that the backward needs, see csrc/cpu/divergence.cpp
 

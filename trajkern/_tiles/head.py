@@ -1,190 +1,18 @@
-"""The head's loops over tiles of logits, which the CPU's and the GPU's launchers share.
-
-A tile is the logits of some rows and a slice of the vocabulary. ``fold`` adds one to the rows' running statistics,
-``gradient`` turns one into d loss / d logits; both are the backend's kernels, the matrix products are torch's.
-"""
+"""The head's ops as loops over tiles of logits, which the CPU's and the GPU's launchers share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trajkern._tiles.pairs import Head, Pairs, in_range, pairs_of
-from trajkern._tiles.shards import Shard, shard
-
-# A tile's columns do not depend on the workspace: they are the order of the sums.
-COLUMNS = {"cpu": 16384, "cuda": 32768}  # of a tile that is dropped once folded
-SLICE = 65536  # columns at a time of whole rows on a CPU: products of fewer are slow, a tile of more leaves the cache
-FOLD_ROWS = 2048  # at most
-ROW_MULTIPLE = 8  # rows of a tile of whole rows, where the workspace holds more
-
-
-class Kernels(NamedTuple):
-    """A backend's: empty(like, shape, dtype), fold and gradient (see their launchers), and the policy loss."""
-
-    empty: Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
-    fold: Callable[..., None]
-    gradient: Callable[..., None]
-    policy_loss: Callable[..., list[Tensor]]
-
-
-class Tiles:
-    """Tiles of one call: their sizes, the products that fill and use them, the kernels on them."""
-
-    def __init__(self, head: Head, kernels: Kernels) -> None:
-        self.head, self.kernels = head, kernels
-        self.temperature, self.softcap, self.logit_scale = head.scales
-        narrow, self.workspace = head.options
-        half = head.hidden.dtype in (torch.bfloat16, torch.float16)
-        self.cpu = head.hidden.is_cpu
-        self.dtype = head.hidden.dtype if half and narrow else head.accumulator
-        self.shard: Shard = shard(head.group, head.weight)
-        self.local = head.targets - self.shard.first
-        self.state_dtype = torch.float64 if self.cpu else head.accumulator
-
-    @property
-    def size(self) -> int:
-        return self.head.weight.shape[0]
-
-    def empty(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.kernels.empty(self.head.hidden, (rows, columns), dtype or self.dtype)
-
-    def fold_shape(self, slots: int) -> tuple[int, int]:
-        """(rows, columns) of a tile that is dropped once folded, or recomputed to be a gradient."""
-        columns = min(COLUMNS[self.head.hidden.device.type], self.size)
-        rows = min(slots, FOLD_ROWS, self.workspace // (columns * self.dtype.itemsize))
-        return max(rows, 1), columns
-
-    def whole_rows(self, slots: int) -> tuple[int, int]:
-        """(rows, columns of a slice) of a tile of whole rows. The widest shard decides, so that ranks keep step."""
-        rows = self.workspace // (self.shard.widest * self.dtype.itemsize)
-        if ROW_MULTIPLE <= rows < slots:  # as many in every block
-            each = -(-slots // -(-slots // (rows // ROW_MULTIPLE * ROW_MULTIPLE)))
-            rows = -(-each // ROW_MULTIPLE) * ROW_MULTIPLE
-        return max(1, min(slots, rows)), min(SLICE, self.size) if self.cpu else self.size
-
-    def scale(self, row: Tensor) -> Tensor:
-        """1 / temperature of each row."""
-        if self.head.temperatures is None:
-            return torch.full(row.shape, 1 / self.temperature, dtype=self.state_dtype, device=row.device)
-        return 1 / self.head.temperatures[row].to(self.state_dtype)
-
-    def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
-        """softcap(logit_scale (h w + bias)); the temperature is left to the kernels."""
-        weight = self.head.weight[columns]
-        if self.dtype == weight.dtype:
-            torch.mm(hidden, weight.t(), out=out)
-        elif self.cpu:
-            torch.mm(hidden.to(self.dtype), weight.to(self.dtype).t(), out=out)
-        else:
-            torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out)
-        if self.head.bias is not None:
-            out += self.head.bias[columns]
-        if self.logit_scale != 1:
-            out *= self.logit_scale
-        if self.softcap:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def restrict(self, pairs: Pairs, lo: int, hi: int, columns: slice, z: Tensor) -> None:
-        """-inf for what a row's token was not sampled from."""
-        ids, offsets = self.head.support_ids, self.head.support_offsets
-        if ids is None or offsets is None:
-            return
-        entry = torch.searchsorted(offsets, torch.arange(ids.shape[0], device=ids.device), right=True) - 1
-        slot_of = torch.full((self.head.targets.shape[0],), -1, device=ids.device)
-        slot_of[pairs.pair] = pairs.slot
-        slot, at = slot_of[entry], ids - self.shard.first
-        inside = (slot >= lo) & (slot < hi) & (at >= columns.start) & (at < columns.stop)
-        keep = torch.zeros(hi - lo, z.shape[1] + 1, dtype=torch.bool, device=z.device)
-        keep[torch.where(inside, slot - lo, 0), torch.where(inside, at - columns.start, z.shape[1])] = True
-        z.masked_fill_(~keep[:, :-1], -math.inf)
-
-    def chain(self, grad: Tensor, hidden: Tensor, columns: slice, first: bool, into: Grads, grad_hidden: Any) -> None:
-        """Adds a tile of d logits to the gradients of what the logits were made of."""
-        weight = self.head.weight[columns]
-        if grad_hidden is not None:
-            _add_product(grad_hidden, grad, weight, self.cpu)
-        if into.weight is not None:
-            _add_product(into.weight[columns], grad.t(), hidden, self.cpu, fresh=first)
-        if into.bias is not None:
-            into.bias[columns] += grad.sum(0, dtype=into.bias.dtype)
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor, cpu: bool, fresh: bool = False) -> None:
-    """into (+)= a @ b, in into's precision."""
-    if a.dtype != b.dtype or cpu:
-        a, b = a.to(into.dtype), b.to(into.dtype)
-    if a.dtype != into.dtype:
-        torch.addmm(into, a, b, out_dtype=into.dtype, beta=0 if fresh else 1, out=into)
-    else:
-        torch.addmm(into, a, b, beta=0 if fresh else 1, out=into)
-
-
-class Grads(NamedTuple):
-    """Gradients under way, in the accumulator's precision; what is not needed is None."""
-
-    hidden: Tensor | None  # [T+1, H], the last row for idle slots
-    weight: Tensor | None  # [V, H]
-    bias: Tensor | None  # [V]
-
-    @classmethod
-    def of(cls, tiles: Tiles, needs: list[bool], blocks: int) -> Grads:
-        """For sums over ``blocks``, of which the first writes the weight's; zero if there is none."""
-        head, (hidden, weight, bias) = tiles.head, needs
-        tokens, width = head.hidden.shape
-        new, into_weight = head.hidden.new_zeros, None
-        if weight:
-            into_weight = tiles.empty(head.weight.shape[0], width, head.accumulator)
-            if not blocks:
-                into_weight.zero_()
-        return cls(
-            new((tokens + 1, width), dtype=head.accumulator) if hidden else None,
-            into_weight,
-            new(head.weight.shape[0], dtype=torch.float64) if bias else None,
-        )
-
-    def finish(self, head: Head, of: Shard) -> list[Tensor]:
-        """In the parameters' dtypes; the hidden states' is summed over the vocabulary's shards."""
-        done = []
-        if self.hidden is not None:
-            done.append(of.sum(self.hidden[:-1]).to(head.hidden.dtype))
-        done += [x.to(head.weight.dtype) for x in (self.weight, self.bias) if x is not None]
-        return done
-
-
-class _Block(NamedTuple):
-    """Rows lo:hi of the slots, their hidden states and 1 / temperature, and their pairs."""
-
-    lo: int
-    hi: int
-    hidden: Tensor  # [R, H]
-    scale: Tensor  # [R]
-    pairs: slice
-
-
-def _blocks(tiles: Tiles, pairs: Pairs, rows: int) -> Iterator[_Block]:
-    slots = pairs.row.shape[0]
-    for lo in range(0, slots, rows):
-        hi = min(lo + rows, slots)
-        row = pairs.row[lo:hi]
-        hidden = tiles.head.hidden[row]
-        if pairs.idle is not None:  # what they would read may be NaN
-            hidden = hidden.masked_fill(pairs.idle[lo:hi, None], 0)
-        yield _Block(lo, hi, hidden, tiles.scale(row), pairs.within(lo, hi))
-
-
-def part_of(z: Tensor, rows: int, columns: int) -> Tensor:
-    """A contiguous tile in the memory of a larger one."""
-    return z.view(-1)[: rows * columns].view(rows, columns)
-
-
-def slices(size: int, columns: int) -> Iterator[slice]:
-    for first in range(0, size, columns):
-        yield slice(first, min(first + columns, size))
+from trajkern._tiles.arguments import Head
+from trajkern._tiles.pairs import Pairs, in_range, pairs_of
+from trajkern._tiles.tiles import Block, Grads, Kernels, PairTerms, Tiles, blocks, part_of, slices
+from trajkern.losses.inputs import LossInputs
 
 
 class Folded(NamedTuple):
@@ -199,7 +27,7 @@ class Folded(NamedTuple):
         return self.state[:, 1].log1p()
 
 
-def _fold(tiles: Tiles, pairs: Pairs, block: _Block, columns: int, z: Tensor, outputs: int) -> Folded:
+def _fold(tiles: Tiles, pairs: Pairs, block: Block, columns: int, z: Tensor, outputs: int) -> Folded:
     """Statistics of a block's rows; ``z`` keeps the logits where it is wide enough for whole rows."""
     rows = block.hi - block.lo
     state = torch.zeros(rows, 4, dtype=tiles.state_dtype, device=z.device)
@@ -244,7 +72,7 @@ class Stats(NamedTuple):
         wanted = [new(count, dtype=kind) if outputs >> bit & 1 else None for bit, kind in enumerate(kinds)]
         return cls(new(count, dtype=dtype), new(head.keys + 1, 2, dtype=dtype), *wanted)
 
-    def write(self, tiles: Tiles, pairs: Pairs, block: _Block, folded: Folded) -> None:
+    def write(self, tiles: Tiles, pairs: Pairs, block: Block, folded: Folded) -> None:
         """The block's pairs; those of other blocks stay."""
         state, log_sum = folded.state, folded.log_sum
         slot, index = pairs.slot[block.pairs] - block.lo, pairs.pair[block.pairs]
@@ -277,13 +105,13 @@ class Stats(NamedTuple):
 
 def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
     """[logprobs, norm, the outputs asked for, and with ``unit`` d logprobs / d hidden]."""
-    head, (outputs, unit) = Head(*args[:-2]), args[-2:]
+    head, (outputs, unit) = Head.split(args)
     tiles, stats = Tiles(head, kernels), Stats.zeros(head, outputs)
     pairs = pairs_of(head, tiles.shard.vocabulary, head.mask)
     rows, columns = (tiles.whole_rows if unit else tiles.fold_shape)(pairs.row.shape[0])
     z = tiles.empty(rows, tiles.size if unit else columns)
     grads = Grads.of(tiles, [unit, False, False], 0)
-    for block in _blocks(tiles, pairs, rows):
+    for block in blocks(tiles, pairs, rows):
         folded = _fold(tiles, pairs, block, columns, z, outputs)
         stats.write(tiles, pairs, block, folded)
         if unit:
@@ -295,7 +123,7 @@ def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
 def _chain(
     tiles: Tiles,
     pairs: Pairs,
-    block: _Block,
+    block: Block,
     columns: int,
     z: Tensor,
     stats: Stats,
@@ -313,7 +141,7 @@ def _chain(
     if grad_entropy is not None:
         assert stats.entropy is not None
         entropy, grad_entropy = stats.entropy[index], grad_entropy[index]
-    made = (tiles.local[index], stats.logprobs[index], grad_logprobs[index], entropy, grad_entropy)
+    terms = PairTerms(tiles.local[index], stats.logprobs[index], grad_logprobs[index], entropy, grad_entropy)
     norm = stats.norm[pairs.key[block.lo : block.hi]]
     grad_hidden = None if grads.hidden is None else norm.new_zeros(rows, block.hidden.shape[1])
     narrow = None
@@ -327,7 +155,7 @@ def _chain(
             tiles.restrict(pairs, block.lo, block.hi, part, tile)
         grad = tile if narrow is None else part_of(narrow, rows, width)
         tiles.kernels.gradient(
-            grad, tile, part.start, norm, block.scale, offsets, *made, tiles.softcap, tiles.logit_scale
+            grad, tile, part.start, norm, block.scale, offsets, terms, tiles.softcap, tiles.logit_scale
         )
         tiles.chain(grad, block.hidden, part, block.lo == 0, grads, grad_hidden)
     if grads.hidden is not None and grad_hidden is not None:
@@ -339,86 +167,71 @@ def _chain(
 
 def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     """The gradients that ``needs`` asks for, the logits computed again."""
-    head, (grad_logprobs, grad_entropy, logprobs, norm, entropy, needs) = Head(*args[:-6]), args[-6:]
+    head, (grad_logprobs, grad_entropy, logprobs, norm, entropy, needs) = Head.split(args)
     tiles = Tiles(head, kernels)
     idle = torch.cat((norm, norm.new_zeros(1, 2)))
     stats = Stats(logprobs, idle, entropy, None, None, None)
     pairs = pairs_of(head, tiles.shard.vocabulary, head.mask)
     rows, columns = tiles.fold_shape(pairs.row.shape[0])
     z, grads = tiles.empty(rows, columns), Grads.of(tiles, needs, pairs.row.shape[0])
-    for block in _blocks(tiles, pairs, rows):
+    for block in blocks(tiles, pairs, rows):
         _chain(tiles, pairs, block, columns, z, stats, grad_logprobs, grad_entropy, grads, kept=False)
     return grads.finish(head, tiles.shard)
 
 
 def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     """[loss, metrics, logprobs, the gradients asked for]: logits once, gradients formed block by block."""
-    head, rest = Head(*args[:12]), args[12:]
-    old, advantages, cu_seqlens, ref, sampler, normalizer, options, params, outputs, needs = rest
-    tiles, stats, has_entropy_term = Tiles(head, kernels), Stats.zeros(head, outputs), params[4] != 0
-    if old is None:
-        old = stats.logprobs
+    head, others = Head.split(args)
+    *inputs, outputs, needs = others
+    loss_inputs = LossInputs(*inputs)._replace(mask=head.mask)
+    tiles, stats = Tiles(head, kernels), Stats.zeros(head, outputs)
+    if loss_inputs.old_logprobs is None:
+        loss_inputs = loss_inputs._replace(old_logprobs=stats.logprobs)
     else:
-        stats.logprobs.copy_(old)  # of pairs not yet computed: finite, and in no sum until the last call
+        stats.logprobs.copy_(
+            loss_inputs.old_logprobs
+        )  # of pairs not yet computed: finite, in no sum until the last call
 
     def policy(form_grads: bool) -> list[Tensor]:
-        return kernels.policy_loss(
-            stats.logprobs,
-            old,
-            advantages,
-            cu_seqlens,
-            head.mask,
-            ref,
-            sampler,
-            stats.entropy,
-            None,
-            normalizer,
-            [*options, int(form_grads), int(form_grads and has_entropy_term)],
-            params,
-        )
+        forms_entropy = form_grads and loss_inputs.parameter("entropy_coef") != 0
+        options = [*loss_inputs.options, int(form_grads), int(forms_entropy)]
+        return kernels.policy_loss(stats.logprobs, stats.entropy, None, *loss_inputs._replace(options=options))
 
-    live = _live(head, advantages, cu_seqlens, options, params)
+    live = _live(head, loss_inputs)
     pairs = pairs_of(head, tiles.shard.vocabulary, live)
     rows, columns = tiles.whole_rows(pairs.row.shape[0])
     z, grads = tiles.empty(rows, tiles.size), Grads.of(tiles, needs, pairs.row.shape[0])
-    for block in _blocks(tiles, pairs, rows):
+    for block in blocks(tiles, pairs, rows):
         stats.write(tiles, pairs, block, _fold(tiles, pairs, block, columns, z, outputs))
         grad_logprobs, *grad_entropy = policy(True)[2:]
-        _chain(
-            tiles,
-            pairs,
-            block,
-            columns,
-            z,
-            stats,
-            grad_logprobs,
-            grad_entropy[0] if grad_entropy else None,
-            grads,
-            kept=True,
-        )
+        upstream = grad_logprobs, grad_entropy[0] if grad_entropy else None
+        _chain(tiles, pairs, block, columns, z, stats, *upstream, grads, kept=True)
     if live is not head.mask and live is not None:  # no gradient: folded in small tiles
-        others = pairs_of(head, tiles.shard.vocabulary, ~live if head.mask is None else head.mask & ~live)
-        rows, columns = tiles.fold_shape(others.row.shape[0])
-        z = tiles.empty(rows, columns)
-        for block in _blocks(tiles, others, rows):
-            stats.write(tiles, others, block, _fold(tiles, others, block, columns, z, outputs))
+        others_live = ~live if head.mask is None else head.mask & ~live
+        _fold_all(tiles, pairs_of(head, tiles.shard.vocabulary, others_live), stats, outputs)
     stats.finish(tiles)
     if head.mask is not None:
         stats.logprobs.masked_fill_(~head.mask, 0)
     return [*policy(False), stats.logprobs, *grads.finish(head, tiles.shard)]
 
 
-def _live(head: Head, advantages: Tensor, cu_seqlens: Tensor, options: list[int], params: list[float]) -> Tensor | None:
+def _fold_all(tiles: Tiles, pairs: Pairs, stats: Stats, outputs: int) -> None:
+    """The statistics of pairs whose logits nothing reads again."""
+    rows, columns = tiles.fold_shape(pairs.row.shape[0])
+    z = tiles.empty(rows, columns)
+    for block in blocks(tiles, pairs, rows):
+        stats.write(tiles, pairs, block, _fold(tiles, pairs, block, columns, z, outputs))
+
+
+def _live(head: Head, inputs: LossInputs) -> Tensor | None:
     """The pairs with a gradient; only on a CPU, where asking costs nothing, fewer than the unmasked ones."""
-    *_, per_token = options
-    kl_coef, entropy_coef = params[3:5]
-    if kl_coef or entropy_coef or not head.hidden.is_cpu:
+    if inputs.parameter("kl_coef") or inputs.parameter("entropy_coef") or not head.hidden.is_cpu:
         return head.mask
-    live = advantages != 0  # a NaN is
+    live = inputs.advantages != 0  # a NaN is
     if live.ndim == 2:  # a branch: sums over positive and over negative advantages, and more
         live = live[0] | live[1]
-    if not per_token:
-        live = live.repeat_interleave(cu_seqlens.diff(), output_size=head.targets.shape[0])
+    if not inputs.per_token:
+        live = live.repeat_interleave(inputs.cu_seqlens.diff(), output_size=head.targets.shape[0])
     if bool(live.all()):
         return head.mask
     return live if head.mask is None else head.mask & live

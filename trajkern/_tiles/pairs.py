@@ -7,33 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._dtypes import accumulator
-
-
-class Head(NamedTuple):
-    """The arguments that every op of the family begins with."""
-
-    hidden: Tensor  # [T, H]
-    weight: Tensor  # [V, H], of a shard's own tokens
-    bias: Tensor | None  # [V]
-    targets: Tensor  # [P]
-    rows: Tensor | None  # [P]
-    mask: Tensor | None  # [P]
-    temperatures: Tensor | None  # [T]
-    support_ids: Tensor | None  # [E]
-    support_offsets: Tensor | None  # [P+1]
-    scales: list[float]  # temperature, softcap (0: none), logit_scale
-    options: list[int]  # whether logits keep the inputs' 16 bits, bytes of the workspace
-    group: str
-
-    @property
-    def keys(self) -> int:
-        """What the rows of ``norm`` stand for: hidden states, or pairs where each has a support of its own."""
-        return self.hidden.shape[0] if self.support_ids is None else self.targets.shape[0]
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        return accumulator(self.hidden)
+from trajkern._tiles.arguments import Head
 
 
 class Pairs(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,28 +19,68 @@ from trajkern._checks import (
     readable,
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
+from trajkern._tiles.arguments import Head
 from trajkern._tiles.shards import shard
 
 WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    mask: Tensor | None = None,
-    sampling_support: tuple[Tensor, Tensor] | None = None,
-    logits_dtype: torch.dtype = torch.float32,
-    workspace_bytes: int | None = None,
-    process_group: Any = None,
-) -> tuple[Any, ...]:
-    """Raises, or returns the arguments that every op of the family begins with."""
+class HeadArguments(NamedTuple):
+    """The arguments that the head's ops share, under their public names and with their defaults."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [P]
+    rows: Tensor | None = None  # [P]
+    bias: Tensor | None = None  # [V]
+    temperature: float | Tensor = 1.0  # [T]
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    mask: Tensor | None = None  # [P]
+    sampling_support: tuple[Tensor, Tensor] | None = None  # [E], [P+1]
+    logits_dtype: torch.dtype = torch.float32
+    workspace_bytes: int | None = None
+    process_group: Any = None
+
+
+def check_head(arguments: HeadArguments) -> Head:
+    """Raises, or returns the arguments as the kernels read them."""
+    hidden, weight, targets, rows, mask = (
+        arguments.hidden,
+        arguments.weight,
+        arguments.targets,
+        arguments.rows,
+        arguments.mask,
+    )
+    _check_tensors(arguments)
+    temperatures, scales = _check_scales(arguments)
+    check_choice("logits_dtype", arguments.logits_dtype, {torch.float32, hidden.dtype})
+    group = "" if arguments.process_group is None else arguments.process_group.group_name
+    of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
+    workspace = _check_workspace(arguments.workspace_bytes, hidden, arguments.logits_dtype, of.widest)
+    if readable(hidden):
+        check_targets(targets, of.vocabulary, mask)
+        if rows is not None:
+            _check_rows(rows, hidden.shape[0], mask)
+    ids, offsets = _check_support(arguments.sampling_support, targets, of.vocabulary, mask)
+    return Head(
+        hidden,
+        weight,
+        arguments.bias,
+        laid_out(targets, torch.int64),
+        laid_out(rows, torch.int64),
+        laid_out(mask, torch.bool),
+        temperatures,
+        ids,
+        offsets,
+        scales,
+        [int(arguments.logits_dtype != torch.float32), workspace],
+        group,
+    )
+
+
+def _check_tensors(arguments: HeadArguments) -> None:
+    hidden, weight, targets, rows, bias, *_ = arguments
     check_tensor("hidden", hidden, dtypes=FLOATS, ndim=2)
     device, tokens = hidden.device, hidden.shape[0]
     check_tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2, device=device)
@@ -53,40 +93,16 @@ def check_head(
         check_shape("rows", rows, pairs, "one hidden state a target")
     elif pairs != (tokens,):
         raise ValueError(f"targets must have one entry a row of hidden, {tokens}, where rows is None; got {pairs[0]}")
-    if mask is not None:
-        check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
-        check_shape("mask", mask, pairs, "one flag a target")
+    if arguments.mask is not None:
+        check_tensor("mask", arguments.mask, dtypes=(torch.bool,), device=device)
+        check_shape("mask", arguments.mask, pairs, "one flag a target")
     if bias is not None:
         check_tensor("bias", bias, dtypes=(hidden.dtype,), device=device)
         check_shape("bias", bias, tuple(weight.shape[:1]), "one number a row of weight")
-    temperatures, scales = _check_scales(temperature, softcap, logit_scale, hidden)
-    check_choice("logits_dtype", logits_dtype, {torch.float32, hidden.dtype})
-    group = "" if process_group is None else process_group.group_name
-    of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
-    workspace = _check_workspace(workspace_bytes, hidden, logits_dtype, of.widest)
-    if readable(hidden):
-        check_targets(targets, of.vocabulary, mask)
-        if rows is not None:
-            _check_rows(rows, tokens, mask)
-    ids, offsets = _check_support(sampling_support, targets, of.vocabulary, mask)
-    options = [int(logits_dtype != torch.float32), workspace]
-    return (
-        hidden,
-        weight,
-        bias,
-        laid_out(targets, torch.int64),
-        None if rows is None else laid_out(rows, torch.int64),
-        laid_out(mask, torch.bool),
-        temperatures,
-        ids,
-        offsets,
-        scales,
-        options,
-        group,
-    )
 
 
-def _check_scales(temperature, softcap, logit_scale, hidden: Tensor) -> tuple[Tensor | None, list[float]]:
+def _check_scales(arguments: HeadArguments) -> tuple[Tensor | None, list[float]]:
+    hidden, temperature, softcap = arguments.hidden, arguments.temperature, arguments.softcap
     temperatures = None
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, dtypes=FLOATS, device=hidden.device)
@@ -98,8 +114,8 @@ def _check_scales(temperature, softcap, logit_scale, hidden: Tensor) -> tuple[Te
         check_number("temperature", temperature, above=0)
     if softcap is not None:
         check_number("softcap", softcap, above=0)
-    check_number("logit_scale", logit_scale)
-    return temperatures, [float(temperature), float(softcap or 0), float(logit_scale)]
+    check_number("logit_scale", arguments.logit_scale)
+    return temperatures, [float(temperature), float(softcap or 0), float(arguments.logit_scale)]
 
 
 def _check_workspace(workspace_bytes: int | None, hidden: Tensor, logits_dtype: torch.dtype, vocabulary: int) -> int:

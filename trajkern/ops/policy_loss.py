@@ -6,7 +6,6 @@ scales it, in place, by the upstream number.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,33 +14,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
-from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, laid_out, readable
-from trajkern._dtypes import FLOATS, accumulator
+from trajkern._checks import laid_out
+from trajkern._dtypes import accumulator
 from trajkern._results import Branch
+from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
-from trajkern.losses.kinds import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, METRICS, RATIO_LEVELS, SAMPLER_CORRECTIONS
+from trajkern.losses.inputs import LossInputs
+from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 from trajkern.ops._library import define, recorded
+from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.tree import branch_coefficients
 from trajkern.ops.tree_loss import (
-    LOG_RATIO_BOUND,
     Paths,
-    check_branch,
-    gate_of,
     leaf_counts,
+    leaf_weights,
     path_sums,
     read_branch,
+    remaining_rollouts,
     sampler_factor,
     scored,
+    stacked,
     summed,
-    weights_of,
 )
 
+# LossInputs behind its old log-probs, in every op's schema
+LOSS_INPUTS = (
+    "old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask, Tensor? ref_logprobs, Tensor? sampler_logprobs,"
+    " Tensor? normalizer, int[] options, float[] params"
+)
+Result = tuple[Tensor, dict[str, Tensor]]
 
-def _policy_loss_fake(
-    logprobs, old, advantages, cu_seqlens, mask, ref, sampler, entropy, selected, normalizer, options, params
-):
-    *_, need_logprobs, need_entropy = options
+
+def _policy_loss_fake(logprobs, entropy, selected, *inputs):
+    *_, need_logprobs, need_entropy = LossInputs(*inputs).options
     grads = [logprobs.new_empty(logprobs.shape) for need in (need_logprobs, need_entropy) if need]
     return [logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), *grads]
 
@@ -49,70 +55,45 @@ def _policy_loss_fake(
 # -> [loss, metrics in METRICS' order, then the gradients in logprobs and entropy that the last two options ask for]
 _policy_loss = define(
     "policy_loss",
-    "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
-    " Tensor? ref_logprobs, Tensor? sampler_logprobs, Tensor? entropy, Tensor? selected, Tensor? normalizer,"
-    " int[] options, float[] params) -> Tensor[]",
+    f"policy_loss(Tensor logprobs, Tensor? entropy, Tensor? selected, Tensor {LOSS_INPUTS}) -> Tensor[]",
     _policy_loss_fake,
 )
 _scale_gradient_ = define("policy_loss", "scale_gradient_(Tensor(a!) x, Tensor scale) -> ()", lambda x, scale: None)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logprobs,
-        entropy,
-        old,
-        advantages,
-        cu_seqlens,
-        mask,
-        ref,
-        sampler,
-        selected,
-        normalizer,
-        options,
-        params,
-    ):
-        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        loss, metrics, *grads = _policy_loss(
-            logprobs,
-            old,
-            advantages,
-            cu_seqlens,
-            mask,
-            ref,
-            sampler,
-            entropy,
-            selected,
-            normalizer,
-            [*options, *map(int, needs)],
-            params,
-        )
-        rest = iter(grads)
-        ctx.grads = [next(rest) if need else None for need in needs]
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss, _):
-        if ctx.grads is None:
-            raise RuntimeError("policy_loss: a second backward; the gradient was formed in the forward and scaled once")
-        grads, ctx.grads = ctx.grads, None
-        return *(scaled(g, grad_loss) for g in grads), *(None,) * 10
+def scaled_once(ctx: Any, op: str, grad_loss: Tensor) -> list[Tensor | None]:
+    """The gradients that ``op`` formed in its forward, ``ctx.grads``, times the upstream number."""
+    if ctx.grads is None:
+        raise RuntimeError(f"{op}: a second backward; the gradient was formed in the forward and scaled once")
+    grads, ctx.grads = ctx.grads, None
+    return [None if grad is None else _scaled(grad, grad_loss) for grad in grads]
 
 
-def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """``grad`` times the upstream number, in place where no graph is traced."""
-    if grad is None:
-        return None
     if torch.compiler.is_compiling():
         return (grad * scale).to(grad.dtype)
     if grad.dtype not in (torch.float32, torch.float64):
         return grad.mul_(scale)
     _scale_gradient_(grad.view(-1), scale)
     return grad
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logprobs, entropy, selected, *inputs):
+        needs, (*tensors, options, params) = ctx.needs_input_grad[:2], inputs
+        options = [*options, *map(int, needs)]
+        loss, metrics, *grads = _policy_loss(logprobs, entropy, selected, *tensors, options, params)
+        formed = iter(grads)
+        ctx.grads = [next(formed) if need else None for need in needs]
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss, _):
+        return *scaled_once(ctx, "policy_loss", grad_loss), *(None,) * (1 + len(LossInputs._fields))
 
 
 @recorded
@@ -206,228 +187,100 @@ def policy_loss(
     CISPO 2506.13585, SAPO 2511.20347, LUSPO and VESPO as in TRL, GPG 2504.02546, DPPO 2602.04879, KL-Cov and Clip-Cov
     2505.22617; TIS and IcePop as in OpenRLHF and NeMo-RL.
     """
-    if old_logprobs is None and isinstance(logprobs, Tensor):
-        old_logprobs = logprobs.detach()
-    advantages, per_token, divisor, ref, sampler = check_policy(
-        logprobs,
+    arguments = LossArguments(
+        config,
         old_logprobs,
         advantages,
         cu_seqlens,
-        config,
         mask,
         ref_logprobs,
         sampler_logprobs,
-        entropy,
         branch,
         normalizer,
         per_token,
     )
+    return checked_policy_loss(logprobs, entropy, check_loss(logprobs, entropy, arguments))
+
+
+def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> Result:
+    """:func:`policy_loss` of checked arguments."""
+    if arguments.old_logprobs is None:
+        arguments = arguments._replace(old_logprobs=logprobs.detach())
     if _backends.wants_reference("policy_loss", logprobs):
-        return _backends.reference().policy_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            cu_seqlens,
-            config=config,
-            mask=mask,
-            ref_logprobs=ref,
-            sampler_logprobs=sampler,
-            entropy=entropy,
-            branch=branch,
-            normalizer=divisor,
-            per_token=per_token,
-        )
+        return _backends.reference().policy_loss(logprobs, entropy=entropy, **arguments._asdict())
     dtype = accumulator(logprobs)
-    new, old = laid_out(logprobs, dtype), laid_out(old_logprobs, dtype)
-    mask, cu_seqlens = laid_out(mask, torch.bool), laid_out(cu_seqlens, torch.int64)
-    ref, sampler, entropy = laid_out(ref, dtype), laid_out(sampler, dtype), laid_out(entropy, dtype)
-    if isinstance(branch, Paths):
-        if config.resolved_ratio_level == "sequence":
-            return _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, branch, divisor)
-    if branch is not None:
-        advantages, config, divisor = read_branch(
-            branch, config, cu_seqlens, mask, old, sampler, divisor, per_token, dtype
-        )
-    a = laid_out(advantages, dtype)
-    selected = _select(config, new, old, a if per_token else None, advantages, cu_seqlens, mask)
-    loss, metrics = _PolicyLoss.apply(
-        new, entropy, old, a, cu_seqlens, mask, ref, sampler, selected, divisor, *encode(config, per_token)
-    )
+    logprobs, entropy, arguments = laid_out(logprobs, dtype), laid_out(entropy, dtype), arguments.laid_out(dtype)
+    if isinstance(arguments.branch, Paths) and arguments.config.resolved_ratio_level == "sequence":
+        return _sequence_loss(logprobs, entropy, arguments)
+    arguments = read_branch(arguments, dtype)
+    return _formed(logprobs, entropy, _selected(logprobs, arguments), arguments)
+
+
+def _formed(logprobs: Tensor, entropy: Tensor | None, selected: Tensor | None, arguments: LossArguments) -> Result:
+    loss, metrics = _PolicyLoss.apply(logprobs, entropy, selected, *arguments.inputs())
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
-def _sequence_loss(new, old, cu_seqlens, config, mask, ref, sampler, entropy, paths, normalizer):
-    """The policy term a leaf, from its path's mean log-ratio; KL and entropy a token, as often as it has leaves."""
-    tree, (gate, sound) = paths.tree, gate_of(paths, config, cu_seqlens, mask, old, sampler)
-    counts = leaf_counts(paths, cu_seqlens, mask, gate)
-    weights = weights_of(config, counts, normalizer)
-    own = replace(summed(config), ratio_level="token")
-    log_ratio = scored(new - old, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    log_ratio = path_sums(log_ratio, cu_seqlens, tree) / counts.clamp_min(1)
-    terms = counts
-    if own.sampler_correction != "none":
-        terms = path_sums(scored(sampler_factor(own, old - sampler), mask), cu_seqlens, tree)
-    a, each = paths.advantages.detach().to(new.dtype), torch.arange(tree.num_leaves + 1, device=new.device)
-    own = replace(own, sampler_correction="none")
-    policy_alone = replace(own, kl_coef=0.0, entropy_coef=0.0)
-
-    def of_leaves(w: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        w, signs = w.to(new.dtype), (counts * sign for sign in (a > 0, a < 0, a == 0))
-        leaves = Branch(w * a.relu(), -w * (-a).relu(), w, *signs)
-        zeros = torch.zeros_like(log_ratio)
-        return policy_loss(log_ratio, zeros, None, each, config=policy_alone, branch=leaves, per_token=True)
-
-    policy, of_ratio = of_leaves(weights * terms)
-    if terms is not counts:  # a correction of 0 takes a rollout's loss, not its place in the metrics
-        of_ratio = of_leaves(counts)[1]
-    branch = branch_coefficients(torch.zeros_like(a), tree, leaf_weights=weights)
-    rest, metrics = policy_loss(
-        new,
-        old,
-        None,
-        cu_seqlens,
-        branch=branch,
-        mask=mask,
-        ref_logprobs=ref,
-        entropy=entropy,
-        per_token=False,
-        config=replace(own, kind="reinforce"),
-    )
-    loss = policy + rest if sound is None else (policy + rest) / sound
-    return loss, metrics | {k: of_ratio[k] for k in ("clip_fraction", "ratio_mean", "ratio_max")}
-
-
-def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
-    """The configuration as the kernels read it: enumerations in ``options``, numbers in ``params``."""
-    options = [
-        list(FORMS).index(KINDS[c.kind].form),
-        RATIO_LEVELS.index(c.resolved_ratio_level),
-        1 + KL_ESTIMATORS.index(c.kl) if c.kl_coef else 0,
-        AGGREGATES.index(c.resolved_aggregate),
-        SAMPLER_CORRECTIONS.index(c.sampler_correction),
-        int(per_token),
-    ]
-    params = [
-        c.clip_low,
-        c.clip_high,
-        math.inf if c.clip_dual is None else c.clip_dual,
-        c.kl_coef,
-        c.entropy_coef,
-        c.max_length or 1,
-        c.sampler_low,
-        c.sampler_high,
-        c.sapo_tau_pos,
-        c.sapo_tau_neg,
-        c.vespo_k_pos,
-        c.vespo_lambda_pos,
-        c.vespo_k_neg,
-        c.vespo_lambda_neg,
-        c.cov_coef,
-    ]
-    return options, [float(x) for x in params]
-
-
-def _select(c: PolicyLoss, new, old, per_token, advantages, cu_seqlens, mask) -> Tensor | None:
+def _selected(logprobs: Tensor, arguments: LossArguments) -> Tensor | None:
     """The tokens that kl_cov penalises or clip_cov drops; a ranking of the whole batch, so a pass of its own."""
-    if c.kind not in ("kl_cov", "clip_cov"):
+    config, old, advantages = arguments.config, arguments.old_logprobs, arguments.advantages
+    if not config.ranks_tokens:
         return None
-    new = new.detach()
-    mask = torch.ones_like(new, dtype=torch.bool) if mask is None else mask
-    if per_token is None:
+    assert old is not None and advantages is not None
+    new = logprobs.detach()
+    mask = torch.ones_like(new, dtype=torch.bool) if arguments.mask is None else arguments.mask
+    if not arguments.per_token:
         token = torch.arange(new.shape[0], device=new.device)
-        per_token = advantages.to(new.dtype)[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-    if c.kind == "kl_cov":
-        return largest_covariances(per_token, new, mask, mask, c.cov_fraction)
-    ratio = (new - old).clamp(-20, 20).exp()
-    clipped = ratio * per_token > ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * per_token
-    return largest_covariances(per_token, new, mask, mask & ~clipped, c.cov_fraction, (c.cov_low, c.cov_high))
+        advantages = advantages[torch.searchsorted(arguments.cu_seqlens, token, right=True) - 1]
+    if "cov_low" not in KINDS[config.kind].selects:
+        return largest_covariances(advantages, new, mask, mask, config.cov_fraction)
+    ratio = (new - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    clipped = ratio * advantages > ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages
+    band = (config.cov_low, config.cov_high)
+    return largest_covariances(advantages, new, mask, mask & ~clipped, config.cov_fraction, band)
 
 
-def check_policy(
-    logprobs,
-    old_logprobs,
-    advantages,
-    cu_seqlens,
-    config,
-    mask,
-    ref_logprobs,
-    sampler_logprobs,
-    entropy,
-    branch,
-    normalizer,
-    per_token,
-):
-    """Raises, or returns the advantages (a branch's positive ones), per_token, the normalizer as a tensor, and
-    ref_logprobs and sampler_logprobs if they are read."""
-    if branch is not None and advantages is not None:
-        raise ValueError(f"advantages must be None where branch is given; got {describe(advantages)}")
-    _check(logprobs, old_logprobs, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy)
-    if branch is not None:
-        check_branch(branch, config, logprobs, cu_seqlens)
-        if readable(logprobs):
-            check_cu_seqlens(cu_seqlens, logprobs.shape[0])
-    if isinstance(branch, Paths):
-        per_token, advantages = False, logprobs.new_empty(cu_seqlens.shape[0] - 1)
-    elif branch is not None:
-        advantages = branch.positive
-    check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=logprobs.device)
-    return (
-        advantages,
-        _check_advantages(logprobs, advantages, cu_seqlens, per_token),
-        _check_normalizer(normalizer, logprobs),
-        ref_logprobs if config.kl_coef else None,
-        sampler_logprobs if config.sampler_correction != "none" else None,
+def _sequence_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> Result:
+    """The policy term a leaf, from its path's mean log-ratio; KL and entropy a token, as often as it has leaves."""
+    paths, mask, cu_seqlens = arguments.branch, arguments.mask, arguments.cu_seqlens
+    old, dtype = arguments.old_logprobs, logprobs.dtype
+    assert old is not None
+    gate, one_or_nan = remaining_rollouts(arguments)
+    counts = leaf_counts(arguments, gate)
+    weights = leaf_weights(arguments, counts)
+    config = replace(summed(arguments.config), ratio_level="token")
+    log_ratio = scored(logprobs - old, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    log_ratio = path_sums(log_ratio, cu_seqlens, paths.tree) / counts.clamp_min(1)
+    terms = counts
+    if config.sampler_correction != "none":
+        terms = path_sums(scored(sampler_factor(arguments), mask), cu_seqlens, paths.tree)
+    config = replace(config, sampler_correction="none")
+    advantages = paths.advantages.detach().to(dtype)
+    of_leaves = arguments._replace(
+        config=replace(config, kl_coef=0.0, entropy_coef=0.0),
+        old_logprobs=torch.zeros_like(log_ratio),
+        cu_seqlens=torch.arange(paths.tree.num_leaves + 1, device=log_ratio.device),
+        mask=None,
+        ref_logprobs=None,
+        sampler_logprobs=None,
+        normalizer=None,
+        per_token=True,
     )
 
+    def policy_term(weights: Tensor) -> Result:
+        leaves = Branch.of(advantages, weights.to(dtype), counts)
+        return _formed(log_ratio, None, None, of_leaves._replace(advantages=stacked(leaves, dtype)))
 
-def _check(logprobs, old_logprobs, cu_seqlens, config, mask, ref_logprobs, sampler_logprobs, entropy):
-    check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
-    device, length = logprobs.device, tuple(logprobs.shape)
-    if not isinstance(config, PolicyLoss):
-        raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
-    needed = {
-        "old_logprobs": (old_logprobs, True),
-        "ref_logprobs": (ref_logprobs, config.kl_coef != 0),
-        "sampler_logprobs": (sampler_logprobs, config.sampler_correction != "none"),
-        "entropy": (entropy, config.entropy_coef != 0),
-    }
-    for name, (x, need) in needed.items():
-        if x is None and need:
-            raise ValueError(f"{name} must be given for this config (kind {config.kind!r}), got None")
-        if x is not None:
-            check_tensor(name, x, dtypes=FLOATS, device=device)
-            check_shape(name, x, length, "one value a token")
-    if mask is not None:
-        check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
-        check_shape("mask", mask, length, "one flag a token")
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int64, torch.int32), ndim=1, device=device)
-    ranks = config.kind in ("kl_cov", "clip_cov")  # reads cu_seqlens before a launcher can check it
-    if readable(logprobs) and (ranks or _backends.wants_reference("policy_loss", logprobs)):
-        check_cu_seqlens(cu_seqlens, length[0])
-
-
-def _check_advantages(logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, per_token: bool | None) -> bool:
-    tokens, trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
-    if per_token is None:
-        per_token = advantages.shape[0] != trajectories
-    if advantages.shape[0] != (tokens if per_token else trajectories):
-        raise ValueError(
-            f"advantages must have length {trajectories} (one a trajectory) or {tokens} (one a token); "
-            f"got {describe(advantages)}"
-        )
-    return per_token
-
-
-def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    dtype = accumulator(logprobs)
-    if isinstance(normalizer, Tensor):
-        check_tensor("normalizer", normalizer, dtypes=(*FLOATS, torch.int64, torch.int32), device=logprobs.device)
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
-        if readable(normalizer):
-            check_number("normalizer", float(normalizer), above=0)
-        return normalizer.detach().to(dtype).reshape(())
-    check_number("normalizer", normalizer, above=0)
-    return torch.full((), normalizer, dtype=dtype, device=logprobs.device)
+    policy, of_ratio = policy_term(weights * terms)
+    if terms is not counts:  # a correction of 0 takes a rollout's loss, not its place in the metrics
+        of_ratio = policy_term(counts)[1]
+    no_policy_term = branch_coefficients(torch.zeros_like(advantages), paths.tree, leaf_weights=weights)
+    of_tokens = arguments._replace(
+        config=replace(config, kind="reinforce"),
+        advantages=stacked(no_policy_term, dtype),
+        sampler_logprobs=None,
+        normalizer=None,
+    )
+    rest, metrics = _formed(logprobs, entropy, None, of_tokens)
+    loss = policy + rest if one_or_nan is None else (policy + rest) / one_or_nan
+    return loss, metrics | {name: of_ratio[name] for name in ("clip_fraction", "ratio_mean", "ratio_max")}

@@ -15,16 +15,13 @@ from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
 from trajkern.layouts._nodes import offsets_of
 from trajkern.layouts.tree import Tree, aggregate_weights
+from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
-from trajkern.losses.kinds import FORMS, KINDS
+from trajkern.losses.kinds import LOG_RATIO_BOUND
 from trajkern.ops import span
 from trajkern.ops import tree as ops
 
-LOG_RATIO_BOUND = 20.0
 _SUM = ops.REDUCTIONS.index("sum")
-_TOKEN_FORMS = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl")  # linear in A > 0, and in A < 0
-_SEQUENCE_FORMS = ("clip", "sapo")  # whose policy term is a function of the trajectory's ratio and A
-assert set(_TOKEN_FORMS) <= set(FORMS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,22 +86,21 @@ def path_sums(
     return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), *tree.arrays)
 
 
-def check_branch(branch: Any, config: PolicyLoss, pairs: Tensor, cu_seqlens: Tensor) -> None:
+def check_branch(arguments: LossArguments, logprobs: Tensor) -> None:
     """Raises where the branch cannot be read, or where its sums do not give this loss exactly."""
-    form, sequence = KINDS[config.kind][2], config.resolved_ratio_level == "sequence"
-    exact = form in (_SEQUENCE_FORMS if sequence else _TOKEN_FORMS) and config.kind != "clip_cov"
-    if not exact or (sequence and config.kl_coef and config.kl == "k3_corrected"):
+    config, branch = arguments.config, arguments.branch
+    if not config.exact_in_tree:
         what = f"kind {config.kind!r}, ratio level {config.resolved_ratio_level!r}, kl {config.kl!r}"
         raise ValueError(
             f"branch must come with a loss that sums over the leaves give exactly; {what} needs the flat rollouts: "
             "index everything per token with tree.flat_index, and pass tree.flat_cu_seqlens and the leaves' advantages"
         )
     if isinstance(branch, Paths):
-        nodes = (branch.tree.num_nodes + 1,)
-        return check_shape("cu_seqlens", cu_seqlens, nodes, "the boundaries of the tree's nodes")
+        bounds = (branch.tree.num_nodes + 1,)
+        return check_shape("cu_seqlens", arguments.cu_seqlens, bounds, "the boundaries of the tree's nodes")
     if not isinstance(branch, Branch):
         raise TypeError(f"branch must be a Branch or Paths, got {describe(branch)}")
-    if sequence or config.sampler_correction == "sequence_mask":
+    if config.resolved_ratio_level == "sequence" or config.sampler_correction == "sequence_mask":
         raise ValueError("branch must be Paths where the ratio or the correction is a trajectory's; got a Branch")
     if config.resolved_aggregate.startswith("seq_mean"):
         raise ValueError(
@@ -112,66 +108,73 @@ def check_branch(branch: Any, config: PolicyLoss, pairs: Tensor, cu_seqlens: Ten
             "tree.leaf_weights(mask, aggregate), with which the aggregate is 'token_sum'"
         )
     for name, x in branch._asdict().items():
-        check_tensor(f"branch.{name}", x, dtypes=(*FLOATS, *INTEGERS), ndim=1, device=pairs.device)
+        check_tensor(f"branch.{name}", x, dtypes=(*FLOATS, *INTEGERS), ndim=1, device=logprobs.device)
         check_shape(f"branch.{name}", x, tuple(branch.positive.shape), "like branch.positive")
 
 
-def leaf_counts(paths: Paths, cu_seqlens: Tensor, mask: Tensor | None, gate: Tensor | None) -> Tensor:
-    """Unmasked pairs on the path of each leaf that the gate lets through, else 0; int64 ``[L]``."""
-    counts = paths.tree.along_paths(node_counts(cu_seqlens, mask))
-    return counts if gate is None else counts * gate
-
-
-def node_counts(cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+def node_counts(arguments: LossArguments) -> Tensor:
     """Unmasked pairs of each node, int64 ``[M]``."""
+    cu_seqlens, mask = arguments.cu_seqlens, arguments.mask
     return cu_seqlens.diff() if mask is None else offsets_of(mask)[cu_seqlens].diff()
 
 
-def gate_of(
-    paths: Paths,
-    config: PolicyLoss,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    old: Tensor | None,
-    sampler: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The rollouts that the gate and the sampler's sequence mask leave; 1, or NaN where that mask met one."""
-    if config.sampler_correction != "sequence_mask":
-        return paths.gate, None
-    assert old is not None and sampler is not None
-    counts = leaf_counts(paths, cu_seqlens, mask, None).clamp_min(1)
-    log_w = scored(old - sampler, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    w = (path_sums(log_w, cu_seqlens, paths.tree) / counts).exp()
-    kept = ~((w < config.sampler_low) | (w > config.sampler_high))
-    if paths.gate is not None:
-        kept, w = kept & paths.gate, torch.where(paths.gate, w, 0)
-    return kept, 1 + 0 * w.sum()
+def leaf_counts(arguments: LossArguments, gate: Tensor | None) -> Tensor:
+    """Unmasked pairs on the path of each leaf that the gate lets through, else 0; int64 ``[L]``."""
+    counts = arguments.branch.tree.along_paths(node_counts(arguments))
+    return counts if gate is None else counts * gate
 
 
-def sampler_factor(config: PolicyLoss, log_w: Tensor) -> Tensor:
-    """What "tis" or "icepop" multiplies a token's policy term by."""
-    w = log_w.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    if config.sampler_correction == "tis":
-        return w.clamp_max(config.sampler_high)
-    return torch.where((w < config.sampler_low) | (w > config.sampler_high), 0, w)
-
-
-def scored(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask, x, 0)
-
-
-def weights_of(config: PolicyLoss, counts: Tensor, normalizer: Tensor | None) -> Tensor:
+def leaf_weights(arguments: LossArguments, counts: Tensor) -> Tensor:
     """With which the sum over all (token, leaf) pairs is the aggregate; float64 ``[L]``."""
+    config, normalizer = arguments.config, arguments.normalizer
     weights = aggregate_weights(counts, config.resolved_aggregate, config.max_length, normalizer)
     if config.resolved_aggregate != "token_mean":
         return weights
     return weights / (counts.sum().clamp_min(1) if normalizer is None else normalizer)
 
 
+def remaining_rollouts(arguments: LossArguments) -> tuple[Tensor | None, Tensor | None]:
+    """Those that the gate and the sampler's sequence mask leave; 1, or NaN where that mask met one."""
+    config, paths = arguments.config, arguments.branch
+    if config.sampler_correction != "sequence_mask":
+        return paths.gate, None
+    assert arguments.old_logprobs is not None and arguments.sampler_logprobs is not None
+    counts = leaf_counts(arguments, None).clamp_min(1)
+    log_w = scored(arguments.old_logprobs - arguments.sampler_logprobs, arguments.mask)
+    log_w = log_w.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    w = (path_sums(log_w, arguments.cu_seqlens, paths.tree) / counts).exp()
+    inside = ~((w < config.sampler_low) | (w > config.sampler_high))
+    if paths.gate is not None:
+        inside, w = inside & paths.gate, torch.where(paths.gate, w, 0)
+    return inside, 1 + 0 * w.sum()
+
+
+def sampler_factor(arguments: LossArguments) -> Tensor:
+    """What "tis" or "icepop" multiplies a token's policy term by."""
+    config = arguments.config
+    assert arguments.old_logprobs is not None and arguments.sampler_logprobs is not None
+    log_w = arguments.old_logprobs - arguments.sampler_logprobs
+    w = log_w.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    if config.sampler_correction == "tis":
+        return w.clamp_max(config.sampler_high)
+    if config.sampler_correction == "icepop":
+        return torch.where((w < config.sampler_low) | (w > config.sampler_high), 0, w)
+    raise AssertionError(f"no factor a token: {config.sampler_correction}")
+
+
+def scored(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask, x, 0)
+
+
 def summed(config: PolicyLoss) -> PolicyLoss:
     """The configuration once weights and gates are in the coefficients."""
     correction = "none" if config.sampler_correction == "sequence_mask" else config.sampler_correction
     return replace(config, aggregate="token_sum", sampler_correction=correction)
+
+
+def stacked(branch: Branch, dtype: torch.dtype) -> Tensor:
+    """A branch as the kernels read it, ``[6, M]`` or ``[6, P]``."""
+    return torch.stack([x.detach().to(dtype) for x in branch])
 
 
 def sum_in_any_order(x: Tensor) -> Tensor:
@@ -182,28 +185,22 @@ def sum_in_any_order(x: Tensor) -> Tensor:
     return exact + 0 * x.sum()  # NaN stays NaN
 
 
-def read_branch(
-    branch: Branch | Paths,
-    config: PolicyLoss,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    old: Tensor | None,
-    sampler: Tensor | None,
-    normalizer: Tensor | None,
-    per_token: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, PolicyLoss, Tensor | None]:
-    """The branch as the kernels read it, [6, M] or [6, P]; the loss whose sum over tokens, with these coefficients, is
-    the flat rollouts'; and what divides that sum."""
-    sound = None
+def read_branch(arguments: LossArguments, dtype: torch.dtype) -> LossArguments:
+    """The arguments of the loss whose sum over tokens is the flat rollouts', a branch's rows for its advantages."""
+    branch, config = arguments.branch, arguments.config
+    if branch is None:
+        return arguments
     if isinstance(branch, Paths):
-        gate, sound = gate_of(branch, config, cu_seqlens, mask, old, sampler)
-        weights = weights_of(config, leaf_counts(branch, cu_seqlens, mask, gate), normalizer)
-        branch = ops.branch_coefficients(branch.advantages.detach(), branch.tree, leaf_weights=weights)
-        config, normalizer = summed(config), None
-    elif config.resolved_aggregate == "token_mean" and normalizer is None:
+        gate, one_or_nan = remaining_rollouts(arguments)
+        weights = leaf_weights(arguments, leaf_counts(arguments, gate))
+        coefficients = ops.branch_coefficients(branch.advantages.detach(), branch.tree, leaf_weights=weights)
+        rows = stacked(coefficients, dtype)
+        if one_or_nan is not None:
+            rows = rows * one_or_nan
+        return arguments._replace(advantages=rows, config=summed(config), normalizer=None)
+    if config.resolved_aggregate == "token_mean" and arguments.normalizer is None:
         leaves = branch.leaf_count.detach().double()
-        total = sum_in_any_order(scored(leaves, mask) if per_token else leaves * node_counts(cu_seqlens, mask))
-        normalizer = torch.where(total == 0, 1, total).to(dtype)
-    stacked = torch.stack([x.detach().to(dtype) for x in branch])
-    return stacked if sound is None else stacked * sound, config, normalizer
+        counted = scored(leaves, arguments.mask) if arguments.per_token else leaves * node_counts(arguments)
+        total = sum_in_any_order(counted)
+        arguments = arguments._replace(normalizer=torch.where(total == 0, 1, total).to(dtype))
+    return arguments._replace(advantages=stacked(branch, dtype))

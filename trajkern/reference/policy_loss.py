@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,7 @@ from trajkern._dtypes import accumulator
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
-from trajkern.losses.kinds import METRICS
-
-LOG_RATIO_BOUND = 20.0  # exp of it is finite in float32, so 0 * inf cannot arise
+from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 
 
 class _Segments:
@@ -29,6 +28,22 @@ class _Segments:
 
     def mean(self, x: Tensor, counts: Tensor) -> Tensor:  # [T], [N] -> [N]
         return self.sum(x) / counts.clamp_min(1)
+
+
+class _Tokens(NamedTuple):
+    """What a token's policy term reads, a masked one's as zeros."""
+
+    logprobs: Tensor  # [T]
+    old_logprobs: Tensor  # [T]
+    token_log_ratio: Tensor  # [T]
+    log_ratio: Tensor  # [T], the trajectory's at ratio level "sequence"
+    ratio: Tensor  # [T]
+    mask: Tensor  # [T]
+    segments: _Segments
+    counts: Tensor  # [N]
+
+
+Term = tuple[Tensor, Tensor]  # the loss of each token, and whether its ratio was clipped (or the token dropped)
 
 
 def _clamp(log_ratio: Tensor) -> Tensor:
@@ -57,18 +72,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`trajkern.policy_loss`."""
     if branch is not None and not isinstance(branch, Branch):
-        return _flat_policy_loss(
-            branch,
-            config,
-            cu_seqlens,
-            normalizer,
-            logprobs=logprobs,
-            old_logprobs=old_logprobs,
-            mask=mask,
-            ref_logprobs=ref_logprobs,
-            sampler_logprobs=sampler_logprobs,
-            entropy=entropy,
-        )
+        of_tokens = logprobs, old_logprobs, mask, ref_logprobs, sampler_logprobs, entropy
+        return _flat_policy_loss(branch, config, cu_seqlens, normalizer, of_tokens)
     dtype = accumulator(logprobs)
     segments = _Segments(cu_seqlens.long())
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
@@ -90,20 +95,29 @@ def policy_loss(
         log_ratio = segments.mean(log_ratio, counts)[segments.of_token]
     ratio = log_ratio.exp()
     old = torch.where(mask, old_logprobs.detach().to(dtype), 0)
-    given = new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask
-    terms = [_policy_term(config, x, *given) for x in a]
-    loss = sum(term for term, _ in terms) * (1 if factor is None else factor)
+    tokens = _Tokens(new, old, token_log_ratio, log_ratio, ratio, mask, segments, counts)
+    loss, clipped = _policy_terms(config, a, times, tokens)
+    loss = loss * (1 if factor is None else factor)
     kl = torch.zeros_like(loss)
     if config.kl_coef:
         kl = _kl(config.kl, difference(logprobs, ref_logprobs), ratio)  # type: ignore[arg-type]
         loss = loss + config.kl_coef * leaves * kl
     entropy = torch.zeros_like(loss) if entropy is None else torch.where(mask, entropy.to(dtype), 0)
     loss = loss - config.entropy_coef * leaves * entropy
-    clipped = sum(clipped * n for (_, clipped), n in zip(terms, times, strict=True)) / total.clamp_min(1)
     means = {"clip_fraction": clipped, "approx_kl": -token_log_ratio, "ratio_mean": ratio, "entropy": entropy, "kl": kl}
     metrics = _metrics(means, torch.where(mask, total, 0))
     weights = _token_weights(config, segments.sum(torch.where(mask, leaves, 0)), normalizer)[segments.of_token]
     return torch.where(mask, loss * weights, 0).sum(), {name: metrics[name].detach() for name in METRICS}
+
+
+def _policy_terms(config: PolicyLoss, advantages: list[Tensor], times: list[Tensor], tokens: _Tokens) -> Term:
+    """The terms under each of a token's advantages: their sum, and the share of its rollouts that are clipped."""
+    form = _TERMS[KINDS[config.kind].form]
+    terms = [form(config, a, tokens) for a in advantages]
+    loss, clipped = torch.zeros_like(tokens.ratio), torch.zeros_like(tokens.ratio)
+    for (term, is_clipped), count in zip(terms, times, strict=True):
+        loss, clipped = loss + term, clipped + is_clipped * count
+    return loss, clipped / torch.stack(times).sum(0).clamp_min(1)
 
 
 def _metrics(means: dict[str, Tensor], copies: Tensor) -> dict[str, Tensor]:
@@ -115,21 +129,27 @@ def _metrics(means: dict[str, Tensor], copies: Tensor) -> dict[str, Tensor]:
 
 
 def _flat_policy_loss(
-    paths: Any, config: PolicyLoss, cu_seqlens: Tensor, normalizer: Any, **per_token: Tensor | None
+    paths: Any, config: PolicyLoss, cu_seqlens: Tensor, normalizer: Any, of_tokens: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the flat rollouts: every prefix repeated, a trajectory for each leaf."""
     tree = type(paths.tree)(paths.tree.parent, cu_seqlens.diff())
-    flat: dict[str, Any] = {k: None if x is None else x[tree.flat_index] for k, x in per_token.items()}
+    logprobs, old, mask, ref, sampler, entropy = (None if x is None else x[tree.flat_index] for x in of_tokens)
+    assert logprobs is not None and old is not None
     if paths.gate is not None:
         counted = torch.repeat_interleave(paths.gate, tree.flat_lengths)
-        flat["mask"] = counted if flat["mask"] is None else flat["mask"] & counted
+        mask = counted if mask is None else mask & counted
     return policy_loss(
-        advantages=paths.advantages,
-        cu_seqlens=tree.flat_cu_seqlens,
+        logprobs,
+        old,
+        paths.advantages,
+        tree.flat_cu_seqlens,
         config=config,
+        mask=mask,
+        ref_logprobs=ref,
+        sampler_logprobs=sampler,
+        entropy=entropy,
         normalizer=normalizer,
         per_token=False,
-        **flat,
     )
 
 
@@ -171,7 +191,9 @@ def _sampler_factor(config, difference, old_logprobs, sampler_logprobs, segments
     w = log_w.exp()
     if config.sampler_correction == "tis":
         return w.clamp_max(high), mask
-    return torch.where((w < low) | (w > high), 0, w), mask
+    if config.sampler_correction == "icepop":
+        return torch.where((w < low) | (w > high), 0, w), mask
+    raise AssertionError(f"unknown sampler_correction {config.sampler_correction!r}")
 
 
 def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tensor | None) -> Tensor:
@@ -183,11 +205,13 @@ def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tenso
         normalizer = counts.sum() if aggregate == "token_mean" else (counts > 0).sum()
         normalizer = torch.where(normalizer == 0, 1, normalizer)
     weights = torch.ones_like(counts) / normalizer
+    if aggregate in ("token_mean", "seq_mean_token_sum"):
+        return weights
     if aggregate == "seq_mean_token_mean":
-        weights = weights / counts.clamp_min(1)
-    if config.max_length is not None and aggregate == "seq_mean_token_sum_norm":
-        weights = weights / config.max_length
-    return weights
+        return weights / counts.clamp_min(1)
+    if aggregate == "seq_mean_token_sum_norm":
+        return weights / config.max_length  # type: ignore[operator]
+    raise AssertionError(f"unknown aggregate {aggregate!r}")
 
 
 def _kl(estimator: str, d: Tensor, ratio: Tensor) -> Tensor:
@@ -196,40 +220,18 @@ def _kl(estimator: str, d: Tensor, ratio: Tensor) -> Tensor:
     if estimator == "k2":
         return 0.5 * d.square()
     k3 = torch.expm1(_clamp(-d)) + _clamp(d)
-    return ratio * k3 if estimator == "k3_corrected" else k3
+    if estimator == "k3":
+        return k3
+    if estimator == "k3_corrected":
+        return ratio * k3
+    raise AssertionError(f"unknown kl {estimator!r}")
 
 
-def _policy_term(c: PolicyLoss, a, new, old, token_log_ratio, log_ratio, ratio, segments, counts, mask):
-    """The policy loss of each token, and whether its ratio was clipped (or its token dropped)."""
-    never = torch.zeros_like(mask)
-    if c.kind in ("gpg", "reinforce"):
-        return -a * new, never
-    if c.kind == "cispo":
-        bounded = ratio.detach().clamp(1 - c.clip_low, 1 + c.clip_high)
-        return -bounded * a * new, bounded != ratio
-    if c.kind == "sapo":
-        tau = _choose(a > 0, c.sapo_tau_pos, c.sapo_tau_neg, a)
-        return -a * (4 / tau) * torch.sigmoid(tau * (ratio - 1)), never
-    if c.kind in ("dppo_tv", "dppo_kl"):
-        valid = _dppo_valid(c, a, new.detach(), old)
-        return -a * ratio.detach().clamp_max(20) * new * valid, ~valid
-    if c.kind == "vespo":
-        weight = _vespo_weight(c, a, segments.sum(token_log_ratio.detach())[segments.of_token])
-        return -weight * a * new, never
-    if c.kind == "gmpo":
-        sign, inside = a.sign(), log_ratio.clamp(-c.clip_low, c.clip_high)
-        bounded = torch.minimum(sign * log_ratio, sign * inside) * sign
-        mean_ratio = segments.mean(torch.where(mask, bounded, 0), counts).exp()
-        mean_advantage = segments.mean(torch.where(mask, a, 0), counts)
-        return -(mean_advantage * mean_ratio)[segments.of_token], sign * log_ratio > sign * inside
-    if c.kind == "kl_cov":
-        chosen = largest_covariances(a, new.detach(), mask, mask, c.cov_fraction)
-        return -ratio * a + torch.where(chosen, c.cov_coef * log_ratio.abs(), 0), chosen
-    bounded = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
-    loss, clipped = torch.maximum(-ratio * a, -bounded * a), ratio * a > bounded * a
-    if c.kind == "clip_cov":
-        band = (c.cov_low, c.cov_high)
-        dropped = largest_covariances(a, new.detach(), mask, mask & ~clipped, c.cov_fraction, band)
+def _clip(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    bounded = x.ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    loss, clipped = torch.maximum(-x.ratio * a, -bounded * a), x.ratio * a > bounded * a
+    if c.ranks_tokens:
+        dropped = _largest_covariances(c, a, x, x.mask & ~clipped, (c.cov_low, c.cov_high))
         loss, clipped = torch.where(dropped, 0, loss), clipped | dropped
     if c.clip_dual is not None:
         bound = -c.clip_dual * a
@@ -238,17 +240,76 @@ def _policy_term(c: PolicyLoss, a, new, old, token_log_ratio, log_ratio, ratio, 
     return loss, clipped
 
 
-def _dppo_valid(c: PolicyLoss, a: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Whether the token's probability p has not yet moved past the threshold in the direction A pushes it."""
+def _cispo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    bounded = x.ratio.detach().clamp(1 - c.clip_low, 1 + c.clip_high)
+    return -bounded * a * x.logprobs, bounded != x.ratio
+
+
+def _sapo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    tau = _choose(a > 0, c.sapo_tau_pos, c.sapo_tau_neg, a)
+    return -a * (4 / tau) * torch.sigmoid(tau * (x.ratio - 1)), _never(x)
+
+
+def _reinforce(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    return -a * x.logprobs, _never(x)
+
+
+def _dppo_tv(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    moved = x.logprobs.detach().exp() - x.old_logprobs.exp()
+    return _unless(torch.where(a > 0, moved > c.clip_high, moved < -c.clip_low), a, x)
+
+
+def _dppo_kl(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    new, old = x.logprobs.detach(), x.old_logprobs
     p, q = new.exp(), old.exp()
-    if c.kind == "dppo_tv":
-        return ~torch.where(a > 0, p - q > c.clip_high, p - q < -c.clip_low)
     binary_kl = q * (old - new) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
-    return ~torch.where(a > 0, (binary_kl > c.clip_high) & (p > q), (binary_kl > c.clip_low) & (p < q))
+    return _unless(torch.where(a > 0, (binary_kl > c.clip_high) & (p > q), (binary_kl > c.clip_low) & (p < q)), a, x)
 
 
-def _vespo_weight(c: PolicyLoss, a: Tensor, log_w: Tensor) -> Tensor:
-    log_w = _clamp(log_w)
+def _unless(past: Tensor, a: Tensor, x: _Tokens) -> Term:
+    """No loss where the token's probability has moved past the threshold in the direction A pushes it."""
+    return -a * x.ratio.detach().clamp_max(20) * x.logprobs * ~past, past
+
+
+def _kl_cov(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    chosen = _largest_covariances(c, a, x, x.mask)
+    return -x.ratio * a + torch.where(chosen, c.cov_coef * x.log_ratio.abs(), 0), chosen
+
+
+def _gmpo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    sign, inside = a.sign(), x.log_ratio.clamp(-c.clip_low, c.clip_high)
+    bounded = torch.minimum(sign * x.log_ratio, sign * inside) * sign
+    mean_ratio = x.segments.mean(torch.where(x.mask, bounded, 0), x.counts).exp()
+    mean_advantage = x.segments.mean(torch.where(x.mask, a, 0), x.counts)
+    return -(mean_advantage * mean_ratio)[x.segments.of_token], sign * x.log_ratio > sign * inside
+
+
+def _vespo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+    log_w = _clamp(x.segments.sum(x.token_log_ratio.detach())[x.segments.of_token])
     k = _choose(a >= 0, c.vespo_k_pos, c.vespo_k_neg, a)
     decay = _choose(a >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg, a)
-    return (decay + k * log_w - decay * log_w.exp()).exp()
+    weight = (decay + k * log_w - decay * log_w.exp()).exp()
+    return -weight * a * x.logprobs, _never(x)
+
+
+_TERMS: dict[str, Callable[[PolicyLoss, Tensor, _Tokens], Term]] = {
+    "clip": _clip,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "reinforce": _reinforce,
+    "dppo_tv": _dppo_tv,
+    "dppo_kl": _dppo_kl,
+    "kl_cov": _kl_cov,
+    "gmpo": _gmpo,
+    "vespo": _vespo,
+}
+
+
+def _never(x: _Tokens) -> Tensor:
+    return torch.zeros_like(x.mask)
+
+
+def _largest_covariances(
+    c: PolicyLoss, a: Tensor, x: _Tokens, candidates: Tensor, band: tuple[float, float] | None = None
+) -> Tensor:
+    return largest_covariances(a, x.logprobs.detach(), x.mask, candidates, c.cov_fraction, band)

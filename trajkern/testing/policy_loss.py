@@ -117,7 +117,7 @@ def _branch(config: PolicyLoss, lengths: tuple[int, ...] = _LENGTHS, **options: 
 
 
 def _tree_cases() -> Iterator[Case]:
-    for kind in ("grpo", "dapo", "dr_grpo", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "gspo", "luspo"):
+    for kind in (name for name, kind in KINDS.items() if kind.in_tree):
         yield Case(f"tree_{kind}", _tree(_full(kind)), "a packed tree, every term on", mixed=True)
     for aggregate in AGGREGATES:
         yield Case(f"tree_{aggregate}", _tree(_full("grpo", aggregate=aggregate)), "each aggregation", mixed=True)

@@ -1,0 +1,86 @@
+"""The arguments that every way to a policy loss shares, as one value, and as the kernels read them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import laid_out
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.inputs import LossInputs
+from trajkern.losses.kinds import (
+    AGGREGATES,
+    FORMS,
+    KINDS,
+    KL_ESTIMATORS,
+    PARAMETERS,
+    RATIO_LEVELS,
+    SAMPLER_CORRECTIONS,
+)
+
+_FORM_NAMES = tuple(FORMS)
+_WITHOUT = {PARAMETERS.index("clip_dual"): math.inf, PARAMETERS.index("max_length"): 1.0}  # what None is to a kernel
+
+
+class LossArguments(NamedTuple):
+    """Arguments of :func:`trajkern.policy_loss` under their names; a token is a pair inside the head."""
+
+    config: PolicyLoss
+    old_logprobs: Tensor | None  # [T]; None: the policy has not moved
+    advantages: Tensor | None  # [N] or [T]; None where there is a branch
+    cu_seqlens: Tensor  # [N+1]
+    mask: Tensor | None  # [T]
+    ref_logprobs: Tensor | None  # [T]
+    sampler_logprobs: Tensor | None  # [T]
+    branch: Any  # Branch, Paths or None
+    normalizer: Any  # a number or a tensor; once checked a tensor []
+    per_token: bool | None  # once checked a bool
+
+    def laid_out(self, dtype: torch.dtype) -> LossArguments:
+        """Contiguous, the floats of ``dtype``."""
+        return LossArguments(  # a third of _replace's time
+            self.config,
+            laid_out(self.old_logprobs, dtype),
+            laid_out(self.advantages, dtype),
+            laid_out(self.cu_seqlens, torch.int64),
+            laid_out(self.mask, torch.bool),
+            laid_out(self.ref_logprobs, dtype),
+            laid_out(self.sampler_logprobs, dtype),
+            self.branch,
+            self.normalizer,
+            self.per_token,
+        )
+
+    def inputs(self) -> LossInputs:
+        """As the kernels read them; a branch's rows stand in ``advantages`` by now."""
+        assert self.advantages is not None
+        return LossInputs(
+            self.old_logprobs,
+            self.advantages,
+            self.cu_seqlens,
+            self.mask,
+            self.ref_logprobs,
+            self.sampler_logprobs,
+            self.normalizer,
+            *encode(self.config, bool(self.per_token)),
+        )
+
+
+def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
+    """The configuration as the kernels read it: ``options`` and ``params`` of :class:`LossInputs`."""
+    options = [
+        _FORM_NAMES.index(KINDS[c.kind].form),
+        RATIO_LEVELS.index(c.resolved_ratio_level),
+        1 + KL_ESTIMATORS.index(c.kl) if c.kl_coef else 0,
+        AGGREGATES.index(c.resolved_aggregate),
+        SAMPLER_CORRECTIONS.index(c.sampler_correction),
+        int(per_token),
+    ]
+    params = [getattr(c, name) for name in PARAMETERS]
+    for at, without in _WITHOUT.items():
+        if params[at] is None:
+            params[at] = without
+    return options, [*map(float, params)]

@@ -1,0 +1,104 @@
+"""Checks of the arguments that the policy losses share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern import _backends
+from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, readable
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
+from trajkern.losses.arguments import LossArguments
+from trajkern.losses.config import PolicyLoss
+from trajkern.ops.tree_loss import Paths, check_branch
+
+
+def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> LossArguments:
+    """Raises, or returns the arguments with what nothing reads left out, ``normalizer`` a tensor, ``per_token`` a bool.
+
+    Args:
+        logprobs: as given, or what has the shape and dtype that the head's will have.
+        entropy: likewise.
+    """
+    config, branch = arguments.config, arguments.branch
+    if branch is not None and arguments.advantages is not None:
+        raise ValueError(f"advantages must be None where branch is given; got {describe(arguments.advantages)}")
+    check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
+    if not isinstance(config, PolicyLoss):
+        raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
+    _check_tokens(logprobs, entropy, arguments)
+    if branch is not None:
+        check_branch(arguments, logprobs)
+        if readable(logprobs):
+            check_cu_seqlens(arguments.cu_seqlens, logprobs.shape[0])
+    if isinstance(branch, Paths):
+        per_token = False
+    else:
+        advantages = arguments.advantages if branch is None else branch.positive
+        per_token = _check_advantages(logprobs, advantages, arguments.cu_seqlens, arguments.per_token)
+    return LossArguments(
+        config,
+        arguments.old_logprobs,
+        arguments.advantages,
+        arguments.cu_seqlens,
+        arguments.mask,
+        arguments.ref_logprobs if config.kl_coef else None,
+        arguments.sampler_logprobs if config.sampler_correction != "none" else None,
+        branch,
+        _check_normalizer(arguments.normalizer, logprobs),
+        per_token,
+    )
+
+
+def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> None:
+    config, cu_seqlens, mask = arguments.config, arguments.cu_seqlens, arguments.mask
+    device, length = logprobs.device, tuple(logprobs.shape)
+    per_token = {
+        "old_logprobs": (arguments.old_logprobs, False),
+        "ref_logprobs": (arguments.ref_logprobs, config.kl_coef != 0),
+        "sampler_logprobs": (arguments.sampler_logprobs, config.sampler_correction != "none"),
+        "entropy": (entropy, config.entropy_coef != 0),
+    }
+    for name, (x, needed) in per_token.items():
+        if x is None and needed:
+            raise ValueError(f"{name} must be given for this config (kind {config.kind!r}), got None")
+        if x is not None:
+            check_tensor(name, x, dtypes=FLOATS, device=device)
+            check_shape(name, x, length, "one value a token")
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
+        check_shape("mask", mask, length, "one flag a token")
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=device)
+    # what ranks tokens reads cu_seqlens before a launcher can check it
+    if readable(logprobs) and (config.ranks_tokens or _backends.wants_reference("policy_loss", logprobs)):
+        check_cu_seqlens(cu_seqlens, length[0])
+
+
+def _check_advantages(logprobs: Tensor, advantages: Any, cu_seqlens: Tensor, per_token: bool | None) -> bool:
+    check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=logprobs.device)
+    tokens, trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    if per_token is None:
+        per_token = advantages.shape[0] != trajectories
+    if advantages.shape[0] != (tokens if per_token else trajectories):
+        raise ValueError(
+            f"advantages must have length {trajectories} (one a trajectory) or {tokens} (one a token); "
+            f"got {describe(advantages)}"
+        )
+    return per_token
+
+
+def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
+    if normalizer is None:
+        return None
+    dtype = accumulator(logprobs)
+    if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer, dtypes=(*FLOATS, *INTEGERS), device=logprobs.device)
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
+        if readable(normalizer):
+            check_number("normalizer", float(normalizer), above=0)
+        return normalizer.detach().to(dtype).reshape(())
+    check_number("normalizer", normalizer, above=0)
+    return torch.full((), normalizer, dtype=dtype, device=logprobs.device)

@@ -1,0 +1,192 @@
+"""The policy loss inside the head: the loss and its gradients from the same logits as the log-probs.
+
+Its derivative in every log-prob is known as soon as the sums of a row are, so a block of rows is turned into gradients
+while its logits are there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trajkern import _backends
+from trajkern._dtypes import accumulator
+from trajkern._results import Branch
+from trajkern._tiles.arguments import Head
+from trajkern.losses.arguments import LossArguments
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.kinds import METRICS
+from trajkern.ops._head_arguments import HeadArguments, check_head
+from trajkern.ops._library import define, recorded
+from trajkern.ops._loss_arguments import check_loss
+from trajkern.ops.head import HEAD, checked_token_stats, grads_fake
+from trajkern.ops.policy_loss import LOSS_INPUTS, checked_policy_loss, scaled_once
+from trajkern.ops.tree_loss import Paths, read_branch
+
+# an op has one argument of a name: here the loss's have the head's beside them
+_LOSS_INPUTS = LOSS_INPUTS.replace("mask", "loss_mask").replace("options", "loss_options")
+
+
+def _policy_loss_fake(*args):
+    head, _ = Head.split(args)
+    shapes = ((), len(METRICS), head.targets.shape)
+    return [head.hidden.new_empty(shape, dtype=head.accumulator) for shape in shapes] + grads_fake(*args)
+
+
+# -> [loss, metrics, logprobs, the gradients in hidden, weight and bias that ``needs`` asks for]
+_linear_policy_loss = define(
+    "head",
+    f"linear_policy_loss({HEAD}, Tensor? {_LOSS_INPUTS}, int outputs, bool[] needs) -> Tensor[]",
+    _policy_loss_fake,
+)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args):
+        needs = ctx.needs_input_grad[:3]
+        loss, metrics, logprobs, *grads = _linear_policy_loss(*args, [*needs])
+        formed = iter(grads)
+        ctx.grads, ctx.others = [next(formed) if need else None for need in needs], len(args) - 3
+        ctx.mark_non_differentiable(metrics, logprobs)
+        return loss, metrics, logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss, *_):
+        return *scaled_once(ctx, "linear_policy_loss", grad_loss), *(None,) * ctx.others
+
+
+@recorded
+def linear_policy_loss(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [P]
+    old_logprobs: Tensor | None,  # [P]
+    advantages: Tensor | None,  # [N] or [P]
+    cu_seqlens: Tensor,  # [N+1]
+    *,
+    # as in policy_loss
+    config: PolicyLoss,
+    ref_logprobs: Tensor | None = None,  # [P]
+    sampler_logprobs: Tensor | None = None,  # [P]
+    branch: Branch | Paths | None = None,
+    normalizer: float | Tensor | None = None,
+    per_token: bool | None = None,
+    # of this op
+    with_entropy: bool = False,
+    with_logprobs: bool = False,
+    # as in linear_logprobs
+    rows: Tensor | None = None,  # [P]
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # [T]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,  # [P]
+    sampling_support: tuple[Tensor, Tensor] | None = None,  # [E], [P+1]
+    logits_dtype: torch.dtype = torch.float32,
+    workspace_bytes: int | None = None,
+    process_group: Any = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss of :func:`policy_loss` inside the head: ``policy_loss(linear_logprobs(...))`` in fewer FLOP.
+
+    For kinds with token-level ratios the gradients are formed in the forward, a block of rows at a time, so the logits
+    are computed once: 6 T H V FLOP with the backward, 4 with a frozen weight. On a CPU, pairs without a gradient
+    (advantage 0 and neither KL nor entropy term) take no part in the gradients' products. Ratios per trajectory
+    ("gspo", "gmpo", "luspo", "vespo", or ratio_level "sequence") and "kl_cov" and "clip_cov", which need every log-prob
+    first, compute the logits twice: 8 T H V.
+
+    Args:
+        hidden, weight, targets, rows, bias, temperature, softcap, logit_scale, mask, sampling_support, logits_dtype,
+            workspace_bytes, process_group: as in :func:`linear_logprobs`.
+        old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, branch, normalizer, per_token: as
+            in :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
+        with_entropy: compute the entropy as a metric also where config.entropy_coef is 0.
+        with_logprobs: also return the log-probs ``[P]``, detached, as ``metrics["logprobs"]``: the old ones of a second
+            update on the batch.
+
+    Returns:
+        (loss, metrics) as :func:`policy_loss`, the loss differentiable once in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        RuntimeError: a second backward through the same loss.
+    """
+    head_arguments = HeadArguments(
+        hidden,
+        weight,
+        targets,
+        rows,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        mask,
+        sampling_support,
+        logits_dtype,
+        workspace_bytes,
+        process_group,
+    )
+    loss_arguments = LossArguments(
+        config,
+        old_logprobs,
+        advantages,
+        cu_seqlens,
+        mask,
+        ref_logprobs,
+        sampler_logprobs,
+        branch,
+        normalizer,
+        per_token,
+    )
+    return _linear_policy_loss_of(head_arguments, loss_arguments, with_entropy, with_logprobs)
+
+
+def _linear_policy_loss_of(
+    head_arguments: HeadArguments, loss_arguments: LossArguments, with_entropy: bool, with_logprobs: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden, targets = head_arguments.hidden, head_arguments.targets
+    head = check_head(head_arguments)
+    logprobs = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)  # as they will be
+    loss_arguments = check_loss(logprobs, logprobs, loss_arguments)
+    if _backends.wants_reference("head", hidden):
+        arguments = head_arguments._asdict() | loss_arguments._asdict()
+        return _backends.reference().linear_policy_loss(
+            **arguments, with_entropy=with_entropy, with_logprobs=with_logprobs
+        )
+    with_entropy |= loss_arguments.config.entropy_coef != 0
+    passes = _one_pass if _needs_one_pass(loss_arguments) else _two_passes
+    loss, metrics, logprobs = passes(head_arguments, head, loss_arguments, with_entropy)
+    return loss, metrics | ({"logprobs": logprobs} if with_logprobs else {})
+
+
+def _needs_one_pass(arguments: LossArguments) -> bool:
+    """Whether the gradients can be formed with the logits: wanted, and a token's needs no other token's log-prob."""
+    correction = arguments.config.sampler_correction
+    reads_logprobs = arguments.old_logprobs is None and correction == "sequence_mask"  # of whole rollouts, beforehand
+    if isinstance(arguments.branch, Paths) and reads_logprobs:
+        return False
+    return arguments.config.is_token_level and torch.is_grad_enabled()
+
+
+def _two_passes(
+    head_arguments: HeadArguments, head: Head, loss_arguments: LossArguments, with_entropy: bool
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The log-probs, then their loss."""
+    stats = checked_token_stats(head_arguments, head, ("entropy",) if with_entropy else ())
+    loss, metrics = checked_policy_loss(stats.logprobs, stats.entropy, loss_arguments)
+    return loss, metrics, stats.logprobs.detach()
+
+
+def _one_pass(
+    head_arguments: HeadArguments, head: Head, loss_arguments: LossArguments, with_entropy: bool
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss and its gradients, formed with the logits."""
+    dtype = head.accumulator
+    loss_arguments = read_branch(loss_arguments.laid_out(dtype), dtype)
+    inputs = loss_arguments.inputs()._replace(mask=None)  # a graph takes no tensor twice, and the head has it
+    loss, metrics, logprobs = _LinearPolicyLoss.apply(*head, *inputs, int(with_entropy))
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True)), logprobs
