@@ -74,8 +74,8 @@ class TestFrozen:
         _loss(*both).backward()
         one[frozen == "weight"].requires_grad_(False)
         _loss(*one).backward()
-        kept = int(frozen == "hidden")
-        assert torch.equal(one[kept].grad, both[kept].grad) and one[1 - kept].grad is None
+        which = int(frozen == "hidden")
+        assert torch.equal(one[which].grad, both[which].grad) and one[1 - which].grad is None
 
     def test_no_product_for_a_frozen_weight(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert _products(monkeypatch, frozen=True) == 4 and _products(monkeypatch, frozen=False) == 6
@@ -175,8 +175,8 @@ def test_sizes_beyond_32_bits() -> None:
     hidden = torch.empty(70_000, 8, device="meta", requires_grad=True)
     weight = torch.empty(151_936, 8, device="meta", requires_grad=True)
     head = (hidden, weight, None, torch.empty(70_000, dtype=torch.int64, device="meta"), *(None,) * 5)
-    made = torch.ops.trajkern.linear_token_stats(*head, [1.0, 0.0, 1.0], [0, 64 << 20], "", 1, False)
-    assert [x.shape for x in made] == [(70_000,), (70_000, 2), (70_000,)]
+    results = torch.ops.trajkern.linear_token_stats(*head, [1.0, 0.0, 1.0], [0, 64 << 20], "", 1, False)
+    assert [x.shape for x in results] == [(70_000,), (70_000, 2), (70_000,)]
     rows = (64 << 20) // (151_936 * 4)
     assert rows * 151_936 < 2**31  # the largest index inside a tile
 
@@ -255,27 +255,27 @@ def _rank(rank: int, cuts: list[int], store: str, out: str) -> None:
     ranks = len(cuts) - 1
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
-    found = {}
+    outcomes = {}
     for spec, names in SHARDED:
         for case in spec.cases:
             if case.name not in names:
                 continue
             inputs = spec.inputs(case, torch.float32)
             whole = inputs["weight"].shape[0]
-            own = slice(cuts[rank] * whole // cuts[-1], cuts[rank + 1] * whole // cuts[-1])
+            shard = slice(cuts[rank] * whole // cuts[-1], cuts[rank + 1] * whole // cuts[-1])
             for name in ("weight", "bias"):
                 if isinstance(inputs.get(name), Tensor):
-                    inputs[name] = inputs[name][own].clone()
+                    inputs[name] = inputs[name][shard].clone()
             function, group = getattr(tk, spec.name), torch.distributed.group.WORLD
-            found[spec.name, case.name] = run(spec, partial(function, process_group=group), inputs)
+            outcomes[spec.name, case.name] = run(spec, partial(function, process_group=group), inputs)
     wrong = {"targets": torch.full((24,), 130), "weight": torch.ones(130 // ranks + (rank < 130 % ranks), 16)}
     for problem in (wrong, {"weight": torch.ones(40 + rank, 16 - rank), "hidden": torch.ones(24, 16 - rank)}):
         hidden, _, targets = _inputs()
         arguments = {"hidden": hidden, "targets": targets} | problem
         with pytest.raises(ValueError) as error:
             tk.linear_logprobs(**arguments, process_group=torch.distributed.group.WORLD)
-        found[str(sorted(problem))] = str(error.value)
-    torch.save(found, f"{out}.{rank}")
+        outcomes[str(sorted(problem))] = str(error.value)
+    torch.save(outcomes, f"{out}.{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -293,11 +293,11 @@ def test_vocabulary_over_ranks(cuts: list[int], tmp_path: Path) -> None:
     mp.start_processes(
         _rank, args=(cuts, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=ranks, start_method="spawn"
     )
-    found = [torch.load(tmp_path / f"out.{rank}", weights_only=False) for rank in range(ranks)]
+    outcomes = [torch.load(tmp_path / f"out.{rank}", weights_only=False) for rank in range(ranks)]
     for spec, names in SHARDED:
         for case in (c for c in spec.cases if c.name in names):
             high, low = oracle(spec, spec.inputs(case, torch.float32))
-            per_rank = [results[spec.name, case.name] for results in found]
+            per_rank = [results[spec.name, case.name] for results in outcomes]
             for name in high:
                 if name in ("grad_weight", "grad_bias"):
                     got = [torch.cat([values[name] for values in per_rank])]
@@ -305,7 +305,7 @@ def test_vocabulary_over_ranks(cuts: list[int], tmp_path: Path) -> None:
                     got = [values[name] for values in per_rank]
                 for x in got:
                     assert budget_share(spec, name, x, high[name], low[name]) <= 1, f"{case.name}: {name}"
-    for results in found:
+    for results in outcomes:
         assert "targets must lie in [0, 130)" in results["['targets', 'weight']"]
         assert "the same H on every rank" in results["['hidden', 'weight']"]
 

@@ -112,13 +112,13 @@ def test_arrows(path: Path) -> None:
     lazy = LAZY.get(layer, set())
     libraries = THIRD_PARTY.get(layer, {"torch", "numpy"})
     wrong = []
-    for found in _imports(path):
-        top = found.module.split(".")[0]
+    for imported in _imports(path):
+        top = imported.module.split(".")[0]
         if top == "trajkern":
-            if found.layer not in ARROWS[layer] | {layer} | (lazy if found.lazy else set()):
-                wrong.append(found)
+            if imported.layer not in ARROWS[layer] | {layer} | (lazy if imported.lazy else set()):
+                wrong.append(imported)
         elif layer not in FREE and top not in libraries and top not in sys.stdlib_module_names:
-            wrong.append(found)
+            wrong.append(imported)
     assert not wrong, f"{_name(path)} ({layer}) may not import {wrong}"
 
 
@@ -128,9 +128,9 @@ def test_no_circle() -> None:
     modules = {name.replace("triton_kernels", "trajkern._triton"): path for name, path in modules.items()}
     order = TopologicalSorter[str]()
     for module, path in modules.items():
-        for found in (found for found in _imports(path) if not found.lazy):
-            target = f"{found.module}.{found.name}"
-            target = target if target in modules else found.module
+        for imported in (imported for imported in _imports(path) if not imported.lazy):
+            target = f"{imported.module}.{imported.name}"
+            target = target if target in modules else imported.module
             if target in modules and target != module:
                 order.add(module, target)
     order.prepare()  # raises where there is one
@@ -138,7 +138,7 @@ def test_no_circle() -> None:
 
 @pytest.mark.parametrize("path", [p for p in PYTHON if _layer(p) in ("integrations", "trainer")], ids=_name)
 def test_users_of_the_package_see_public_names_only(path: Path) -> None:
-    names = {found.name for found in _imports(path) if found.module == "trajkern" and found.name}
+    names = {imported.name for imported in _imports(path) if imported.module == "trajkern" and imported.name}
     private = (names | set(_public_attributes(path))) - {*tk.__all__, "__version__", "recipes"}
     assert not private, f"{_name(path)} uses {sorted(private)}"
 

@@ -96,18 +96,18 @@ def test_no_environment_variables(path: Path) -> None:
 @pytest.mark.parametrize("path", HOT, ids=_name)
 def test_no_host_reads(path: Path) -> None:
     """An op never waits for the device to learn a value."""
-    found = {
+    reads = {
         (function.name, node.attr)
         for function in _functions(path)
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and node.attr in HOST_READS and ast.unparse(node.value) != "_ext"
     }
-    assert found == HOST_READS_ALLOWED.get(_name(path), set())
+    assert reads == HOST_READS_ALLOWED.get(_name(path), set())
 
 
 @pytest.mark.parametrize("path", TEXT, ids=_name)
 def test_no_leftovers(path: Path) -> None:
     marks = "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"])
     places = "|".join(["work", "root", "home", "tmp"])
-    found = re.findall(rf"\b(?:{marks})\b|(?<![\w.])/(?:{places})/[a-z]\S*", path.read_text())
-    assert not found, f"{_name(path)}: {found}"
+    marks_left = re.findall(rf"\b(?:{marks})\b|(?<![\w.])/(?:{places})/[a-z]\S*", path.read_text())
+    assert not marks_left, f"{_name(path)}: {marks_left}"

@@ -49,7 +49,7 @@ class _Rollouts:
 
         old = -noise(1.0).abs() - 1e-3
         self.logprobs, self.entropy = (old + noise(moved)).clamp_max(-1e-4), noise(1.0).abs()
-        self.given = {"old_logprobs": old, "ref_logprobs": old + noise(0.3), "sampler_logprobs": old + noise(0.3)}
+        self.arguments = {"old_logprobs": old, "ref_logprobs": old + noise(0.3), "sampler_logprobs": old + noise(0.3)}
         self.mask = torch.rand(count, generator=g) > 0.3
         self.advantages = torch.randn(leaves, generator=g, dtype=torch.float64)
         self.advantages[torch.rand(leaves, generator=g) < 0.2] = 0
@@ -57,15 +57,15 @@ class _Rollouts:
 
     def loss(self, config: tk.PolicyLoss, flat: bool, backward: bool = True, **options: Any) -> dict[str, Tensor]:
         logprobs, entropy = self.logprobs.clone().requires_grad_(), self.entropy.clone().requires_grad_()
-        given: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy, "mask": self.mask, **self.given}
+        arguments: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy, "mask": self.mask, **self.arguments}
         if flat:
-            given = {name: x[self.tree.flat_index] for name, x in given.items()}
-            given["mask"] &= torch.repeat_interleave(self.gate, self.tree.flat_lengths)
-            given |= {"advantages": self.advantages, "cu_seqlens": self.tree.flat_cu_seqlens, "per_token": False}
+            arguments = {name: x[self.tree.flat_index] for name, x in arguments.items()}
+            arguments["mask"] &= torch.repeat_interleave(self.gate, self.tree.flat_lengths)
+            arguments |= {"advantages": self.advantages, "cu_seqlens": self.tree.flat_cu_seqlens, "per_token": False}
         else:
             paths = tk.Paths(self.tree, self.advantages, self.gate)
-            given |= {"advantages": None, "cu_seqlens": self.tree.node_offsets, "branch": paths}
-        loss, metrics = tk.policy_loss(**given, config=config, **options)
+            arguments |= {"advantages": None, "cu_seqlens": self.tree.node_offsets, "branch": paths}
+        loss, metrics = tk.policy_loss(**arguments, config=config, **options)
         if backward:
             loss.backward()
         grads = {
@@ -106,15 +106,17 @@ def test_head_equals_the_flat_rollouts(kind, correction, on_policy) -> None:
     advantages = torch.randn(tree.num_leaves, generator=g, dtype=torch.float64)
     config = tk.PolicyLoss(kind, max_length=5, kl_coef=0.1, entropy_coef=0.1, sampler_correction=correction)
     now = tk.linear_logprobs(hidden, weight, pairs.targets, rows=pairs.rows)
-    given = {"ref_logprobs": now + 0.2 * torch.randn(now.shape, generator=g, dtype=torch.float64)}
-    given["sampler_logprobs"] = now + 0.5 * torch.randn(now.shape, generator=g, dtype=torch.float64)
-    given["old_logprobs"] = None if on_policy else now + 0.2 * torch.randn(now.shape, generator=g, dtype=torch.float64)
+    arguments = {"ref_logprobs": now + 0.2 * torch.randn(now.shape, generator=g, dtype=torch.float64)}
+    arguments["sampler_logprobs"] = now + 0.5 * torch.randn(now.shape, generator=g, dtype=torch.float64)
+    arguments["old_logprobs"] = (
+        None if on_policy else now + 0.2 * torch.randn(now.shape, generator=g, dtype=torch.float64)
+    )
 
     flat_tree = tk.Tree(tree.parent, pairs.cu_seqlens.diff())  # of the pairs
     index, results = flat_tree.flat_index, []
     for flat in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        part = {k: x[index] if flat and x is not None else x for k, x in given.items()}
+        part = {k: x[index] if flat and x is not None else x for k, x in arguments.items()}
         loss, metrics = tk.linear_policy_loss(
             h,
             w,
@@ -138,7 +140,7 @@ def test_head_equals_the_flat_rollouts(kind, correction, on_policy) -> None:
 def test_a_samplers_nan_reaches_the_loss(kind, correction, aggregate) -> None:
     rollouts = _Rollouts(0, 12, 0.1)
     rollouts.gate[:], rollouts.mask[:] = True, True
-    rollouts.given["sampler_logprobs"][3] = torch.nan
+    rollouts.arguments["sampler_logprobs"][3] = torch.nan
     config = tk.PolicyLoss(kind, aggregate=aggregate, sampler_correction=correction)
     for flat in (True, False):
         assert rollouts.loss(config, flat=flat, backward=False)["loss"].isnan(), flat
@@ -178,13 +180,13 @@ class TestBadInput:
     A = torch.ones(2)
 
     def _loss(self, **changed: Any) -> Any:
-        given: dict[str, Any] = {"logprobs": self.X, "old_logprobs": self.X, "advantages": None}
-        given |= {
+        arguments: dict[str, Any] = {"logprobs": self.X, "old_logprobs": self.X, "advantages": None}
+        arguments |= {
             "cu_seqlens": self.TREE.node_offsets,
             "config": tk.PolicyLoss(),
             "branch": tk.Paths(self.TREE, self.A),
         }
-        return tk.policy_loss(**given | changed)
+        return tk.policy_loss(**arguments | changed)
 
     def test_advantages_and_branch(self) -> None:
         with pytest.raises(ValueError, match="advantages must be None where branch is given; got float32"):

@@ -39,9 +39,9 @@ def main(argv: list[str]) -> int:
     verdict = f"{len(failed)} of {len(results)} rows failed" if failed else "all within budget"
     print(f"\n{cases:,} cases, seed {args.seed}: {verdict}; {total:.1f} s in the ops")
     if args.json is not None:
-        made: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
-        made["intensity"], made["results"] = args.intensity, [asdict(r) | {"passed": r.passed} for r in results]
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+        report: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
+        report["intensity"], report["results"] = args.intensity, [asdict(r) | {"passed": r.passed} for r in results]
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if failed else 0
 
 

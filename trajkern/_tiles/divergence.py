@@ -91,9 +91,9 @@ def linear_divergence(kernels: Kernels, *args: object) -> list[Tensor]:
         for part in slices(student.size, columns):
             student.logits(block.hidden, part, z[:count, part])
             teacher.logits(block.teacher_hidden, part, z_teacher[:count, part])
-        made = divergence.new_empty(count), saved.new_empty(count, SAVED)
-        kernels.rows(z[:count], z_teacher[:count], student.scale(block.tokens), of.beta, *made)
-        divergence[block.tokens], saved[block.tokens] = made
+        results = divergence.new_empty(count), saved.new_empty(count, SAVED)
+        kernels.rows(z[:count], z_teacher[:count], student.scale(block.tokens), of.beta, *results)
+        divergence[block.tokens], saved[block.tokens] = results
     if of.mask is not None:
         divergence.masked_fill_(~of.mask, 0)
     return [divergence, saved]
@@ -122,9 +122,9 @@ def linear_divergence_backward(kernels: Kernels, *args: object) -> list[Tensor]:
             tile, tile_teacher = part_of(z, count, width), part_of(z_teacher, count, width)
             student.logits(block.hidden, part, tile)
             teacher.logits(block.teacher_hidden, part, tile_teacher)
-            made = tile if narrow is None else part_of(narrow, count, width)
-            kernels.gradient(made, tile, tile_teacher, scale, of.beta, known, upstream)
-            student.chain(made, block.hidden, part, block.first, grads, grad_hidden)
+            tile_grad = tile if narrow is None else part_of(narrow, count, width)
+            kernels.gradient(tile_grad, tile, tile_teacher, scale, of.beta, known, upstream)
+            student.chain(tile_grad, block.hidden, part, block.first, grads, grad_hidden)
         if grads.hidden is not None and grad_hidden is not None:
             grads.hidden[block.tokens] = grad_hidden
     return grads.finish(student.head, student.shard)

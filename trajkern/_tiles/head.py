@@ -116,7 +116,7 @@ def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
         stats.write(tiles, pairs, block, folded)
         if unit:
             ones = torch.ones_like(stats.logprobs)
-            _chain(tiles, pairs, block, columns, z, stats, ones, None, grads, kept=True)
+            _chain(tiles, pairs, block, columns, z, stats, ones, None, grads, has_logits=True)
     return stats.finish(tiles) + ([tiles.shard.sum(grads.hidden[:-1])] if grads.hidden is not None else [])
 
 
@@ -131,9 +131,9 @@ def _chain(
     grad_entropy: Tensor | None,
     grads: Grads,
     *,
-    kept: bool,
+    has_logits: bool,
 ) -> None:
-    """Adds a block to the gradients. ``kept``: ``z`` holds the block's logits; otherwise it has room for a slice."""
+    """Adds a block to the gradients. ``has_logits``: ``z`` holds the block's logits; else it has room for a slice."""
     rows = block.hi - block.lo
     index = pairs.pair[block.pairs]
     offsets = pairs.offsets[block.lo : block.hi + 1] - (pairs.offsets[block.lo] if tiles.cpu else 0)
@@ -149,8 +149,8 @@ def _chain(
         narrow = tiles.empty(rows, columns, tiles.head.weight.dtype)
     for part in slices(tiles.size, columns):
         width = part.stop - part.start
-        tile = z[:rows, part] if kept else part_of(z, rows, width)
-        if not kept:
+        tile = z[:rows, part] if has_logits else part_of(z, rows, width)
+        if not has_logits:
             tiles.logits(block.hidden, part, tile)
             tiles.restrict(pairs, block.lo, block.hi, part, tile)
         grad = tile if narrow is None else part_of(narrow, rows, width)
@@ -175,7 +175,7 @@ def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     rows, columns = tiles.fold_shape(pairs.row.shape[0])
     z, grads = tiles.empty(rows, columns), Grads.of(tiles, needs, pairs.row.shape[0])
     for block in blocks(tiles, pairs, rows):
-        _chain(tiles, pairs, block, columns, z, stats, grad_logprobs, grad_entropy, grads, kept=False)
+        _chain(tiles, pairs, block, columns, z, stats, grad_logprobs, grad_entropy, grads, has_logits=False)
     return grads.finish(head, tiles.shard)
 
 
@@ -205,7 +205,7 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
         stats.write(tiles, pairs, block, _fold(tiles, pairs, block, columns, z, outputs))
         grad_logprobs, *grad_entropy = policy(True)[2:]
         upstream = grad_logprobs, grad_entropy[0] if grad_entropy else None
-        _chain(tiles, pairs, block, columns, z, stats, *upstream, grads, kept=True)
+        _chain(tiles, pairs, block, columns, z, stats, *upstream, grads, has_logits=True)
     if live is not head.mask and live is not None:  # no gradient: folded in small tiles
         others_live = ~live if head.mask is None else head.mask & ~live
         _fold_all(tiles, pairs_of(head, tiles.shard.vocabulary, others_live), stats, outputs)

@@ -42,8 +42,8 @@ def pairs_of(
     """
     exact = head.hidden.is_cpu if exact is None else exact
     device, count, keys = head.hidden.device, head.targets.shape[0], head.keys
-    own = head.rows is None or head.support_ids is not None
-    number = torch.arange(count, device=device) if own else head.rows
+    is_by_pair = head.rows is None or head.support_ids is not None
+    number = torch.arange(count, device=device) if is_by_pair else head.rows
     assert number is not None
     if keep is None:
         keep = torch.ones(count, dtype=torch.bool, device=device)
@@ -62,7 +62,7 @@ def pairs_of(
         index = index[: int(keep.sum())]
     slot = slot[index]
     row = key.clamp_max(max(keys - 1, 0))
-    if own and head.rows is not None:
+    if is_by_pair and head.rows is not None:
         row = head.rows[row].clamp(0, head.hidden.shape[0] - 1)
     offsets = torch.searchsorted(slot, torch.arange(slots + 1, device=device))
     return Pairs(row, key, None if exact else key == keys, index, slot, offsets)

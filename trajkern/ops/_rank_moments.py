@@ -63,13 +63,13 @@ def group_advantages(
 
 def _numbered(group_ids: Tensor, ranks: dist.ProcessGroup) -> tuple[int, Tensor]:
     """How many groups there are on all ranks, and the number of each trajectory's among them, ``[N]``."""
-    own = group_ids.long().unique()
-    counts = [own.new_empty(1) for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather(counts, own.new_tensor([own.numel()]), group=ranks)
+    local_ids = group_ids.long().unique()
+    counts = [local_ids.new_empty(1) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(counts, local_ids.new_tensor([local_ids.numel()]), group=ranks)
     sizes = [int(count) for count in counts]
-    padded = own.new_zeros(max(sizes))
-    padded[: own.numel()] = own
-    found = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(found, padded, group=ranks)
-    every = torch.cat([ids[:size] for ids, size in zip(found, sizes, strict=True)]).unique()
+    padded = local_ids.new_zeros(max(sizes))
+    padded[: local_ids.numel()] = local_ids
+    of_ranks = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(of_ranks, padded, group=ranks)
+    every = torch.cat([ids[:size] for ids, size in zip(of_ranks, sizes, strict=True)]).unique()
     return every.numel(), torch.searchsorted(every, group_ids.long())

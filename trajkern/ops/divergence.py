@@ -124,8 +124,8 @@ def _check(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, be
     dtypes = tuple(x for x in FLOATS if (x == torch.float64) == (hidden.dtype == torch.float64))
     check_tensor("teacher_hidden", teacher_hidden, dtypes=dtypes, ndim=2, device=device)
     if teacher_hidden.shape[0] != tokens or teacher_hidden.shape[1] == 0:
-        found = describe(teacher_hidden)
-        raise ValueError(f"teacher_hidden must have shape [{tokens}, H'] with H' at least 1; got {found}")
+        shape = f"[{tokens}, H'] with H' at least 1"
+        raise ValueError(f"teacher_hidden must have shape {shape}; got {describe(teacher_hidden)}")
     check_tensor("teacher_weight", teacher_weight, dtypes=(teacher_hidden.dtype,), device=device)
     expected = (weight.shape[0], teacher_hidden.shape[1])
     check_shape("teacher_weight", teacher_weight, expected, "the student's vocabulary, the teacher's H")

@@ -37,11 +37,11 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _stats_fake(logits, targets, temperatures, temperature, mask, outputs):
     rows, dtype = targets.shape, accumulator(logits)
-    made = [logits.new_empty(rows, dtype=dtype), logits.new_empty((*rows, 2), dtype=dtype)]
+    results = [logits.new_empty(rows, dtype=dtype), logits.new_empty((*rows, 2), dtype=dtype)]
     for bit, kind in ((1, dtype), (2, dtype), (4, torch.bool)):
         if outputs & bit:
-            made.append(logits.new_empty(rows, dtype=kind))
-    return made
+            results.append(logits.new_empty(rows, dtype=kind))
+    return results
 
 
 # -> [logprobs, norm = (max z, log sum_j exp u_j), then what the bits of ``outputs`` ask for, in OUTPUTS' order]
@@ -152,8 +152,8 @@ def token_stats(
         raise TypeError(f"outputs must be a sequence of names, got {describe(outputs)}")
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
-    made = iter(_stats(logits, targets, outputs, temperature, mask, inplace_backward))
-    return TokenStats(next(made), *(next(made) if name in outputs else None for name in OUTPUTS))
+    results = iter(_stats(logits, targets, outputs, temperature, mask, inplace_backward))
+    return TokenStats(next(results), *(next(results) if name in outputs else None for name in OUTPUTS))
 
 
 def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Sequence[Tensor]:

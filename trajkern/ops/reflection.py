@@ -83,11 +83,11 @@ class _Reflection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads):
         ddof, normalize, rewarded = ctx.options
-        given = [None if g is None else g.contiguous() for g in grads]
-        given = given if rewarded else [None, *given, None, None]
+        upstream = [None if g is None else g.contiguous() for g in grads]
+        upstream = upstream if rewarded else [None, *upstream, None, None]
         needs = ctx.needs_input_grad[:2]
-        made = iter(_reflection_rewards_backward(*ctx.saved_tensors, *given, ddof, normalize, [*needs]))
-        return *(next(made) if need else None for need in needs), *(None,) * 7
+        formed = iter(_reflection_rewards_backward(*ctx.saved_tensors, *upstream, ddof, normalize, [*needs]))
+        return *(next(formed) if need else None for need in needs), *(None,) * 7
 
 
 @recorded
@@ -186,8 +186,8 @@ def _apply(
     x = laid_out(logprobs, accumulator(logprobs))
     bounds = laid_out(cu_seqlens, torch.int64)
     groups = _reflection_groups(laid_out(group_ids, torch.int64), bounds, x.shape[0])
-    made = _Reflection.apply(x, laid_out(baseline, x.dtype), bounds, *groups, ddof, normalize, rewarded)
-    return made, groups[1]
+    results = _Reflection.apply(x, laid_out(baseline, x.dtype), bounds, *groups, ddof, normalize, rewarded)
+    return results, groups[1]
 
 
 def _check(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, ddof: int, normalize: bool) -> None:
