@@ -14,8 +14,8 @@ pytest.importorskip("reasoning_gym", reason="the trainer's extra is not installe
 import trajkern as tk
 from trajkern.trainer.config import Evaluation, TrainConfig, WarmUp
 from trajkern.trainer.forest import Forest
-from trajkern.trainer.model import ModelConfig
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
+from trajkern.trainer.models.transformer import ModelConfig
 
 SMALL = ModelConfig(layers=1, width=32, heads=2, ffn=64)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from trajkern.trainer import checkpoint
-from trajkern.trainer.model import ModelConfig, Transformer
+from trajkern.trainer.models.transformer import ModelConfig, Transformer
 from trajkern.trainer.run import CHECKPOINT, results_folder
 
 SMALL = ModelConfig(layers=1, width=16, heads=2, ffn=24)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trajkern.trainer.guessing import LIMIT, TwentyQuestions, read_game
-from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.tokenizer import decode, encode
+from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_rollouts
-from trajkern.trainer.policy import CharacterModel
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.tasks import Question, Reply, Task, load_task
-from trajkern.trainer.things import ATTRIBUTES, KINDS, THINGS
-from trajkern.trainer.tokenizer import decode, encode
-from trajkern.trainer.tools import ELEMENTS, ToolTask
+from trajkern.trainer.tasks.entities import ATTRIBUTES, ENTITIES, KINDS
+from trajkern.trainer.tasks.tools import ELEMENTS, ToolTask
+from trajkern.trainer.tasks.twenty_questions import LIMIT, TwentyQuestions, read_game
 
 
 @pytest.fixture(params=["tools", "tools_long", "twenty_questions"])
@@ -109,7 +109,7 @@ def test_tools() -> None:
 
 def test_a_game() -> None:
     task = TwentyQuestions("twenty_questions")
-    cat = Question("dog:b+c-?", "", "", {"thing": "cat", "given": "bc"})
+    cat = Question("dog:b+c-?", "", "", {"entity": "cat", "known": "bc"})
     assert task.reply(cat, "i") == Reply("+") and task.reply(cat, "i+d") == Reply("-")
     assert task.reply(cat, "i+") is None and task.reply(cat, "=ca") is None
     assert task.reply(cat, "Z") == Reply("!")
@@ -122,14 +122,14 @@ def test_a_game() -> None:
     assert read_game("a+b-=x\n") == ("ab", "x\n") and read_game("a+b") == ("ab", None) and read_game("") == ("", None)
 
 
-def test_things_are_many_and_no_two_alike() -> None:
-    assert len(THINGS) >= 200 and len(ATTRIBUTES) == 24
-    assert len(THINGS) == sum(map(len, KINDS)) == len(set(THINGS.values()))
-    assert all(name.isascii() and name.isalpha() and name.islower() and len(name) <= 10 for name in THINGS)
-    assert set().union(*THINGS.values()) == set(ATTRIBUTES)
-    assert "a" in THINGS["dog"] and "c" in THINGS["eagle"] and "p" in THINGS["bus"] and "j" in THINGS["apple"]
-    assert "c" not in THINGS["penguin"] and "a" not in THINGS["sword"] and "b" not in THINGS["shark"]
-    for name, attributes in THINGS.items():
+def test_entities_are_many_and_no_two_alike() -> None:
+    assert len(ENTITIES) >= 200 and len(ATTRIBUTES) == 24
+    assert len(ENTITIES) == sum(map(len, KINDS)) == len(set(ENTITIES.values()))
+    assert all(name.isascii() and name.isalpha() and name.islower() and len(name) <= 10 for name in ENTITIES)
+    assert set().union(*ENTITIES.values()) == set(ATTRIBUTES)
+    assert "a" in ENTITIES["dog"] and "c" in ENTITIES["eagle"] and "p" in ENTITIES["bus"] and "j" in ENTITIES["apple"]
+    assert "c" not in ENTITIES["penguin"] and "a" not in ENTITIES["sword"] and "b" not in ENTITIES["shark"]
+    for name, attributes in ENTITIES.items():
         assert "b" not in attributes or "a" in attributes, f"{name}: a mammal is an animal"
         assert not {"a", "k"} <= attributes, f"{name}: no animal is a plant"
         assert not {"h", "i"} <= attributes, f"{name}: nothing bigger than a person fits into a hand"

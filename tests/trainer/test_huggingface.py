@@ -14,11 +14,11 @@ import torch
 import trajkern as tk
 from trajkern.trainer import train as training
 from trajkern.trainer.config import PRETRAINED, Evaluation, TrainConfig
-from trajkern.trainer.growth import TreeShape, grow, plant
-from trajkern.trainer.huggingface import HuggingFacePolicy
+from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.packing import pack_rollouts
 from trajkern.trainer.sampling import sample
 from trajkern.trainer.tasks import Task, load_task
+from trajkern.trainer.tree_sampling import TreeShape, grow, plant
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from trajkern.recipes import dro, reward_models
-from trajkern.trainer.judges import Judge, JudgeError, Judgements, LocalJudge, ServerJudge, read_score
+from trajkern.trainer.models.judges import Judge, JudgeError, Judgements, LocalJudge, ServerJudge, read_score
 
 NAN = float("nan")
 

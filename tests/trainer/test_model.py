@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trajkern.trainer.model import ModelConfig, Transformer
+from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.tokenizer import ALPHABET, EOS, VOCABULARY, decode, encode
+from trajkern.trainer.models.transformer import ModelConfig, Transformer
 from trajkern.trainer.packing import pack_rollouts
-from trajkern.trainer.policy import CharacterModel
 from trajkern.trainer.sampling import sample
-from trajkern.trainer.tokenizer import ALPHABET, EOS, VOCABULARY, decode, encode
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, ffn=48)
 

@@ -14,9 +14,9 @@ from trajkern.recipes import delta_belief, rlcr
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_pieces
-from trajkern.trainer.policy import CharacterModel
 from trajkern.trainer.settings import DRO, Compose, DeltaBelief, Feedback, ToolPO
 from trajkern.trainer.systems import SYSTEMS, Played, System, load_system
 from trajkern.trainer.systems.feedback import MARK
@@ -139,7 +139,7 @@ def test_dro_filters_prompts(model: CharacterModel) -> None:
 def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
     settings = DeltaBelief(scale=0.5, turn_cost=0.1)
     system = system_of(model, "twenty_questions", "delta_belief", delta_belief=settings)
-    cat = Question("dog:b+?", "", "", {"thing": "cat", "given": "b"})
+    cat = Question("dog:b+?", "", "", {"entity": "cat", "known": "b"})
     games = [
         [("i", True), ("+", False), ("b", True), ("+", False), ("=cat\n", True)],
         [("=dog\n", True)],

@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from trajkern.trainer.gym import SPECS, GymTask, Spec
+from trajkern.trainer.models.tokenizer import decode, encode
 from trajkern.trainer.tasks import Task, load_task, task_names
-from trajkern.trainer.tokenizer import decode, encode
+from trajkern.trainer.tasks.gym import SPECS, GymTask, Spec
 
 
 @pytest.fixture(scope="module", params=task_names())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import trajkern as tk
-from trajkern.trainer.model import ModelConfig
-from trajkern.trainer.policy import CharacterModel
-from trajkern.trainer.tokenizer import VOCABULARY
+from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.tokenizer import VOCABULARY
+from trajkern.trainer.models.transformer import ModelConfig
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.trainer.credit import Credit
 from trajkern.trainer.forest import Forest
-from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.tokenizer import encode
+from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_rollouts
-from trajkern.trainer.policy import CharacterModel
 from trajkern.trainer.sampling import sample
-from trajkern.trainer.tokenizer import encode
 from trajkern.trainer.update import policy_term
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trajkern.trainer.extras import require
+from trajkern.trainer.optional import require
 from trajkern.trainer.ranks import full, shard_like
 
 _KEY = "trajkern.trainer"

@@ -13,13 +13,13 @@ from trajkern.recipes import dro
 from trajkern.trainer.credit import Credit, credit_of
 from trajkern.trainer.evaluate import each, rewards_of
 from trajkern.trainer.forest import Forest
-from trajkern.trainer.growth import grow, leaf_chances, plant, thin
 from trajkern.trainer.packing import select
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems import Found, Local, Played, System, Values, rubric
 from trajkern.trainer.systems.feedback import teacher_logprobs
-from trajkern.trainer.tasks import Question
+from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.tree_sampling import grow, leaf_chances, plant, thin
 
 
 def collect(run: Run, questions: list[Question]) -> tuple[Values, Credit | None]:

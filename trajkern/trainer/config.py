@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import trajkern as tk
 from trajkern.trainer.checkpoint import load
-from trajkern.trainer.extras import require
-from trajkern.trainer.growth import TreeShape
-from trajkern.trainer.model import ModelConfig
+from trajkern.trainer.models.transformer import ModelConfig
+from trajkern.trainer.optional import require
 from trajkern.trainer.settings import DRO, RLCR, SRL, Compose, DeltaBelief, Feedback, SkillRL, ToolPO
+from trajkern.trainer.tree_sampling import TreeShape
 
 PROGRAM = "trajkern train"
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import environment, sample
-from trajkern.trainer.tasks import Question, Task
+from trajkern.trainer.tasks.base import Question, Task
 
 _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from training's
 

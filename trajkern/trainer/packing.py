@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.sampling import Rollouts
 
 Piece = tuple[list[int], bool]  # tokens, and whether they are scored

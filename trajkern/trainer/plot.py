@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trajkern.trainer.extras import require
+from trajkern.trainer.optional import require
 
 _WINDOW = 20  # steps the reward is averaged over
 

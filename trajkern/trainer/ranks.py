@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 
 if TYPE_CHECKING:  # a run of one process does without
     from torch.distributed.device_mesh import DeviceMesh

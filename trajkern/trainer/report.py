@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trajkern.trainer.extras import require
+from trajkern.trainer.optional import require
 
 Scalar = float | int | None
 _SHOWN = ("loss", "reward", "live_groups", "entropy", "val_pass@1", "val_pass@k", "tokens/s")

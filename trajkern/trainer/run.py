@@ -18,11 +18,11 @@ from torch import Tensor
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import Ranks, full
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.systems import System
-from trajkern.trainer.tasks import Question, Splits, Task
+from trajkern.trainer.tasks.base import Question, Splits, Task
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks, Rows
-from trajkern.trainer.tasks import Question, Task
+from trajkern.trainer.tasks.base import Question, Task
 
 # Of a rollout's number and all its tokens after the prompt: what the environment adds, and whether that is the end;
 # None while the policy's turn goes on.

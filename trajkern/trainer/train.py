@@ -19,13 +19,14 @@ from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig, check_parts
 from trajkern.trainer.cost import measure
 from trajkern.trainer.evaluate import Accuracy, evaluate
+from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.plot import plot
-from trajkern.trainer.policy import Policy, load_policy
 from trajkern.trainer.ranks import Ranks, joined
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible, results_folder
 from trajkern.trainer.systems import System, Values, load_system, recipe_names
-from trajkern.trainer.tasks import Question, Splits, Task, load_task
+from trajkern.trainer.tasks import load_task
+from trajkern.trainer.tasks.base import Question, Splits, Task
 from trajkern.trainer.update import imitate, policy_term, update
 
 RAMP = 20  # warm-up steps over which the learning rate rises

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.trainer.blocks import Layout
 from trajkern.trainer.credit import Credit
+from trajkern.trainer.models.blocks import Layout
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, pack_pieces, parted
-from trajkern.trainer.policy import Policy
 from trajkern.trainer.run import Run, optimise
 from trajkern.trainer.systems import Values
 

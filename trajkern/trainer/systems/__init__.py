@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from trajkern import recipes
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.guessing import TwentyQuestions
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.systems.base import Found, Local, Played, System, Values, rubric
 from trajkern.trainer.systems.delta_belief import TurnBeliefs
@@ -15,8 +14,9 @@ from trajkern.trainer.systems.rlcr import Calibrated
 from trajkern.trainer.systems.skillrl import SkillBased
 from trajkern.trainer.systems.srl import StepImitation
 from trajkern.trainer.systems.toolpo import ToolRewards
-from trajkern.trainer.tasks import Task
-from trajkern.trainer.tools import ToolTask
+from trajkern.trainer.tasks.base import Task
+from trajkern.trainer.tasks.tools import ToolTask
+from trajkern.trainer.tasks.twenty_questions import TwentyQuestions
 
 SYSTEMS: dict[str, type[System]] = {
     "delta_belief": TurnBeliefs,

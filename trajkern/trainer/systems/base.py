@@ -13,11 +13,11 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import recipes
 from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts, select
-from trajkern.trainer.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import Rollouts
-from trajkern.trainer.tasks import Question, Splits, Task
+from trajkern.trainer.tasks.base import Question, Splits, Task
 
 Values = dict[str, float | int | None]  # a step's metrics
 # One rank's: a tensor counts with each of its elements, a pair (x, n) as n elements of mean x, integers are added up.

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from trajkern import Spans, spread
 from trajkern.recipes import delta_belief
-from trajkern.trainer.guessing import END, GUESS, TwentyQuestions, read_game
 from trajkern.trainer.packing import Piece
 from trajkern.trainer.systems.base import Found, Played, System
 from trajkern.trainer.systems.scoring import score_pieces
+from trajkern.trainer.tasks.twenty_questions import END, GUESS, TwentyQuestions, read_game
 
 INVALID = -5.0  # a turn that says nothing
 
 
 class TurnBeliefs(System):
-    """After every turn of every rollout the policy is asked for the hidden thing, all in one packed forward."""
+    """After every turn of every rollout the policy is asked for the hidden entity, all in one packed forward."""
 
     task: TwentyQuestions
     dealable = False  # rollouts differ in their number of turns
@@ -44,7 +44,7 @@ class TurnBeliefs(System):
         )
 
     def beliefs(self, played: Played, start: Tensor, trajectory: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(hidden thing) before the first turn and after each, NaN after a guess; and the rollouts' boundaries."""
+        """log p(hidden entity) before the first turn and after each, NaN after a guess; and the rollouts' bounds."""
         batch, asked = played.batch, []
         bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
         every = played.trajectories()
@@ -53,7 +53,7 @@ class TurnBeliefs(System):
             starts[n].append(position)
         pieces: list[list[Piece]] = []
         for n, (question, text, tokens) in enumerate(zip(played.questions, played.texts, every, strict=True)):
-            target = self.policy.encode(question.entry["thing"] + END)
+            target = self.policy.encode(question.entry["entity"] + END)
             ends = [*starts[n], len(tokens)] if starts[n] else [len(tokens)]
             if read_game(text).guess is not None:
                 ends.pop()

@@ -11,7 +11,7 @@ from trajkern.recipes import feedback
 from trajkern.trainer.packing import Piece, demonstration
 from trajkern.trainer.systems.base import Found, Played, System
 from trajkern.trainer.systems.scoring import score_pieces
-from trajkern.trainer.tasks import Question
+from trajkern.trainer.tasks.base import Question
 
 MARK = "|"  # between a hint and the question, for a model of characters
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, pack_pieces
-from trajkern.trainer.policy import Policy
 
 
 class Scores(NamedTuple):

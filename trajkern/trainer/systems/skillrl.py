@@ -9,11 +9,11 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.recipes.skillrl import SkillBank
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
+from trajkern.trainer.models.tokenizer import ALPHABET
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.systems.base import Found, Played, System
-from trajkern.trainer.tasks import Question, Splits, Task
-from trajkern.trainer.tokenizer import ALPHABET
+from trajkern.trainer.tasks.base import Question, Splits, Task
 
 _READABLE = frozenset(ALPHABET)
 

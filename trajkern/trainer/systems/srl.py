@@ -10,10 +10,10 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.recipes import srl
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.systems.base import Found, Local, Played, System
-from trajkern.trainer.tasks import Answer, Question, Reply, Splits, Task
+from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 
 THOUGHT = "</think>"  # what stands before it is monologue and not scored
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from trajkern import Spans
 from trajkern.recipes import toolpo
 from trajkern.trainer.systems.base import Found, Played, System
-from trajkern.trainer.tools import CALL, END, ToolTask
+from trajkern.trainer.tasks.tools import CALL, END, ToolTask
 
 
 class ToolRewards(System):

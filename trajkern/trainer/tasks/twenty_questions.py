@@ -1,4 +1,4 @@
-"""Twenty questions: the policy asks for attributes of a hidden thing, the environment answers, the policy guesses."""
+"""Twenty questions: the policy asks for attributes of a hidden entity, the environment answers, the policy guesses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from trajkern.trainer.tasks import STREAM, Answer, Question, Reply, Task
-from trajkern.trainer.things import ATTRIBUTES, KINDS, THINGS
+from trajkern.trainer.tasks.base import STREAM, Answer, Question, Reply, Task
+from trajkern.trainer.tasks.entities import ATTRIBUTES, ENTITIES, KINDS
 
 GUESS, END = "=", "\n"
 LIMIT = 6  # questions of a game
@@ -25,7 +25,7 @@ class TwentyQuestions(Task):
 
     A turn is a letter of ``ATTRIBUTES``, to which the environment adds ``+`` or ``-`` (``!`` for any other
     character), or a guess, which ends the game. So does asking more than ``LIMIT`` times. A demonstration asks at
-    random and ends with the hidden thing's name.
+    random and ends with the hidden entity's name.
     """
 
     interactive = True
@@ -37,20 +37,22 @@ class TwentyQuestions(Task):
         for index in range(STREAM):
             rng = random.Random(f"{self.seed}:{split}:{index}")
             kind = list(rng.choice(KINDS))
-            thing = rng.choice(kind)
-            given = "".join(sorted(rng.sample(letters, 2)))
-            asked = rng.sample([x for x in letters if x not in given], rng.randint(1, LIMIT))
-            facts = "".join(x + answer(thing, x) for x in given)
-            play = "".join(x + answer(thing, x) for x in asked)
+            entity = rng.choice(kind)
+            known = "".join(sorted(rng.sample(letters, 2)))
+            asked = rng.sample([x for x in letters if x not in known], rng.randint(1, LIMIT))
+            facts = "".join(x + answer(entity, x) for x in known)
+            play = "".join(x + answer(entity, x) for x in asked)
             lines = "\n".join(f"{letter}: {text}" for letter, text in ATTRIBUTES.items())
             text = (
                 f"Guess the thing I think of; it is like a {kind[0]}. Known: {facts}. Write a letter to ask\n{lines}\n"
                 f"and read + or - after it; at most {LIMIT} times. Then write {GUESS}, its name and a new line."
             )
-            yield Question(f"{kind[0]}:{facts}?", text, f"{play}{GUESS}{thing}{END}", {"thing": thing, "given": given})
+            yield Question(
+                f"{kind[0]}:{facts}?", text, f"{play}{GUESS}{entity}{END}", {"entity": entity, "known": known}
+            )
 
     def read(self, question: Question, text: str) -> Answer:
-        return Answer(read_game(text).guess == question.entry["thing"] + END)
+        return Answer(read_game(text).guess == question.entry["entity"] + END)
 
     def reply(self, question: Question, text: str) -> Reply | None:
         game = read_game(text)
@@ -59,7 +61,7 @@ class TwentyQuestions(Task):
         if not text or len(text) % 2 == 0:
             return None
         known = game.asked[-1] in ATTRIBUTES
-        return Reply(answer(question.entry["thing"], game.asked[-1]) if known else "!", len(game.asked) > LIMIT)
+        return Reply(answer(question.entry["entity"], game.asked[-1]) if known else "!", len(game.asked) > LIMIT)
 
     def pieces(self, question: Question) -> list[tuple[str, bool]]:
         play, _, name = question.answer.partition(GUESS)
@@ -67,7 +69,7 @@ class TwentyQuestions(Task):
 
     def penalties(self, question: Question, text: str) -> list[float]:
         """Of each turn: -5 for what is no question, -1 where the answer was known, 0 otherwise and for the guess."""
-        game, known, out = read_game(text), set(question.entry["given"]), []
+        game, known, out = read_game(text), set(question.entry["known"]), []
         for letter in game.asked:
             out.append(-5.0 if letter not in ATTRIBUTES else -1.0 if letter in known else 0.0)
             known.add(letter)
@@ -85,8 +87,8 @@ class TwentyQuestions(Task):
         }
 
 
-def answer(thing: str, letter: str) -> str:
-    return "+" if letter in THINGS[thing] else "-"
+def answer(entity: str, letter: str) -> str:
+    return "+" if letter in ENTITIES[entity] else "-"
 
 
 def read_game(text: str) -> Game:

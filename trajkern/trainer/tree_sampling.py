@@ -10,7 +10,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.trainer.forest import Forest
-from trajkern.trainer.policy import Policy
+from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Rows
 from trajkern.trainer.sampling import Drawn, draw, left_padded, read_prompts
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trajkern.trainer.huggingface import HuggingFacePolicy
+from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.sampling import left_padded
-from trajkern.trainer.tasks import Question
+from trajkern.trainer.tasks.base import Question
 
 HIGHEST = 10  # of the scores that a judge is asked for
 RUBRIC = "You judge how well a response answers a question: whether it is correct, complete and to the point."

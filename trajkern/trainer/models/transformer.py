@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajkern.trainer.attention import Attend, Cache, CachedAttention, packed_attention
-from trajkern.trainer.blocks import Layout
+from trajkern.trainer.models.attention import Attend, Cache, CachedAttention, packed_attention
+from trajkern.trainer.models.blocks import Layout
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trajkern.trainer.tokenizer import ALPHABET
+from trajkern.trainer.models.tokenizer import ALPHABET
 
 STREAM = 10_000_000  # question seeds of one split; a task draws item i of seed s from s + i
 _CHARACTERS = frozenset(ALPHABET)
@@ -127,28 +127,3 @@ class Task(abc.ABC):
             if name != "demonstrations":
                 taken |= {question.prompt for question in some}
         return Splits(**found, train=self.distinct(3, train, taken))
-
-
-def task_names() -> list[str]:
-    """The names that :func:`load_task` knows."""
-    return sorted(_factories())
-
-
-def load_task(name: str, seed: int = 0) -> Task:
-    """The task called ``name``. Raises ValueError with the list of names where there is none."""
-    known = _factories()
-    if name not in known:
-        raise ValueError(f"task must be one of {', '.join(sorted(known))}; got {name!r}")
-    return known[name](name, seed)
-
-
-def _factories() -> dict[str, type[Task]]:
-    from trajkern.trainer.guessing import TwentyQuestions
-    from trajkern.trainer.gym import SPECS, GymTask
-    from trajkern.trainer.tools import TOOLS, ToolTask
-
-    return {
-        **dict.fromkeys(SPECS, GymTask),
-        **dict.fromkeys(TOOLS, ToolTask),
-        "twenty_questions": TwentyQuestions,
-    }

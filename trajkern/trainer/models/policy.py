@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from trajkern.trainer import tokenizer
-from trajkern.trainer.blocks import Layout
-from trajkern.trainer.model import ModelConfig, Transformer
-from trajkern.trainer.tasks import Question
+from trajkern.trainer.models import tokenizer
+from trajkern.trainer.models.blocks import Layout
+from trajkern.trainer.models.transformer import ModelConfig, Transformer
+from trajkern.trainer.tasks.base import Question
 
 TOOL_CALL_END = "</tool>"
 
@@ -147,6 +147,6 @@ def load_policy(name: str, tiny: ModelConfig, shots: Sequence[Question]) -> Poli
     """
     if name == "tiny":
         return CharacterModel(tiny)
-    from trajkern.trainer.huggingface import HuggingFacePolicy
+    from trajkern.trainer.models.huggingface import HuggingFacePolicy
 
     return HuggingFacePolicy.load(name, shots)

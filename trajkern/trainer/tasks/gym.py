@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from trajkern.recipes import rlcr
-from trajkern.trainer.extras import require
-from trajkern.trainer.tasks import STREAM, Answer, Question, Task
+from trajkern.trainer.optional import require
+from trajkern.trainer.tasks.base import STREAM, Answer, Question, Task
 
 PASSING_SCORE = 0.99
 _CONFIDENCE = re.compile(r"(.*) (\d{1,3})%", re.DOTALL)

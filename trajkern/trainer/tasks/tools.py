@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from trajkern.trainer.tasks import STREAM, Answer, Question, Reply, Task
+from trajkern.trainer.tasks.base import STREAM, Answer, Question, Reply, Task
 
 CALL, END = "<tool>", "</tool>"
 TOOLS = {"tools": (2, 2), "tools_long": (2, 3)}  # fewest and most terms

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from trajkern import recipes
 from trajkern.trainer import train as training
-from trajkern.trainer.growth import Node, TreeShape, grow, leaf_chances, plant, thin
-from trajkern.trainer.model import ModelConfig
-from trajkern.trainer.policy import CharacterModel, Policy
+from trajkern.trainer.models.policy import CharacterModel, Policy
+from trajkern.trainer.models.tokenizer import EOS, decode, encode
+from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.run import METRICS
-from trajkern.trainer.tokenizer import EOS, decode, encode
+from trajkern.trainer.tree_sampling import Node, TreeShape, grow, leaf_chances, plant, thin
 
 NEWLINE = encode("\n")[0]
 PROMPTS = [encode("4-1="), encode("17+25-3="), encode("1")]

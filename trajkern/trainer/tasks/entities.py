@@ -1,4 +1,4 @@
-"""Everyday things and what is true of them, for a game of twenty questions."""
+"""Everyday entities and their attributes, for a game of twenty questions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ATTRIBUTES = {
     "x": "Has it been known for a thousand years?",
 }
 
-# A line is a kind: what is true of all of it, then each thing with what is true of it besides. No two are alike.
+# A line is a kind: what is true of all of it, then each entity with what is true of it besides. No two are alike.
 _TABLE = """
 abetx: dog/fgrvw cat/fgivw horse/fh cow/fhj pig/fj sheep/fjw donkey/fhr rabbit/fijw mouse/i rat/fi squirrel/iw
 abetx: lion/ghrv tiger/ghv wolf/grv fox/gvw deer/j elephant/hr giraffe/h zebra/hj hippo/dhv rhino/hv
@@ -78,11 +78,11 @@ wx: blanket curtain/h rug/u
 def _read() -> list[dict[str, frozenset[str]]]:
     kinds = []
     for line in _TABLE.strip().splitlines():
-        common, things = line.split(": ")
-        entries = (entry.partition("/") for entry in things.split())
-        kinds.append({name: frozenset(common + own) for name, _, own in entries})
+        common, entities = line.split(": ")
+        entries = (entry.partition("/") for entry in entities.split())
+        kinds.append({name: frozenset(common + attributes) for name, _, attributes in entries})
     return kinds
 
 
 KINDS = _read()
-THINGS = {name: attributes for kind in KINDS for name, attributes in kind.items()}
+ENTITIES = {name: attributes for kind in KINDS for name, attributes in kind.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.trainer.blocks import Layout, blocks
+from trajkern.trainer.models.blocks import Layout, blocks
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v [.., heads, head_dim] -> like q
 KEY_COST = 16  # fetching the keys of a block costs as much as this many of its queries

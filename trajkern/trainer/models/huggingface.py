@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajkern.trainer.blocks import Blocks, Layout, blocks
-from trajkern.trainer.extras import require
-from trajkern.trainer.policy import Policy, vocabulary_rows
-from trajkern.trainer.tasks import Question
+from trajkern.trainer.models.blocks import Blocks, Layout, blocks
+from trajkern.trainer.models.policy import Policy, vocabulary_rows
+from trajkern.trainer.optional import require
+from trajkern.trainer.tasks.base import Question
 
 
 class HuggingFaceCache:
