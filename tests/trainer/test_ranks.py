@@ -19,7 +19,8 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.run import CHECKPOINT, METRICS
-from trajkern.trainer.train import check_ranks, train
+from trajkern.trainer.setup import check_ranks
+from trajkern.trainer.train import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun and gloo as on Linux")
 
@@ -159,7 +160,8 @@ def test_ranks_that_cannot_share_the_work(tmp_path: Path) -> None:
         (True, {"prompts": 1, "rollouts": 2}, "prompts must be enough for 3 ranks of data; got 1"),
     ):
         with pytest.raises(ValueError, match=f"^{text}"):
-            check_ranks(TrainConfig(**changes), SimpleNamespace(splits_groups=splits), three)
+            system: Any = SimpleNamespace(splits_groups=splits, compares_prompts=False)
+            check_ranks(TrainConfig(**changes), system, three)
 
 
 def test_losses_of_whole_batches_are_refused() -> None:

@@ -7,16 +7,18 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import trajkern as tk
 from trajkern.trainer.checkpoint import load
+from trajkern.trainer.compose import Compose
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.optional import require
-from trajkern.trainer.settings import DRO, RLCR, SRL, Compose, DeltaBelief, Feedback, SkillRL, ToolPO
+from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.tree_sampling import TreeShape
 
 PROGRAM = "trajkern train"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,17 @@ class Evaluation:
     every: int = 25
 
 
+def with_tables_of_recipes(cls: type[T]) -> type[T]:
+    """Give a class, before it becomes a dataclass, a field for the settings of each recipe that has some."""
+    for recipe, system in SYSTEMS.items():
+        if system.settings_type:
+            cls.__annotations__[recipe] = system.settings_type
+            setattr(cls, recipe, field(default_factory=system.settings_type))
+    return cls
+
+
 @dataclass(frozen=True)
+@with_tables_of_recipes
 class TrainConfig:
     """Train a small language model on a reasoning task with trajkern's ops.
 
@@ -102,7 +114,6 @@ class TrainConfig:
         tiny: sizes of the built-in transformer.
         tree: how a recipe for trees samples.
         compose: a gate in front of the reward, weights behind the advantage.
-        rlcr, dro, delta_belief, toolpo, srl, feedback, skillrl: the recipe of that name.
         shots: demonstrations shown before each question to a pretrained model.
     """
 
@@ -138,13 +149,6 @@ class TrainConfig:
     tiny: ModelConfig = field(default_factory=ModelConfig)
     tree: TreeShape = field(default_factory=TreeShape)
     compose: Compose = field(default_factory=Compose)
-    rlcr: RLCR = field(default_factory=RLCR)
-    dro: DRO = field(default_factory=DRO)
-    delta_belief: DeltaBelief = field(default_factory=DeltaBelief)
-    toolpo: ToolPO = field(default_factory=ToolPO)
-    srl: SRL = field(default_factory=SRL)
-    feedback: Feedback = field(default_factory=Feedback)
-    skillrl: SkillRL = field(default_factory=SkillRL)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("prompts", 1), ("rollouts", 2), ("updates", 1), ("questions", 1)):
@@ -180,20 +184,8 @@ def check_parts(loss: tk.PolicyLoss, otherwise: str) -> None:
 
 
 _PATHS = ("out", "tensorboard", "resume", "config")
-_TABLES: dict[str, type] = {
-    "loss": tk.PolicyLoss,
-    "warmup": WarmUp,
-    "eval": Evaluation,
-    "tiny": ModelConfig,
-    "tree": TreeShape,
-    "compose": Compose,
-    "rlcr": RLCR,
-    "dro": DRO,
-    "delta_belief": DeltaBelief,
-    "toolpo": ToolPO,
-    "srl": SRL,
-    "feedback": Feedback,
-    "skillrl": SkillRL,
+_TABLES: dict[str, Any] = {
+    f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if callable(f.default_factory)
 }
 
 # A pretrained model needs no warm-up, a small step and small batches.

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 import trajkern as tk
-from trajkern import recipes
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import collect
-from trajkern.trainer.config import TrainConfig, check_parts
+from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.cost import measure
 from trajkern.trainer.evaluate import Accuracy, evaluate
 from trajkern.trainer.models.policy import Policy, load_policy
@@ -24,7 +23,10 @@ from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import Ranks, joined
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible, results_folder
-from trajkern.trainer.systems import System, Values, load_system, recipe_names
+from trajkern.trainer.setup import check_ranks, load_system
+from trajkern.trainer.systems import system_type
+from trajkern.trainer.systems.base import Values
+from trajkern.trainer.systems.plain import PlainTrees
 from trajkern.trainer.tasks import load_task
 from trajkern.trainer.tasks.base import Question, Splits, Task
 from trajkern.trainer.update import imitate, policy_term, update
@@ -76,8 +78,7 @@ def train(config: TrainConfig) -> Result:
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
-    if config.recipe not in recipe_names():
-        raise ValueError(f"recipe must be one of {', '.join(recipe_names())}; got {config.recipe!r}")
+    system_type(config.recipe)  # refuses an unknown one before any work
     stored = checkpoint.load(config.resume) if config.resume else None
     display = Display(quiet=ranks.number > 0)
     task, sizes = load_task(config.task, config.seed), config.eval
@@ -148,20 +149,6 @@ def make_anchor(config: TrainConfig, splits: Splits, ranks: Ranks, policy: Polic
         for own, now in zip(anchor.parameters(), policy.parameters(), strict=True):
             own.copy_(now)
     return anchor
-
-
-def check_ranks(config: TrainConfig, system: System, ranks: Ranks) -> None:
-    """Raise ValueError where the ranks cannot share the work."""
-    if ranks.parts == 1:
-        return
-    check_parts(config.loss, "the run must have one rank of data")
-    if config.prompts * (config.rollouts if system.splits_groups else 1) < ranks.parts:
-        kept = "" if system.splits_groups else f" (the recipe {config.recipe} keeps a group on one rank)"
-        raise ValueError(f"prompts must be enough for {ranks.parts} ranks of data{kept}; got {config.prompts}")
-    if config.warmup.batch < ranks.parts:
-        raise ValueError(f"warmup.batch must be at least {ranks.parts}, the ranks of data; got {config.warmup.batch}")
-    if config.recipe == "dro" and config.compose.rubric:
-        raise ValueError("compose.rubric must be none for the recipe dro on several ranks, which compares all prompts")
 
 
 def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) -> torch.optim.Optimizer:
@@ -264,7 +251,7 @@ def supervised_control(run: Run) -> Values:
     prompt = sum(len(policy.prompt(q)) for q in some) / len(some)
     answer = sum(len(policy.answer(q.answer)) for q in some) / len(some)
     drawn = trained = config.rollouts
-    if config.recipe in recipes.TREE_RECIPES:
+    if isinstance(run.system, PlainTrees):
         drawn, trained = config.tree.trees * config.tree.leaves, config.tree.trees * config.tree.keep
     sampling = prompt + drawn * answer
     cost = config.prompts * (sampling + 3 * config.updates * trained * (prompt + answer))

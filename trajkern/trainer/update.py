@@ -15,7 +15,7 @@ from trajkern.trainer.models.blocks import Layout
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, pack_pieces, parted
 from trajkern.trainer.run import Run, optimise
-from trajkern.trainer.systems import Values
+from trajkern.trainer.systems.base import Values
 
 
 def score(

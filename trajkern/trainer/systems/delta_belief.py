@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,21 +11,48 @@ from torch import Tensor
 from trajkern import Spans, spread
 from trajkern.recipes import delta_belief
 from trajkern.trainer.packing import Piece
-from trajkern.trainer.systems.base import Found, Played, System
+from trajkern.trainer.systems.base import Assigned, GroupSystem, Played, Requirement
 from trajkern.trainer.systems.scoring import score_pieces
 from trajkern.trainer.tasks.twenty_questions import END, GUESS, TwentyQuestions, read_game
 
 INVALID = -5.0  # a turn that says nothing
 
 
-class TurnBeliefs(System):
+@dataclass(frozen=True)
+class DeltaBelief:
+    """Recipe delta_belief; a task that can be asked for its belief (twenty_questions).
+
+    Args:
+        scale: of the gain in log-probability of the hidden answer.
+        clip: whether a loss of belief counts as none.
+        win_reward: of every turn of a game that is won.
+        turn_cost: of every turn, for each turn.
+        penalties: whether invalid and repeated questions cost.
+        finished: how the statistics of a turn count rollouts that had ended before it.
+    """
+
+    scale: float = 0.1
+    clip: bool = True
+    win_reward: float = 2.0
+    turn_cost: float = 0.05
+    penalties: bool = True
+    finished: Literal["included", "masked"] = "included"
+
+
+class TurnBeliefs(GroupSystem):
     """After every turn of every rollout the policy is asked for the hidden entity, all in one packed forward."""
 
-    task: TwentyQuestions
+    settings_type = DeltaBelief
+    requires = Requirement(
+        "a task that knows a hidden answer: twenty_questions", lambda task: isinstance(task, TwentyQuestions)
+    )
     dealable = False  # rollouts differ in their number of turns
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
-        settings, batch = self.config.delta_belief, played.batch
+    settings: DeltaBelief
+    task: TwentyQuestions
+
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
+        settings, batch = self.settings, played.batch
         turns = Spans.turns(batch.loss_mask, batch.cu_seqlens)
         counts = torch.bincount(turns.trajectory, minlength=len(played.texts))
         beliefs, bounds = self.beliefs(played, turns.start, turns.trajectory, counts)
@@ -37,7 +65,7 @@ class TurnBeliefs(System):
         where = (turns.trajectory, turns.index, batch.group_ids)
         found = delta_belief.turn_advantages(rewards, *where, finished=settings.finished)
         gain = beliefs.diff()
-        return Found(
+        return Assigned(
             spread(found, turns),
             per_token=True,
             values={"turn_reward": rewards, "belief_gain": gain[gain.isfinite()]},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,19 +11,50 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.recipes import dro
 from trajkern.trainer.packing import Piece
-from trajkern.trainer.systems.base import Found, Played, System
+from trajkern.trainer.systems.base import SHOWS_WORK, Assigned, GroupSystem, Played
 from trajkern.trainer.systems.scoring import score_pieces
 
 
-class Reflection(System):
+@dataclass(frozen=True)
+class DRO:
+    """Recipe dro; a task that shows its work.
+
+    Args:
+        weights: of the reference answer's tokens: by their deviation over a group's rollouts, or equal.
+        masked: whether the log-probs without any reasoning are taken off first. A group's mean does that as well.
+        drop_fraction: of a step's prompts, those whose rollouts differ least on the reference.
+        top_k: if above 0, a prompt is kept only if a rollout gives its reference's worst tokens a mean rank within it.
+        worst_fraction: the share of the reference's tokens that are the worst.
+        length_weight: of the reward for an answer as long as the reference.
+        length_beta: its slope.
+        outcome_weight: of the verifier's reward; the system needs none.
+    """
+
+    weights: Literal["variance", "uniform"] = "variance"
+    masked: bool = False
+    drop_fraction: float = 0.0
+    top_k: int = 0
+    worst_fraction: float = 0.25
+    length_weight: float = 0.0
+    length_beta: float = 1.0
+    outcome_weight: float = 0.0
+
+
+class Reflection(GroupSystem):
     """One scoring forward of the reference answer under each rollout's lines of work; no verifier needed.
 
     The reference's tokens are weighed by their deviation over the group (or equally), the prompts on which rollouts
     differ least can be dropped, as can those whose reference is out of reach.
     """
 
+    settings_type = DRO
+    requires = SHOWS_WORK
+    compares_prompts = True
+
+    settings: DRO
+
     def signals(self, played: Played) -> dict[str, Tensor]:
-        settings, groups = self.config.dro, played.batch.group_ids
+        settings, groups = self.settings, played.batch.group_ids
         scores = score_pieces(self.policy, self._reasoned(played), groups, ranks=settings.top_k > 0)
         baseline = score_pieces(self.policy, self._masked(played), groups).logprobs if settings.masked else None
         found = tk.reflection_rewards(scores.logprobs, scores.cu_seqlens, groups, baseline=baseline)
@@ -46,10 +78,10 @@ class Reflection(System):
             keep = keep & dro.rank_filter(scores.ranks, scores.cu_seqlens, groups, **worst)
         return {"rewards": rewards, "keep": keep}
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
         rewards, keep = signals["rewards"], signals["keep"]
         advantages = tk.group_advantages(rewards, played.batch.group_ids, gate=keep)
-        return Found(advantages, keep=keep, values={"reflection": rewards, "filtered": int((~keep).sum())})
+        return Assigned(advantages, keep=keep, values={"reflection": rewards, "filtered": int((~keep).sum())})
 
     def _reasoned(self, played: Played) -> list[list[Piece]]:
         """Each rollout up to its last newline, then the reference answer."""

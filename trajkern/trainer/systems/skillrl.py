@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 import trajkern as tk
 from trajkern.recipes.skillrl import SkillBank
-from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.models.tokenizer import ALPHABET
-from trajkern.trainer.ranks import ALONE, Ranks
-from trajkern.trainer.systems.base import Found, Played, System
-from trajkern.trainer.tasks.base import Question, Splits, Task
+from trajkern.trainer.systems.base import Assigned, GroupSystem, Played
+from trajkern.trainer.tasks.base import Question, Splits
 
 _READABLE = frozenset(ALPHABET)
 
 
-class SkillBased(System):
+@dataclass(frozen=True)
+class SkillRL:
+    """Recipe skillrl.
+
+    Args:
+        top_k: skills shown with a question; 0 trains without the bank.
+        capacity: skills kept of a family.
+        threshold: success rate of a family under which its failures become lessons.
+    """
+
+    top_k: int = 1
+    capacity: int = 32
+    threshold: float = 0.4
+
+
+class SkillBased(GroupSystem):
     """The bank starts with the warm-up's demonstrations, takes in each success and, after a weak validation, lessons.
 
     It is saved with the checkpoint. The warm-up shows skills, too, so that the policy learns to read them.
     """
 
+    settings_type = SkillRL
     remembers = True
 
-    def __init__(self, config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> None:
-        super().__init__(config, task, policy, ranks)
-        settings = config.skillrl
-        self.bank = SkillBank(threshold=settings.threshold, capacity=settings.capacity)
+    settings: SkillRL
+
+    def __post_init__(self) -> None:
+        self.bank = SkillBank(threshold=self.settings.threshold, capacity=self.settings.capacity)
 
     def pool(self, splits: Splits) -> list[Question]:
-        for question in splits.demonstrations[: self.config.skillrl.capacity]:
+        for question in splits.demonstrations[: self.settings.capacity]:
             self.bank.add(question.prompt, question.answer, 1.0, self.task.name)
         return splits.train
 
     def prompt(self, question: Question) -> list[int]:
-        found = self.bank.retrieve(question.prompt, self.task.name, self.config.skillrl.top_k)
-        prompt, text = (self.bank.render(x, found) for x in (question.prompt, question.text))
+        skills = self.bank.retrieve(question.prompt, self.task.name, self.settings.top_k)
+        prompt, text = (self.bank.render(x, skills) for x in (question.prompt, question.text))
         return self.policy.prompt(question._replace(prompt=prompt, text=text))
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
         advantages = tk.group_advantages(signals["rewards"], played.batch.group_ids)
-        return Found(advantages, values={"skills": float(len(self.bank))})
+        return Assigned(advantages, values={"skills": float(len(self.bank))})
 
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         for question, text, reward in zip(questions, texts, rewards, strict=True):

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import trajkern as tk
 from trajkern.recipes import srl
-from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.models.policy import Policy
-from trajkern.trainer.ranks import ALONE, Ranks
-from trajkern.trainer.systems.base import Found, Local, Played, System
+from trajkern.trainer.systems.base import SHOWS_WORK, Assigned, GroupSystem, Local, Played
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 
 THOUGHT = "</think>"  # what stands before it is monologue and not scored
+
+
+@dataclass(frozen=True)
+class SRL:
+    """Recipe srl; a task that shows its work.
+
+    Args:
+        penalty: the reward of a step that is not well-formed.
+        min_std: a step's rollouts are trained on if their rewards deviate by more.
+    """
+
+    penalty: float = -1.0
+    min_std: float = 1e-4
 
 
 class NextStep(Task):
@@ -39,15 +50,19 @@ class NextStep(Task):
         return Reply("", done=True) if text.endswith("\n") else None
 
 
-class StepImitation(System):
+class StepImitation(GroupSystem):
     """GRPO on :func:`trajkern.recipes.srl.rewards`; exercises whose rollouts score alike are left out.
 
     The exercises are those of the warm-up's demonstrations: the same solutions that supervised training imitates.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> None:
-        super().__init__(config, task, policy, ranks)
-        self.task = NextStep(task)
+    settings_type = SRL
+    requires = SHOWS_WORK
+
+    settings: SRL
+
+    def __post_init__(self) -> None:
+        self.task = NextStep(self.task)
 
     def pool(self, splits: Splits) -> list[Question]:
         return [step for question in splits.demonstrations for step in steps_of(question)]
@@ -56,13 +71,13 @@ class StepImitation(System):
         actions = [_action(text) for text in played.texts]
         alike = srl.similarity(actions, [q.answer for q in played.questions]).float()
         well_formed = torch.tensor([bool(action) for action in actions])
-        return {"rewards": srl.rewards(alike, well_formed, penalty=self.config.srl.penalty)}
+        return {"rewards": srl.rewards(alike, well_formed, penalty=self.settings.penalty)}
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Found:
+    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
         rewards, groups = signals["rewards"], played.batch.group_ids
-        keep = srl.keep_groups(rewards, groups, min_std=self.config.srl.min_std)
+        keep = srl.keep_groups(rewards, groups, min_std=self.settings.min_std)
         values: Local = {"similarity": rewards, "filtered": int((~keep).sum())}
-        return Found(tk.group_advantages(rewards, groups, gate=keep), keep=keep, values=values)
+        return Assigned(tk.group_advantages(rewards, groups, gate=keep), keep=keep, values=values)
 
 
 def steps_of(question: Question) -> list[Question]:

@@ -92,6 +92,11 @@ class Task(abc.ABC):
         """What would have helped the rollout ``text``, in the environment's words; None where there is nothing."""
         return None
 
+    @property
+    def gives_hints(self) -> bool:
+        """Whether :meth:`hint` is more than this class's."""
+        return type(self).hint is not Task.hint
+
     def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
         """What else an evaluation reports of these rollouts."""
         return {}
