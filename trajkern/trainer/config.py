@@ -177,7 +177,7 @@ class TrainConfig:
 
 def check_parts(loss: tk.PolicyLoss, otherwise: str) -> None:
     """Raise ValueError where the loss of a batch is not the sum of its parts' losses."""
-    if loss.kind in ("kl_cov", "clip_cov"):
+    if loss.ranks_tokens:
         raise ValueError(f"{otherwise} with loss.kind {loss.kind!r}, which ranks the tokens of the whole batch")
     if loss.sampler_correction == "sequence_mask":
         raise ValueError(f"{otherwise} with loss.sampler_correction 'sequence_mask', which changes what is counted")

@@ -13,9 +13,6 @@ import trajkern as tk
 from trajkern import recipes
 from trajkern.trainer.forest import Forest
 
-_NEEDS_FLAT = ("gmpo", "vespo", "kl_cov", "clip_cov")  # no sum over the leaves below a token gives these
-_OF_TRAJECTORY = ("grpo", "dapo", "bnpo", "dr_grpo", "gspo", "luspo", "sapo")  # exact at ratio level "sequence", too
-
 
 @dataclass(frozen=True, eq=False)
 class Credit:
@@ -36,12 +33,10 @@ class Credit:
 
     def reads_tree(self, config: tk.PolicyLoss) -> bool:
         """Whether ``branch=`` gives this loss exactly; the others read the flat rollouts' log-probs."""
-        if config.kind in _NEEDS_FLAT or self.per == "token":
+        if self.per == "token" or not config.exact_in_tree:
             return False
-        if config.resolved_ratio_level == "sequence":
-            corrected = config.kl_coef and config.kl == "k3_corrected"
-            return self.per == "leaf" and config.kind in _OF_TRAJECTORY and not corrected
-        return not (self.per == "step" and config.sampler_correction == "sequence_mask")
+        reads_rollouts = config.resolved_ratio_level == "sequence" or config.sampler_correction == "sequence_mask"
+        return self.per == "leaf" or not reads_rollouts
 
     def units(self, aggregate: str) -> int:
         """What the loss is divided by: the scored tokens, or the rollouts that have one."""
@@ -61,14 +56,14 @@ class Credit:
             paths[leaf].append(node)
         lengths, room = tree.node_lengths.tolist(), most
         pieces: list[list[int]] = [[]]
-        held: set[int] = set()
+        included: set[int] = set()
         for leaf in tree.leaf_order.tolist():  # neighbours share the longest prefixes
-            new = sum(lengths[node] for node in paths[leaf] if node not in held)
+            new = sum(lengths[node] for node in paths[leaf] if node not in included)
             if new > room and pieces[-1]:
                 pieces.append([])
-                held, room, new = set(), most, sum(lengths[node] for node in paths[leaf])
+                included, room, new = set(), most, sum(lengths[node] for node in paths[leaf])
             pieces[-1].append(leaf)
-            held.update(paths[leaf])
+            included.update(paths[leaf])
             room -= new
         flags = torch.zeros(len(pieces), tree.num_leaves, dtype=torch.bool)
         for flag, leaves in zip(flags, pieces, strict=True):
@@ -100,10 +95,9 @@ class Credit:
             if normalizer is not None:
                 weights, normalizer = weights * (self.units(aggregate) / normalizer), None
         leaf, node = self.forest.path_nodes
-        a, w = self.advantages.double(), weights[leaf]
-        counted = (w > 0).double()
-        terms = (w * a.relu(), -w * (-a).relu(), w, counted * (a > 0), counted * (a < 0), counted * (a == 0))
-        sums = torch.zeros(tree.num_nodes, len(terms), dtype=a.dtype).index_add(0, node, torch.stack(terms, 1))
+        weights = weights[leaf]
+        steps = tk.Branch.of(self.advantages.double(), weights, (weights > 0).double())
+        sums = torch.zeros(tree.num_nodes, len(steps), dtype=torch.float64).index_add(0, node, torch.stack(steps, 1))
         branch = tk.Branch(*sums.to(self.advantages.dtype).unbind(1))
         return {"branch": branch, "config": config, "normalizer": normalizer}
 
