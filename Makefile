@@ -38,7 +38,7 @@ bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists t
 	$(BIN)/trajkern bench $(ARGS)
 
 reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
-	$(BIN)/python -m trajkern._bench.reproduce $(ARGS)
+	$(BIN)/python -m trajkern._bench.experiments.reproduce $(ARGS)
 
 readme: .venv/.built ## the README's table of times, from bench/results
 	$(BIN)/python -m trajkern._bench.readme

@@ -114,7 +114,12 @@ if ARCHS:
 
 ParallelCompile(needs_recompile=lambda obj, src: newer_group([src, *HEADERS], obj)).install()
 setup(
-    packages=[*find_packages(include=["trajkern", "trajkern.*"]), "trajkern._bench", "trajkern._triton"],
+    packages=[
+        *find_packages(include=["trajkern", "trajkern.*"]),
+        "trajkern._bench",
+        *(f"trajkern._bench.{name}" for name in find_packages("bench")),
+        "trajkern._triton",
+    ],
     package_dir={"trajkern._bench": "bench", "trajkern._triton": "triton_kernels"},
     package_data={"trajkern": ["py.typed"]},
     ext_modules=extensions,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trajkern.trainer import cli_main, controls
+from trajkern.trainer import cli_main
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.config import TrainConfig, parse
@@ -210,21 +210,3 @@ def test_tensorboard_gets_the_same_numbers(config: Make, tmp_path: Path) -> None
     events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
     rewards = [e.value for e in events.Scalars("main/reward")]
     assert rewards == pytest.approx([r["reward"] for r in _records(result.metrics.parent) if r["phase"] == "main"])
-
-
-def test_controls_script_compares_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    small = (
-        "--task chain_sum --steps 2 --prompts 8 --rollouts 4 --questions 100 --threads 1 --warmup.steps 20"
-        " --warmup.batch 16 --warmup.demonstrations 64 --eval.heldout 8 --eval.validation 4 --eval.samples 2"
-        " --tiny.layers 1 --tiny.width 32 --tiny.heads 2"
-    )
-    out = tmp_path / "controls"
-    assert controls.main(["--seeds", "0", "1", "--out", str(out), "--", *small.split()]) == 0
-    text = (out / "controls.md").read_text()
-    assert "| seed | warm-up | grpo | random-rewards | supervised |" in text and text in capsys.readouterr().out
-    seeds = json.loads((out / "controls.json").read_text())["seeds"]
-    assert [row["seed"] for row in seeds] == [0, 1]
-    for row in seeds:
-        assert all(row[arm]["steps"] == 2 for arm in ("grpo", "random-rewards", "supervised"))
-        assert row["supervised"]["trained"] >= row["random-rewards"]["trained"] > 0
-        assert row["supervised"]["sampled"] == 0

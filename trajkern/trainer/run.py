@@ -82,7 +82,7 @@ class Run:
     phase: str = "warmup"
     step: int = 0
     before: Accuracy | None = None
-    last: tuple[Any, ...] | None = None  # credit, pairs and given log-probs of the last update
+    last: Any = None  # the last micro-batch that was trained
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
 

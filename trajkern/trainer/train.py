@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import trajkern as tk
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.cost import measure
 from trajkern.trainer.evaluate import Accuracy, evaluate
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.plot import plot
@@ -29,7 +27,7 @@ from trajkern.trainer.systems.base import Values
 from trajkern.trainer.systems.plain import PlainTrees
 from trajkern.trainer.tasks import load_task
 from trajkern.trainer.tasks.base import Question, Splits, Task
-from trajkern.trainer.update import imitate, policy_term, update
+from trajkern.trainer.update import imitate, update
 
 RAMP = 20  # warm-up steps over which the learning rate rises
 
@@ -298,12 +296,11 @@ def finish(run: Run) -> Result:
     assert run.before is not None
     result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
     run.display.say(summary(config, kind, result))
-    if config.head == "eager" and run.last and not run.ranks.mesh:
-        credit, pairs, given = run.last
-        for head in ("eager", "fused"):
-            term = partial(policy_term, run, credit, pairs, None, head, given)
-            cost = measure(lambda term=term: term()[0].backward())  # type: ignore[misc]
-            run.display.say(f"{head:5} head on the last batch, model included: {cost}")
+    if config.head == "eager" and not run.ranks.mesh:
+        from trajkern._bench.experiments.heads import compare  # measures as the benchmark does
+
+        for line in compare(run):
+            run.display.say(line)
     return result
 
 

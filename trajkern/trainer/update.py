@@ -41,10 +41,10 @@ class MicroBatch:
         self.run, self.credit = run, credit
         config, forest = run.config, credit.forest
         self.pairs = forest.tree.pairs(forest.tokens, credit.loss_mask)
-        self.given: dict[str, Any] = {"sampler_logprobs": forest.sampler_logprobs[self.pairs.tokens]}
+        self.fixed: dict[str, Any] = {"sampler_logprobs": forest.sampler_logprobs[self.pairs.tokens]}
         if run.anchor is not None:
             with torch.no_grad():
-                self.given["ref_logprobs"] = score(
+                self.fixed["ref_logprobs"] = score(
                     run.anchor, forest.tokens, forest.tree, self.pairs, config.head, config.temperature
                 )
         self.old: Tensor | None = None
@@ -53,7 +53,7 @@ class MicroBatch:
     def loss(self, normalizer: float | None) -> Tensor:
         """This micro-batch's part of the loss; the first call's log-probs are the old ones of the others."""
         loss, metrics = policy_term(
-            self.run, self.credit, self.pairs, self.old, self.run.config.head, self.given, normalizer
+            self.run, self.credit, self.pairs, self.old, self.run.config.head, self.fixed, normalizer
         )
         logprobs = metrics.pop("logprobs")
         self.old = logprobs if self.old is None else self.old
@@ -63,7 +63,7 @@ class MicroBatch:
     def values(self) -> dict[str, float]:
         """The last update's metrics."""
         assert self.old is not None
-        drift = (self.old - self.given["sampler_logprobs"]).abs().max()
+        drift = (self.old - self.fixed["sampler_logprobs"]).abs().max()
         found = {name: value.item() for name, value in (self.metrics | {"sampler_drift": drift}).items()}
         forest = self.credit.forest
         return found | {"trained": forest.flat_tokens, "shared": forest.flat_tokens - forest.tree.num_tokens}
@@ -91,7 +91,7 @@ def update(run: Run, credit: Credit | None) -> Values:
         losses = (piece.loss(normalizer) for piece in pieces)
         norm = optimise(run, chain(losses, (nothing(run.policy) for _ in idle)))
     if pieces:
-        run.last = (pieces[-1].credit, pieces[-1].pairs, pieces[-1].given)
+        run.last = pieces[-1]
     return reported(run, pieces) | {"grad_norm": norm}
 
 

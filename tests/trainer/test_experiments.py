@@ -1,14 +1,19 @@
-"""The comparison of recipes: what a row runs, what it keeps, and how its table is worked out."""
+"""Experiments: what a comparison runs, what it keeps, how its table is worked out; controls; the two heads."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trajkern._bench import reproduce
-from trajkern._bench.reproduce import ROWS, Row, measured, table
-from trajkern.trainer.config import parse
+from trajkern._bench.experiments import controls, reproduce
+from trajkern._bench.experiments.comparisons import COMPARISONS, Comparison
+from trajkern._bench.experiments.reproduce import measured, table
+from trajkern.trainer.config import TrainConfig, parse
+from trajkern.trainer.train import train
 
 SMALL = (
     "--task chain_sum --steps 2 --prompts 8 --rollouts 4 --questions 100 --warmup.steps 20 --warmup.batch 16"
@@ -17,16 +22,18 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", COMPARISONS)
 def test_every_arm_has_flags_that_the_trainer_knows(row: str) -> None:
-    for flags in ROWS[row].arms.values():
-        config = parse(f"{reproduce.COMMON} {ROWS[row].flags} {flags} --seed 3".split())
+    for flags in COMPARISONS[row].arms.values():
+        config = parse(f"{reproduce.COMMON} {COMPARISONS[row].flags} {flags} --seed 3".split())
         assert config.seed == 3 and config.steps > 0
 
 
 def test_a_row_runs_once_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"small": Row("nothing", SMALL, {"grpo": "--recipe grpo", "psr": "--recipe psr"}, ("pass@1", "pass@4"))}
-    monkeypatch.setattr(reproduce, "ROWS", rows)
+    rows = {
+        "small": Comparison("nothing", SMALL, {"grpo": "--recipe grpo", "psr": "--recipe psr"}, ("pass@1", "pass@4"))
+    }
+    monkeypatch.setattr(reproduce, "COMPARISONS", rows)
     monkeypatch.setattr(reproduce, "COMMON", "--time-limit 1e9 --threads 1")
     monkeypatch.setattr(reproduce, "OUT", tmp_path / "runs")
     report = tmp_path / "report.md"
@@ -43,8 +50,8 @@ def test_a_row_runs_once_and_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_table_is_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Row("c", "-f", {"one": "", "two": ""}, ("pass@1", "val_pass@1 >= 0.5"))
-    monkeypatch.setattr(reproduce, "ROWS", {"r": row})
+    row = Comparison("c", "-f", {"one": "", "two": ""}, ("pass@1", "val_pass@1 >= 0.5"))
+    monkeypatch.setattr(reproduce, "COMPARISONS", {"r": row})
 
     def result(arm: str, seed: int, value: float, curve: list[list[float]]) -> dict:
         figures = {"before": {"pass@1": 0.25}, "after": {"pass@1": value}}
@@ -62,3 +69,27 @@ def test_the_table_is_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "| one | 0.625 ± 0.125 | 37.500 ± 12.500 | 1.0 |" in lines
     assert "| two | 0.250 ± 0.000 | 25.000 (1 of 2) | 1.0 |" in lines
     assert "- two: pass@1 +0.375 ± 0.125, val_pass@1 >= 0.5 +0.000" in lines
+
+
+def test_controls_start_from_one_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "controls"
+    assert controls.main(["--seeds", "0", "1", "--out", str(out), "--", *SMALL.split(), "--threads", "1"]) == 0
+    text = (out / "controls.md").read_text()
+    assert "| seed | warm-up | grpo | random-rewards | supervised |" in text and text in capsys.readouterr().out
+    results = json.loads((out / "controls.json").read_text())["results"]
+    arms = ["grpo", "random-rewards", "supervised"]
+    assert [(x["arm"], x["seed"]) for x in results] == [(arm, seed) for seed in (0, 1) for arm in arms]
+    for plain, random, supervised in (results[:3], results[3:]):
+        assert plain["before"] == random["before"] == supervised["before"]
+        assert plain["steps"] == random["steps"] == supervised["steps"] == 2
+        assert supervised["clock"]["trained"] >= random["clock"]["trained"] > 0 == supervised["clock"]["sampled"]
+
+
+def test_an_eager_run_says_what_the_heads_cost(
+    config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture
+) -> None:
+    train(config(head="eager"))
+    said = capsys.readouterr().out
+    for head in ("eager", "fused"):
+        line = rf"^{head} head on the last batch, model included: \d+\.\d ms(, \d+ MiB at its peak)?$"
+        assert re.search(line, said, re.M), head
