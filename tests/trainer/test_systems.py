@@ -11,6 +11,7 @@ import torch
 
 import trajkern as tk
 from trajkern.recipes import delta_belief, rlcr
+from trajkern.trainer import checkpoint
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.compose import Compose
@@ -234,7 +235,7 @@ def test_the_hinted_policy_teaches(model: CharacterModel) -> None:
 def test_skills_stand_before_the_question(config: Make) -> None:
     settings = config(recipe="skillrl", steps=3)
     result = training.train(settings)
-    state = training.checkpoint.load(result.checkpoint).place["system"]
+    state = checkpoint.load(result.checkpoint).place["system"]
     assert len([s for s in state["skills"] if s["kind"] == "demonstration"]) == settings.skillrl.capacity
     system = load_system(settings, load_task("chain_sum"), CharacterModel(settings.tiny))
     system.restore(json.loads(json.dumps(state)))
@@ -258,7 +259,7 @@ def test_every_system_trains_and_resumes(config: Make, recipe: str) -> None:
     records = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
     assert len([r for r in records if r["phase"] == "main"]) == 4
     resumed = training.train(config("resumed", resume=whole.checkpoint.with_name("warmup.safetensors"), **settings))
-    one, two = (training.checkpoint.load(r.checkpoint) for r in (whole, resumed))
+    one, two = (checkpoint.load(r.checkpoint) for r in (whole, resumed))
     assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
     assert one.place["system"] == two.place["system"]
 

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from trajkern.trainer import cli_main
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
+from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig, parse
 from trajkern.trainer.run import CHECKPOINT, METRICS, Interrupted
+from trajkern.trainer.tasks import load_task
 
 Make = Callable[..., TrainConfig]
 
@@ -119,7 +121,7 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_130(
     )
     assert cli_main(arguments.split()) == 130
     assert f"--resume {tmp_path / 'run' / CHECKPOINT}" in capsys.readouterr().err
-    stored = training.checkpoint.load(tmp_path / "run" / CHECKPOINT)
+    stored = load(tmp_path / "run" / CHECKPOINT)
     assert (stored.place["phase"], stored.place["step"]) == ("main", 2)
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -177,7 +179,7 @@ def test_supervised_control_costs_what_a_policy_step_costs(config: Make) -> None
     settings = config(steps=20, control="supervised", warmup=dataclasses.replace(config().warmup, steps=1))
     result = training.train(settings)
     batches = sum(r["batches"] for r in _records(result.metrics.parent) if r["phase"] == "main")
-    demonstrations = training.load_task("chain_sum").splits(heldout=16, validation=8, demonstrations=256, train=300)
+    demonstrations = load_task("chain_sum").splits(heldout=16, validation=8, demonstrations=256, train=300)
     lengths = [(len(q.prompt), len(q.answer) + 1) for q in demonstrations.demonstrations]
     prompt, answer = (sum(x) / len(x) for x in zip(*lengths, strict=True))
     policy_step = 16 * prompt + 64 * answer + 3 * 64 * (prompt + answer)

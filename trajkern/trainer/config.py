@@ -164,6 +164,11 @@ class TrainConfig:
         if self.questions < self.prompts:
             raise ValueError(f"questions must be at least prompts = {self.prompts}, got {self.questions}")
 
+    @property
+    def arm(self) -> str:
+        """What trains after the warm-up: the recipe, or the control in its place."""
+        return self.recipe if self.control == "none" else self.control
+
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON data."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}

@@ -156,8 +156,7 @@ def results_folder(config: TrainConfig) -> Path:
     Raises ValueError where ``out`` already holds another run's checkpoint.
     """
     if config.out is None:
-        kind = config.recipe if config.control == "none" else config.control
-        first = Path("runs") / f"{config.task}-{kind}-seed{config.seed}"
+        first = Path("runs") / f"{config.task}-{config.arm}-seed{config.seed}"
         folder, number = first, 2
         while folder.exists():
             folder, number = first.with_name(f"{first.name}-{number}"), number + 1

@@ -1,15 +1,132 @@
-"""A run before its first step: the system of its recipe, and what must go together."""
+"""A run before its first step: what it is made of, and what does not go together."""
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups
 from trajkern.trainer.compose import load_rubric
 from trajkern.trainer.config import TrainConfig, check_parts
-from trajkern.trainer.models.policy import Policy
+from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.ranks import ALONE, Ranks
+from trajkern.trainer.report import Display, Metrics
+from trajkern.trainer.run import METRICS, Run, results_folder
 from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
-from trajkern.trainer.tasks.base import Task
+from trajkern.trainer.tasks import load_task
+from trajkern.trainer.tasks.base import Splits, Task
+
+
+def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
+    """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
+    system_type(config.recipe)  # refuses an unknown one before any work
+    stored = checkpoint.load(config.resume) if config.resume else None
+    phase = stored.place["phase"] if stored else "warmup"
+    task, display = load_task(config.task, config.seed), Display(quiet=ranks.number > 0)
+    display.say(f"{config.task}: drawing questions, seed {config.seed}")
+    splits = draw_splits(config, task)
+    policy = make_policy(config, splits, ranks)
+    anchor = make_anchor(config, splits, ranks, policy) if phase == "main" else None
+    optimizer = make_optimizer(config, task, policy, phase)
+    if stored:
+        checkpoint.restore_model(stored, "policy", policy)
+        if anchor:
+            checkpoint.restore_model(stored, "anchor", anchor)
+        checkpoint.restore_optimizer(stored, optimizer, policy)
+    system = load_system(config, task, policy, ranks)
+    check_ranks(config, system, ranks)
+    max_new = config.max_new or longest_answer(policy, splits)
+    out = ranks.told(results_folder(config) if ranks.number == 0 else None)
+    assert out is not None
+    run = Run(
+        config=config,
+        ranks=ranks,
+        task=task,
+        splits=splits,
+        system=system,
+        pool=system.pool(splits),
+        policy=policy,
+        anchor=anchor,
+        generator=torch.Generator(ranks.device).manual_seed(config.seed),
+        max_new=max_new,
+        out=out,
+        metrics=open_metrics(config, ranks, out, stored),
+        display=display,
+        interrupt=interrupt,
+        optimizer=optimizer,
+    )
+    if stored:
+        run.restore(stored)
+    display.say(description(run))
+    return run
+
+
+def draw_splits(config: TrainConfig, task: Task) -> Splits:
+    return task.splits(
+        heldout=config.eval.heldout,
+        validation=config.eval.validation,
+        demonstrations=config.warmup.demonstrations,
+        train=config.questions,
+    )
+
+
+def longest_answer(policy: Policy, splits: Splits) -> int:
+    """In tokens, its end included."""
+    return max(len(policy.answer(q.answer)) for q in (*splits.demonstrations, *splits.validation))
+
+
+def open_metrics(config: TrainConfig, ranks: Ranks, out: Path, stored: checkpoint.Checkpoint | None) -> Metrics:
+    """The run's metrics file, which continues that of the run it resumes."""
+    history = stored.path.parent / METRICS if stored else None
+    size = stored.place["metrics"] if stored else 0
+    board = config.tensorboard
+    return Metrics(out / METRICS, history=history, size=size, tensorboard=board, quiet=ranks.number > 0)
+
+
+def description(run: Run) -> str:
+    """What trains, on what, and where its results go."""
+    parameters = sum(p.numel() for p in run.policy.parameters())
+    workers = f" on each of {run.ranks.mesh.size()} ranks" if run.ranks.mesh else ""
+    threads = f"{torch.get_num_threads()} threads{workers}"
+    return f"{run.config.model}: {parameters:,} parameters, {threads}; results in {run.out}"
+
+
+def make_policy(config: TrainConfig, splits: Splits, ranks: Ranks) -> Policy:
+    """The policy as it begins, the same for every number of ranks."""
+    torch.manual_seed(config.seed)
+    with torch.device("cpu"):  # a rank moves to its device what it keeps
+        policy = load_policy(config.model, config.tiny, splits.demonstrations[: config.shots])
+    return ranks.shard(policy)
+
+
+def make_anchor(config: TrainConfig, splits: Splits, ranks: Ranks, policy: Policy) -> Policy | None:
+    """A copy of the policy as it is, where the loss has a KL term."""
+    if not config.loss.kl_coef:
+        return None
+    anchor = make_policy(config, splits, ranks).requires_grad_(False)
+    with torch.no_grad():
+        for copy, parameter in zip(anchor.parameters(), policy.parameters(), strict=True):
+            copy.copy_(parameter)
+    return anchor
+
+
+def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) -> torch.optim.Optimizer:
+    """AdamW with the numbers of reinforcement, or of imitation in the warm-up and the supervised control."""
+    betas, decay = (0.9, 0.99), 0.0
+    if phase == "warmup" or config.control == "supervised":
+        chosen = config.warmup.weight_decay
+        betas, decay = (0.9, 0.98), task.weight_decay if chosen is None else chosen
+    by_mesh: dict[Any, list[nn.Parameter]] = {}  # one fused step works on one mesh
+    for parameter in policy.parameters():
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    groups = [{"params": parameters} for parameters in by_mesh.values()]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def load_system(config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> System:

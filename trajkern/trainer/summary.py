@@ -1,0 +1,61 @@
+"""What came of a run, and how it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.evaluate import Accuracy
+from trajkern.trainer.run import Clock
+
+
+class Result(NamedTuple):
+    """Held-out accuracy after the warm-up and at the end, the speed, and the files left behind."""
+
+    before: Accuracy
+    after: Accuracy
+    steps: int
+    seconds: float
+    clock: Clock
+    curve: Path
+    metrics: Path
+    checkpoint: Path
+
+
+def summary(config: TrainConfig, result: Result) -> str:
+    """A table of the accuracies, the speed, and where everything lies."""
+    k = config.eval.samples
+    sampled, trained = result.clock.rates
+    start = "after warm-up" if config.warmup.steps else "before"
+    rows = [(start, result.before), (f"after {result.steps} steps of {config.arm}", result.after)]
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        "",
+        f"{config.task}, seed {config.seed}: {config.eval.heldout} held-out questions, {k} samples each",
+        f"{'':{width}}  {'pass@1':>7}  {f'pass@{k}':>7}  {'greedy':>7}",
+        *(f"{name:{width}}  {a.pass_at_1:7.3f}  {a.pass_at_k:7.3f}  {a.greedy:7.3f}" for name, a in rows),
+        f"tokens per second: {sampled:,.0f} sampled, {trained:,.0f} trained; {result.seconds:.0f} s in all",
+        *detail_lines(rows),
+        *shared_line(result.clock),
+        f"curve       {result.curve}",
+        f"metrics     {result.metrics}",
+        f"checkpoint  {result.checkpoint}",
+    ]
+    return "\n".join(lines)
+
+
+def detail_lines(rows: list[tuple[str, Accuracy]]) -> list[str]:
+    """What the task reports besides accuracy."""
+    lines = []
+    for name in (name for name in rows[-1][1].details if not name.startswith("pass@")):
+        values = [accuracy.details.get(name) for _, accuracy in rows]
+        lines.append(f"{name}: {' -> '.join('-' if x is None else f'{x:.3f}' for x in values)}")
+    return lines
+
+
+def shared_line(clock: Clock) -> list[str]:
+    if not clock.shared:
+        return []
+    share = clock.shared / clock.trained
+    return [f"shared prefixes: {clock.shared:,} of {clock.trained:,} tokens ({share:.0%}) were not computed again"]
