@@ -4,12 +4,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstring>
-
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "advantage_groups.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace tk {
 namespace {
@@ -130,53 +128,6 @@ void gae_backward(const T* grads, const Trajectories& in, double gamma, double l
   });
 }
 
-constexpr int kLanes = 8;  // a sum's partial sums, whatever the width of a vector
-using Lanes8 = Vec<double, kLanes>;
-using Kept = Vec<int64_t, kLanes>;  // all bits, or none
-
-TK_INLINE Lanes8 keep(const Kept& kept, const Lanes8& x) { return bit_cast<Lanes8>(bit_cast<Kept>(x) & kept); }
-
-TK_INLINE double fold(const Lanes8& x) {
-  const Lanes8 row[1] = {x};
-  return fold_sum<kLanes>(row);
-}
-
-template <class T>
-TK_INLINE Lanes8 read(const T* x, int count) {
-  Vec<T, kLanes> y{};
-  if (count == kLanes) return __builtin_convertvector(load<kLanes>(x), Lanes8);
-  for (int l = 0; l < count; ++l) y[l] = x[l];
-  return __builtin_convertvector(y, Lanes8);
-}
-
-template <class T>
-TK_INLINE void write(T* x, int count, const Lanes8& y) {
-  const auto narrow = __builtin_convertvector(y, Vec<T, kLanes>);
-  if (count == kLanes) return store<kLanes>(x, narrow);
-  for (int l = 0; l < count; ++l) x[l] = narrow[l];
-}
-
-// f(i, kept, count) for the count values from i on, kLanes but for the last ones.
-template <class F>
-TK_INLINE void each_step(const bool* mask, int64_t begin, int64_t end, const F& f) {
-  Kept byte;  // a lane's among eight flags
-  for (int l = 0; l < kLanes; ++l) byte[l] = bit_cast<int64_t>(uint64_t{0xff} << 8 * l);
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    Kept kept = Kept{} == 0;
-    if (mask != nullptr) {
-      int64_t flags;
-      std::memcpy(&flags, mask + i, sizeof(flags));
-      kept = (broadcast<kLanes>(flags) & byte) != 0;
-    }
-    f(i, kept, kLanes);
-  }
-  if (i == end) return;
-  Kept kept{};
-  for (int l = 0; i + l < end; ++l) kept[l] = mask == nullptr || mask[i + l] ? -1 : 0;
-  f(i, kept, int(end - i));
-}
-
 // f(chunk, begin, end) for every chunk, compiled for this machine's vectors.
 template <class F>
 void each_chunk(int64_t n, const F& f) {
@@ -197,13 +148,13 @@ void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* ou
   const auto moments = uninitialised<Moments>(chunks_of(in.n));
   each_chunk(in.n, [&](int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
     Lanes8 counts{}, sums{}, squares{};
-    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
       counts += keep(kept, Lanes8{} + 1);
       sums += keep(kept, read(in.x + i, count));
     });
     Moments found{in.mask == nullptr ? double(end - begin) : fold(counts), fold(sums), 0};
     const double mean = found.mean();
-    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
       const Lanes8 centred = keep(kept, read(in.x + i, count) - mean);
       squares += centred * centred;
     });
@@ -221,7 +172,7 @@ void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* ou
   }
   const double rstd = whiten_rstd(all.count, all.squares, ddof, eps);
   each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
-    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
       const Lanes8 y = (read(in.x + i, count) - mean) * rstd + (shift_mean ? 0 : mean);
       write(out + i, count, keep(kept, y));
     });
@@ -239,7 +190,7 @@ void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, b
   const auto sums = uninitialised<Sums>(chunks_of(in.n));
   each_chunk(in.n, [&](int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
     Lanes8 counts{}, sum_g{}, sum_gc{};
-    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
       const Lanes8 g = read(grads + i, count);
       counts += keep(kept, Lanes8{} + 1);
       sum_g += keep(kept, g);
@@ -253,7 +204,7 @@ void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, b
   }
   const WhitenGradient map = whiten_gradient(mean, stats[1], all.count, all.g, all.gc, shift_mean, ddof);
   each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
-    each_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, int count) TK_INLINE_LAMBDA {
+    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
       const Lanes8 centred = read(in.x + i, count) - map.mean;
       const Lanes8 y = map.rstd * read(grads + i, count) + map.offset + map.slope * centred;
       write(grad_x + i, count, keep(kept, y));

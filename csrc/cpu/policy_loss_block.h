@@ -65,15 +65,7 @@ struct Sum {
 
   // i: the index of x's first element, a multiple of the lanes of V, in its step.
   TK_INLINE void add(int i, const V& x) { parts[i / W] += x; }
-  TK_INLINE double fold() const {
-    Scalar<V> lane[kSumLanes];
-    double sum[kSumLanes / 2];
-    std::memcpy(lane, parts, sizeof(lane));
-    for (int l = 0; l < kSumLanes / 2; ++l) sum[l] = double(lane[l]) + double(lane[l + kSumLanes / 2]);
-    for (int half = kSumLanes / 4; half; half /= 2)
-      for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-    return sum[0];
-  }
+  TK_INLINE double fold() const { return fold_sum<W>(parts); }
 };
 
 // A run of tokens, in vectors V, and the stages over it.

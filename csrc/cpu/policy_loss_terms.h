@@ -78,19 +78,15 @@ TK_INLINE V nonzero(const V& x) {
   return magnitude(x) > 0 ? V{} + 1 : V{};
 }
 
-// exp(x) for |x| <= 80, in parts: x = n log 2 + r with |r| <= log(2) / 2, power = 2^n, excess = exp(r) - 1 - r.
+// exp(x) = power (1 + r + excess) for abs(x) <= 80; the excess by a shorter chain than vexp's.
 template <class V>
-struct Expansion {
-  V power, r, excess;
+struct Expansion : ExpParts<kLanes<V>> {
+  V excess;
 
-  TK_INLINE explicit Expansion(const V& x) {
-    constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
-    const V t = fma(x, 0x1.715476p0f, V{} + shift), n = t - shift;
-    r = fma(n, 0x1.05c610p-29f, fma(n, -0x1.62e430p-1f, x));
-    const V low = fma(r, 0x1.555492p-3f, V{} + 0x1.fffffcp-2f), middle = fma(r, 0x1.123a2p-7f, V{} + 0x1.5558f2p-5f);
-    const V r2 = r * r;
-    excess = r2 * fma(r2, fma(r2, 0x1.6a23cep-10f, middle), low);
-    power = bit_cast<V>(bit_cast<Vec<uint32_t, kLanes<V>>>(t) << 23);
+  TK_INLINE explicit Expansion(const V& x) : ExpParts<kLanes<V>>(x) {
+    const V r = this->r, r2 = r * r;
+    const V low = fma(r, kExpRest[1], V{} + kExpRest[0]), middle = fma(r, kExpRest[3], V{} + kExpRest[2]);
+    excess = r2 * fma(r2, fma(r2, kExpRest[4], middle), low);
   }
 
  private:

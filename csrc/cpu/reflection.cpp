@@ -8,17 +8,13 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <type_traits>
 #include <vector>
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace tk::reflection {
-
-constexpr int kLanes = 8;  // a sum's partial sums, whatever the width of a vector
-using Lanes8 = Vec<double, kLanes>;
 
 // Trajectories 0 to count, where cu_seqlens cuts up the tokens.
 bool cuts_up(const int64_t* cu_seqlens, int64_t count, int64_t tokens) {
@@ -102,33 +98,6 @@ struct Group {
     length = in.cu_seqlens[order[0] + 1] - at[0];
   }
 };
-
-// f(j, count) for every eight columns, the count known to the compiler, and for the rest.
-template <class F>
-TK_INLINE void each_step(int64_t begin, int64_t end, const F& f) {
-  int64_t j = begin;
-  for (; j + kLanes <= end; j += kLanes) f(j, std::integral_constant<int64_t, kLanes>{});
-  if (j < end) f(j, end - j);
-}
-
-template <class T>
-TK_INLINE Lanes8 read(const T* x, int64_t count) {
-  if (count == kLanes) return __builtin_convertvector(load<kLanes>(x), Lanes8);
-  Lanes8 y{};
-  for (int64_t l = 0; l < count; ++l) y[l] = x[l];
-  return y;
-}
-
-template <class T>
-TK_INLINE void write(T* x, int64_t count, const Lanes8& y) {
-  if (count == kLanes) return store<kLanes>(x, __builtin_convertvector(y, Vec<T, kLanes>));
-  for (int64_t l = 0; l < count; ++l) x[l] = T(y[l]);
-}
-
-TK_INLINE double fold(const Lanes8& x) {
-  const Lanes8 row[1] = {x};
-  return fold_sum<kLanes>(row);
-}
 
 // Of eight columns, measured from the first rollout's x: a constant column is exactly 0, a common offset costs nothing.
 struct Columns {

@@ -142,18 +142,28 @@ TK_INLINE V vmax(const V& a, const V& b) {
   return a > b ? a : b;
 }
 
-// The sum, in double, of K vectors as one row of K * W lanes, halved again and again: its order depends on K * W alone.
-template <int W, int K, class T>
-TK_INLINE double fold_sum(const T (&x)[K]) {
+// K vectors as one row of K * W lanes, halved again and again by `join`: the order depends on K * W alone.
+template <int W, int K, class T, class Join>
+TK_INLINE T fold(const Vec<T, W> (&x)[K], const Join& join) {
+  if constexpr (K > 1) {
+    Vec<T, W> half[K / 2];
+    for (int k = 0; k < K / 2; ++k) half[k] = join(x[k], x[k + K / 2]);
+    return fold<W, K / 2, T>(half, join);
+  } else if constexpr (W > 2) {
+    Vec<T, W / 2> half[2];
+    std::memcpy(half, x, sizeof(half));
+    return fold<W / 2, 2, T>(half, join);
+  } else {
+    const Vec<T, 2> swapped{x[0][1], x[0][0]};
+    return join(x[0], swapped)[0];
+  }
+}
+// The sum in double.
+template <int W, int K, class V>
+TK_INLINE double fold_sum(const V (&x)[K]) {
   Vec<double, W> sum[K];
   for (int k = 0; k < K; ++k) sum[k] = __builtin_convertvector(x[k], Vec<double, W>);
-  for (int half = K / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
-  double lanes[W];
-  store<W>(lanes, sum[0]);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
+  return fold<W, K, double>(sum, [](const auto& a, const auto& b) TK_INLINE_LAMBDA { return a + b; });
 }
 template <int W, class V>
 TK_INLINE auto fold_max(const V& x) {
@@ -172,21 +182,32 @@ TK_INLINE Vec<float, W> vfma(const Vec<float, W>& a, const Vec<float, W>& b, con
   return y;
 }
 
-// exp(x) for x <= 88.37, within 1 ulp: 0 below kExpZero (no subnormal results), NaN for NaN. No branch, no table:
-// x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) with a minimax q on |r| <= log(2) / 2, times 2^n by its exponent bits.
+// x = n log 2 + r with abs(r) <= log(2) / 2, for x <= 88.37; power = 2^n by its exponent bits, from -126 on.
+template <int W>
+struct ExpParts {
+  Vec<float, W> r, power;
+
+  TK_INLINE explicit ExpParts(const Vec<float, W>& x) {
+    const auto all = [](float c) TK_INLINE_LAMBDA { return broadcast<W>(c); };
+    constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
+    const auto t = vfma<W>(x, all(0x1.715476p0f), all(shift));
+    const auto n = t - shift;
+    r = vfma<W>(n, all(0x1.05c610p-29f), vfma<W>(n, all(-0x1.62e430p-1f), x));
+    power = bit_cast<Vec<float, W>>(bit_cast<Vec<uint32_t, W>>(t) << 23);
+  }
+};
+
+// exp(r) = 1 + r + r^2 q(r): the minimax q's coefficients, of r^0 to r^4.
+constexpr float kExpRest[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.123a2p-7f, 0x1.6a23cep-10f};
+
+// exp(x) for x <= 88.37, within 1 ulp: 0 below kExpZero (no subnormal results), NaN for NaN. No branch, no table.
 template <int W>
 TK_INLINE Vec<float, W> vexp(const Vec<float, W>& x) {
-  const auto all = [](float c) TK_INLINE_LAMBDA { return broadcast<W>(c); };
-  constexpr float shift = 0x1.8p23f + 127;  // leaves round(x / log 2) + 127 in the low bits
-  const auto t = vfma<W>(x, all(0x1.715476p0f), all(shift));
-  const auto n = t - shift;
-  const auto r = vfma<W>(n, all(0x1.05c610p-29f), vfma<W>(n, all(-0x1.62e430p-1f), x));
-  auto q = vfma<W>(r, all(0x1.6a23cep-10f), all(0x1.123a2p-7f));
-  q = vfma<W>(q, r, all(0x1.5558f2p-5f));
-  q = vfma<W>(q, r, all(0x1.555492p-3f));
-  q = vfma<W>(q, r, all(0x1.fffffcp-2f));
-  const auto power = bit_cast<Vec<float, W>>(bit_cast<Vec<uint32_t, W>>(t) << 23);
-  const auto y = (vfma<W>(r * r, q, r) + 1.0f) * power;
+  const ExpParts<W> parts(x);
+  const auto r = parts.r;
+  auto q = vfma<W>(r, broadcast<W>(kExpRest[4]), broadcast<W>(kExpRest[3]));
+  for (int k = 2; k >= 0; --k) q = vfma<W>(q, r, broadcast<W>(kExpRest[k]));
+  const auto y = (vfma<W>(r * r, q, r) + 1.0f) * parts.power;
   return x < kExpZero ? Vec<float, W>{} : y;
 }
 template <int W>

@@ -10,15 +10,15 @@
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "huge_pages.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace tk {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // tokens worth a thread
-constexpr int kLanes = 8;          // over which a span's tokens are dealt, whatever the vectors' width
 
-// step(k, x) for the vectors of W lanes, number k of kLanes / W, of tokens [begin, end); `rest` fills up the last ones.
+// A span's tokens are dealt to eight lanes: step(k, x) for the vectors of W lanes, number k of kLanes / W, of tokens
+// [begin, end); `rest` fills up the last ones.
 template <int W, class T, class Step>
 TK_INLINE void each_vector(const T* x, int64_t begin, int64_t end, int64_t tokens, T rest, const Step& step) {
   int64_t t = begin;
@@ -37,29 +37,12 @@ TK_INLINE void each_vector(const T* x, int64_t begin, int64_t end, int64_t token
   for (int k = 0; k < kLanes / W; ++k) step(k, lane < Index(end - t - k * W) ? load<W>(source + k * W) : rest);
 }
 
-// K vectors as one row of K * W lanes, halved again and again: the order depends on K * W alone.
-template <int W, int K, class T, class Join>
-TK_INLINE T fold(const Vec<T, W> (&x)[K], const Join& join) {
-  if constexpr (K > 1) {
-    Vec<T, W> half[K / 2];
-    for (int k = 0; k < K / 2; ++k) half[k] = join(x[k], x[k + K / 2]);
-    return fold<W, K / 2, T>(half, join);
-  } else if constexpr (W > 2) {
-    Vec<T, W / 2> half[2];
-    std::memcpy(half, x, sizeof(half));
-    return fold<W / 2, 2, T>(half, join);
-  } else {
-    const Vec<T, 2> swapped{x[0][1], x[0][0]};
-    return join(x[0], swapped)[0];
-  }
-}
-
 template <int W, class T>
 TK_INLINE double span_sum(const T* x, int64_t begin, int64_t end, int64_t tokens) {
   Vec<double, W> sums[kLanes / W] = {};
   each_vector<W>(x, begin, end, tokens, T(0),
                  [&](int k, const auto& v) TK_INLINE_LAMBDA { sums[k] += __builtin_convertvector(v, Vec<double, W>); });
-  return fold<W, kLanes / W, double>(sums, [](const auto& a, const auto& b) TK_INLINE_LAMBDA { return a + b; });
+  return fold_sum<W>(sums);
 }
 
 // See greater(), lane by lane.
