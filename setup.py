@@ -102,8 +102,9 @@ def extension(name: str, sources: list[str], **flags: list[str]) -> Pybind11Exte
     return Pybind11Extension(name, sources, include_dirs=["csrc"], depends=HEADERS, cxx_std=17, **flags)
 
 
-CPU_SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/recipes/*.cpp"))]
-CUDA_SOURCES = ["csrc/module_cuda.cpp", *sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))]
+BINDINGS = sorted(glob("csrc/bind/*.cpp"))  # of the families that both modules have
+CPU_SOURCES = ["csrc/module.cpp", *BINDINGS, *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/recipes/*.cpp"))]
+CUDA_SOURCES = ["csrc/module_cuda.cpp", *BINDINGS, *sorted(glob("csrc/cuda/*.cu"))]
 ARCHS = cuda_archs()
 ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 ARCH_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]

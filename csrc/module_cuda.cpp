@@ -1,4 +1,4 @@
-// trajkern._C_cuda: the CUDA kernels. Each family's bind file binds its own functions.
+// trajkern._C_cuda: the CUDA kernels, as csrc/bind hands them to Python.
 #include <pybind11/pybind11.h>
 
 void bind_advantage(pybind11::module_& m);

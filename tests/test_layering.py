@@ -145,7 +145,7 @@ def test_users_of_the_package_see_public_names_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NATIVE, ids=_name)
 def test_includes(path: Path) -> None:
-    """csrc/cpu and csrc/cuda know csrc/common and themselves; nobody knows torch; nvcc never sees pybind11."""
+    """A folder of csrc knows csrc/common and itself; nobody knows torch; nvcc never sees pybind11."""
     folder = path.parent.name
     for include in re.findall(r'#include\s+[<"]([^>"]+)[>"]', path.read_text()):
         assert not include.startswith(("torch/", "ATen/", "c10/")), f"{_name(path)} includes {include}"

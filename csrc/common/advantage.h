@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "choice.h"
 #include "hostdevice.h"
 
 namespace tk {
@@ -10,6 +11,12 @@ namespace tk {
 enum Baseline : int { kMean, kLeaveOneOut, kNoBaseline };
 enum Scale : int { kStd, kUnscaled };
 enum Singleton : int { kRaw, kZero };
+template <>
+constexpr int kMembers<Baseline> = 3;
+template <>
+constexpr int kMembers<Scale> = 2;
+template <>
+constexpr int kMembers<Singleton> = 2;
 
 // The rewards to group. A row is counted where its gate, if any, is true and its weight, if any, is not 0.
 template <class T>
@@ -46,9 +53,10 @@ struct Masked {
 };
 
 struct GroupRule {
-  int baseline, scale;
+  Baseline baseline;
+  Scale scale;
   double ddof, eps;
-  int singleton;
+  Singleton singleton;
 };
 
 // Of a group's counted rows, measured from the first one's reward: W = sum w, sum w d / W, the standard deviation.

@@ -1,6 +1,8 @@
 // Element types as the launchers number them (trajkern/_native/_args.py), and pointers as they pass them.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace tk {
 
@@ -26,9 +28,9 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// Calls f with a value of the element type.
+// f of a value of the element type.
 template <class F>
-void with_dtype(int dtype, F&& f) {
+auto with_dtype(int dtype, F&& f) {
   switch (static_cast<DType>(dtype)) {
     case DType::float32:
       return f(float{});
@@ -39,13 +41,22 @@ void with_dtype(int dtype, F&& f) {
     case DType::bfloat16:
       return f(BFloat16{});
   }
+  throw std::invalid_argument("dtype must be one of the four, got number " + std::to_string(dtype));
 }
 
-// Calls f with a value of the type: float32 or float64.
+// f of a value of the type: float32 or float64.
 template <class F>
-void with_float(int dtype, F&& f) {
-  if (static_cast<DType>(dtype) == DType::float64) return f(double{});
-  f(float{});
+auto with_float(int dtype, F&& f) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::float16:
+    case DType::bfloat16:
+      break;
+  }
+  throw std::invalid_argument("dtype must be float32 or float64, got number " + std::to_string(dtype));
 }
 
 // A pointer as Python passes it; 0 is null.

@@ -3,12 +3,14 @@
 #include <cstdint>
 #include <limits>
 
-#include "dtype.h"
+#include "choice.h"
 #include "hostdevice.h"
 
 namespace tk {
 
 enum SpanOp : int { kSpanSum, kSpanMean, kSpanMax, kSpanMin };
+template <>
+constexpr int kMembers<SpanOp> = 4;
 
 // Ranges [start, end) of tokens, ascending and disjoint.
 struct SpanRanges {
@@ -16,12 +18,8 @@ struct SpanRanges {
   int64_t count, tokens;
 };
 
-inline SpanRanges span_ranges(uintptr_t start, uintptr_t end, int64_t count, int64_t tokens) {
-  return {as<const int64_t>(start), as<const int64_t>(end), count, tokens};
-}
-
 // The least is the greatest of the negatives.
-inline int span_sign(int op) { return op == kSpanMin ? -1 : 1; }
+inline int span_sign(SpanOp op) { return op == kSpanMin ? -1 : 1; }
 
 // The greatest so far, once x is seen; a NaN takes its place and stays.
 template <class T>
@@ -35,7 +33,7 @@ TK_HD bool is_extreme(T x, T extreme) {
 }
 
 template <class T>
-TK_HD T span_total(double sum, int64_t length, int op) {
+TK_HD T span_total(double sum, int64_t length, SpanOp op) {
   return T(op == kSpanMean && length > 0 ? sum / double(length) : sum);
 }
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "dtype.h"
+#include "choice.h"
 #include "hostdevice.h"
 
 namespace tk {
@@ -21,18 +21,15 @@ struct TreeNodes {
   TK_HD bool is_leaf(int64_t n) const { return child_begin[n] == child_begin[n + 1]; }
 };
 
-using TreeArrays = std::array<uintptr_t, 7>;  // Tree.arrays, in the order of the members
-
-inline TreeNodes tree_nodes(const TreeArrays& x, int64_t nodes, int64_t leaves) {
-  using I = const int32_t;
-  return {as<I>(x[0]), as<I>(x[1]), as<I>(x[2]), as<I>(x[3]), as<I>(x[4]), as<I>(x[5]), as<I>(x[6]), nodes, leaves};
-}
-
 enum SubtreeOp : int { kSum, kAverage, kMax, kMin, kVariance };
 enum SiblingBaseline : int { kSiblingMean, kOtherSiblings, kParentValue, kNoCentre };
+template <>
+constexpr int kMembers<SubtreeOp> = 5;
+template <>
+constexpr int kMembers<SiblingBaseline> = 4;
 
 struct SiblingRule {
-  int baseline;
+  SiblingBaseline baseline;
   bool by_std, zero_singleton;
   double ddof, eps;
 
@@ -95,6 +92,11 @@ struct BranchSums {
     positive_count += x.positive_count, negative_count += x.negative_count, zero_count += x.zero_count;
   }
 };
+
+// Where they go, in the order of the members.
+constexpr int kBranchRows = 6;
+template <class T>
+using BranchRows = std::array<T*, kBranchRows>;
 
 TK_HD BranchSums branch_leaf(double advantage, double weight) {
   const bool up = advantage > 0 && weight != 0, down = advantage < 0 && weight != 0;

@@ -1,10 +1,6 @@
 // Group-relative advantages, GAE and whitening on the CPU. Every sum is float64 and in an order that neither the number
 // of threads nor the rest of the batch can change.
-#include "../common/advantage.h"
-
-#include <pybind11/pybind11.h>
-
-#include "../common/dtype.h"
+#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "advantage_groups.h"
 #include "lanes.h"
@@ -36,9 +32,36 @@ void write_advantages(const AdvantageMap<double>* maps, const int32_t* slot, con
   for (int64_t i = begin; i < end; ++i) advantages[i] = advantage(maps[slot[i]], rewards[i]);
 }
 
-// False where a reward or a weight is illegal: nothing is written then.
+int64_t first_bad_bound(const Trajectories& in) {
+  if (in.cu_seqlens[0] != 0) return 0;
+  for (int64_t n = 0; n < in.count; ++n)
+    if (in.cu_seqlens[n + 1] < in.cu_seqlens[n] || in.cu_seqlens[n + 1] > in.tokens) return n + 1;
+  return in.cu_seqlens[in.count] == in.tokens ? -1 : in.count;
+}
+
+// f(n, begin, end) for every trajectory.
+template <class F>
+void each_trajectory(const Trajectories& in, F f) {
+  parallel_for(in.count, 1 + in.count * kChunk / (in.tokens + 1), [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) f(n, in.cu_seqlens[n], in.cu_seqlens[n + 1]);
+  });
+}
+
+// f(chunk, begin, end) for every chunk, compiled for this machine's vectors.
+template <class F>
+void each_chunk(int64_t n, const F& f) {
+  parallel_for(chunks_of(n), 1, [&](int64_t first, int64_t last) {
+    dispatch([&](auto) TK_INLINE_LAMBDA {
+      for (int64_t chunk = first; chunk < last; ++chunk) f(chunk, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
+    });
+  });
+}
+
+}  // namespace
+
 template <class T>
-bool group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages) {
+bool AdvantageKernels<T>::group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages,
+                                           const Launch&) {
   const Survey found = survey(in);
   if (!found.legal) return false;
   const Groups groups = find_groups(in, found.differing);
@@ -52,7 +75,8 @@ bool group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantag
 }
 
 template <class T>
-void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, const T* grads, T* grad_rewards) {
+void AdvantageKernels<T>::group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, const T* grads,
+                                                    T* grad_rewards, const Launch&) {
   struct Sums {
     double g, gc;
   };
@@ -77,24 +101,11 @@ void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, co
   });
 }
 
-int64_t first_bad_bound(const Trajectories& in) {
-  if (in.cu_seqlens[0] != 0) return 0;
-  for (int64_t n = 0; n < in.count; ++n)
-    if (in.cu_seqlens[n + 1] < in.cu_seqlens[n] || in.cu_seqlens[n + 1] > in.tokens) return n + 1;
-  return in.cu_seqlens[in.count] == in.tokens ? -1 : in.count;
-}
-
-// f(n, begin, end) for every trajectory.
-template <class F>
-void each_trajectory(const Trajectories& in, F f) {
-  parallel_for(in.count, 1 + in.count * kChunk / (in.tokens + 1), [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) f(n, in.cu_seqlens[n], in.cu_seqlens[n + 1]);
-  });
-}
-
 template <class T>
-void gae(const T* rewards, const T* values, const Trajectories& in, const T* bootstrap, double gamma, double lam,
-         T* advantages) {
+int64_t AdvantageKernels<T>::gae(const T* rewards, const T* values, const Trajectories& in, const T* bootstrap,
+                                 double gamma, double lam, T* advantages, const Launch&) {
+  const int64_t bad = first_bad_bound(in);
+  if (bad >= 0) return bad;
   each_trajectory(in, [&](int64_t n, int64_t begin, int64_t end) {
     double advantage = 0, next_value = bootstrap == nullptr ? 0 : double(bootstrap[n]);
     for (int64_t t = end; t-- > begin;) {
@@ -108,13 +119,16 @@ void gae(const T* rewards, const T* values, const Trajectories& in, const T* boo
       advantages[t] = T(advantage);
     }
   });
+  return -1;
 }
 
 // The adjoint runs forward: u = g + gamma lam u_previous is the gradient of the step, whose value is -u + gamma
 // u_previous.
 template <class T>
-void gae_backward(const T* grads, const Trajectories& in, double gamma, double lam, T* grad_rewards, T* grad_values,
-                  T* grad_bootstrap) {
+int64_t AdvantageKernels<T>::gae_backward(const T* grads, const Trajectories& in, double gamma, double lam,
+                                          T* grad_rewards, T* grad_values, T* grad_bootstrap, const Launch&) {
+  const int64_t bad = first_bad_bound(in);
+  if (bad >= 0) return bad;
   each_trajectory(in, [&](int64_t n, int64_t begin, int64_t end) {
     double carried = 0;
     for (int64_t t = begin; t < end; ++t) {
@@ -126,21 +140,13 @@ void gae_backward(const T* grads, const Trajectories& in, double gamma, double l
     }
     if (grad_bootstrap != nullptr) grad_bootstrap[n] = T(gamma * carried);
   });
-}
-
-// f(chunk, begin, end) for every chunk, compiled for this machine's vectors.
-template <class F>
-void each_chunk(int64_t n, const F& f) {
-  parallel_for(chunks_of(n), 1, [&](int64_t first, int64_t last) {
-    dispatch([&](auto) TK_INLINE_LAMBDA {
-      for (int64_t chunk = first; chunk < last; ++chunk) f(chunk, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
-    });
-  });
+  return -1;
 }
 
 // The moments of each chunk are about its own mean, while it is in the first-level cache.
 template <class T>
-void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* out, double* stats) {
+void AdvantageKernels<T>::whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* out, double* stats,
+                                 const Launch&) {
   struct Moments {
     double count, sum, squares;
     double mean() const { return count > 0 ? sum / count : 0; }
@@ -181,8 +187,8 @@ void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* ou
 }
 
 template <class T>
-void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean, double ddof,
-                     T* grad_x) {
+void AdvantageKernels<T>::whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean,
+                                          double ddof, T* grad_x, const Launch&) {
   struct Sums {
     double count, g, gc;
   };
@@ -212,83 +218,9 @@ void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, b
   });
 }
 
-template <class T>
-GroupRows<T> group_rows(uintptr_t rewards, uintptr_t ids, uintptr_t gate, uintptr_t weights, int64_t n) {
-  return {as<const T>(rewards), as<const int64_t>(ids), as<const bool>(gate), as<const T>(weights), n};
-}
+int64_t whiten_scratch(int64_t) { return 0; }
 
-bool bound_group_advantages(uintptr_t rewards, int dtype, uintptr_t ids, uintptr_t gate, uintptr_t weights, int64_t n,
-                            int baseline, int scale, double ddof, double eps, int singleton, uintptr_t advantages) {
-  bool legal = false;
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    legal = group_advantages(group_rows<T>(rewards, ids, gate, weights, n), {baseline, scale, ddof, eps, singleton},
-                             as<T>(advantages));
-  });
-  return legal;
-}
+template struct AdvantageKernels<float>;
+template struct AdvantageKernels<double>;
 
-void bound_group_advantages_backward(uintptr_t grads, uintptr_t rewards, int dtype, uintptr_t ids, uintptr_t gate,
-                                     uintptr_t weights, int64_t n, int baseline, int scale, double ddof, double eps,
-                                     int singleton, uintptr_t grad_rewards) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    group_advantages_backward(group_rows<T>(rewards, ids, gate, weights, n), {baseline, scale, ddof, eps, singleton},
-                              as<const T>(grads), as<T>(grad_rewards));
-  });
-}
-
-int64_t bound_gae(uintptr_t rewards, int dtype, uintptr_t values, uintptr_t cu_seqlens, int64_t count, int64_t tokens,
-                  uintptr_t bootstrap, uintptr_t mask, double gamma, double lam, uintptr_t advantages) {
-  const Trajectories in{as<const int64_t>(cu_seqlens), as<const bool>(mask), count, tokens};
-  const int64_t bad = first_bad_bound(in);
-  if (bad >= 0) return bad;
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    gae(as<const T>(rewards), as<const T>(values), in, as<const T>(bootstrap), gamma, lam, as<T>(advantages));
-  });
-  return -1;
-}
-
-int64_t bound_gae_backward(uintptr_t grads, int dtype, uintptr_t cu_seqlens, int64_t count, int64_t tokens,
-                           uintptr_t mask, double gamma, double lam, uintptr_t grad_rewards, uintptr_t grad_values,
-                           uintptr_t grad_bootstrap) {
-  const Trajectories in{as<const int64_t>(cu_seqlens), as<const bool>(mask), count, tokens};
-  const int64_t bad = first_bad_bound(in);
-  if (bad >= 0) return bad;
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    gae_backward(as<const T>(grads), in, gamma, lam, as<T>(grad_rewards), as<T>(grad_values), as<T>(grad_bootstrap));
-  });
-  return -1;
-}
-
-void bound_whiten(uintptr_t x, int dtype, uintptr_t mask, int64_t n, bool shift_mean, double ddof, double eps,
-                  uintptr_t out, uintptr_t stats) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    whiten(Masked<T>{as<const T>(x), as<const bool>(mask), n}, shift_mean, ddof, eps, as<T>(out), as<double>(stats));
-  });
-}
-
-void bound_whiten_backward(uintptr_t grads, uintptr_t x, int dtype, uintptr_t mask, int64_t n, uintptr_t stats,
-                           bool shift_mean, double ddof, uintptr_t grad_x) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    whiten_backward(as<const T>(grads), Masked<T>{as<const T>(x), as<const bool>(mask), n}, as<const double>(stats),
-                    shift_mean, ddof, as<T>(grad_x));
-  });
-}
-
-}  // namespace
 }  // namespace tk
-
-void bind_advantage(pybind11::module_& m) {
-  using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("group_advantages", &tk::bound_group_advantages, unlocked());
-  m.def("group_advantages_backward", &tk::bound_group_advantages_backward, unlocked());
-  m.def("gae", &tk::bound_gae, unlocked());
-  m.def("gae_backward", &tk::bound_gae_backward, unlocked());
-  m.def("whiten", &tk::bound_whiten, unlocked());
-  m.def("whiten_backward", &tk::bound_whiten_backward, unlocked());
-}

@@ -1,13 +1,9 @@
-// Reductions over spans, values spread to tokens, and the turns of a packed batch, on the CPU.
-#include "../common/span.h"
-
-#include <pybind11/pybind11.h>
-
+// Reductions over spans and values spread to tokens, on the CPU.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "../common/dtype.h"
+#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "huge_pages.h"
 #include "lanes.h"
@@ -71,8 +67,10 @@ void each_share(const SpanRanges& spans, const F& f) {
   });
 }
 
+}  // namespace
+
 template <class T>
-void span_reduce(const T* x, const SpanRanges& spans, int op, T* out) {
+void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op, T* out, const Launch&) {
   each_share(spans, [&](int64_t first, int64_t last) {
     dispatch([&](auto width) TK_INLINE_LAMBDA {
       constexpr int kWide = width() / 2, kOwn = sizeof(T) == 8 ? kWide : std::min(width(), kLanes);
@@ -90,9 +88,9 @@ void span_reduce(const T* x, const SpanRanges& spans, int op, T* out) {
   });
 }
 
-// `grad_x` is zero everywhere; the first extreme token of each span takes the span's gradient.
 template <class T>
-void span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans, T* grad_x) {
+void SpanKernels<T>::span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans,
+                                           T* grad_x, const Launch&) {
   each_share(spans, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       int64_t t = spans.start[s];
@@ -103,7 +101,7 @@ void span_extreme_backward(const T* grads, const T* x, const T* extreme, const S
 }
 
 template <class T>
-void spread(const T* values, const SpanRanges& spans, T* out) {
+void SpanKernels<T>::spread(const T* values, const SpanRanges& spans, T* out, const Launch&) {
   prefer_huge_pages(out, spans.tokens * int64_t(sizeof(T)));
   parallel_for(spans.tokens, kGrain, [&](int64_t begin, int64_t end) {
     int64_t s = std::upper_bound(spans.end, spans.end + spans.count, begin) - spans.end, t = begin;
@@ -117,109 +115,7 @@ void spread(const T* values, const SpanRanges& spans, T* out) {
   });
 }
 
-// A pack's scored tokens; `before`: the turns that begin before each block of tokens, and all of them.
-struct Scored {
-  const uint8_t* mask;
-  const int64_t* cu_seqlens;
-  int64_t trajectories, tokens, block;
-  int64_t* before;
+template struct SpanKernels<float>;
+template struct SpanKernels<double>;
 
-  int64_t blocks() const { return (tokens + block - 1) / block; }
-  // The first token from t on that is scored or not, or `end`.
-  int64_t next(bool scored, int64_t t, int64_t end) const {
-    const void* found = t < end ? std::memchr(mask + t, scored, size_t(end - t)) : nullptr;
-    return found ? static_cast<const uint8_t*>(found) - mask : end;
-  }
-};
-
-// f(start, end, n) for the turns of each trajectory n that begin in block b.
-template <class F>
-void each_turn(const Scored& in, int64_t b, const F& f) {
-  const int64_t* bounds = in.cu_seqlens;
-  const int64_t end = std::min(in.tokens, (b + 1) * in.block);
-  int64_t t = b * in.block, n = std::upper_bound(bounds, bounds + in.trajectories, t) - bounds - 1;
-  if (t > bounds[n] && in.mask[t - 1]) t = in.next(false, t, std::min(end, bounds[n + 1]));  // began before the block
-  for (; t < end; ++n) {
-    const int64_t stop = std::min(end, bounds[n + 1]);
-    while ((t = in.next(true, t, stop)) < stop) {
-      const int64_t turn = t;
-      t = in.next(false, t, bounds[n + 1]);
-      f(turn, t, n);
-    }
-  }
-}
-
-int64_t count_turns(const Scored& in) {
-  parallel_for(in.blocks(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      int64_t count = 0;
-      each_turn(in, b, [&](int64_t, int64_t, int64_t) { ++count; });
-      in.before[b + 1] = count;
-    }
-  });
-  for (int64_t b = 0; b < in.blocks(); ++b) in.before[b + 1] += in.before[b];
-  return in.before[in.blocks()];
-}
-
-void turns(const Scored& in, int64_t* start, int64_t* end, int64_t* trajectory, int64_t* index) {
-  parallel_for(in.blocks(), 1, [&](int64_t first, int64_t last) {
-    int64_t s = in.before[first];
-    for (int64_t b = first; b < last; ++b)
-      each_turn(in, b, [&](int64_t from, int64_t to, int64_t n) { start[s] = from, end[s] = to, trajectory[s++] = n; });
-  });
-  const int64_t count = in.before[in.blocks()];
-  for (int64_t s = 0; s < count; ++s) index[s] = s && trajectory[s] == trajectory[s - 1] ? index[s - 1] + 1 : 0;
-}
-
-Scored scored(uintptr_t mask, uintptr_t cu_seqlens, int64_t trajectories, int64_t tokens, int64_t block,
-              uintptr_t before) {
-  return {as<const uint8_t>(mask), as<const int64_t>(cu_seqlens), trajectories, tokens, block, as<int64_t>(before)};
-}
-
-void bound_span_reduce(uintptr_t x, int dtype, int64_t tokens, uintptr_t start, uintptr_t end, int64_t count, int op,
-                       uintptr_t out) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    span_reduce(as<const T>(x), span_ranges(start, end, count, tokens), op, as<T>(out));
-  });
-}
-
-void bound_span_extreme_backward(uintptr_t grads, uintptr_t x, uintptr_t extreme, int dtype, int64_t tokens,
-                                 uintptr_t start, uintptr_t end, int64_t count, uintptr_t grad_x) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    span_extreme_backward(as<const T>(grads), as<const T>(x), as<const T>(extreme),
-                          span_ranges(start, end, count, tokens), as<T>(grad_x));
-  });
-}
-
-void bound_spread(uintptr_t values, int dtype, int64_t tokens, uintptr_t start, uintptr_t end, int64_t count,
-                  uintptr_t out) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    spread(as<const T>(values), span_ranges(start, end, count, tokens), as<T>(out));
-  });
-}
-
-int64_t bound_count_turns(uintptr_t mask, uintptr_t cu_seqlens, int64_t trajectories, int64_t tokens, int64_t block,
-                          uintptr_t before) {
-  return count_turns(scored(mask, cu_seqlens, trajectories, tokens, block, before));
-}
-
-void bound_turns(uintptr_t mask, uintptr_t cu_seqlens, int64_t trajectories, int64_t tokens, int64_t block,
-                 uintptr_t before, uintptr_t start, uintptr_t end, uintptr_t trajectory, uintptr_t index) {
-  turns(scored(mask, cu_seqlens, trajectories, tokens, block, before), as<int64_t>(start), as<int64_t>(end),
-        as<int64_t>(trajectory), as<int64_t>(index));
-}
-
-}  // namespace
 }  // namespace tk
-
-void bind_span(pybind11::module_& m) {
-  using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("span_reduce", &tk::bound_span_reduce, unlocked());
-  m.def("span_extreme_backward", &tk::bound_span_extreme_backward, unlocked());
-  m.def("spread", &tk::bound_spread, unlocked());
-  m.def("span_count_turns", &tk::bound_count_turns, unlocked());
-  m.def("span_turns", &tk::bound_turns, unlocked());
-}

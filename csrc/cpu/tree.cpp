@@ -1,11 +1,7 @@
 // Reductions over subtrees, siblings and branches on the CPU.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
-#include <array>
 
-#include "../common/dtype.h"
+#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "tree_passes.h"
 
@@ -44,7 +40,76 @@ double shift_of(const T* values, const SiblingRule& rule, int64_t p) {
 }
 
 template <class T>
-bool sibling_advantages(const T* values, const TreeNodes& tree, const SiblingRule& rule, T* advantages) {
+double weight_of(const T* weights, int64_t l) {
+  return weights == nullptr ? 1 : double(weights[l]);
+}
+
+}  // namespace
+
+template <class T>
+bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree, SubtreeOp op, T* out, const Launch&) {
+  if (!all_finite(leaf_values, tree.leaves)) return false;
+  if (op == kMax || op == kMin) {
+    const auto best = unwritten<int32_t>(tree.nodes);
+    subtree_extremes(leaf_values, tree, op == kMax, best.get());
+    each_node(tree, [&](int64_t n) { out[n] = leaf_values[best[n]]; });
+  } else if (op == kVariance) {
+    const auto moments = unwritten<Moments>(tree.nodes);
+    subtree_moments(leaf_values, tree, moments.get());
+    each_node(tree, [&](int64_t n) { out[n] = T(moments[n].squares / double(tree.leaf_count(n))); });
+  } else {
+    const auto sums = unwritten<double>(tree.nodes);
+    if (op == kSum)
+      subtree_sums(leaf_values, tree, sums.get(), out, [](int64_t, double sum) { return sum; });
+    else
+      subtree_sums(leaf_values, tree, sums.get(), out,
+                   [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
+  }
+  return true;
+}
+
+// A leaf's gradient is the sum along its path of each node's share for that leaf: g, g / count; g where the leaf is the
+// extreme one; 2 g / count times the leaf's distance from the node's mean.
+template <class T>
+void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, SubtreeOp op,
+                                             T* grad_leaves, const Launch&) {
+  if (op == kMax || op == kMin) {
+    const auto best = unwritten<int32_t>(tree.nodes);
+    subtree_extremes(leaf_values, tree, op == kMax, best.get());
+    downwards<double>(  // the nodes of which a leaf is the extreme one are the lower end of its path
+        tree,
+        [&](int64_t n, const double* above) {
+          return double(grads[n]) + (above && best[n] == best[tree.parent[n]] ? *above : 0);
+        },
+        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+  } else if (op == kVariance) {
+    struct Slope {
+      double sum, at;  // sum of s over the path, and of s (mean here - mean there), with s = 2 g / count
+    };
+    const auto moments = unwritten<Moments>(tree.nodes);
+    subtree_moments(leaf_values, tree, moments.get());
+    downwards<Slope>(
+        tree,
+        [&](int64_t n, const Slope* above) {
+          const double s = 2 * double(grads[n]) / double(tree.leaf_count(n));
+          if (!above) return Slope{s, 0};
+          return Slope{above->sum + s, above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
+        },
+        [&](int64_t l, const Slope& slope) { grad_leaves[l] = T(slope.at); });
+  } else {
+    downwards<double>(
+        tree,
+        [&](int64_t n, const double* above) {
+          const double g = double(grads[n]);
+          return (above ? *above : 0) + (op == kSum ? g : g / double(tree.leaf_count(n)));
+        },
+        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+  }
+}
+
+template <class T>
+bool TreeKernels<T>::sibling_advantages(const T* values, const TreeNodes& tree, const SiblingRule& rule, T* advantages,
+                                        const Launch&) {
   if (!all_finite(values, tree.nodes)) return false;
   each_family(
       tree,
@@ -60,8 +125,8 @@ bool sibling_advantages(const T* values, const TreeNodes& tree, const SiblingRul
 }
 
 template <class T>
-void sibling_advantages_backward(const T* grads, const T* values, const TreeNodes& tree, const SiblingRule& rule,
-                                 T* grad_values) {
+void TreeKernels<T>::sibling_advantages_backward(const T* grads, const T* values, const TreeNodes& tree,
+                                                 const SiblingRule& rule, T* grad_values, const Launch&) {
   const bool by_parent = rule.baseline == kParentValue;
   const auto to_parent = unwritten<double>(by_parent ? tree.nodes : 0);
   each_family(
@@ -86,18 +151,13 @@ void sibling_advantages_backward(const T* grads, const T* values, const TreeNode
 }
 
 template <class T>
-double weight_of(const T* weights, int64_t l) {
-  return weights == nullptr ? 1 : double(weights[l]);
-}
-
-// 0, or 1 where an advantage and 2 where a weight is illegal; nothing is written then.
-template <class T>
-int branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree, T* const* out) {
-  if (!all_finite(advantages, tree.leaves)) return 1;
+bool TreeKernels<T>::branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree,
+                                         const BranchRows<T>& out, const Launch&) {
+  if (!all_finite(advantages, tree.leaves)) return false;
   if (weights != nullptr) {
-    if (!all_finite(weights, tree.leaves)) return 2;
+    if (!all_finite(weights, tree.leaves)) return false;
     for (int64_t l = 0; l < tree.leaves; ++l)
-      if (weights[l] < 0) return 2;
+      if (weights[l] < 0) return false;
   }
   const auto sums = unwritten<BranchSums>(tree.nodes);
   const auto write = [&](int64_t n) {
@@ -116,12 +176,13 @@ int branch_coefficients(const T* advantages, const T* weights, const TreeNodes& 
         for (const int32_t* c = begin; c < end; ++c) sum.add(sums[*c]);
         sums[n] = sum, write(n);
       });
-  return 0;
+  return true;
 }
 
 template <class T>
-void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages, const T* weights,
-                                  const TreeNodes& tree, T* grad_advantages) {
+void TreeKernels<T>::branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages,
+                                                  const T* weights, const TreeNodes& tree, T* grad_advantages,
+                                                  const Launch&) {
   struct Path {
     double positive, negative;
   };
@@ -137,77 +198,9 @@ void branch_coefficients_backward(const T* grad_positive, const T* grad_negative
       });
 }
 
-bool bound_subtree_reduce(uintptr_t leaf_values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves,
-                          int op, uintptr_t out, uintptr_t /*scratch*/) {
-  bool legal = false;
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    legal = subtree_reduce(as<const T>(leaf_values), tree_nodes(tree, nodes, leaves), op, as<T>(out));
-  });
-  return legal;
-}
+int64_t tree_scratch(int64_t, int64_t) { return 0; }
 
-void bound_subtree_reduce_backward(uintptr_t grads, uintptr_t leaf_values, int dtype, const TreeArrays& tree,
-                                   int64_t nodes, int64_t leaves, int op, uintptr_t grad_leaves,
-                                   uintptr_t /*scratch*/) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    subtree_reduce_backward(as<const T>(grads), as<const T>(leaf_values), tree_nodes(tree, nodes, leaves), op,
-                            as<T>(grad_leaves));
-  });
-}
+template struct TreeKernels<float>;
+template struct TreeKernels<double>;
 
-bool bound_sibling_advantages(uintptr_t values, int dtype, const TreeArrays& tree, int64_t nodes, int64_t leaves,
-                              int baseline, bool by_std, double ddof, double eps, bool zero, uintptr_t advantages) {
-  bool legal = false;
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    legal = sibling_advantages(as<const T>(values), tree_nodes(tree, nodes, leaves),
-                               {baseline, by_std, zero, ddof, eps}, as<T>(advantages));
-  });
-  return legal;
-}
-
-void bound_sibling_advantages_backward(uintptr_t grads, uintptr_t values, int dtype, const TreeArrays& tree,
-                                       int64_t nodes, int64_t leaves, int baseline, bool by_std, double ddof,
-                                       double eps, bool zero, uintptr_t grad_values) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    sibling_advantages_backward(as<const T>(grads), as<const T>(values), tree_nodes(tree, nodes, leaves),
-                                {baseline, by_std, zero, ddof, eps}, as<T>(grad_values));
-  });
-}
-
-int bound_branch_coefficients(uintptr_t advantages, int dtype, uintptr_t weights, const TreeArrays& tree, int64_t nodes,
-                              int64_t leaves, const std::array<uintptr_t, 6>& out, uintptr_t /*scratch*/) {
-  int bad = 0;
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    T* const results[] = {as<T>(out[0]), as<T>(out[1]), as<T>(out[2]), as<T>(out[3]), as<T>(out[4]), as<T>(out[5])};
-    bad = branch_coefficients(as<const T>(advantages), as<const T>(weights), tree_nodes(tree, nodes, leaves), results);
-  });
-  return bad;
-}
-
-void bound_branch_coefficients_backward(uintptr_t grad_positive, uintptr_t grad_negative, uintptr_t advantages,
-                                        int dtype, uintptr_t weights, const TreeArrays& tree, int64_t nodes,
-                                        int64_t leaves, uintptr_t grad_advantages) {
-  with_float(dtype, [&](auto element) {
-    using T = decltype(element);
-    branch_coefficients_backward(as<const T>(grad_positive), as<const T>(grad_negative), as<const T>(advantages),
-                                 as<const T>(weights), tree_nodes(tree, nodes, leaves), as<T>(grad_advantages));
-  });
-}
-
-}  // namespace
 }  // namespace tk
-
-void bind_tree(pybind11::module_& m) {
-  using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("subtree_reduce", &tk::bound_subtree_reduce, unlocked());
-  m.def("subtree_reduce_backward", &tk::bound_subtree_reduce_backward, unlocked());
-  m.def("sibling_advantages", &tk::bound_sibling_advantages, unlocked());
-  m.def("sibling_advantages_backward", &tk::bound_sibling_advantages_backward, unlocked());
-  m.def("branch_coefficients", &tk::bound_branch_coefficients, unlocked());
-  m.def("branch_coefficients_backward", &tk::bound_branch_coefficients_backward, unlocked());
-}

@@ -152,29 +152,6 @@ inline void each_node(const TreeNodes& tree, const F& f) {
   });
 }
 
-// False where a value is not finite: nothing is written then.
-template <class T>
-bool subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out) {
-  if (!all_finite(leaf_values, tree.leaves)) return false;
-  if (op == kMax || op == kMin) {
-    const auto best = unwritten<int32_t>(tree.nodes);
-    subtree_extremes(leaf_values, tree, op == kMax, best.get());
-    each_node(tree, [&](int64_t n) { out[n] = leaf_values[best[n]]; });
-  } else if (op == kVariance) {
-    const auto moments = unwritten<Moments>(tree.nodes);
-    subtree_moments(leaf_values, tree, moments.get());
-    each_node(tree, [&](int64_t n) { out[n] = T(moments[n].squares / double(tree.leaf_count(n))); });
-  } else {
-    const auto sums = unwritten<double>(tree.nodes);
-    if (op == kSum)
-      subtree_sums(leaf_values, tree, sums.get(), out, [](int64_t, double sum) { return sum; });
-    else
-      subtree_sums(leaf_values, tree, sums.get(), out,
-                   [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
-  }
-  return true;
-}
-
 // Top down: step(n, above) is what n hands on, `above` its parent's; leaf(l, it) what leaf l ends with.
 template <class S, class Step, class Leaf>
 inline void downwards(const TreeNodes& tree, const Step& step, const Leaf& leaf) {
@@ -187,44 +164,6 @@ inline void downwards(const TreeNodes& tree, const Step& step, const Leaf& leaf)
       if (tree.is_leaf(n)) leaf(l++, found[n]);
     }
   });
-}
-
-// A leaf's gradient is the sum along its path of each node's share for that leaf: g, g / count; g where the leaf is the
-// extreme one; 2 g / count times the leaf's distance from the node's mean.
-template <class T>
-void subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, int op, T* grad_leaves) {
-  if (op == kMax || op == kMin) {
-    const auto best = unwritten<int32_t>(tree.nodes);
-    subtree_extremes(leaf_values, tree, op == kMax, best.get());
-    downwards<double>(  // the nodes of which a leaf is the extreme one are the lower end of its path
-        tree,
-        [&](int64_t n, const double* above) {
-          return double(grads[n]) + (above && best[n] == best[tree.parent[n]] ? *above : 0);
-        },
-        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
-  } else if (op == kVariance) {
-    struct Slope {
-      double sum, at;  // sum of s over the path, and of s (mean here - mean there), with s = 2 g / count
-    };
-    const auto moments = unwritten<Moments>(tree.nodes);
-    subtree_moments(leaf_values, tree, moments.get());
-    downwards<Slope>(
-        tree,
-        [&](int64_t n, const Slope* above) {
-          const double s = 2 * double(grads[n]) / double(tree.leaf_count(n));
-          if (!above) return Slope{s, 0};
-          return Slope{above->sum + s, above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
-        },
-        [&](int64_t l, const Slope& slope) { grad_leaves[l] = T(slope.at); });
-  } else {
-    downwards<double>(
-        tree,
-        [&](int64_t n, const double* above) {
-          const double g = double(grads[n]);
-          return (above ? *above : 0) + (op == kSum ? g : g / double(tree.leaf_count(n)));
-        },
-        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
-  }
 }
 
 }  // namespace tk

@@ -1,6 +1,8 @@
 // Group-relative advantages, GAE and whitening on a GPU. A group and a trajectory belong to one warp each, and every
 // sum's order follows from the group's or the trajectory's own rows: nothing else in the batch can change a bit.
-#include "advantage.h"
+#include <algorithm>
+
+#include "../common/kernels.h"
 #include "block.cuh"
 
 namespace tk {
@@ -10,6 +12,7 @@ namespace {
 constexpr int kThreads = 128, kWarpsPerBlock = kThreads / kWarp;
 constexpr int kWindows = 8, kSpan = kWindows * kWarp;  // ids that a warp compares at a time: loads in flight
 constexpr int kListed = 256;                           // members that a warp remembers
+constexpr size_t kMembersShared = kWarpsPerBlock * kListed * sizeof(int32_t);
 
 int64_t blocks_for(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
 
@@ -214,6 +217,7 @@ __global__ void gae_backward_kernel(const T* grads, Trajectories in, double gamm
 }
 
 constexpr int kWhitenThreads = 256;
+constexpr int64_t kWhitenShare = 2048, kWhitenBlocks = 1024;  // elements worth a block; blocks at most
 constexpr size_t kWhitenShared = kWhitenThreads / kWarp * sizeof(double);
 
 // f(i) for the unmasked of this block's share, and g(i) for the masked.
@@ -235,6 +239,7 @@ __device__ double block_total(double x) { return block_sum(x, reinterpret_cast<d
 struct Partial {
   double count, a, b;
 };
+constexpr int64_t kPartial = sizeof(Partial) / sizeof(double);
 
 // f(partial) for every block's, spread over this block's threads.
 template <class F>
@@ -302,62 +307,66 @@ __global__ void whiten_backward_kernel(const T* grads, Masked<T> in, const doubl
 }
 
 }  // namespace
+}  // namespace cuda
+
+using namespace cuda;
 
 template <class T>
-void group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages, void* stream) {
-  constexpr size_t shared = kWarpsPerBlock * kListed * sizeof(int32_t);
-  launch(group_advantages_kernel<T>, blocks_for(in.n), kThreads, shared, stream, in, rule, advantages);
+bool AdvantageKernels<T>::group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages,
+                                           const Launch& where) {
+  launch(group_advantages_kernel<T>, blocks_for(in.n), kThreads, kMembersShared, where.stream, in, rule, advantages);
+  return true;
 }
 
 template <class T>
-void group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, const T* grads, T* grad_rewards,
-                               void* stream) {
-  constexpr size_t shared = kWarpsPerBlock * kListed * sizeof(int32_t);
-  launch(group_advantages_backward_kernel<T>, blocks_for(in.n), kThreads, shared, stream, in, rule, grads,
+void AdvantageKernels<T>::group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, const T* grads,
+                                                    T* grad_rewards, const Launch& where) {
+  launch(group_advantages_backward_kernel<T>, blocks_for(in.n), kThreads, kMembersShared, where.stream, in, rule, grads,
          grad_rewards);
 }
 
 template <class T>
-void gae(const T* rewards, const T* values, const Trajectories& in, const T* bootstrap, double gamma, double lam,
-         T* advantages, void* stream) {
-  launch(gae_kernel<T>, blocks_for(in.count), kThreads, 0, stream, rewards, values, in, bootstrap, gamma, lam,
+int64_t AdvantageKernels<T>::gae(const T* rewards, const T* values, const Trajectories& in, const T* bootstrap,
+                                 double gamma, double lam, T* advantages, const Launch& where) {
+  launch(gae_kernel<T>, blocks_for(in.count), kThreads, 0, where.stream, rewards, values, in, bootstrap, gamma, lam,
          advantages);
+  return -1;
 }
 
 template <class T>
-void gae_backward(const T* grads, const Trajectories& in, double gamma, double lam, T* grad_rewards, T* grad_values,
-                  T* grad_bootstrap, void* stream) {
-  launch(gae_backward_kernel<T>, blocks_for(in.count), kThreads, 0, stream, grads, in, gamma, lam, grad_rewards,
+int64_t AdvantageKernels<T>::gae_backward(const T* grads, const Trajectories& in, double gamma, double lam,
+                                          T* grad_rewards, T* grad_values, T* grad_bootstrap, const Launch& where) {
+  launch(gae_backward_kernel<T>, blocks_for(in.count), kThreads, 0, where.stream, grads, in, gamma, lam, grad_rewards,
          grad_values, grad_bootstrap);
+  return -1;
+}
+
+// As many blocks as the length alone asks for: the order of the sums depends on it.
+int64_t whiten_scratch(int64_t n) {
+  const int64_t blocks = (n + kWhitenShare - 1) / kWhitenShare;
+  return kPartial * std::min<int64_t>(std::max<int64_t>(blocks, 1), kWhitenBlocks);
 }
 
 template <class T>
-void whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* out, double* stats, double* partials,
-            int64_t blocks, void* stream) {
-  launch(whiten_partials<T>, blocks, kWhitenThreads, kWhitenShared, stream, in, partials);
-  launch(whiten_kernel<T>, blocks, kWhitenThreads, kWhitenShared, stream, in, partials, shift_mean, ddof, eps, out,
-         stats);
+void AdvantageKernels<T>::whiten(const Masked<T>& in, bool shift_mean, double ddof, double eps, T* out, double* stats,
+                                 const Launch& where) {
+  const int64_t blocks = where.doubles / kPartial;
+  launch(whiten_partials<T>, blocks, kWhitenThreads, kWhitenShared, where.stream, in, where.scratch);
+  launch(whiten_kernel<T>, blocks, kWhitenThreads, kWhitenShared, where.stream, in, where.scratch, shift_mean, ddof,
+         eps, out, stats);
 }
 
 template <class T>
-void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean, double ddof, T* grad_x,
-                     double* partials, int64_t blocks, void* stream) {
-  launch(whiten_backward_partials<T>, blocks, kWhitenThreads, kWhitenShared, stream, grads, in, stats, partials);
-  launch(whiten_backward_kernel<T>, blocks, kWhitenThreads, kWhitenShared, stream, grads, in, stats, partials,
-         shift_mean, ddof, grad_x);
+void AdvantageKernels<T>::whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean,
+                                          double ddof, T* grad_x, const Launch& where) {
+  const int64_t blocks = where.doubles / kPartial;
+  launch(whiten_backward_partials<T>, blocks, kWhitenThreads, kWhitenShared, where.stream, grads, in, stats,
+         where.scratch);
+  launch(whiten_backward_kernel<T>, blocks, kWhitenThreads, kWhitenShared, where.stream, grads, in, stats,
+         where.scratch, shift_mean, ddof, grad_x);
 }
 
-#define INSTANTIATE(T)                                                                                            \
-  template void group_advantages<T>(const GroupRows<T>&, const GroupRule&, T*, void*);                            \
-  template void group_advantages_backward<T>(const GroupRows<T>&, const GroupRule&, const T*, T*, void*);         \
-  template void gae<T>(const T*, const T*, const Trajectories&, const T*, double, double, T*, void*);             \
-  template void gae_backward<T>(const T*, const Trajectories&, double, double, T*, T*, T*, void*);                \
-  template void whiten<T>(const Masked<T>&, bool, double, double, T*, double*, double*, int64_t, void*);          \
-  template void whiten_backward<T>(const T*, const Masked<T>&, const double*, bool, double, T*, double*, int64_t, \
-                                   void*);
-INSTANTIATE(float)
-INSTANTIATE(double)
-#undef INSTANTIATE
+template struct AdvantageKernels<float>;
+template struct AdvantageKernels<double>;
 
-}  // namespace cuda
 }  // namespace tk

@@ -1,6 +1,6 @@
 // Reductions over spans and values spread to tokens on a GPU.
+#include "../common/kernels.h"
 #include "block.cuh"
-#include "span.h"
 
 namespace tk {
 namespace cuda {
@@ -12,7 +12,7 @@ inline int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / k
 
 // A warp a span: its tokens are dealt to the lanes from the span's first on, wherever it stands.
 template <class T>
-__global__ void total_kernel(SpanRanges spans, const T* x, int op, T* out) {
+__global__ void total_kernel(SpanRanges spans, const T* x, SpanOp op, T* out) {
   const int64_t s = warp_in_grid();
   if (s >= spans.count) return;
   const int64_t begin = spans.start[s], end = spans.end[s];
@@ -63,34 +63,32 @@ __global__ void spread_kernel(SpanRanges spans, const T* values, T* out) {
 }
 
 }  // namespace
+}  // namespace cuda
+
+using namespace cuda;
 
 template <class T>
-void span_reduce(const T* x, const SpanRanges& spans, int op, T* out, void* stream) {
+void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op, T* out, const Launch& where) {
   const int64_t blocks = blocks_for(spans.count * kWarp);
-  if (op == kSpanSum || op == kSpanMean) return launch(total_kernel<T>, blocks, kThreads, 0, stream, spans, x, op, out);
-  launch(extreme_kernel<T>, blocks, kThreads, 0, stream, spans, x, T(span_sign(op)),
+  if (op == kSpanSum || op == kSpanMean)
+    return launch(total_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, op, out);
+  launch(extreme_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, T(span_sign(op)),
          -std::numeric_limits<T>::infinity(), out);
 }
 
 template <class T>
-void span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans, T* grad_x,
-                           void* stream) {
-  launch(extreme_backward_kernel<T>, blocks_for(spans.count * kWarp), kThreads, 0, stream, spans, grads, x, extreme,
-         grad_x);
+void SpanKernels<T>::span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans,
+                                           T* grad_x, const Launch& where) {
+  launch(extreme_backward_kernel<T>, blocks_for(spans.count * kWarp), kThreads, 0, where.stream, spans, grads, x,
+         extreme, grad_x);
 }
 
 template <class T>
-void spread(const T* values, const SpanRanges& spans, T* out, void* stream) {
-  launch(spread_kernel<T>, blocks_for(spans.tokens), kThreads, 0, stream, spans, values, out);
+void SpanKernels<T>::spread(const T* values, const SpanRanges& spans, T* out, const Launch& where) {
+  launch(spread_kernel<T>, blocks_for(spans.tokens), kThreads, 0, where.stream, spans, values, out);
 }
 
-#define INSTANTIATE(T)                                                                                \
-  template void span_reduce<T>(const T*, const SpanRanges&, int, T*, void*);                          \
-  template void span_extreme_backward<T>(const T*, const T*, const T*, const SpanRanges&, T*, void*); \
-  template void spread<T>(const T*, const SpanRanges&, T*, void*);
-INSTANTIATE(float)
-INSTANTIATE(double)
-#undef INSTANTIATE
+template struct SpanKernels<float>;
+template struct SpanKernels<double>;
 
-}  // namespace cuda
 }  // namespace tk

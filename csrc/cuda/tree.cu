@@ -1,5 +1,5 @@
 // Reductions over subtrees, siblings and branches on a GPU.
-#include "tree.h"
+#include "../common/kernels.h"
 #include "tree_range.cuh"
 
 namespace tk {
@@ -92,8 +92,8 @@ __device__ void walk_up(const TreeNodes& tree, int64_t n, Visit visit) {
 
 // `kept`: of each node the mean (variance) or the extreme leaf. See the CPU's for the shares.
 template <class T>
-__global__ void reduce_backward_kernel(TreeNodes tree, const T* grads, const T* leaf_values, int op, const double* kept,
-                                       T* grad_leaves) {
+__global__ void reduce_backward_kernel(TreeNodes tree, const T* grads, const T* leaf_values, SubtreeOp op,
+                                       const double* kept, T* grad_leaves) {
   const int64_t node = thread_in_grid();
   if (node >= tree.nodes || !tree.is_leaf(node)) return;
   const int32_t place = tree.leaf_begin[node], l = tree.order[place];
@@ -183,70 +183,74 @@ __global__ void sibling_backward_kernel(TreeNodes tree, const T* grads, const T*
 }
 
 }  // namespace
+}  // namespace cuda
+
+using namespace cuda;
+
+// Two summaries a leaf, and before them, for the backward, one number a node.
+int64_t tree_scratch(int64_t nodes, int64_t leaves) { return nodes + 2 * kLargestSum * leaves; }
 
 template <class T>
-void subtree_reduce(const T* leaf_values, const TreeNodes& tree, int op, T* out, void* scratch, void* stream) {
+bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree, SubtreeOp op, T* out,
+                                    const Launch& where) {
   const double sign = op == kMax ? 1 : -1;
   if (op == kMax || op == kMin)
-    reduce(tree, ExtremeOf<T>{leaf_values, sign}, WriteExtreme<T>{out, sign}, scratch, stream);
+    reduce(tree, ExtremeOf<T>{leaf_values, sign}, WriteExtreme<T>{out, sign}, where.scratch, where.stream);
   else if (op == kVariance)
-    reduce(tree, MomentsOf<T>{leaf_values}, WriteVariance<T>{out}, scratch, stream);
+    reduce(tree, MomentsOf<T>{leaf_values}, WriteVariance<T>{out}, where.scratch, where.stream);
   else
-    reduce(tree, TotalOf<T>{leaf_values}, WriteTotal<T>{out, op == kAverage}, scratch, stream);
+    reduce(tree, TotalOf<T>{leaf_values}, WriteTotal<T>{out, op == kAverage}, where.scratch, where.stream);
+  return true;
 }
 
-// The first 8 bytes a node of the scratch are the nodes' means or extreme leaves.
 template <class T>
-void subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, int op, T* grad_leaves,
-                             void* scratch, void* stream) {
-  double* kept = static_cast<double*>(scratch);
+void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, SubtreeOp op,
+                                             T* grad_leaves, const Launch& where) {
+  double *kept = where.scratch, *sums = kept + tree.nodes;  // of the nodes: means or extreme leaves
   if (op == kMax || op == kMin)
-    reduce(tree, ExtremeOf<T>{leaf_values, op == kMax ? 1.0 : -1.0}, KeepLeaf{kept}, kept + tree.nodes, stream);
+    reduce(tree, ExtremeOf<T>{leaf_values, op == kMax ? 1.0 : -1.0}, KeepLeaf{kept}, sums, where.stream);
   else if (op == kVariance)
-    reduce(tree, MomentsOf<T>{leaf_values}, KeepMean{kept}, kept + tree.nodes, stream);
-  launch(reduce_backward_kernel<T>, blocks_for(tree.nodes, kThreads), kThreads, 0, stream, tree, grads, leaf_values, op,
-         kept, grad_leaves);
+    reduce(tree, MomentsOf<T>{leaf_values}, KeepMean{kept}, sums, where.stream);
+  launch(reduce_backward_kernel<T>, blocks_for(tree.nodes, kThreads), kThreads, 0, where.stream, tree, grads,
+         leaf_values, op, kept, grad_leaves);
 }
 
 template <class T>
-void sibling_advantages(const T* values, const TreeNodes& tree, const SiblingRule& rule, T* advantages, void* stream) {
-  launch(sibling_kernel<T>, blocks_for(tree.nodes, kWarpsPerBlock), kThreads, 0, stream, tree, values, rule,
+bool TreeKernels<T>::sibling_advantages(const T* values, const TreeNodes& tree, const SiblingRule& rule, T* advantages,
+                                        const Launch& where) {
+  launch(sibling_kernel<T>, blocks_for(tree.nodes, kWarpsPerBlock), kThreads, 0, where.stream, tree, values, rule,
          advantages);
+  return true;
 }
 
 template <class T>
-void sibling_advantages_backward(const T* grads, const T* values, const TreeNodes& tree, const SiblingRule& rule,
-                                 T* grad_values, void* stream) {
+void TreeKernels<T>::sibling_advantages_backward(const T* grads, const T* values, const TreeNodes& tree,
+                                                 const SiblingRule& rule, T* grad_values, const Launch& where) {
   for (const bool of_parents : {false, true})
     if (!of_parents || rule.baseline == kParentValue)
-      launch(sibling_backward_kernel<T>, blocks_for(tree.nodes, kWarpsPerBlock), kThreads, 0, stream, tree, grads,
+      launch(sibling_backward_kernel<T>, blocks_for(tree.nodes, kWarpsPerBlock), kThreads, 0, where.stream, tree, grads,
              values, rule, of_parents, grad_values);
 }
 
 template <class T>
-void branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree, T* const* out, void* scratch,
-                         void* stream) {
-  reduce(tree, BranchesOf<T>{advantages, weights}, WriteBranches<T>{out[0], out[1], out[2], out[3], out[4], out[5]},
-         scratch, stream);
+bool TreeKernels<T>::branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree,
+                                         const BranchRows<T>& out, const Launch& where) {
+  const auto [positive, negative, weight, positive_count, negative_count, zero_count] = out;
+  reduce(tree, BranchesOf<T>{advantages, weights},
+         WriteBranches<T>{positive, negative, weight, positive_count, negative_count, zero_count}, where.scratch,
+         where.stream);
+  return true;
 }
 
 template <class T>
-void branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages, const T* weights,
-                                  const TreeNodes& tree, T* grad_advantages, void* stream) {
-  launch(branch_backward_kernel<T>, blocks_for(tree.nodes, kThreads), kThreads, 0, stream, tree, grad_positive,
+void TreeKernels<T>::branch_coefficients_backward(const T* grad_positive, const T* grad_negative, const T* advantages,
+                                                  const T* weights, const TreeNodes& tree, T* grad_advantages,
+                                                  const Launch& where) {
+  launch(branch_backward_kernel<T>, blocks_for(tree.nodes, kThreads), kThreads, 0, where.stream, tree, grad_positive,
          grad_negative, advantages, weights, grad_advantages);
 }
 
-#define INSTANTIATE(T)                                                                                               \
-  template void subtree_reduce<T>(const T*, const TreeNodes&, int, T*, void*, void*);                                \
-  template void subtree_reduce_backward<T>(const T*, const T*, const TreeNodes&, int, T*, void*, void*);             \
-  template void sibling_advantages<T>(const T*, const TreeNodes&, const SiblingRule&, T*, void*);                    \
-  template void sibling_advantages_backward<T>(const T*, const T*, const TreeNodes&, const SiblingRule&, T*, void*); \
-  template void branch_coefficients<T>(const T*, const T*, const TreeNodes&, T* const*, void*, void*);               \
-  template void branch_coefficients_backward<T>(const T*, const T*, const T*, const T*, const TreeNodes&, T*, void*);
-INSTANTIATE(float)
-INSTANTIATE(double)
-#undef INSTANTIATE
+template struct TreeKernels<float>;
+template struct TreeKernels<double>;
 
-}  // namespace cuda
 }  // namespace tk

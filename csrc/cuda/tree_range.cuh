@@ -2,6 +2,8 @@
 // leaves, counted from where their tree begins, bound what a node reads. So a node's sum has an order that is its
 // tree's own, and the number of launches does not grow with the depth.
 #pragma once
+#include <algorithm>
+
 #include "../common/tree.h"
 #include "block.cuh"
 
@@ -58,6 +60,10 @@ struct Branches : BranchSums {
              lower(negative_count, offset), lower(zero_count, offset)}};
   }
 };
+
+// Doubles in any of them.
+constexpr int64_t kLargestSum =
+    std::max({sizeof(Total), sizeof(Moments), sizeof(Extreme), sizeof(Branches)}) / sizeof(double);
 
 template <class Of>
 __device__ typename Of::Sum leaf_at(const TreeNodes& tree, const Of& of, int64_t place) {
@@ -124,9 +130,10 @@ __global__ void reduce_nodes(TreeNodes tree, Of of, const typename Of::Sum* segm
 
 // Three launches. `scratch`: two summaries a leaf.
 template <class Of, class Write>
-void reduce(const TreeNodes& tree, const Of& of, const Write& write, void* scratch, void* stream) {
+void reduce(const TreeNodes& tree, const Of& of, const Write& write, double* scratch, void* stream) {
   using Sum = typename Of::Sum;
-  Sum *segments = static_cast<Sum*>(scratch), *stretches = segments + tree.leaves;
+  static_assert(sizeof(Sum) <= kLargestSum * sizeof(double), "tree_scratch would be too small");
+  Sum *segments = reinterpret_cast<Sum*>(scratch), *stretches = segments + tree.leaves;
   const int64_t blocks = blocks_for(tree.leaves, kThreads);
   launch(summarise<Of>, tree.leaves < kSegment ? 0 : blocks, kThreads, 0, stream, tree, of, kSegment,
          static_cast<const Sum*>(nullptr), segments);

@@ -1,8 +1,10 @@
 // The module _C_cuda_host: _C_cuda's functions, executed on the host, and those of primitives.cu.
-#include "../../csrc/cuda/bind_advantage.cpp"
+#include <pybind11/pybind11.h>
+
 #include "cuda_host.h"
 #include "primitives.h"
 
+void bind_advantage(pybind11::module_& m);
 void bind_span(pybind11::module_& m);
 void bind_tree(pybind11::module_& m);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,12 +13,22 @@ from trajkern import _ext
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def call(name: str, x: Tensor, *args: Any) -> Any:
-    """The kernel of x's device; a CUDA kernel runs on torch's current stream there."""
+def call(name: str, x: Tensor, *args: Any, scratch: tuple[Any, ...] = ()) -> Any:
+    """The kernel of x's device and dtype; a CUDA kernel runs on torch's current stream there.
+
+    ``scratch``: the function by which the module tells how many doubles the kernel keeps between its launches, and the
+    function's arguments.
+    """
     if x.device.type == "cpu":
-        return getattr(_ext.cpu(), name)(*args)
+        return _run(_ext.cpu(), 0, name, x, args, scratch)
     with torch.cuda.device(x.device):
-        return getattr(_ext.cuda(), name)(*args, torch.cuda.current_stream().cuda_stream)
+        return _run(_ext.cuda(), torch.cuda.current_stream().cuda_stream, name, x, args, scratch)
+
+
+def _run(module: ModuleType, stream: int, name: str, x: Tensor, args: Any, scratch: tuple[Any, ...]) -> Any:
+    doubles = getattr(module, scratch[0])(*scratch[1:]) if scratch else 0
+    room = x.new_empty(doubles, dtype=torch.float64) if doubles else None
+    return getattr(module, name)(DTYPE[x.dtype], *args, (pointer(room), doubles, stream))
 
 
 def pointer(x: Tensor | None) -> int:

@@ -1,38 +1,27 @@
-"""Launchers of csrc/cpu/advantage.cpp and csrc/cuda/advantage.cu, which take the same arguments."""
+"""Launchers of csrc/bind/advantage.cpp, by which csrc/cpu/advantage.cpp and csrc/cuda/advantage.cu are called."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from trajkern import _ext
 from trajkern._checks import check_cu_seqlens, check_finite, check_values
-from trajkern._native._args import DTYPE, pointer
+from trajkern._native._args import call, pointer
 
 
-def _call(name: str, x: Tensor, *args: Any, partial_sums: bool = False) -> Any:
-    """The kernel of x's device; a CUDA kernel runs on torch's current stream there.
-
-    ``partial_sums``: give a CUDA kernel room for three sums a block; the number of blocks depends on the length alone.
-    """
-    if x.device.type == "cpu":
-        return getattr(_ext.cpu(), name)(*args)
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        if not partial_sums:
-            return getattr(_ext.cuda(), name)(*args, stream)
-        blocks = min(max(-(-x.shape[0] // 2048), 1), 1024)
-        partials = x.new_empty(3 * blocks, dtype=torch.float64)
-        return getattr(_ext.cuda(), name)(*args, partials.data_ptr(), blocks, stream)
-
-
-def _rows(rewards: Tensor, group_ids: Tensor, gate: Tensor | None, weights: Tensor | None) -> tuple[int, ...]:
+def _rows(
+    rewards: Tensor, group_ids: Tensor, gate: Tensor | None, weights: Tensor | None
+) -> tuple[tuple[int, ...], int]:
     n = rewards.shape[0]
     if n >= 2**31:
         raise ValueError(f"rewards must hold fewer than 2**31 trajectories, got {n}")
-    return rewards.data_ptr(), DTYPE[rewards.dtype], group_ids.data_ptr(), pointer(gate), pointer(weights), n
+    return (rewards.data_ptr(), group_ids.data_ptr(), pointer(gate), pointer(weights)), n
+
+
+def _pack(cu_seqlens: Tensor, mask: Tensor | None, tokens: int) -> tuple[int, ...]:
+    return cu_seqlens.data_ptr(), pointer(mask), cu_seqlens.shape[0] - 1, tokens
 
 
 def group_advantages(
@@ -49,7 +38,7 @@ def group_advantages(
     advantages = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
     rule = baseline, scale, ddof, eps, singleton
-    if _call("group_advantages", rewards, *rows, *rule, advantages.data_ptr()) is False:
+    if not call("group_advantages", rewards, *rows, rule, advantages.data_ptr()):
         check_finite("rewards", rewards)
         check_values("weights", cast(Tensor, weights), 0)
     return advantages
@@ -66,7 +55,8 @@ def group_advantages_backward(
     """``rule``: group_advantages' last five arguments."""
     grad_rewards = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
-    _call("group_advantages_backward", rewards, grad_advantages.data_ptr(), *rows, *rule, grad_rewards.data_ptr())
+    pointers = grad_advantages.data_ptr(), grad_rewards.data_ptr()
+    call("group_advantages_backward", rewards, *rows, rule, *pointers)
     return grad_rewards
 
 
@@ -81,17 +71,13 @@ def gae(
 ) -> Tensor:
     advantages = torch.empty_like(rewards)
     tokens = rewards.shape[0]
-    bad = _call(
+    bad = call(
         "gae",
         rewards,
+        _pack(cu_seqlens, mask, tokens),
         rewards.data_ptr(),
-        DTYPE[rewards.dtype],
         pointer(values),
-        cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1,
-        tokens,
         pointer(bootstrap),
-        pointer(mask),
         gamma,
         lam,
         advantages.data_ptr(),
@@ -114,15 +100,11 @@ def gae_backward(
     grad_rewards = torch.empty_like(grad_advantages)
     grad_values = grad_advantages.new_empty(tokens if need_values else 0)
     grad_bootstrap = grad_advantages.new_empty(count if need_bootstrap else 0)
-    bad = _call(
+    bad = call(
         "gae_backward",
         grad_advantages,
+        _pack(cu_seqlens, mask, tokens),
         grad_advantages.data_ptr(),
-        DTYPE[grad_advantages.dtype],
-        cu_seqlens.data_ptr(),
-        count,
-        tokens,
-        pointer(mask),
         gamma,
         lam,
         grad_rewards.data_ptr(),
@@ -143,11 +125,10 @@ def whiten(
 ) -> tuple[Tensor, Tensor]:
     """The second result is (mean, 1 / sqrt(var + eps)) in float64, which the backward needs."""
     out, stats = torch.empty_like(x), x.new_empty(2, dtype=torch.float64)
-    _call(
+    call(
         "whiten",
         x,
         x.data_ptr(),
-        DTYPE[x.dtype],
         pointer(mask),
         x.shape[0],
         shift_mean,
@@ -155,7 +136,7 @@ def whiten(
         eps,
         out.data_ptr(),
         stats.data_ptr(),
-        partial_sums=True,
+        scratch=("whiten_scratch", x.shape[0]),
     )
     return out, stats
 
@@ -169,18 +150,17 @@ def whiten_backward(
     ddof: int,
 ) -> Tensor:
     grad_x = torch.empty_like(x)
-    _call(
+    call(
         "whiten_backward",
         x,
         grad_out.data_ptr(),
         x.data_ptr(),
-        DTYPE[x.dtype],
         pointer(mask),
         x.shape[0],
         stats.data_ptr(),
         shift_mean,
         ddof,
         grad_x.data_ptr(),
-        partial_sums=True,
+        scratch=("whiten_scratch", x.shape[0]),
     )
     return grad_x

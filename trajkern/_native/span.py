@@ -1,11 +1,11 @@
-"""Launchers of csrc/cpu/span.cpp and csrc/cuda/span.cu, which take the same arguments."""
+"""Launchers of csrc/bind/span.cpp, by which csrc/cpu/span.cpp and csrc/cuda/span.cu are called."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from trajkern._native._args import DTYPE, call
+from trajkern._native._args import call
 
 
 def _ranges(start: Tensor, end: Tensor) -> tuple[int, int, int]:
@@ -19,7 +19,7 @@ def span_reduce(
     op: int,
 ) -> Tensor:
     out = x.new_empty(start.shape[0])
-    call("span_reduce", x, x.data_ptr(), DTYPE[x.dtype], x.shape[0], *_ranges(start, end), op, out.data_ptr())
+    call("span_reduce", x, x.data_ptr(), x.shape[0], _ranges(start, end), op, out.data_ptr())
     return out
 
 
@@ -37,9 +37,8 @@ def span_extreme_backward(
         grad_out.data_ptr(),
         x.data_ptr(),
         extreme.data_ptr(),
-        DTYPE[x.dtype],
         x.shape[0],
-        *_ranges(start, end),
+        _ranges(start, end),
         grad_x.data_ptr(),
     )
     return grad_x
@@ -52,5 +51,5 @@ def spread(
     tokens: int,
 ) -> Tensor:
     out = values.new_empty(tokens)
-    call("spread", values, values.data_ptr(), DTYPE[values.dtype], tokens, *_ranges(start, end), out.data_ptr())
+    call("spread", values, values.data_ptr(), tokens, _ranges(start, end), out.data_ptr())
     return out

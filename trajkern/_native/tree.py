@@ -1,25 +1,26 @@
-"""Launchers of csrc/cpu/tree.cpp and csrc/cuda/tree.cu, which take the same arguments. ``tree`` is Tree.arrays."""
+"""Launchers of csrc/bind/tree.cpp, by which csrc/cpu/tree.cpp and csrc/cuda/tree.cu are called.
+
+``tree`` is Tree.arrays.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from trajkern._checks import check_finite, check_values
-from trajkern._native._args import DTYPE, call, pointer
+from trajkern._native._args import call, pointer
 
 
-def _scratch(x: Tensor, tree: list[Tensor]) -> Tensor | None:
-    """What a CUDA kernel keeps between its launches; the C++ ones allocate for themselves."""
-    if x.device.type == "cpu":
-        return None
-    return torch.empty(96 * tree[5].shape[0] + 8 * tree[0].shape[0], dtype=torch.uint8, device=x.device)
+def _sizes(tree: list[Tensor]) -> tuple[int, int]:
+    """Nodes and leaves."""
+    return tree[0].shape[0], tree[5].shape[0]
 
 
-def _tree(tree: list[Tensor]) -> tuple[list[int], int, int]:
-    return [x.data_ptr() for x in tree], tree[0].shape[0], tree[5].shape[0]
+def _nodes(tree: list[Tensor]) -> tuple[Any, ...]:
+    return [x.data_ptr() for x in tree], *_sizes(tree)
 
 
 def subtree_reduce(
@@ -27,18 +28,9 @@ def subtree_reduce(
     tree: list[Tensor],
     op: int,
 ) -> Tensor:
-    out, scratch = leaf_values.new_empty(tree[0].shape[0]), _scratch(leaf_values, tree)
-    legal = call(
-        "subtree_reduce",
-        leaf_values,
-        leaf_values.data_ptr(),
-        DTYPE[leaf_values.dtype],
-        *_tree(tree),
-        op,
-        out.data_ptr(),
-        pointer(scratch),
-    )
-    if legal is False:
+    out = leaf_values.new_empty(tree[0].shape[0])
+    pointers = leaf_values.data_ptr(), _nodes(tree), op, out.data_ptr()
+    if not call("subtree_reduce", leaf_values, *pointers, scratch=("tree_scratch", *_sizes(tree))):
         check_finite("leaf_values", leaf_values)
     return out
 
@@ -49,17 +41,16 @@ def subtree_reduce_backward(
     tree: list[Tensor],
     op: int,
 ) -> Tensor:
-    grad_leaf_values, scratch = torch.empty_like(leaf_values), _scratch(leaf_values, tree)
+    grad_leaf_values = torch.empty_like(leaf_values)
     call(
         "subtree_reduce_backward",
         leaf_values,
         grad_out.data_ptr(),
         leaf_values.data_ptr(),
-        DTYPE[leaf_values.dtype],
-        *_tree(tree),
+        _nodes(tree),
         op,
         grad_leaf_values.data_ptr(),
-        pointer(scratch),
+        scratch=("tree_scratch", *_sizes(tree)),
     )
     return grad_leaf_values
 
@@ -74,20 +65,8 @@ def sibling_advantages(
     zero_singleton: bool,
 ) -> Tensor:
     advantages = torch.empty_like(node_values)
-    legal = call(
-        "sibling_advantages",
-        node_values,
-        node_values.data_ptr(),
-        DTYPE[node_values.dtype],
-        *_tree(tree),
-        baseline,
-        by_std,
-        ddof,
-        eps,
-        zero_singleton,
-        advantages.data_ptr(),
-    )
-    if legal is False:
+    rule = baseline, by_std, ddof, eps, zero_singleton
+    if not call("sibling_advantages", node_values, node_values.data_ptr(), _nodes(tree), rule, advantages.data_ptr()):
         check_finite("node_values", node_values)
     return advantages
 
@@ -105,9 +84,8 @@ def sibling_advantages_backward(
         node_values,
         grad_advantages.data_ptr(),
         node_values.data_ptr(),
-        DTYPE[node_values.dtype],
-        *_tree(tree),
-        *rule,
+        _nodes(tree),
+        rule,
         grad_node_values.data_ptr(),
     )
     return grad_node_values
@@ -119,18 +97,16 @@ def branch_coefficients(
     tree: list[Tensor],
 ) -> tuple[Tensor, ...]:
     out = tuple(leaf_advantages.new_empty(tree[0].shape[0]) for _ in range(6))
-    scratch = _scratch(leaf_advantages, tree)
-    bad = call(
+    legal = call(
         "branch_coefficients",
         leaf_advantages,
         leaf_advantages.data_ptr(),
-        DTYPE[leaf_advantages.dtype],
         pointer(leaf_weights),
-        *_tree(tree),
+        _nodes(tree),
         [x.data_ptr() for x in out],
-        pointer(scratch),
+        scratch=("tree_scratch", *_sizes(tree)),
     )
-    if bad:
+    if not legal:
         check_finite("leaf_advantages", leaf_advantages)
         check_values("leaf_weights", cast(Tensor, leaf_weights), 0)
     return out
@@ -147,12 +123,10 @@ def branch_coefficients_backward(
     call(
         "branch_coefficients_backward",
         leaf_advantages,
-        grad_positive.data_ptr(),
-        grad_negative.data_ptr(),
+        (grad_positive.data_ptr(), grad_negative.data_ptr()),
         leaf_advantages.data_ptr(),
-        DTYPE[leaf_advantages.dtype],
         pointer(leaf_weights),
-        *_tree(tree),
+        _nodes(tree),
         grad_leaf_advantages.data_ptr(),
     )
     return grad_leaf_advantages
