@@ -10,7 +10,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
-from trajkern.losses.kinds import FORMS, SAMPLER_CORRECTIONS
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {
@@ -79,12 +78,7 @@ def _slope(dtype: torch.dtype, length: int, kind: int) -> Variant:
 
 
 def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
-    return {
-        "FORM": list(FORMS).index(form),
-        "SEQUENCE": sequence,
-        "CORRECTION": SAMPLER_CORRECTIONS.index(correction),
-        "PER_TOKEN": sequence,
-    }
+    return {"FORM": form, "SEQUENCE": sequence, "CORRECTION": correction, "PER_TOKEN": sequence}
 
 
 def _means(form: str, sequence: bool, correction: str, *absent: str) -> Variant:
@@ -93,14 +87,14 @@ def _means(form: str, sequence: bool, correction: str, *absent: str) -> Variant:
 
 
 def _tokens(
-    form: str, sequence: bool, kl: int, correction: str, aggregate: int, *absent: str, branch: bool = False
+    form: str, sequence: bool, kl: str, correction: str, aggregate: str, *absent: str, branch: bool = False
 ) -> Variant:
     options = _loss_options(form, sequence, correction) | {"KL": kl, "AGGREGATE": aggregate} | policy_loss.FLAT
     name = f"{form}-{sequence}-{kl}-{correction}-{branch}"
     return Variant(policy_loss.tokens_kernel, name, absent, options | {"BRANCH": branch})
 
 
-def _weight(aggregate: int, *absent: str) -> Variant:
+def _weight(aggregate: str, *absent: str) -> Variant:
     options = {"AGGREGATE": aggregate} | policy_loss.ALONE
     return Variant(policy_loss.weight_kernel, f"{aggregate}-{len(absent)}", absent, options)
 
@@ -148,23 +142,23 @@ VARIANTS = (
     _means("vespo", False, "none", "sampler_logprobs"),
     _means("gmpo", False, "none", "sampler_logprobs"),
     _means("gmpo", True, "sequence_mask"),
-    _weight(0, "normalizer"),
-    _weight(1),
-    _weight(3),
-    _weight(4, "normalizer"),
-    _tokens("reinforce", False, 0, "none", 1, *BARE),
-    _tokens("clip", False, 3, "none", 4, *BY_TOKEN, "selected"),
-    _tokens("clip", True, 4, "sequence_mask", 2, "selected"),
-    _tokens("cispo", False, 1, "tis", 0, *BY_TOKEN, "selected"),
-    _tokens("clip", False, 3, "tis", 1, *BY_TOKEN, "selected", branch=True),
-    _tokens("dppo_kl", False, 4, "icepop", 0, *BY_TOKEN, "selected", branch=True),
-    _tokens("sapo", True, 2, "icepop", 4, "selected"),
-    _tokens("dppo_tv", False, 3, "none", 0, *BY_TOKEN, "selected"),
-    _tokens("dppo_kl", True, 4, "icepop", 0, "selected"),
-    _tokens("kl_cov", False, 3, "none", 0, *BY_TOKEN),
-    _tokens("gmpo", False, 4, "tis", 4, "selected"),
-    _tokens("gmpo", True, 4, "tis", 4, "selected"),
-    _tokens("vespo", False, 4, "tis", 4, "mean_slopes", "shares", "selected"),
+    _weight("token_mean", "normalizer"),
+    _weight("token_sum"),
+    _weight("seq_mean_token_sum_norm"),
+    _weight("seq_mean_token_mean", "normalizer"),
+    _tokens("reinforce", False, "none", "none", "token_sum", *BARE),
+    _tokens("clip", False, "k3", "none", "seq_mean_token_mean", *BY_TOKEN, "selected"),
+    _tokens("clip", True, "k3_corrected", "sequence_mask", "seq_mean_token_sum", "selected"),
+    _tokens("cispo", False, "k1", "tis", "token_mean", *BY_TOKEN, "selected"),
+    _tokens("clip", False, "k3", "tis", "token_sum", *BY_TOKEN, "selected", branch=True),
+    _tokens("dppo_kl", False, "k3_corrected", "icepop", "token_mean", *BY_TOKEN, "selected", branch=True),
+    _tokens("sapo", True, "k2", "icepop", "seq_mean_token_mean", "selected"),
+    _tokens("dppo_tv", False, "k3", "none", "token_mean", *BY_TOKEN, "selected"),
+    _tokens("dppo_kl", True, "k3_corrected", "icepop", "token_mean", "selected"),
+    _tokens("kl_cov", False, "k3", "none", "token_mean", *BY_TOKEN),
+    _tokens("gmpo", False, "k3_corrected", "tis", "seq_mean_token_mean", "selected"),
+    _tokens("gmpo", True, "k3_corrected", "tis", "seq_mean_token_mean", "selected"),
+    _tokens("vespo", False, "k3_corrected", "tis", "seq_mean_token_mean", "mean_slopes", "shares", "selected"),
     _reflection("deviation_kernel", torch.float32),
     _reflection("deviation_kernel", torch.float64, "scores"),
     _reflection("reward_kernel", torch.float32, normalize=True),

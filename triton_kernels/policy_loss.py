@@ -7,20 +7,25 @@ launch sums its derivative over the trajectory and spreads it over the tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from trajkern.losses.kinds import (
+    AGGREGATES,
+    FORMS,
+    KL_ESTIMATORS,
+    OPTIONS,
+    PARAMETERS,
+    RATIO_LEVELS,
+    SAMPLER_CORRECTIONS,
+)
+
 from .configs import ALONE, ALONG, FLAT, SUMMING
 from .policy_loss_terms import (
-    CISPO,
-    CLIP,
-    GMPO,
-    KL_COV,
-    SAPO,
-    SEQUENCE_MASK,
-    VESPO,
     bound_log_ratio,
     clamp_log_ratio,
     load_advantage,
@@ -31,7 +36,6 @@ from .policy_loss_terms import (
 )
 from .primitives import KEEP_NAN, exp
 
-TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM, SEQ_MEAN_TOKEN_MEAN = map(tl.constexpr, range(5))
 COLUMNS = tl.constexpr(4)  # of a trajectory's means: log-ratio; its sum or gmpo's ratio; gmpo's advantage; gmpo's slope
 
 
@@ -95,13 +99,13 @@ def means_kernel(
         at = first + tl.arange(0, BLOCK)
         keep = load_mask(mask, at, at < end)
         counted += keep.to(tl.int32)
-        if CORRECTION == SEQUENCE_MASK:
+        if CORRECTION == "sequence_mask":
             sampler_sum += load_log_ratio(old_logprobs, sampler_logprobs, at, keep)
         if means is not None:
             ratio_sum += load_log_ratio(logprobs, old_logprobs, at, keep)
     count = tl.sum(counted, 0)
     length = tl.maximum(count, 1).to(tl.float32)
-    if CORRECTION == SEQUENCE_MASK:
+    if CORRECTION == "sequence_mask":
         w = exp(tl.div_rn(tl.sum(sampler_sum, 0), length))
         count = tl.where((w >= sampler_low) & (w <= sampler_high), count, 0)
     tl.store(counts + n, count)
@@ -110,9 +114,9 @@ def means_kernel(
         means += n.to(tl.int64) * COLUMNS
         log_ratio = tl.div_rn(tl.sum(ratio_sum, 0), length)
         tl.store(means, log_ratio)
-        if FORM == VESPO:
+        if FORM == "vespo":
             tl.store(means + 1, clamp_log_ratio(tl.sum(ratio_sum, 0)))
-        if FORM == GMPO:
+        if FORM == "gmpo":
             _gmpo_means(
                 logprobs,
                 old_logprobs,
@@ -132,6 +136,16 @@ def means_kernel(
             )
 
 
+@triton.jit
+def _unit_weight(normalizer, units):
+    """1 / the normalizer, or / the sum of the units that are there where there is none."""
+    if normalizer is not None:
+        w = tl.div_rn(1.0, tl.load(normalizer))
+    else:
+        w = tl.div_rn(1.0, tl.maximum(tl.sum(units, 0), 1).to(tl.float32))
+    return w
+
+
 @triton.jit(do_not_specialize=["tokens", "trajectories"])
 def weight_kernel(
     counts, cu_seqlens, normalizer, weight,  # [N], [N+1], [] or None, []
@@ -148,15 +162,16 @@ def weight_kernel(
         some += (count > 0).to(tl.int64)
         start = tl.load(cu_seqlens + n, mask=n < trajectories, other=0)
         falls += (start > tl.load(cu_seqlens + n + 1, mask=n < trajectories, other=0)).to(tl.int32)
-    w = 1.0
-    if AGGREGATE != TOKEN_SUM:
-        if normalizer is not None:
-            w = tl.div_rn(1.0, tl.load(normalizer))
-        else:
-            units = tl.sum(counted if AGGREGATE == TOKEN_MEAN else some, 0)
-            w = tl.div_rn(1.0, tl.maximum(units, 1).to(tl.float32))
-        if AGGREGATE == SEQ_MEAN_TOKEN_SUM_NORM:
-            w = tl.div_rn(w, divisor)
+    if AGGREGATE == "token_sum":
+        w = 1.0
+    elif AGGREGATE == "token_mean":
+        w = _unit_weight(normalizer, counted)
+    elif AGGREGATE == "seq_mean_token_sum_norm":
+        w = tl.div_rn(_unit_weight(normalizer, some), divisor)
+    elif AGGREGATE == "seq_mean_token_sum" or AGGREGATE == "seq_mean_token_mean":
+        w = _unit_weight(normalizer, some)
+    else:
+        tl.static_assert(False, f"no aggregate {AGGREGATE}")
     ends = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + trajectories) == tokens)
     tl.store(weight, tl.where(ends & (tl.sum(falls, 0) == 0), w, float("nan")))
 
@@ -199,7 +214,7 @@ def tokens_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = _trajectory_of(cu_seqlens, at, trajectories, steps)
     keep = load_mask(mask, at, at < tokens)
-    if CORRECTION == SEQUENCE_MASK:
+    if CORRECTION == "sequence_mask":
         keep = keep & (tl.load(inverses + n) > 0)
     one = tl.where(keep, 1.0, 0.0)
     if BRANCH:
@@ -238,7 +253,7 @@ def tokens_kernel(
         BRANCH,
     )
     w = tl.load(weight)
-    if AGGREGATE == SEQ_MEAN_TOKEN_MEAN:
+    if AGGREGATE == "seq_mean_token_mean":
         w *= tl.load(inverses + n)
     if grad_logprobs is not None:
         tl.store(grad_logprobs + at, tl.where(keep, w * slope, 0.0), mask=at < tokens)
@@ -326,25 +341,30 @@ def policy_loss(
     options: list[int],
     params: list[float],
 ) -> list[Tensor]:
-    form, sequence, kl, aggregate, correction, per_token, need_logprobs, need_entropy = options
-    kl_coef, entropy_coef, max_length, sampler_low, sampler_high = params[3:8]
+    chosen, number = _members(options), dict(zip(PARAMETERS, params, strict=True))
+    form, sequence, need_logprobs = chosen["form"], chosen["ratio_level"] == "sequence", chosen["need_logprobs"]
     tokens, trajectories = _check(logprobs, cu_seqlens)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logprobs.device)
 
     loss, metrics, partials = empty(), empty(7), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
-    grad_logprobs, grad_entropy = (empty(tokens) if need else None for need in (need_logprobs, need_entropy))
+    grad_logprobs, grad_entropy = (empty(tokens) if need else None for need in (need_logprobs, chosen["need_entropy"]))
     made = [loss, metrics, *(grad for grad in (grad_logprobs, grad_entropy) if grad is not None)]
     if tokens == 0:
         loss.zero_(), metrics.zero_()
         return made
     counts, inverses, weight = empty(trajectories, dtype=torch.int32), empty(trajectories), empty()
-    by_mean = bool(sequence) or form == GMPO.value
-    means = empty(trajectories, COLUMNS.value) if by_mean or form == VESPO.value else None
+    by_mean = sequence or form == "gmpo"
+    means = empty(trajectories, COLUMNS.value) if by_mean or form == "vespo" else None
     spread = (empty(tokens), empty(tokens, dtype=torch.bool)) if by_mean and need_logprobs else (None, None)
-    shape = {"FORM": form, "SEQUENCE": bool(sequence), "CORRECTION": correction, "PER_TOKEN": bool(per_token)}
-    c = _form_params(form, params)
+    shape = {
+        "FORM": form,
+        "SEQUENCE": sequence,
+        "CORRECTION": chosen["sampler_correction"],
+        "PER_TOKEN": chosen["per_token"],
+    }
+    c = _form_numbers(form, number)
     with torch.cuda.device_of(logprobs):
         means_kernel[(trajectories,)](
             logprobs,
@@ -357,14 +377,22 @@ def policy_loss(
             inverses,
             means,
             tokens,
-            sampler_low,
-            sampler_high,
+            number["sampler_low"],
+            number["sampler_high"],
             *c[:2],
             **shape,
             **ALONG,
         )
         weight_kernel[(1,)](
-            counts, cu_seqlens, normalizer, weight, tokens, trajectories, max_length, AGGREGATE=aggregate, **ALONE
+            counts,
+            cu_seqlens,
+            normalizer,
+            weight,
+            tokens,
+            trajectories,
+            number["max_length"],
+            AGGREGATE=chosen["aggregate"],
+            **ALONE,
         )
         tokens_kernel[(partials.shape[0],)](
             logprobs,
@@ -387,14 +415,14 @@ def policy_loss(
             trajectories,
             trajectories.bit_length(),
             advantages.shape[-1],
-            kl_coef,
-            entropy_coef,
-            sampler_low,
-            sampler_high,
+            number["kl_coef"],
+            number["entropy_coef"],
+            number["sampler_low"],
+            number["sampler_high"],
             *c,
             **shape,
-            KL=kl,
-            AGGREGATE=aggregate,
+            KL=chosen["kl"],
+            AGGREGATE=chosen["aggregate"],
             BRANCH=advantages.ndim == 2,
             **FLAT,
         )
@@ -415,17 +443,26 @@ def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
     return tokens, trajectories
 
 
-def _form_params(form: int, params: list[float]) -> list[float]:
-    """The numbers that the form's own term takes, four of them."""
-    clip_low, clip_high, clip_dual = params[:3]
-    chosen = {
-        CLIP.value: [1 - clip_low, 1 + clip_high, clip_dual],
-        CISPO.value: [1 - clip_low, 1 + clip_high],
-        SAPO.value: params[8:10],
-        VESPO.value: params[10:14],
-        KL_COV.value: params[14:],
-    }.get(form, params[:2])
-    return chosen + [0.0] * (4 - len(chosen))
+_MEMBERS = {
+    "form": tuple(FORMS),
+    "ratio_level": RATIO_LEVELS,
+    "kl": ("none", *KL_ESTIMATORS),
+    "aggregate": AGGREGATES,
+    "sampler_correction": SAMPLER_CORRECTIONS,
+}
+
+
+def _members(options: list[int]) -> dict[str, Any]:
+    """The options by name: an enumeration's as the name of the member, the others as bool."""
+    return {k: _MEMBERS[k][x] if k in _MEMBERS else bool(x) for k, x in zip(OPTIONS, options, strict=True)}
+
+
+def _form_numbers(form: str, number: dict[str, float]) -> list[float]:
+    """What the form reads, as FORMS lists it, filled up to four; for one that clips the ratio, the ratio's bounds."""
+    if form in ("clip", "cispo"):
+        number = number | {"clip_low": 1 - number["clip_low"], "clip_high": 1 + number["clip_high"]}
+    numbers = [number[name] for name in FORMS[form]]
+    return numbers + [0.0] * (4 - len(numbers))
 
 
 def scale_gradient_(x: Tensor, scale: Tensor) -> None:

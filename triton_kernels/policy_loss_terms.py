@@ -1,16 +1,18 @@
-"""The policy loss of one token: what it reads, its value, its derivatives and its metrics."""
+"""The policy loss of one token: what it reads, its value, its derivatives and its metrics.
+
+Forms, KL estimators and sampler corrections are compile-time strings: the names in :mod:`trajkern.losses.kinds`.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from trajkern.losses import kinds
+
 from .primitives import KEEP_NAN, exp, exp_excess, expm1
 
-CLIP, CISPO, SAPO, REINFORCE, DPPO_TV, DPPO_KL, KL_COV, GMPO, VESPO = map(tl.constexpr, range(9))
-K1, K2, K3, K3_CORRECTED = map(tl.constexpr, range(1, 5))
-NO_CORRECTION, TIS, ICEPOP, SEQUENCE_MASK = map(tl.constexpr, range(4))
-LOG_RATIO_BOUND = tl.constexpr(20.0)
+LOG_RATIO_BOUND = tl.constexpr(kinds.LOG_RATIO_BOUND)
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _sapo_term(a, r, tau):
 def _dppo_valid(a, new, old, low, high, FORM: tl.constexpr):
     """Whether the token's probability p has not yet moved past the threshold in the direction A pushes it."""
     p, q = exp(new), exp(old)
-    if FORM == DPPO_TV:
+    if FORM == "dppo_tv":
         valid = tl.where(a > 0, p - q <= high, p - q >= -low)
     else:
         divergence = q * (old - new) + (1 - q) * tl.log(tl.div_rn(1 - q + 1e-8, 1 - p + 1e-8))
@@ -83,30 +85,32 @@ def _dppo_valid(a, new, old, low, high, FORM: tl.constexpr):
 def _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM: tl.constexpr):
     """A loss; its derivative in the log-ratio (gmpo: in the trajectory's mean) and in log p; whether it is clipped."""
     value, slope, direct, clipped = a, tl.zeros_like(a), tl.zeros_like(a), tl.zeros_like(a) != 0
-    if FORM == CLIP:
+    if FORM == "clip":
         value, slope, clipped = _clip_term(a, r, chosen, c0, c1, c2)
-    elif FORM == KL_COV:
+    elif FORM == "kl_cov":
         value = -r * a + tl.where(chosen, c0 * tl.abs(log_ratio), 0.0)
         sign = (log_ratio > 0).to(tl.float32) - (log_ratio < 0).to(tl.float32)
         slope, clipped = -r * a + tl.where(chosen, c0 * sign, 0.0), chosen
-    elif FORM == SAPO:
+    elif FORM == "sapo":
         value, slope = _sapo_term(a, r, tl.where(a > 0, c0, c1))
-    elif FORM == GMPO:
+    elif FORM == "gmpo":
         value = -tl.load(means + 2) * tl.load(means + 1)
         slope = value
         clipped = ((a > 0) & (log_ratio > c1)) | ((a < 0) & (log_ratio < -c0))
     else:
-        if FORM == REINFORCE:
+        if FORM == "reinforce":
             direct = -a
-        elif FORM == CISPO:
+        elif FORM == "cispo":
             bounded = tl.clamp(r, c0, c1, KEEP_NAN)
             direct, clipped = -bounded * a, bounded != r
-        elif FORM == VESPO:
+        elif FORM == "vespo":
             log_w, decay = tl.load(means + 1), tl.where(a >= 0, c1, c3)
             direct = -exp(decay + tl.where(a >= 0, c0, c2) * log_w - decay * exp(log_w)) * a
-        else:
+        elif FORM == "dppo_tv" or FORM == "dppo_kl":
             valid = _dppo_valid(a, new, old, c0, c1, FORM)
             direct, clipped = tl.where(valid, -a * tl.minimum(r, 20.0, KEEP_NAN), 0.0), ~valid
+        else:
+            tl.static_assert(False, f"no form {FORM}")
         value = direct * new
     return value, slope, direct, clipped
 
@@ -115,14 +119,16 @@ def _policy_term(a, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM:
 def _kl_term(d, r, KL: tl.constexpr):
     """An estimate of the KL divergence; its derivative in the log-ratio and in log p."""
     value, slope, direct = d, tl.zeros_like(d), tl.full(d.shape, 1.0, tl.float32)
-    if KL == K2:
+    if KL == "k2":
         value, direct = 0.5 * d * d, d
-    if KL == K3 or KL == K3_CORRECTED:
+    elif KL == "k3" or KL == "k3_corrected":
         bounded = clamp_log_ratio(d)
         value = exp_excess(-bounded)
         direct = tl.where(tl.abs(d) <= LOG_RATIO_BOUND, -expm1(-bounded), 0.0)
-        if KL == K3_CORRECTED:
+        if KL == "k3_corrected":
             value, slope, direct = r * value, r * value, r * direct
+    else:
+        tl.static_assert(KL == "k1", f"no KL estimator {KL}")
     return value, slope, direct
 
 
@@ -161,19 +167,21 @@ def token_loss(
         value_b, slope_b, direct_b, clips_b = _policy_term(
             b, new, old, log_ratio, r, chosen, means, c0, c1, c2, c3, FORM
         )
-        if FORM != CLIP:  # A = 0 is clipped as A < 0 is; by CLIP never
+        if FORM != "clip":  # A = 0 is clipped as A < 0 is; by clip never
             down += level
         value, slope, direct = value + value_b, slope + slope_b, direct + direct_b
         clipped = up * clipped + tl.where(clips_b, down, 0.0)
-    if CORRECTION == TIS or CORRECTION == ICEPOP:
+    if CORRECTION == "tis" or CORRECTION == "icepop":
         w = exp(clamp_log_ratio(old - tl.load(sampler_logprobs + at, mask=keep, other=0.0)))
-        if CORRECTION == TIS:
+        if CORRECTION == "tis":
             w = tl.minimum(w, sampler_high, KEEP_NAN)
         else:
             w = tl.where((w >= sampler_low) & (w <= sampler_high), w, 0.0)
         value, slope, direct = value * w, slope * w, direct * w
+    else:
+        tl.static_assert(CORRECTION == "none" or CORRECTION == "sequence_mask", f"no sampler correction {CORRECTION}")
     mean_slope, share = tl.zeros_like(a), within
-    if FORM == GMPO:
+    if FORM == "gmpo":
         mean_slope, slope = slope, tl.zeros_like(a)
         if SEQUENCE:
             mean_slope *= tl.load(means + 3)
@@ -182,7 +190,7 @@ def token_loss(
     kl, h, leaves = tl.zeros_like(a), tl.zeros_like(a), tl.full(a.shape, 1.0, tl.float32)
     if BRANCH:
         leaves = load_advantage(advantages + 2 * stride, at, n, keep, PER_TOKEN)
-    if KL != 0:
+    if KL != "none":
         d = new - tl.load(ref_logprobs + at, mask=keep, other=0.0)
         kl, kl_slope, kl_direct = _kl_term(d, r, KL)
         c = kl_coef * leaves
