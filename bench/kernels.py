@@ -144,6 +144,7 @@ VARIANTS = (
     _means("gmpo", True, "sequence_mask"),
     _weight("token_mean", "normalizer"),
     _weight("token_sum"),
+    _weight("seq_mean_token_sum"),
     _weight("seq_mean_token_sum_norm"),
     _weight("seq_mean_token_mean", "normalizer"),
     _tokens("reinforce", False, "none", "none", "token_sum", *BARE),

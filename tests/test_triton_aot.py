@@ -15,12 +15,20 @@ if triton.knobs.runtime.interpret:
 
 from trajkern._bench.kernels import CAPABILITIES, VARIANTS, Variant, compiled  # noqa: E402
 from trajkern._triton import configs  # noqa: E402
+from trajkern.losses.kinds import AGGREGATES, FORMS, KL_ESTIMATORS, SAMPLER_CORRECTIONS  # noqa: E402
+
+SOURCES = [ast.parse(path.read_text()) for path in sorted(Path(configs.__file__).parent.glob("*.py"))]
+MEMBERS = {
+    "FORM": {*FORMS},
+    "KL": {"none", *KL_ESTIMATORS},
+    "AGGREGATE": {*AGGREGATES},
+    "CORRECTION": {*SAMPLER_CORRECTIONS},
+}
 
 
 def _launched() -> set[str]:
     """The kernels that a launcher starts: the names called as ``name[grid](...)``."""
-    trees = [ast.parse(path.read_text()) for path in Path(configs.__file__).parent.glob("*.py")]
-    calls = [node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node.func for tree in SOURCES for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
 
 
@@ -31,11 +39,36 @@ def test_every_kernel_is_listed() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.kernel.__name__}-{v.name}".rstrip("-"))
 def test_compiles_without_spilling(variant: Variant, capability: int, tmp_path: Path) -> None:
-    made = compiled(variant, capability)
+    kernel = compiled(variant, capability)
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(made.asm["cubin"])
+    cubin.write_bytes(kernel.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")], usage
     if variant.wide_loads:
-        assert re.search(r"ld\.global\S*\.v[48]\.b32", made.asm["ptx"]), "no 16-byte loads"
+        assert re.search(r"ld\.global\S*\.v[48]\.b32", kernel.asm["ptx"]), "no 16-byte loads"
+
+
+@pytest.mark.parametrize("switch", MEMBERS)
+def test_every_member_is_compiled_and_every_name_is_one(switch: str) -> None:
+    assert {v.options[switch] for v in VARIANTS if switch in v.options} == MEMBERS[switch]
+    compared = {
+        node.comparators[0].value
+        for tree in SOURCES
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == switch
+        if isinstance(node.comparators[0], ast.Constant)
+    }
+    assert compared <= MEMBERS[switch]
+
+
+@pytest.mark.parametrize("switch", MEMBERS)
+def test_a_member_without_code_is_refused(switch: str) -> None:
+    name = "weight_kernel" if switch == "AGGREGATE" else "tokens_kernel"
+    variant = next(v for v in VARIANTS if v.kernel.__name__ == name and v.options.get(switch) != "none")
+    with pytest.raises(triton.CompilationError) as raised:
+        compiled(variant._replace(options=variant.options | {switch: "novel"}), 90)
+    errors: list[BaseException | None] = [raised.value]
+    while errors[-1] is not None:
+        errors.append(errors[-1].__cause__)
+    assert any("novel" in str(error) for error in errors)

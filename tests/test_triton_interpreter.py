@@ -13,6 +13,17 @@ import pytest
 HERE = Path(__file__).parent
 
 
+NOVEL = """
+import torch, trajkern as tk
+from trajkern.losses import kinds
+kinds.FORMS["novel"] = ()
+kinds.KINDS["novel"] = kinds.Kind("token", "token_mean", "novel")
+x = torch.zeros(3)
+with tk.use_backend("triton"):
+    tk.policy_loss(x, x, x, torch.tensor([0, 3]), config=tk.PolicyLoss("novel"))
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     ("module", "chosen"),
@@ -29,3 +40,15 @@ def test_in_the_interpreter(module: str, chosen: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_form_without_code_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOVEL],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert done.returncode == 1 and "no form novel" in done.stderr, done.stderr[-2000:]

@@ -7,26 +7,23 @@ launch sums its derivative over the trajectory and spreads it over the tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trajkern.losses.kinds import (
-    AGGREGATES,
-    FORMS,
-    KL_ESTIMATORS,
-    OPTIONS,
-    PARAMETERS,
-    RATIO_LEVELS,
-    SAMPLER_CORRECTIONS,
-)
+from trajkern.losses.inputs import LossInputs
+from trajkern.losses.kinds import METRICS
 
 from .configs import ALONE, ALONG, FLAT, SUMMING
+from .policy_loss_forms import bound_log_ratio
+from .policy_loss_options import Options, form_numbers
 from .policy_loss_terms import (
-    bound_log_ratio,
+    Coefficients,
+    Pack,
+    Place,
     clamp_log_ratio,
     load_advantage,
     load_log_ratio,
@@ -37,6 +34,15 @@ from .policy_loss_terms import (
 from .primitives import KEEP_NAN, exp
 
 COLUMNS = tl.constexpr(4)  # of a trajectory's means: log-ratio; its sum or gmpo's ratio; gmpo's advantage; gmpo's slope
+
+
+class Trajectory(NamedTuple):
+    """One of the pack: its tokens start:end, of which ``length`` count, as float32 and at least 1."""
+
+    n: tl.tensor
+    start: tl.tensor
+    end: tl.tensor
+    length: tl.tensor
 
 
 @triton.jit
@@ -53,13 +59,9 @@ def _gmpo_means(
     advantages,
     mask,
     means,
-    n,
-    start,
-    end,
-    length,
+    trajectory,
     log_ratio,
-    low,
-    high,
+    bounds,
     SEQUENCE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,20 +69,22 @@ def _gmpo_means(
     """Stores exp(mean bounded log-ratio), the mean advantage, and the share of tokens that the bounds let through."""
     bounded_sum, advantage_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     free_sum = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, end, BLOCK):
+    for first in range(trajectory.start, trajectory.end, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        keep = load_mask(mask, at, at < end)
-        a = load_advantage(advantages, at, tl.full([BLOCK], 0, tl.int32) + n, keep, PER_TOKEN)
-        own = tl.zeros([BLOCK], tl.float32) + log_ratio
-        if not SEQUENCE:
-            own = load_log_ratio(logprobs, old_logprobs, at, keep)
-        bounded, free = bound_log_ratio(own, a, low, high)
+        keep = load_mask(mask, at, at < trajectory.end)
+        n = tl.full([BLOCK], 0, tl.int32) + trajectory.n
+        a = load_advantage(advantages, Place(at, n, keep), PER_TOKEN)
+        if SEQUENCE:
+            token_log_ratio = tl.zeros([BLOCK], tl.float32) + log_ratio
+        else:
+            token_log_ratio = load_log_ratio(logprobs, old_logprobs, at, keep)
+        bounded, free = bound_log_ratio(token_log_ratio, a, bounds[0], bounds[1])
         bounded_sum += bounded
         free_sum += free.to(tl.float32)
         advantage_sum += a
-    tl.store(means + 1, exp(tl.div_rn(tl.sum(bounded_sum, 0), length)))
-    tl.store(means + 2, tl.div_rn(tl.sum(advantage_sum, 0), length))
-    tl.store(means + 3, tl.div_rn(tl.sum(free_sum, 0), length))
+    tl.store(means + 1, exp(tl.div_rn(tl.sum(bounded_sum, 0), trajectory.length)))
+    tl.store(means + 2, tl.div_rn(tl.sum(advantage_sum, 0), trajectory.length))
+    tl.store(means + 3, tl.div_rn(tl.sum(free_sum, 0), trajectory.length))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -117,19 +121,16 @@ def means_kernel(
         if FORM == "vespo":
             tl.store(means + 1, clamp_log_ratio(tl.sum(ratio_sum, 0)))
         if FORM == "gmpo":
+            trajectory = Trajectory(n, start, end, length)
             _gmpo_means(
                 logprobs,
                 old_logprobs,
                 advantages,
                 mask,
                 means,
-                n,
-                start,
-                end,
-                length,
+                trajectory,
                 log_ratio,
-                c0,
-                c1,
+                (c0, c1),
                 SEQUENCE,
                 PER_TOKEN,
                 BLOCK,
@@ -177,15 +178,20 @@ def weight_kernel(
 
 
 @triton.jit
-def _store_partial(partials, value, clipped, own, r, largest, h, kl, count):
+def _store_partial(partials, loss, w, keep, count, BRANCH: tl.constexpr):
     """One row of sums over a program's tokens: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
-    ratio_sum = tl.sum(r, 0)
+    clipped, largest = tl.where(keep, loss.clipped, 0.0), tl.where(keep, loss.ratio, 0.0)
+    log_ratio, ratio, entropy, kl = loss.log_ratio, largest, loss.entropy, loss.kl
+    if BRANCH:
+        log_ratio, ratio, entropy, kl = log_ratio * count, ratio * count, entropy * count, kl * count
+    partials += tl.program_id(0).to(tl.int64) * 8
+    value, ratio_sum = tl.where(keep, loss.value * w, 0.0), tl.sum(ratio, 0)
     tl.store(partials, tl.sum(value, 0))
     tl.store(partials + 1, tl.sum(clipped, 0))
-    tl.store(partials + 2, -tl.sum(own, 0))
+    tl.store(partials + 2, -tl.sum(log_ratio, 0))
     tl.store(partials + 3, ratio_sum)
     tl.store(partials + 4, tl.where(ratio_sum == ratio_sum, tl.max(largest, 0), ratio_sum))
-    tl.store(partials + 5, tl.sum(h, 0))
+    tl.store(partials + 5, tl.sum(entropy, 0))
     tl.store(partials + 6, tl.sum(kl, 0))
     tl.store(partials + 7, tl.sum(count, 0))
 
@@ -204,7 +210,7 @@ def _trajectory_of(cu_seqlens, at, trajectories, steps):
 
 @triton.jit(do_not_specialize=["tokens", "trajectories", "steps", "stride"])
 def tokens_kernel(
-    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, entropy, selected,
+    logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, ref_logprobs, entropy, selected,
     inverses, means, weight,  # [N], [N, COLUMNS], []
     grad_logprobs, grad_entropy, mean_slopes, shares, partials,  # [T] or None; partials [programs, 8]
     tokens, trajectories, steps, stride, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
@@ -216,67 +222,29 @@ def tokens_kernel(
     keep = load_mask(mask, at, at < tokens)
     if CORRECTION == "sequence_mask":
         keep = keep & (tl.load(inverses + n) > 0)
-    one = tl.where(keep, 1.0, 0.0)
-    if BRANCH:
-        stride = stride.to(tl.int64)
-        up, down, level = load_rollouts(advantages, stride, at, n, keep, PER_TOKEN)
-        one = up + down + level
-        keep = keep & (one > 0)
+    count = tl.where(keep, 1.0, 0.0)
+    stride = stride.to(tl.int64)
+    if BRANCH:  # a token counts as often as it has rollouts
+        up, down, level = load_rollouts(advantages, stride, Place(at, n, keep), PER_TOKEN)
+        count = up + down + level
+        keep = keep & (count > 0)
     if means is not None:
         means += n.to(tl.int64) * COLUMNS
-    value, slope, mean_slope, share, clipped, own, r, h, kl, leaves = token_loss(
-        at,
-        n,
-        keep,
-        logprobs,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
-        sampler_logprobs,
-        entropy,
-        selected,
-        means,
-        stride,
-        kl_coef,
-        entropy_coef,
-        sampler_low,
-        sampler_high,
-        c0,
-        c1,
-        c2,
-        c3,
-        FORM,
-        SEQUENCE,
-        KL,
-        CORRECTION,
-        PER_TOKEN,
-        BRANCH,
-    )
-    w = tl.load(weight)
+    pack = Pack(logprobs, old_logprobs, advantages, stride, ref_logprobs, sampler_logprobs, entropy, selected)
+    place, numbers = Place(at, n, keep), (c0, c1, c2, c3)
+    coefficients = Coefficients(kl_coef, entropy_coef, sampler_low, sampler_high)
+    loss = token_loss(pack, place, means, coefficients, numbers, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN, BRANCH)
+    w, inside = tl.load(weight), at < tokens
     if AGGREGATE == "seq_mean_token_mean":
         w *= tl.load(inverses + n)
     if grad_logprobs is not None:
-        tl.store(grad_logprobs + at, tl.where(keep, w * slope, 0.0), mask=at < tokens)
+        tl.store(grad_logprobs + at, tl.where(keep, w * loss.slope, 0.0), mask=inside)
     if mean_slopes is not None:
-        tl.store(mean_slopes + at, tl.where(keep, w * mean_slope, 0.0), mask=at < tokens)
-        tl.store(shares + at, keep & share, mask=at < tokens)
+        tl.store(mean_slopes + at, tl.where(keep, w * loss.mean_slope, 0.0), mask=inside)
+        tl.store(shares + at, keep & loss.share, mask=inside)
     if grad_entropy is not None:
-        tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * leaves * w, 0.0), mask=at < tokens)
-    clipped, r = tl.where(keep, clipped, 0.0), tl.where(keep, r, 0.0)
-    largest = r
-    if BRANCH:  # a token counts as often as it has rollouts
-        own, r, h, kl = own * one, r * one, h * one, kl * one
-    _store_partial(
-        partials + tl.program_id(0).to(tl.int64) * 8,
-        tl.where(keep, value * w, 0.0),
-        clipped,
-        own,
-        r,
-        largest,
-        h,
-        kl,
-        one,
-    )
+        tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * loss.leaves * w, 0.0), mask=inside)
+    _store_partial(partials, loss, w, keep, count, BRANCH)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -341,95 +309,58 @@ def policy_loss(
     options: list[int],
     params: list[float],
 ) -> list[Tensor]:
-    chosen, number = _members(options), dict(zip(PARAMETERS, params, strict=True))
-    form, sequence, need_logprobs = chosen["form"], chosen["ratio_level"] == "sequence", chosen["need_logprobs"]
-    tokens, trajectories = _check(logprobs, cu_seqlens)
+    x = LossInputs(
+        old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, normalizer, options, params
+    )
+    wanted, (tokens, trajectories) = Options.of(x.options), _check(logprobs, x.cu_seqlens)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logprobs.device)
 
-    loss, metrics, partials = empty(), empty(7), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
-    grad_logprobs, grad_entropy = (empty(tokens) if need else None for need in (need_logprobs, chosen["need_entropy"]))
-    made = [loss, metrics, *(grad for grad in (grad_logprobs, grad_entropy) if grad is not None)]
+    loss, metrics, partials = empty(), empty(len(METRICS)), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
+    gradients = [empty(tokens) if need else None for need in (wanted.need_logprobs, wanted.need_entropy)]
+    results = [loss, metrics, *(gradient for gradient in gradients if gradient is not None)]
     if tokens == 0:
         loss.zero_(), metrics.zero_()
-        return made
+        return results
     counts, inverses, weight = empty(trajectories, dtype=torch.int32), empty(trajectories), empty()
-    by_mean = sequence or form == "gmpo"
-    means = empty(trajectories, COLUMNS.value) if by_mean or form == "vespo" else None
-    spread = (empty(tokens), empty(tokens, dtype=torch.bool)) if by_mean and need_logprobs else (None, None)
-    shape = {
-        "FORM": form,
-        "SEQUENCE": sequence,
-        "CORRECTION": chosen["sampler_correction"],
-        "PER_TOKEN": chosen["per_token"],
-    }
-    c = _form_numbers(form, number)
+    means = empty(trajectories, COLUMNS.value) if wanted.reads_means else None
+    in_mean = (empty(tokens), empty(tokens, dtype=torch.bool)) if wanted.spreads else (None, None)
+    pack = (logprobs, x.old_logprobs, x.advantages, x.cu_seqlens, x.mask, x.sampler_logprobs)
+    numbers = [x.parameter("sampler_low"), x.parameter("sampler_high"), *form_numbers(wanted.form, x)]
+    switches = wanted.switches()
     with torch.cuda.device_of(logprobs):
-        means_kernel[(trajectories,)](
-            logprobs,
-            old_logprobs,
-            advantages,
-            cu_seqlens,
-            mask,
-            sampler_logprobs,
-            counts,
-            inverses,
-            means,
-            tokens,
-            number["sampler_low"],
-            number["sampler_high"],
-            *c[:2],
-            **shape,
-            **ALONG,
-        )
-        weight_kernel[(1,)](
-            counts,
-            cu_seqlens,
-            normalizer,
-            weight,
-            tokens,
-            trajectories,
-            number["max_length"],
-            AGGREGATE=chosen["aggregate"],
-            **ALONE,
-        )
+        means_kernel[(trajectories,)](*pack, counts, inverses, means, tokens, *numbers[:4], **switches, **ALONG)
+        sizes = (tokens, trajectories, x.parameter("max_length"))
+        weight_kernel[(1,)](counts, x.cu_seqlens, x.normalizer, weight, *sizes, AGGREGATE=wanted.aggregate, **ALONE)
         tokens_kernel[(partials.shape[0],)](
-            logprobs,
-            old_logprobs,
-            advantages,
-            cu_seqlens,
-            mask,
-            ref_logprobs,
-            sampler_logprobs,
+            *pack,
+            x.ref_logprobs,
             entropy,
             selected,
             inverses,
             means,
             weight,
-            grad_logprobs,
-            grad_entropy,
-            *spread,
+            *gradients,
+            *in_mean,
             partials,
             tokens,
             trajectories,
             trajectories.bit_length(),
-            advantages.shape[-1],
-            number["kl_coef"],
-            number["entropy_coef"],
-            number["sampler_low"],
-            number["sampler_high"],
-            *c,
-            **shape,
-            KL=chosen["kl"],
-            AGGREGATE=chosen["aggregate"],
-            BRANCH=advantages.ndim == 2,
+            x.advantages.shape[-1],
+            x.parameter("kl_coef"),
+            x.parameter("entropy_coef"),
+            *numbers,
+            **switches,
+            KL=wanted.kl,
+            AGGREGATE=wanted.aggregate,
+            BRANCH=x.advantages.ndim == 2,
             **FLAT,
         )
-        if spread[0] is not None:
-            spread_kernel[(trajectories,)](grad_logprobs, *spread, cu_seqlens, inverses, tokens, **ALONG)
+        if wanted.spreads:
+            spread_kernel[(trajectories,)](gradients[0], *in_mean, x.cu_seqlens, inverses, tokens, **ALONG)
         sum_kernel[(1,)](partials, loss, metrics, partials.shape[0], **SUMMING)
-    return made
+    return results
 
 
 def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
@@ -441,28 +372,6 @@ def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
     if tokens and trajectories < 1:
         raise ValueError(f"cu_seqlens must run from 0 to the {tokens} tokens; it holds no trajectory")
     return tokens, trajectories
-
-
-_MEMBERS = {
-    "form": tuple(FORMS),
-    "ratio_level": RATIO_LEVELS,
-    "kl": ("none", *KL_ESTIMATORS),
-    "aggregate": AGGREGATES,
-    "sampler_correction": SAMPLER_CORRECTIONS,
-}
-
-
-def _members(options: list[int]) -> dict[str, Any]:
-    """The options by name: an enumeration's as the name of the member, the others as bool."""
-    return {k: _MEMBERS[k][x] if k in _MEMBERS else bool(x) for k, x in zip(OPTIONS, options, strict=True)}
-
-
-def _form_numbers(form: str, number: dict[str, float]) -> list[float]:
-    """What the form reads, as FORMS lists it, filled up to four; for one that clips the ratio, the ratio's bounds."""
-    if form in ("clip", "cispo"):
-        number = number | {"clip_low": 1 - number["clip_low"], "clip_high": 1 + number["clip_high"]}
-    numbers = [number[name] for name in FORMS[form]]
-    return numbers + [0.0] * (4 - len(numbers))
 
 
 def scale_gradient_(x: Tensor, scale: Tensor) -> None:
