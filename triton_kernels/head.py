@@ -6,7 +6,7 @@ everything but one place of the maximum.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -74,38 +74,42 @@ def fold_kernel(
     tl.store(state + 3, ee)
 
 
+class RowPairs(NamedTuple):
+    """A row's pairs, begin:end, and pointers to all pairs' values; a target's column is counted from ``first``."""
+
+    begin: tl.tensor
+    end: tl.tensor
+    targets: tl.tensor
+    logprobs: tl.tensor
+    grad_logprobs: tl.tensor
+    first: tl.tensor
+
+
+class Upstream(NamedTuple):
+    """What a row's gradient is made from."""
+
+    grad_logprobs: tl.tensor  # the sum of its pairs'
+    grad_entropy: tl.tensor  # likewise
+    entropy: tl.tensor
+    scale: tl.tensor  # 1 / temperature
+
+
 @triton.jit
-def _place(
-    grad,
-    columns,
-    first,
-    begin,
-    end,
-    targets,
-    logprobs,
-    grad_logprobs,
-    total,
-    s,
-    h,
-    row_entropy,
-    gain,
-    softcap,
-    x,
-    SOFTCAP: tl.constexpr,
-):
+def _place(grad, x, columns, pairs, upstream, gain, softcap, SOFTCAP: tl.constexpr):
     """Columns that are targets, from log p itself. Pairs of one target are neighbours: the last one has their sum."""
-    own, previous = 0.0, tl.full([], -1, tl.int64)
-    for i in range(begin, end):
-        target = tl.load(targets + i) - first
-        own = tl.where(target == previous, own, 0.0) + tl.load(grad_logprobs + i)
+    total, h = upstream.grad_logprobs, upstream.grad_entropy
+    target_sum, previous = 0.0, tl.full([], -1, tl.int64)
+    for i in range(pairs.begin, pairs.end):
+        target = tl.load(pairs.targets + i) - pairs.first
+        target_sum = tl.where(target == previous, target_sum, 0.0) + tl.load(pairs.grad_logprobs + i)
         previous = target
-        logp = tl.load(logprobs + i)
-        others = (total - own) + h * (tl.maximum(logp, NEGLIGIBLE, KEEP_NAN) + row_entropy)
-        at = -s * (own * expm1(logp) + exp(logp) * others) * gain
+        logp = tl.load(pairs.logprobs + i)
+        others = (total - target_sum) + h * (tl.maximum(logp, NEGLIGIBLE, KEEP_NAN) + upstream.entropy)
+        slope = -upstream.scale * (target_sum * expm1(logp) + exp(logp) * others) * gain
         if SOFTCAP:
-            value = at * (softcap - x) * (softcap + x)
+            value = slope * (softcap - x) * (softcap + x)
         else:
-            value = tl.zeros_like(x) + at
+            value = tl.zeros_like(x) + slope
         grad = tl.where(columns == target, value, grad)
     return grad
 
@@ -133,6 +137,8 @@ def gradient_kernel(
     m, rest = tl.load(norm + 2 * row.to(tl.int64)), tl.load(norm + 2 * row.to(tl.int64) + 1)
     s = tl.load(scale + row).to(tl.float32)
     log_sum, share = log1p(rest), tl.div_rn(1.0, 1 + rest)
+    pairs = RowPairs(begin, end, targets, logprobs, grad_logprobs, first)
+    upstream = Upstream(total, h, row_entropy, s)
     STEP: tl.constexpr = MAP_LOADS * THREADS * WIDTH
     columns = _columns(THREADS, WIDTH, VECTOR)[None, :, :] + tl.arange(0, MAP_LOADS)[:, None, None] * (THREADS * WIDTH)
     part = tl.program_id(1) * (STEPS * STEP)
@@ -143,28 +149,11 @@ def gradient_kernel(
         if grad_entropy is not None:
             t = tl.maximum(t, NEGLIGIBLE, KEEP_NAN)
             slope += h * (LN_2 * t - log_sum)
-        made = -s * share * tl.exp2(t) * slope * gain
+        values = -s * share * tl.exp2(t) * slope * gain
         if SOFTCAP:
-            made *= (softcap - x) * (softcap + x)
-        made = _place(
-            made,
-            columns + start,
-            first,
-            begin,
-            end,
-            targets,
-            logprobs,
-            grad_logprobs,
-            total,
-            s,
-            h,
-            row_entropy,
-            gain,
-            softcap,
-            x,
-            SOFTCAP,
-        )
-        tl.store(grad + start + columns, made.to(grad.dtype.element_ty), mask=columns < size - start)
+            values *= (softcap - x) * (softcap + x)
+        values = _place(values, x, columns + start, pairs, upstream, gain, softcap, SOFTCAP)
+        tl.store(grad + start + columns, values.to(grad.dtype.element_ty), mask=columns < size - start)
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
