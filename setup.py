@@ -21,9 +21,10 @@ from setuptools.modified import newer_group
 
 CUDA_ARCHS = ("80", "90", "100")
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+WARNINGS = ["-Wall", "-Werror=switch"]  # a switch names every member of its enumeration
 # Not -ffast-math: the order of every sum is part of the contract, and so are infinities and NaN.
-CPU_FLAGS = ["-O3", "-Wall", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *OPENMP]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CPU_FLAGS = ["-O3", *WARNINGS, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *OPENMP]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
@@ -111,7 +112,7 @@ ARCH_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in A
 
 extensions = [extension("trajkern._C", CPU_SOURCES, extra_compile_args=CPU_FLAGS, extra_link_args=OPENMP)]
 if ARCHS:
-    extensions.append(extension("trajkern._C_cuda", CUDA_SOURCES, extra_compile_args=["-O3", "-Wall"]))
+    extensions.append(extension("trajkern._C_cuda", CUDA_SOURCES, extra_compile_args=["-O3", *WARNINGS]))
 
 ParallelCompile(needs_recompile=lambda obj, src: newer_group([src, *HEADERS], obj)).install()
 setup(

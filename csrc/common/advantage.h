@@ -11,12 +11,9 @@ namespace tk {
 enum Baseline : int { kMean, kLeaveOneOut, kNoBaseline };
 enum Scale : int { kStd, kUnscaled };
 enum Singleton : int { kRaw, kZero };
-template <>
-constexpr int kMembers<Baseline> = 3;
-template <>
-constexpr int kMembers<Scale> = 2;
-template <>
-constexpr int kMembers<Singleton> = 2;
+constexpr int members(Baseline) { return 3; }
+constexpr int members(Scale) { return 2; }
+constexpr int members(Singleton) { return 2; }
 
 // The rewards to group. A row is counted where its gate, if any, is true and its weight, if any, is not 0.
 template <class T>
@@ -57,6 +54,26 @@ struct GroupRule {
   Scale scale;
   double ddof, eps;
   Singleton singleton;
+
+  TK_HD bool centred() const {
+    switch (baseline) {
+      case kMean:
+      case kLeaveOneOut:
+        return true;
+      case kNoBaseline:
+        return false;
+    }
+    __builtin_unreachable();
+  }
+  TK_HD bool by_std() const {
+    switch (scale) {
+      case kStd:
+        return true;
+      case kUnscaled:
+        return false;
+    }
+    __builtin_unreachable();
+  }
 };
 
 // Of a group's counted rows, measured from the first one's reward: W = sum w, sum w d / W, the standard deviation.
@@ -79,38 +96,50 @@ struct GradientMap {
   double origin, mean, gain, offset, slope;
 };
 
-TK_HD bool needs_group(const GroupRule& rule) { return rule.baseline != kNoBaseline || rule.scale == kStd; }
+TK_HD bool needs_group(const GroupRule& rule) { return rule.centred() || rule.by_std(); }
 
 // Too small a group for the statistic that the rule asks for.
 TK_HD bool is_alone(const GroupRule& rule, double weight) {
-  return needs_group(rule) && (weight <= 1 || (rule.scale == kStd && weight <= rule.ddof));
+  return needs_group(rule) && (weight <= 1 || (rule.by_std() && weight <= rule.ddof));
 }
 
 TK_HD double group_std(const GroupRule& rule, double weight, double squares) {
-  return rule.scale == kStd && weight > rule.ddof ? sqrt(squares / (weight - rule.ddof)) : 0;
+  return rule.by_std() && weight > rule.ddof ? sqrt(squares / (weight - rule.ddof)) : 0;
 }
 
 // 1 / (std + eps), or 1 where that is 1 / 0.
 TK_HD double inverse_scale(const GroupRule& rule, double std) {
-  const double divisor = rule.scale == kStd ? std + rule.eps : 1;
+  const double divisor = rule.by_std() ? std + rule.eps : 1;
   return divisor == 0 ? 1 : 1 / divisor;
 }
 
 TK_HD double singleton_gain(const GroupRule& rule) {
-  if (rule.singleton == kZero) return 0;
-  return rule.scale == kStd ? 1 / (1 + rule.eps) : 1;
+  switch (rule.singleton) {
+    case kZero:
+      return 0;
+    case kRaw:
+      return rule.by_std() ? 1 / (1 + rule.eps) : 1;
+  }
+  __builtin_unreachable();
 }
 
 // The mean of the others is (W mean - d) / (W - 1), so d less it is (d - mean) W / (W - 1).
 TK_HD double baseline_gain(const GroupRule& rule, double weight) {
-  return rule.baseline == kLeaveOneOut ? weight / (weight - 1) : 1;
+  switch (rule.baseline) {
+    case kLeaveOneOut:
+      return weight / (weight - 1);
+    case kMean:
+    case kNoBaseline:
+      return 1;
+  }
+  __builtin_unreachable();
 }
 
 template <class T>
 TK_HD AdvantageMap<T> advantage_map(const GroupRule& rule, const GroupStats& group) {
   if (is_alone(rule, group.weight)) return {0, 0, T(singleton_gain(rule))};
   const double gain = inverse_scale(rule, group.std);
-  if (rule.baseline == kNoBaseline) return {0, 0, T(gain)};
+  if (!rule.centred()) return {0, 0, T(gain)};
   const double centre = group.origin + group.mean;
   return {T(centre), T((group.origin - T(centre)) + group.mean), T(gain * baseline_gain(rule, group.weight))};
 }
@@ -127,10 +156,9 @@ TK_HD GradientMap gradient_map(const GroupRule& rule, const GroupStats& group, d
   if (is_alone(rule, group.weight)) return {0, 0, singleton_gain(rule), 0, 0};
   const double inverse = inverse_scale(rule, group.std);
   const double gain = inverse * baseline_gain(rule, group.weight);
-  const bool centred = rule.baseline != kNoBaseline;
-  const double sum_ga = gain * (centred ? sum_gc : sum_gc + (group.origin + group.mean) * sum_g);
+  const double sum_ga = gain * (rule.centred() ? sum_gc : sum_gc + (group.origin + group.mean) * sum_g);
   const double slope = group.std > 0 ? sum_ga * inverse / ((group.weight - rule.ddof) * group.std) : 0;
-  return {group.origin, group.mean, gain, centred ? gain * sum_g / group.weight : 0, slope};
+  return {group.origin, group.mean, gain, rule.centred() ? gain * sum_g / group.weight : 0, slope};
 }
 
 TK_HD double reward_gradient(const GradientMap& map, double grad, double weight, double reward) {

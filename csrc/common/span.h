@@ -9,17 +9,13 @@
 namespace tk {
 
 enum SpanOp : int { kSpanSum, kSpanMean, kSpanMax, kSpanMin };
-template <>
-constexpr int kMembers<SpanOp> = 4;
+constexpr int members(SpanOp) { return 4; }
 
 // Ranges [start, end) of tokens, ascending and disjoint.
 struct SpanRanges {
   const int64_t *start, *end;
   int64_t count, tokens;
 };
-
-// The least is the greatest of the negatives.
-inline int span_sign(SpanOp op) { return op == kSpanMin ? -1 : 1; }
 
 // The greatest so far, once x is seen; a NaN takes its place and stays.
 template <class T>
@@ -33,8 +29,8 @@ TK_HD bool is_extreme(T x, T extreme) {
 }
 
 template <class T>
-TK_HD T span_total(double sum, int64_t length, SpanOp op) {
-  return T(op == kSpanMean && length > 0 ? sum / double(length) : sum);
+TK_HD T span_total(double sum, int64_t length, bool mean) {
+  return T(mean && length > 0 ? sum / double(length) : sum);
 }
 
 }  // namespace tk

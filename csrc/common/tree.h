@@ -23,17 +23,38 @@ struct TreeNodes {
 
 enum SubtreeOp : int { kSum, kAverage, kMax, kMin, kVariance };
 enum SiblingBaseline : int { kSiblingMean, kOtherSiblings, kParentValue, kNoCentre };
-template <>
-constexpr int kMembers<SubtreeOp> = 5;
-template <>
-constexpr int kMembers<SiblingBaseline> = 4;
+constexpr int members(SubtreeOp) { return 5; }
+constexpr int members(SiblingBaseline) { return 4; }
 
 struct SiblingRule {
   SiblingBaseline baseline;
   bool by_std, zero_singleton;
   double ddof, eps;
 
-  TK_HD bool centred() const { return baseline == kSiblingMean || baseline == kOtherSiblings; }
+  // Whether it subtracts a mean of siblings.
+  TK_HD bool centred() const {
+    switch (baseline) {
+      case kSiblingMean:
+      case kOtherSiblings:
+        return true;
+      case kParentValue:
+      case kNoCentre:
+        return false;
+    }
+    __builtin_unreachable();
+  }
+  // The mean of the others is (k mean - d) / (k - 1), so d less it is (d - mean) k / (k - 1).
+  TK_HD double gain(double inverse, double count) const {
+    switch (baseline) {
+      case kOtherSiblings:
+        return inverse * count / (count - 1);
+      case kSiblingMean:
+      case kParentValue:
+      case kNoCentre:
+        return inverse;
+    }
+    __builtin_unreachable();
+  }
 };
 
 // Of k siblings, measured from the first one's value: their mean, and the sum of squares about it.
@@ -58,8 +79,7 @@ TK_HD SiblingMap sibling_map(const SiblingRule& rule, const SiblingStats& group)
   }
   const double count = double(group.count), std = rule.by_std ? sqrt(group.squares / (count - rule.ddof)) : 0;
   const double divisor = rule.by_std ? std + rule.eps : 1, inverse = divisor == 0 ? 1 : 1 / divisor;
-  // the mean of the others is (k mean - d) / (k - 1), so d less it is (d - mean) k / (k - 1)
-  return {rule.baseline == kOtherSiblings ? inverse * count / (count - 1) : inverse, inverse, std, rule.centred()};
+  return {rule.gain(inverse, count), inverse, std, rule.centred()};
 }
 
 TK_HD double sibling_advantage(const SiblingMap& map, const SiblingStats& group, double value, double shift) {

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../common/choice.h"
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "policy_loss_block.h"
@@ -83,8 +84,8 @@ enum Statistic { kCount, kLogRatioSum, kLogSamplerSum, kStatistics };
 template <class Real>
 TrajectorySums collect(const Job<Real>& job) {
   TrajectorySums sums(kStatistics, job.trajectories, job.runs.size());
-  const bool removes = job.options.correction == kSequenceMask;
-  const bool reads = removes || job.options.sequence_level || job.options.form == kVespo;
+  const bool removes = job.options.sampler_correction == kSequenceMask;
+  const bool reads = removes || job.options.sequence_level() || job.options.form == kVespo;
   for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
     const Run& run = job.runs[r];
     if (reads) {
@@ -106,6 +107,30 @@ double vespo_weight(double log_w, double k, double decay) {
   return std::exp(decay + k * log_w - decay * std::exp(log_w));
 }
 
+// What the whole loss is divided by, and whether each trajectory also is by its own tokens.
+struct Divisor {
+  double whole;
+  bool by_length;
+};
+
+template <class Real>
+Divisor divisor(const Job<Real>& job, double tokens, double trajectories) {
+  const auto whole = [&](double count) { return job.normalizer ? double(*job.normalizer) : std::max(count, 1.0); };
+  switch (job.options.aggregate) {
+    case kTokenMean:
+      return {whole(tokens), false};
+    case kTokenSum:
+      return {1, false};
+    case kSeqMeanTokenSum:
+      return {whole(trajectories), false};
+    case kSeqMeanTokenSumNorm:
+      return {whole(trajectories) * Params<double>(job.params).max_length, false};
+    case kSeqMeanTokenMean:
+      return {whole(trajectories), true};
+  }
+  __builtin_unreachable();
+}
+
 // Sets what each trajectory's tokens share; returns the number of unmasked tokens.
 template <class Real>
 double share(Job<Real>& job, TrajectorySums& sums) {
@@ -113,22 +138,18 @@ double share(Job<Real>& job, TrajectorySums& sums) {
   double tokens = 0, scored = 0;
   for (int64_t n = 0; n < job.trajectories; ++n) {
     double& count = sums.of(n)[kCount];
-    if (job.options.correction == kSequenceMask) {
+    if (job.options.sampler_correction == kSequenceMask) {
       const double w = std::exp(sums.of(n)[kLogSamplerSum] / std::max(count, 1.0));
       if (w < p.sampler_low || w > p.sampler_high) count = 0;
     }
     tokens += count;
     scored += count > 0;
   }
-  const int aggregate = job.options.aggregate;
-  double divisor = std::max(aggregate == kTokenMean ? tokens : scored, 1.0);
-  if (job.normalizer) divisor = *job.normalizer;
-  if (aggregate == kTokenSum) divisor = 1;
-  if (aggregate == kSeqMeanTokenSumNorm) divisor *= p.max_length;
+  const Divisor by = divisor(job, tokens, scored);
   for (int64_t n = 0; n < job.trajectories; ++n) {
     const double count = sums.of(n)[kCount], sum = sums.of(n)[kLogRatioSum];
     Shared<Real>& x = job.shared[n];
-    x.weight = count > 0 ? 1 / (aggregate == kSeqMeanTokenMean ? divisor * count : divisor) : 0;
+    x.weight = count > 0 ? 1 / (by.by_length ? by.whole * count : by.whole) : 0;
     x.weight += 0 * sums.of(n)[kLogSamplerSum];  // a NaN reaches the loss
     x.log_ratio = sum / std::max(count, 1.0);
     if (job.options.form == kVespo) {
@@ -167,7 +188,7 @@ void share_geometric_means(Job<Real>& job, TrajectorySums& statistics) {
 template <class Real>
 std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
   std::vector<RunTotals> totals(job.runs.size());
-  const bool waits = job.options.sequence_level && job.options.need_grad_logprobs;
+  const bool waits = job.options.sequence_level() && job.options.need_logprobs;
   TrajectorySums slopes(1, waits ? job.trajectories : 0, waits ? job.runs.size() : 0);
   for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
     block.open(job.runs[r]);
@@ -234,6 +255,17 @@ bool covers(const int64_t* cu_seqlens, int64_t trajectories, int64_t tokens) {
   return std::is_sorted(cu_seqlens, cu_seqlens + trajectories + 1);
 }
 
+Options options_of(const std::array<int, 8>& x) {
+  return {choice<Form>("form", x[0]),
+          choice<RatioLevel>("ratio_level", x[1]),
+          choice<Kl>("kl", x[2]),
+          choice<Aggregate>("aggregate", x[3]),
+          choice<Correction>("sampler_correction", x[4]),
+          bool(x[5]),
+          bool(x[6]),
+          bool(x[7])};
+}
+
 using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
 
 template <class Real>
@@ -272,19 +304,18 @@ void bind_policy_loss(pybind11::module_& m) {
   m.def("policy_loss", [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories,
                           int64_t branch_stride, const std::array<int, 8>& o, const std::array<double, 15>& params) {
     if (!covers(as<int64_t>(pointers[7]), trajectories, tokens)) return false;
-    const Options options{o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]};
+    const Options options = options_of(o);
     py::gil_scoped_release release;
-    if (tk::DType(dtype) == tk::DType::float64)
-      run<double>(pointers, tokens, trajectories, branch_stride, options, params);
-    else
-      run<float>(pointers, tokens, trajectories, branch_stride, options, params);
+    tk::with_float(dtype, [&](auto element) {
+      run<decltype(element)>(pointers, tokens, trajectories, branch_stride, options, params);
+    });
     return true;
   });
   m.def("scale_gradient_", [](int dtype, uintptr_t x, int64_t length, uintptr_t factor) {
     py::gil_scoped_release release;
-    if (tk::DType(dtype) == tk::DType::float64)
-      scale(as<double>(x), length, *as<double>(factor));
-    else
-      scale(as<float>(x), length, *as<float>(factor));
+    tk::with_float(dtype, [&](auto element) {
+      using Real = decltype(element);
+      scale(as<Real>(x), length, *as<Real>(factor));
+    });
   });
 }

@@ -16,8 +16,15 @@ struct Run {
   int length;
 };
 
-struct Options {  // in the order of the launcher's
-  int form, sequence_level, kl, aggregate, correction, per_token, need_grad_logprobs, need_grad_entropy;
+struct Options {
+  Form form;
+  RatioLevel ratio_level;
+  Kl kl;
+  Aggregate aggregate;
+  Correction sampler_correction;
+  bool per_token, need_logprobs, need_entropy;  // the gradients in them
+
+  bool sequence_level() const { return ratio_level == kSequence; }
 };
 
 // What the tokens of a trajectory share. Weight 0: no unmasked token, or removed by the sequence mask.
@@ -78,7 +85,8 @@ struct Block {
   const Job<Real>& job;
   const Options options = job.options;
   const Params<Real> params{job.params};
-  const bool corrects = options.correction == kTis || options.correction == kIcepop, branches = job.branch_stride;
+  const bool corrects = options.sampler_correction == kTis || options.sampler_correction == kIcepop;
+  const bool branches = job.branch_stride, sequence_level = options.sequence_level();
   const int rows = branches ? kBranchRows : 1;
   int64_t begin = 0;
   int length = 0;
@@ -146,8 +154,8 @@ struct Block {
       const Shared<Real> x = job.shared[n];
       fill(weight + offset, x.weight, count);
       for (int row = 0; row < rows && !options.per_token; ++row) fill(advantages[row] + offset, row_of(row)[n], count);
-      if (options.sequence_level) fill(level + offset, x.log_ratio, count);
-      if (options.sequence_level || has_values) fill(value + offset, x.value, count);
+      if (sequence_level) fill(level + offset, x.log_ratio, count);
+      if (sequence_level || has_values) fill(value + offset, x.value, count);
       if (has_values) fill(value_alt + offset, x.value_alt, count);
     });
     fill(weight + length, 0, kStep);
@@ -171,7 +179,7 @@ struct Block {
     x.token.logprob = masked(x.kept, at(logprobs, i)), x.token.old_logprob = masked(x.kept, at(old_logprobs, i));
     x.difference = x.token.logprob - x.token.old_logprob;
     x.bounded = clamp(x.difference, -kLogRatioBound, kLogRatioBound);
-    x.token.log_ratio = options.sequence_level ? masked(x.kept, at(level, i)) : x.bounded;
+    x.token.log_ratio = sequence_level ? masked(x.kept, at(level, i)) : x.bounded;
     x.token.advantage = masked(x.kept, at(advantages[0], i));
     return x;
   }
@@ -203,9 +211,10 @@ struct Block {
         return kl_cov(t, chosen(x, i), params);
       case kGmpo:
         return gmpo(t, at(value, i), at(value_alt, i), params);
-      default:
+      case kVespo:
         return vespo(t, at(value, i), at(value_alt, i));
     }
+    __builtin_unreachable();
   }
 
   // The forms that a branch can have are linear in A > 0, and in A < 0: their sums over the leaves are those of the
@@ -244,8 +253,8 @@ struct Block {
       ratios.add(j, times * own);
       if (branches) tokens.add(j, times);
       largest = vmax(own, largest);
-      if (corrects) correct(term, sampler_factor(options.correction, log_sampler_weight(x, i), params));
-      if (options.kl) {
+      if (corrects) correct(term, sampler_factor(options.sampler_correction, log_sampler_weight(x, i), params));
+      if (options.kl != kNone) {
         const Term<V> y = kl(options.kl, x.token.logprob - masked(x.kept, at(ref_logprobs, i)), ratio);
         const V coefficient = leaves * params.kl_coef;
         term.loss += coefficient * y.loss, term.d_logprob += coefficient * y.d_logprob;
@@ -258,12 +267,12 @@ struct Block {
         entropies.add(j, times * y);
       }
       losses.add(j, masked(x.kept, w * term.loss));
-      if (options.sequence_level)
+      if (sequence_level)
         store<W>(first + i, masked(x.kept, term.d_log_ratio));
       else
         term.d_logprob += through_clamp(x, term.d_log_ratio);
-      if (options.need_grad_logprobs) write(job.grad_logprobs, i, masked(x.kept, w * term.d_logprob));
-      if (options.need_grad_entropy) write(job.grad_entropy, i, masked(x.kept, w * leaves * -params.entropy_coef));
+      if (options.need_logprobs) write(job.grad_logprobs, i, masked(x.kept, w * term.d_logprob));
+      if (options.need_entropy) write(job.grad_entropy, i, masked(x.kept, w * leaves * -params.entropy_coef));
     });
     totals.loss = losses.fold(), totals.clipped = clipped.fold(), totals.log_ratio = log_ratios.fold();
     totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
@@ -302,7 +311,8 @@ struct Block {
   TK_INLINE void geometric_terms() {
     each([&](int i, int) TK_INLINE_LAMBDA {
       const Lane x = lane(i);
-      const V factor = corrects ? sampler_factor(options.correction, log_sampler_weight(x, i), params) : V{} + 1;
+      const V factor =
+          corrects ? sampler_factor(options.sampler_correction, log_sampler_weight(x, i), params) : V{} + 1;
       store<W>(first + i, directed_log_ratio(x.token.advantage, x.token.log_ratio, params));
       store<W>(second + i, x.token.advantage);
       store<W>(third + i, masked(x.kept, factor));

@@ -7,14 +7,22 @@
 #include <array>
 #include <limits>
 
+#include "../common/choice.h"
 #include "simd.h"
 
 namespace tk::policy {
 
-enum Form { kClip, kCispo, kSapo, kReinforce, kDppoTv, kDppoKl, kKlCov, kGmpo, kVespo };
-enum Kl { kNoKl, kK1, kK2, kK3, kK3Corrected };
-enum Aggregate { kTokenMean, kTokenSum, kSeqMeanTokenSum, kSeqMeanTokenSumNorm, kSeqMeanTokenMean };
-enum Correction { kNoCorrection, kTis, kIcepop, kSequenceMask };
+enum Form : int { kClip, kCispo, kSapo, kReinforce, kDppoTv, kDppoKl, kKlCov, kGmpo, kVespo };
+enum RatioLevel : int { kToken, kSequence };
+enum Kl : int { kNone, kK1, kK2, kK3, kK3Corrected };
+enum Aggregate : int { kTokenMean, kTokenSum, kSeqMeanTokenSum, kSeqMeanTokenSumNorm, kSeqMeanTokenMean };
+enum Correction : int { kUncorrected, kTis, kIcepop, kSequenceMask };
+
+constexpr int members(Form) { return 9; }
+constexpr int members(RatioLevel) { return 2; }
+constexpr int members(Kl) { return 5; }
+constexpr int members(Aggregate) { return 5; }
+constexpr int members(Correction) { return 4; }
 
 // In the order of the launcher's params; the ratio's bounds follow from them in double.
 template <class Real>
@@ -238,22 +246,39 @@ TK_INLINE Term<V> vespo(const Token<V>& t, const V& weight_pos, const V& weight_
 
 // What tis or icepop multiplies the policy term by, w = exp(log_w).
 template <class V>
-TK_INLINE V sampler_factor(int correction, const V& log_w, const Params<Scalar<V>>& p) {
-  const V w = exponential(log_w);
-  if (correction == kTis) return w > p.sampler_high ? p.sampler_high : w;
-  const V kept = w < p.sampler_low ? V{} : w;
-  return kept > p.sampler_high ? V{} : kept;
+TK_INLINE V sampler_factor(Correction correction, const V& log_w, const Params<Scalar<V>>& p) {
+  const V w = exponential(log_w), kept = w < p.sampler_low ? V{} : w;
+  switch (correction) {
+    case kTis:
+      return w > p.sampler_high ? p.sampler_high : w;
+    case kIcepop:
+      return kept > p.sampler_high ? V{} : kept;
+    case kUncorrected:
+    case kSequenceMask:
+      return V{} + 1;
+  }
+  __builtin_unreachable();
 }
 
 // The KL estimate of d = logprob - ref, and its derivatives.
 template <class V>
-TK_INLINE Term<V> kl(int estimator, const V& d, const V& ratio) {
-  if (estimator == kK1) return {d, V{}, V{} + 1, V{}};
-  if (estimator == kK2) return {Scalar<V>(0.5) * d * d, V{}, d, V{}};
-  const V x = clamp(-d, -kLogRatioBound, kLogRatioBound), k3 = exp_above_tangent(x);
-  const V slope = x == -d ? -(k3 + x) : V{};
-  if (estimator == kK3) return {k3, V{}, slope, V{}};
-  return {ratio * k3, ratio * k3, ratio * slope, V{}};
+TK_INLINE Term<V> kl(Kl estimator, const V& d, const V& ratio) {
+  switch (estimator) {
+    case kNone:
+      return {V{}, V{}, V{}, V{}};
+    case kK1:
+      return {d, V{}, V{} + 1, V{}};
+    case kK2:
+      return {Scalar<V>(0.5) * d * d, V{}, d, V{}};
+    case kK3:
+    case kK3Corrected: {
+      const V x = clamp(-d, -kLogRatioBound, kLogRatioBound), k3 = exp_above_tangent(x);
+      const V slope = x == -d ? -(k3 + x) : V{};
+      if (estimator == kK3) return {k3, V{}, slope, V{}};
+      return {ratio * k3, ratio * k3, ratio * slope, V{}};
+    }
+  }
+  __builtin_unreachable();
 }
 
 }  // namespace tk::policy

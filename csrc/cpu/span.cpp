@@ -67,25 +67,44 @@ void each_share(const SpanRanges& spans, const F& f) {
   });
 }
 
+template <class T>
+void span_totals(const T* x, const SpanRanges& spans, bool mean, T* out) {
+  each_share(spans, [&](int64_t first, int64_t last) {
+    dispatch([&](auto width) TK_INLINE_LAMBDA {
+      for (int64_t s = first; s < last; ++s) {
+        const int64_t begin = spans.start[s], end = spans.end[s];
+        out[s] = span_total<T>(span_sum<width() / 2>(x, begin, end, spans.tokens), end - begin, mean);
+      }
+    });
+  });
+}
+
+// The least, with sign -1, is the greatest of the negatives.
+template <class T>
+void span_extremes(const T* x, const SpanRanges& spans, T sign, T* out) {
+  each_share(spans, [&](int64_t first, int64_t last) {
+    dispatch([&](auto width) TK_INLINE_LAMBDA {
+      constexpr int W = sizeof(T) == 8 ? width() / 2 : std::min(width(), kLanes);
+      for (int64_t s = first; s < last; ++s)
+        out[s] = sign * span_greatest<W>(x, spans.start[s], spans.end[s], spans.tokens, sign);
+    });
+  });
+}
+
 }  // namespace
 
 template <class T>
 void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op, T* out, const Launch&) {
-  each_share(spans, [&](int64_t first, int64_t last) {
-    dispatch([&](auto width) TK_INLINE_LAMBDA {
-      constexpr int kWide = width() / 2, kOwn = sizeof(T) == 8 ? kWide : std::min(width(), kLanes);
-      if (op == kSpanSum || op == kSpanMean) {
-        for (int64_t s = first; s < last; ++s) {
-          const int64_t begin = spans.start[s], end = spans.end[s];
-          out[s] = span_total<T>(span_sum<kWide>(x, begin, end, spans.tokens), end - begin, op);
-        }
-      } else {
-        const T sign = T(span_sign(op));
-        for (int64_t s = first; s < last; ++s)
-          out[s] = sign * span_greatest<kOwn>(x, spans.start[s], spans.end[s], spans.tokens, sign);
-      }
-    });
-  });
+  switch (op) {
+    case kSpanSum:
+      return span_totals(x, spans, false, out);
+    case kSpanMean:
+      return span_totals(x, spans, true, out);
+    case kSpanMax:
+      return span_extremes(x, spans, T(1), out);
+    case kSpanMin:
+      return span_extremes(x, spans, T(-1), out);
+  }
 }
 
 template <class T>

@@ -44,66 +44,102 @@ double weight_of(const T* weights, int64_t l) {
   return weights == nullptr ? 1 : double(weights[l]);
 }
 
+// `of(n, sum)`: node n's result.
+template <class T, class Of>
+void reduce_sums(const T* leaf_values, const TreeNodes& tree, T* out, const Of& of) {
+  const auto sums = unwritten<double>(tree.nodes);
+  subtree_sums(leaf_values, tree, sums.get(), out, of);
+}
+
+template <class T>
+void reduce_extremes(const T* leaf_values, const TreeNodes& tree, bool greatest, T* out) {
+  const auto best = unwritten<int32_t>(tree.nodes);
+  subtree_extremes(leaf_values, tree, greatest, best.get());
+  each_node(tree, [&](int64_t n) { out[n] = leaf_values[best[n]]; });
+}
+
+template <class T>
+void reduce_variances(const T* leaf_values, const TreeNodes& tree, T* out) {
+  const auto moments = unwritten<Moments>(tree.nodes);
+  subtree_moments(leaf_values, tree, moments.get());
+  each_node(tree, [&](int64_t n) { out[n] = T(moments[n].squares / double(tree.leaf_count(n))); });
+}
+
+// A leaf's gradient is the sum along its path of each node's share for that leaf. A sum's is g and a mean's g / count:
+// share(n).
+template <class T, class Share>
+void share_sums(const TreeNodes& tree, T* grad_leaves, const Share& share) {
+  downwards<double>(
+      tree, [&](int64_t n, const double* above) { return (above ? *above : 0) + share(n); },
+      [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+}
+
+// g where the leaf is the extreme one: those nodes are the lower end of its path.
+template <class T>
+void share_extremes(const T* grads, const T* leaf_values, const TreeNodes& tree, bool greatest, T* grad_leaves) {
+  const auto best = unwritten<int32_t>(tree.nodes);
+  subtree_extremes(leaf_values, tree, greatest, best.get());
+  downwards<double>(
+      tree,
+      [&](int64_t n, const double* above) {
+        return double(grads[n]) + (above && best[n] == best[tree.parent[n]] ? *above : 0);
+      },
+      [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+}
+
+// 2 g / count times the leaf's distance from the node's mean.
+template <class T>
+void share_variances(const T* grads, const T* leaf_values, const TreeNodes& tree, T* grad_leaves) {
+  struct Slope {
+    double sum, at;  // sum of s over the path, and of s (mean here - mean there), with s = 2 g / count
+  };
+  const auto moments = unwritten<Moments>(tree.nodes);
+  subtree_moments(leaf_values, tree, moments.get());
+  downwards<Slope>(
+      tree,
+      [&](int64_t n, const Slope* above) {
+        const double s = 2 * double(grads[n]) / double(tree.leaf_count(n));
+        if (!above) return Slope{s, 0};
+        return Slope{above->sum + s, above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
+      },
+      [&](int64_t l, const Slope& slope) { grad_leaves[l] = T(slope.at); });
+}
+
 }  // namespace
 
 template <class T>
 bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree, SubtreeOp op, T* out, const Launch&) {
   if (!all_finite(leaf_values, tree.leaves)) return false;
-  if (op == kMax || op == kMin) {
-    const auto best = unwritten<int32_t>(tree.nodes);
-    subtree_extremes(leaf_values, tree, op == kMax, best.get());
-    each_node(tree, [&](int64_t n) { out[n] = leaf_values[best[n]]; });
-  } else if (op == kVariance) {
-    const auto moments = unwritten<Moments>(tree.nodes);
-    subtree_moments(leaf_values, tree, moments.get());
-    each_node(tree, [&](int64_t n) { out[n] = T(moments[n].squares / double(tree.leaf_count(n))); });
-  } else {
-    const auto sums = unwritten<double>(tree.nodes);
-    if (op == kSum)
-      subtree_sums(leaf_values, tree, sums.get(), out, [](int64_t, double sum) { return sum; });
-    else
-      subtree_sums(leaf_values, tree, sums.get(), out,
-                   [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
+  switch (op) {
+    case kSum:
+      return reduce_sums(leaf_values, tree, out, [](int64_t, double sum) { return sum; }), true;
+    case kAverage:
+      reduce_sums(leaf_values, tree, out, [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
+      return true;
+    case kMax:
+      return reduce_extremes(leaf_values, tree, true, out), true;
+    case kMin:
+      return reduce_extremes(leaf_values, tree, false, out), true;
+    case kVariance:
+      return reduce_variances(leaf_values, tree, out), true;
   }
-  return true;
+  __builtin_unreachable();
 }
 
-// A leaf's gradient is the sum along its path of each node's share for that leaf: g, g / count; g where the leaf is the
-// extreme one; 2 g / count times the leaf's distance from the node's mean.
 template <class T>
 void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, SubtreeOp op,
                                              T* grad_leaves, const Launch&) {
-  if (op == kMax || op == kMin) {
-    const auto best = unwritten<int32_t>(tree.nodes);
-    subtree_extremes(leaf_values, tree, op == kMax, best.get());
-    downwards<double>(  // the nodes of which a leaf is the extreme one are the lower end of its path
-        tree,
-        [&](int64_t n, const double* above) {
-          return double(grads[n]) + (above && best[n] == best[tree.parent[n]] ? *above : 0);
-        },
-        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
-  } else if (op == kVariance) {
-    struct Slope {
-      double sum, at;  // sum of s over the path, and of s (mean here - mean there), with s = 2 g / count
-    };
-    const auto moments = unwritten<Moments>(tree.nodes);
-    subtree_moments(leaf_values, tree, moments.get());
-    downwards<Slope>(
-        tree,
-        [&](int64_t n, const Slope* above) {
-          const double s = 2 * double(grads[n]) / double(tree.leaf_count(n));
-          if (!above) return Slope{s, 0};
-          return Slope{above->sum + s, above->at + above->sum * (moments[n].mean - moments[tree.parent[n]].mean)};
-        },
-        [&](int64_t l, const Slope& slope) { grad_leaves[l] = T(slope.at); });
-  } else {
-    downwards<double>(
-        tree,
-        [&](int64_t n, const double* above) {
-          const double g = double(grads[n]);
-          return (above ? *above : 0) + (op == kSum ? g : g / double(tree.leaf_count(n)));
-        },
-        [&](int64_t l, double sum) { grad_leaves[l] = T(sum); });
+  switch (op) {
+    case kSum:
+      return share_sums(tree, grad_leaves, [&](int64_t n) { return double(grads[n]); });
+    case kAverage:
+      return share_sums(tree, grad_leaves, [&](int64_t n) { return double(grads[n]) / double(tree.leaf_count(n)); });
+    case kMax:
+      return share_extremes(grads, leaf_values, tree, true, grad_leaves);
+    case kMin:
+      return share_extremes(grads, leaf_values, tree, false, grad_leaves);
+    case kVariance:
+      return share_variances(grads, leaf_values, tree, grad_leaves);
   }
 }
 

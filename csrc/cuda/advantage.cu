@@ -96,7 +96,7 @@ __device__ GroupStats group_stats(const GroupRows<T>& in, int64_t first, const G
   });
   weight = warp_sum(weight);
   const double mean = warp_sum(sum) / weight;
-  if (rule.scale != kStd) return {origin, weight, mean, 0};
+  if (!rule.by_std()) return {origin, weight, mean, 0};
   members.each([&](int64_t j) {
     const double centred = (double(in.rewards[j]) - origin) - mean;
     squares += in.weight(j) * (centred * centred);

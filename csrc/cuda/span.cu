@@ -12,16 +12,17 @@ inline int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / k
 
 // A warp a span: its tokens are dealt to the lanes from the span's first on, wherever it stands.
 template <class T>
-__global__ void total_kernel(SpanRanges spans, const T* x, SpanOp op, T* out) {
+__global__ void total_kernel(SpanRanges spans, const T* x, bool mean, T* out) {
   const int64_t s = warp_in_grid();
   if (s >= spans.count) return;
   const int64_t begin = spans.start[s], end = spans.end[s];
   double sum = 0;
   for (int64_t t = begin + lane(); t < end; t += kWarp) sum += double(x[t]);
   sum = warp_sum(sum);
-  if (lane() == 0) out[s] = span_total<T>(sum, end - begin, op);
+  if (lane() == 0) out[s] = span_total<T>(sum, end - begin, mean);
 }
 
+// The least, with sign -1, is the greatest of the negatives.
 template <class T>
 __global__ void extreme_kernel(SpanRanges spans, const T* x, T sign, T none, T* out) {
   const int64_t s = warp_in_grid();
@@ -70,10 +71,17 @@ using namespace cuda;
 template <class T>
 void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op, T* out, const Launch& where) {
   const int64_t blocks = blocks_for(spans.count * kWarp);
-  if (op == kSpanSum || op == kSpanMean)
-    return launch(total_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, op, out);
-  launch(extreme_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, T(span_sign(op)),
-         -std::numeric_limits<T>::infinity(), out);
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  switch (op) {
+    case kSpanSum:
+      return launch(total_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, false, out);
+    case kSpanMean:
+      return launch(total_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, true, out);
+    case kSpanMax:
+      return launch(extreme_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, T(1), none, out);
+    case kSpanMin:
+      return launch(extreme_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, T(-1), none, out);
+  }
 }
 
 template <class T>

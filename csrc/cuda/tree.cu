@@ -97,14 +97,23 @@ __global__ void reduce_backward_kernel(TreeNodes tree, const T* grads, const T* 
   const int64_t node = thread_in_grid();
   if (node >= tree.nodes || !tree.is_leaf(node)) return;
   const int32_t place = tree.leaf_begin[node], l = tree.order[place];
-  const bool extreme = op == kMax || op == kMin;
   const double x = double(leaf_values[l]) - double(leaf_values[tree.order[tree.tree_begin[place]]]);
   double sum = 0;
   walk_up(tree, node, [&](int64_t n) {
-    if (extreme && kept[n] != double(l)) return false;
-    const double g = double(grads[n]), share = op == kSum || extreme ? g : g / double(tree.leaf_count(n));
-    sum += op == kVariance ? 2 * share * (x - kept[n]) : share;
-    return true;
+    const double g = double(grads[n]);
+    switch (op) {
+      case kSum:
+        return sum += g, true;
+      case kAverage:
+        return sum += g / double(tree.leaf_count(n)), true;
+      case kVariance:
+        return sum += 2 * (g / double(tree.leaf_count(n))) * (x - kept[n]), true;
+      case kMax:
+      case kMin:
+        if (kept[n] != double(l)) return false;
+        return sum += g, true;
+    }
+    __builtin_unreachable();
   });
   grad_leaves[l] = T(sum);
 }
@@ -193,24 +202,46 @@ int64_t tree_scratch(int64_t nodes, int64_t leaves) { return nodes + 2 * kLarges
 template <class T>
 bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree, SubtreeOp op, T* out,
                                     const Launch& where) {
-  const double sign = op == kMax ? 1 : -1;
-  if (op == kMax || op == kMin)
+  const auto total = [&](bool mean) {
+    reduce(tree, TotalOf<T>{leaf_values}, WriteTotal<T>{out, mean}, where.scratch, where.stream);
+  };
+  const auto extreme = [&](double sign) {
     reduce(tree, ExtremeOf<T>{leaf_values, sign}, WriteExtreme<T>{out, sign}, where.scratch, where.stream);
-  else if (op == kVariance)
-    reduce(tree, MomentsOf<T>{leaf_values}, WriteVariance<T>{out}, where.scratch, where.stream);
-  else
-    reduce(tree, TotalOf<T>{leaf_values}, WriteTotal<T>{out, op == kAverage}, where.scratch, where.stream);
-  return true;
+  };
+  switch (op) {
+    case kSum:
+      return total(false), true;
+    case kAverage:
+      return total(true), true;
+    case kMax:
+      return extreme(1), true;
+    case kMin:
+      return extreme(-1), true;
+    case kVariance:
+      reduce(tree, MomentsOf<T>{leaf_values}, WriteVariance<T>{out}, where.scratch, where.stream);
+      return true;
+  }
+  __builtin_unreachable();
 }
 
 template <class T>
 void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, SubtreeOp op,
                                              T* grad_leaves, const Launch& where) {
   double *kept = where.scratch, *sums = kept + tree.nodes;  // of the nodes: means or extreme leaves
-  if (op == kMax || op == kMin)
-    reduce(tree, ExtremeOf<T>{leaf_values, op == kMax ? 1.0 : -1.0}, KeepLeaf{kept}, sums, where.stream);
-  else if (op == kVariance)
-    reduce(tree, MomentsOf<T>{leaf_values}, KeepMean{kept}, sums, where.stream);
+  switch (op) {
+    case kSum:
+    case kAverage:
+      break;
+    case kMax:
+      reduce(tree, ExtremeOf<T>{leaf_values, 1}, KeepLeaf{kept}, sums, where.stream);
+      break;
+    case kMin:
+      reduce(tree, ExtremeOf<T>{leaf_values, -1}, KeepLeaf{kept}, sums, where.stream);
+      break;
+    case kVariance:
+      reduce(tree, MomentsOf<T>{leaf_values}, KeepMean{kept}, sums, where.stream);
+      break;
+  }
   launch(reduce_backward_kernel<T>, blocks_for(tree.nodes, kThreads), kThreads, 0, where.stream, tree, grads,
          leaf_values, op, kept, grad_leaves);
 }

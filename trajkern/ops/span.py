@@ -25,7 +25,7 @@ from trajkern.layouts.tree import Tree
 from trajkern.ops._library import define, recorded
 
 REDUCTIONS = ("sum", "mean", "max", "min")
-SUM, MEAN = 0, 1
+SUM, MEAN, MAX, MIN = range(4)  # their places
 Values = TypeVar("Values", Tensor, Branch)
 
 _span_reduce = define(
@@ -45,14 +45,22 @@ _spread = define(
 )
 
 
+def _is_extreme(op: int) -> bool:
+    """Whether the result is one of the span's tokens, which takes the gradient."""
+    if op in (MAX, MIN):
+        return True
+    if op in (SUM, MEAN):
+        return False
+    raise ValueError(f"op must be the place of one of {REDUCTIONS}, got {op}")
+
+
 class SpanReduce(torch.autograd.Function):
     """``apply(x, start, end, op)``: op's number; x is contiguous, start and end int64."""
 
     @staticmethod
     def forward(ctx: Any, x, start, end, op):
         out = _span_reduce(x, start, end, op)
-        extreme = op not in (SUM, MEAN)
-        ctx.save_for_backward(start, end, *((x, out) if extreme else ()))
+        ctx.save_for_backward(start, end, *((x, out) if _is_extreme(op) else ()))
         ctx.op, ctx.tokens = op, x.shape[0]
         return out
 
@@ -60,7 +68,7 @@ class SpanReduce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         start, end, *extreme = ctx.saved_tensors
-        if extreme:
+        if _is_extreme(ctx.op):
             return _span_extreme_backward(grad.contiguous(), *extreme, start, end), None, None, None
         if ctx.op == MEAN:
             grad = grad / (end - start).clamp_min(1)

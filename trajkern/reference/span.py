@@ -23,14 +23,18 @@ def span_reduce(
     x, count = _accumulated(x), len(spans)
     span = torch.where(spans.token_span < 0, count, spans.token_span)  # the last sum is of what no span holds
     if op in ("max", "min"):
-        none = x.new_full((count + 1,), -torch.inf if op == "max" else torch.inf)
+        none = x.new_full((count + 1,), {"max": -torch.inf, "min": torch.inf}[op])
         best = none.scatter_reduce(0, span, x.detach(), f"a{op}")
         token = torch.arange(x.shape[0], device=x.device)
         place = torch.where((x.detach() == best[span]) | x.detach().isnan(), token, x.shape[0])
         first = span.new_full((count + 1,), x.shape[0]).scatter_reduce(0, span, place, "amin")[:count]
         return torch.where(spans.lengths == 0, none[:count], torch.cat((x, x.new_zeros(1)))[first])
     total = x.new_zeros(count + 1).index_add(0, span, x)[:count]
-    return total if op == "sum" else total / spans.lengths.clamp_min(1)
+    if op == "sum":
+        return total
+    if op == "mean":
+        return total / spans.lengths.clamp_min(1)
+    raise ValueError(f"op must be 'sum', 'mean', 'max' or 'min', got {op!r}")
 
 
 def spread(
