@@ -103,10 +103,6 @@ TrajectorySums collect(const Job<Real>& job) {
   return sums;
 }
 
-double vespo_weight(double log_w, double k, double decay) {
-  return std::exp(decay + k * log_w - decay * std::exp(log_w));
-}
-
 // What the whole loss is divided by, and whether each trajectory also is by its own tokens.
 struct Divisor {
   double whole;
@@ -153,9 +149,8 @@ double share(Job<Real>& job, TrajectorySums& sums) {
     x.weight += 0 * sums.of(n)[kLogSamplerSum];  // a NaN reaches the loss
     x.log_ratio = sum / std::max(count, 1.0);
     if (job.options.form == kVespo) {
-      const double log_w = std::clamp<double>(sum, -kLogRatioBound, kLogRatioBound);
-      x.value = vespo_weight(log_w, p.vespo_k_pos, p.vespo_lambda_pos);
-      x.value_alt = vespo_weight(log_w, p.vespo_k_neg, p.vespo_lambda_neg);
+      const VespoWeights weights = vespo_weights(sum, p);
+      x.value = weights.pos, x.value_alt = weights.neg;
     }
   }
   return tokens;
@@ -270,7 +265,7 @@ using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
 
 template <class Real>
 void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch_stride, const Options& options,
-         const std::array<double, 15>& params) {
+         const Parameters& params) {
   policy_loss(Job<Real>{as<Real>(p[0]),
                         as<Real>(p[1]),
                         as<Real>(p[2]),
@@ -302,7 +297,7 @@ void bind_policy_loss(pybind11::module_& m) {
   using tk::as;
   namespace py = pybind11;
   m.def("policy_loss", [](int dtype, const Pointers& pointers, int64_t tokens, int64_t trajectories,
-                          int64_t branch_stride, const std::array<int, 8>& o, const std::array<double, 15>& params) {
+                          int64_t branch_stride, const std::array<int, 8>& o, const Parameters& params) {
     if (!covers(as<int64_t>(pointers[7]), trajectories, tokens)) return false;
     const Options options = options_of(o);
     py::gil_scoped_release release;

@@ -1,10 +1,13 @@
-// The policy loss of one token: each form's value, its derivatives, and what multiplies or joins it.
+// The policy loss of one token: each form's value, its derivatives, and what multiplies or joins it. The functions of a
+// form bear its name.
 //
 // V is a vector of floats or doubles (simd.h); every function works lane by lane. A condition only ever picks between
 // two vectors (g++ 12 takes 16-lane conditions that are combined with & or | apart into scalars), and is false for a
 // NaN, which so reaches the loss instead of being clipped or dropped.
 #pragma once
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 
 #include "../common/choice.h"
@@ -24,13 +27,16 @@ constexpr int members(Kl) { return 5; }
 constexpr int members(Aggregate) { return 5; }
 constexpr int members(Correction) { return 4; }
 
-// In the order of the launcher's params; the ratio's bounds follow from them in double.
+constexpr int kParameters = 15;
+using Parameters = std::array<double, kParameters>;  // as Python passes them
+
+// The ratio's bounds follow from the others in double.
 template <class Real>
 struct Params {
   Real clip_low, clip_high, clip_dual, kl_coef, entropy_coef, max_length, sampler_low, sampler_high, sapo_tau_pos,
       sapo_tau_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, cov_coef, ratio_low, ratio_high;
 
-  explicit Params(const std::array<double, 15>& x)
+  explicit Params(const Parameters& x)
       : clip_low(x[0]),
         clip_high(x[1]),
         clip_dual(x[2]),
@@ -223,7 +229,7 @@ TK_INLINE Term<V> kl_cov(const Token<V>& t, const V& selected, const Params<Scal
 
 // gmpo's log-ratio, bounded in the direction of A; 0 where A is 0.
 template <class V>
-TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Params<Scalar<V>>& p) {
+TK_INLINE V gmpo_log_ratio(const V& advantage, const V& log_ratio, const Params<Scalar<V>>& p) {
   const V up = log_ratio > p.clip_high ? p.clip_high : log_ratio;
   const V down = log_ratio < -p.clip_low ? -p.clip_low : log_ratio;
   return (advantage > 0 ? up : V{}) + (advantage < 0 ? down : V{});
@@ -233,8 +239,18 @@ TK_INLINE V directed_log_ratio(const V& advantage, const V& log_ratio, const Par
 template <class V>
 TK_INLINE Term<V> gmpo(const Token<V>& t, const V& loss, const V& derivative, const Params<Scalar<V>>& p) {
   const V directed = nonzero(t.advantage), slope = directed * derivative;
-  const V clipped = nonzero(directed * t.log_ratio - directed_log_ratio(t.advantage, t.log_ratio, p));
+  const V clipped = nonzero(directed * t.log_ratio - gmpo_log_ratio(t.advantage, t.log_ratio, p));
   return {loss, clipped > 0 ? V{} : slope, V{}, clipped};
+}
+
+// vespo's weights of a trajectory for A >= 0 and A < 0, from the sum of its log-ratios.
+struct VespoWeights {
+  double pos, neg;
+};
+inline VespoWeights vespo_weights(double sum, const Params<double>& p) {
+  const double log_w = std::clamp<double>(sum, -kLogRatioBound, kLogRatioBound);
+  const auto weight = [&](double k, double decay) { return std::exp(decay + k * log_w - decay * std::exp(log_w)); };
+  return {weight(p.vespo_k_pos, p.vespo_lambda_pos), weight(p.vespo_k_neg, p.vespo_lambda_neg)};
 }
 
 // Of its trajectory: the weights for A >= 0 and A < 0.
