@@ -7,6 +7,8 @@ references differ in length gives NaN.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,31 @@ from torch import Tensor
 
 from .configs import ROLLOUTS, TOKENS
 from .primitives import KEEP_NAN
+
+
+class Pack(NamedTuple):
+    """Where the rollouts lie: pointers to cu_seqlens [N+1] and to their order by group [N]; the tokens of all."""
+
+    cu_seqlens: tl.tensor
+    order: tl.tensor
+    tokens: tl.tensor
+
+
+class Group(NamedTuple):
+    """The rollouts order[first:last], none if it is absent; where the first one starts, and the length of each."""
+
+    first: tl.tensor
+    last: tl.tensor
+    start: tl.tensor
+    length: tl.tensor
+
+
+class Grads(NamedTuple):
+    """Pointers to the gradients of the rewards [N], the weights [P] and the deviations [P], or None."""
+
+    rewards: tl.tensor | None
+    weights: tl.tensor | None
+    std: tl.tensor | None
 
 
 @triton.jit
@@ -25,12 +52,12 @@ def _span(cu_seqlens, n, tokens):
 
 
 @triton.jit
-def _members(cu_seqlens, order, first, last, tokens, ROWS: tl.constexpr):
+def _members(pack, first, last, ROWS: tl.constexpr):
     """The rollouts order[first:first + ROWS] of a group that ends at last, where they start, and their lengths."""
     at = first + tl.arange(0, ROWS)
     inside = at < last
-    n = tl.load(order + at, mask=inside, other=0)
-    start, length = _span(cu_seqlens, n, tokens)
+    n = tl.load(pack.order + at, mask=inside, other=0)
+    start, length = _span(pack.cu_seqlens, n, pack.tokens)
     return n, start, tl.where(inside, length, 0), inside
 
 
@@ -42,17 +69,18 @@ def _tile(x, start, length, column):
 
 
 @triton.jit
-def _columns(x, cu_seqlens, order, first, last, tokens, start, length, column, shares, ROWS: tl.constexpr):
+def _columns(x, pack, group, column, shares, ROWS: tl.constexpr):
     """Of BLOCK columns, measured from the group's first rollout: its log-probs, the mean, the standard deviation."""
-    origin = tl.load(x + start + column, mask=column < length, other=0.0).to(tl.float64)
+    length = group.length
+    origin = tl.load(x + group.start + column, mask=column < length, other=0.0).to(tl.float64)
     total, squares = tl.zeros(column.shape, tl.float64), tl.zeros(column.shape, tl.float64)
-    for row in range(first, last, ROWS):
-        _, starts, lengths, _ = _members(cu_seqlens, order, row, last, tokens, ROWS)
+    for row in range(group.first, group.last, ROWS):
+        _, starts, lengths, _ = _members(pack, row, group.last, ROWS)
         value, inside = _tile(x, starts, tl.minimum(lengths, length), column)
         total += tl.sum(tl.where(inside, value - origin[None, :], 0.0), 0)
     mean = total * shares[0]
-    for row in range(first, last, ROWS):
-        _, starts, lengths, _ = _members(cu_seqlens, order, row, last, tokens, ROWS)
+    for row in range(group.first, group.last, ROWS):
+        _, starts, lengths, _ = _members(pack, row, group.last, ROWS)
         value, inside = _tile(x, starts, tl.minimum(lengths, length), column)
         centred = tl.where(inside, (value - origin[None, :]) - mean[None, :], 0.0)
         squares += tl.sum(centred * centred, 0)
@@ -60,24 +88,24 @@ def _columns(x, cu_seqlens, order, first, last, tokens, start, length, column, s
 
 
 @triton.jit
-def _group(cu_seqlens, order, bounds, tokens, ddof, ROWS: tl.constexpr):
-    """The program's group: its rollouts order[first:last], where the first one starts, its length, shares, poison.
+def _group(pack, bounds, ddof, ROWS: tl.constexpr):
+    """The program's group, its shares, its poison.
 
     The shares are 1 / K and 1 / (K - ddof). The poison, added to every result, is NaN where the lengths differ and else
-    0. An absent group has no rollouts.
+    0.
     """
     g = tl.program_id(0)
     first, last = tl.load(bounds + g), tl.load(bounds + g + 1)
-    n = tl.load(order + first, mask=first < last, other=0)
-    start, length = _span(cu_seqlens, n, tokens)
+    n = tl.load(pack.order + first, mask=first < last, other=0)
+    start, length = _span(pack.cu_seqlens, n, pack.tokens)
     length = tl.where(first < last, length, 0)
     uneven = tl.zeros([ROWS], tl.int32)
     for row in range(first, last, ROWS):
-        _, _, lengths, inside = _members(cu_seqlens, order, row, last, tokens, ROWS)
+        _, _, lengths, inside = _members(pack, row, last, ROWS)
         uneven |= (inside & (lengths != length)).to(tl.int32)
     poison = tl.where(tl.sum(uneven, 0) > 0, float("nan"), 0.0).to(tl.float64)
     shares = (1.0 / tl.maximum(last - first, 1).to(tl.float64), 1.0 / tl.maximum(last - first - ddof, 1).to(tl.float64))
-    return first, last, start, length, shares, poison
+    return Group(first, last, start, length), shares, poison
 
 
 @triton.jit(do_not_specialize=["tokens", "ddof"])
@@ -89,13 +117,14 @@ def deviation_kernel(
 ):  # fmt: skip
     """Each column's standard deviation, their sum, and the largest."""
     g = tl.program_id(0)
-    first, last, start, length, shares, poison = _group(cu_seqlens, order, bounds, tokens, ddof, ROWS)
+    pack = Pack(cu_seqlens, order, tokens)
+    group, shares, poison = _group(pack, bounds, ddof, ROWS)
     total, largest = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, length, BLOCK):
+    for begin in range(0, group.length, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        _, _, std = _columns(logprobs, cu_seqlens, order, first, last, tokens, start, length, column, shares, ROWS)
+        _, _, std = _columns(logprobs, pack, group, column, shares, ROWS)
         std += poison
-        tl.store(columns + start + column, std, mask=column < length)
+        tl.store(columns + group.start + column, std, mask=column < group.length)
         total += std
         largest = tl.maximum(largest, std, KEEP_NAN)
     total = tl.sum(total, 0) + poison
@@ -151,36 +180,22 @@ def reward_kernel(
 
 
 @triton.jit
-def _upstream(
-    logprobs,
-    baseline,
-    cu_seqlens,
-    order,
-    first,
-    last,
-    tokens,
-    length,
-    column,
-    grad_rewards,
-    grad_weights,
-    grad_std,
-    ROWS: tl.constexpr,
-):
+def _upstream(logprobs, baseline, grads, pack, group, column, ROWS: tl.constexpr):
     """Of BLOCK columns: A_j, what reaches the deviation by way of the weights, and what reaches it directly."""
     weighed, direct = tl.zeros(column.shape, tl.float64), tl.zeros(column.shape, tl.float64)
-    for row in range(first, last, ROWS):
-        n, starts, lengths, inside = _members(cu_seqlens, order, row, last, tokens, ROWS)
-        lengths = tl.minimum(lengths, length)
-        if grad_rewards is not None:
+    for row in range(group.first, group.last, ROWS):
+        n, starts, lengths, inside = _members(pack, row, group.last, ROWS)
+        lengths = tl.minimum(lengths, group.length)
+        if grads.rewards is not None:
             value, _ = _tile(logprobs, starts, lengths, column)
             if baseline is not None:
                 value -= _tile(baseline, starts, lengths, column)[0]
-            g = tl.load(grad_rewards + n, mask=inside, other=0.0).to(tl.float64)
+            g = tl.load(grads.rewards + n, mask=inside, other=0.0).to(tl.float64)
             weighed += tl.sum(g[:, None] * value, 0)
-        if grad_weights is not None:
-            weighed += tl.sum(_tile(grad_weights, starts, lengths, column)[0], 0)
-        if grad_std is not None:
-            direct += tl.sum(_tile(grad_std, starts, lengths, column)[0], 0)
+        if grads.weights is not None:
+            weighed += tl.sum(_tile(grads.weights, starts, lengths, column)[0], 0)
+        if grads.std is not None:
+            direct += tl.sum(_tile(grads.std, starts, lengths, column)[0], 0)
     return weighed, direct
 
 
@@ -194,30 +209,18 @@ def slope_kernel(
 ):  # fmt: skip
     """Each column's deviation, mean, A_j and direct gradient; sum_j s_j and sum_j A_j s_j; where s_j is the largest."""
     g = tl.program_id(0)
-    first, last, start, length, shares, poison = _group(cu_seqlens, order, bounds, tokens, ddof, ROWS)
+    pack = Pack(cu_seqlens, order, tokens)
+    group, shares, poison = _group(pack, bounds, ddof, ROWS)
     total, slope = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     largest, peak = tl.full([BLOCK], -1.0, tl.float64), tl.zeros([BLOCK], tl.int64)
-    columns += start
-    for begin in range(0, length, BLOCK):
+    grads = Grads(grad_rewards, grad_weights, grad_std)
+    columns += group.start
+    for begin in range(0, group.length, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        inside = column < length
-        _, mean, std = _columns(logprobs, cu_seqlens, order, first, last, tokens, start, length, column, shares, ROWS)
+        inside = column < group.length
+        _, mean, std = _columns(logprobs, pack, group, column, shares, ROWS)
         std += poison
-        weighed, direct = _upstream(
-            logprobs,
-            baseline,
-            cu_seqlens,
-            order,
-            first,
-            last,
-            tokens,
-            length,
-            column,
-            grad_rewards,
-            grad_weights,
-            grad_std,
-            ROWS,
-        )
+        weighed, direct = _upstream(logprobs, baseline, grads, pack, group, column, ROWS)
         tl.store(columns + column, std, mask=inside)
         tl.store(columns + tokens + column, mean, mask=inside)
         tl.store(columns + 2 * tokens + column, weighed, mask=inside)
@@ -324,6 +327,18 @@ def reflection_rewards(
     return [x for x in (rewards, weights, std, scores) if x is not None]
 
 
+class Upstream(NamedTuple):
+    """Of the backward's op, what does not come from the forward's inputs."""
+
+    grad_rewards: Tensor | None  # [N]
+    grad_weights: Tensor | None  # [P]
+    grad_std: Tensor | None  # [P]
+    grad_scores: Tensor | None  # [N]
+    ddof: int
+    normalize: bool
+    needs: list[bool]  # of logprobs and baseline
+
+
 def reflection_rewards_backward(
     logprobs: Tensor,  # [P]
     cu_seqlens: Tensor,  # [N+1]
@@ -331,16 +346,12 @@ def reflection_rewards_backward(
     rank: Tensor,  # [N]
     bounds: Tensor,  # [N+1]
     baseline: Tensor | None,  # [P]
-    grad_rewards: Tensor | None,  # [N]
-    grad_weights: Tensor | None,  # [P]
-    grad_std: Tensor | None,  # [P]
-    grad_scores: Tensor | None,  # [N]
-    ddof: int,
-    normalize: bool,
-    needs: list[bool],
+    *upstream: Any,
 ) -> list[Tensor]:
+    """``upstream``: the fields of :class:`Upstream`."""
+    x = Upstream(*upstream)
     rollouts, tokens = order.shape[0], logprobs.shape[0]
-    made = [torch.empty_like(logprobs) if need else None for need in needs]
+    gradients = [torch.empty_like(logprobs) if need else None for need in x.needs]
     columns, sums = (logprobs.new_empty(size, dtype=torch.float64) for size in (4 * tokens, 2 * rollouts))
     peaks = torch.empty_like(order)
     if rollouts:
@@ -351,14 +362,14 @@ def reflection_rewards_backward(
                 cu_seqlens,
                 order,
                 bounds,
-                grad_rewards,
-                grad_weights,
-                grad_std,
+                x.grad_rewards,
+                x.grad_weights,
+                x.grad_std,
                 columns,
                 sums,
                 peaks,
                 tokens,
-                ddof,
+                x.ddof,
                 **ROLLOUTS,
             )
             gradient_kernel[(rollouts,)](
@@ -370,13 +381,13 @@ def reflection_rewards_backward(
                 columns,
                 sums,
                 peaks,
-                grad_rewards,
-                grad_scores,
-                *made,
+                x.grad_rewards,
+                x.grad_scores,
+                *gradients,
                 tokens,
                 rollouts,
-                ddof,
-                NORMALIZE=normalize,
+                x.ddof,
+                NORMALIZE=x.normalize,
                 **TOKENS,
             )
-    return [x for x in made if x is not None]
+    return [gradient for gradient in gradients if gradient is not None]
