@@ -66,12 +66,12 @@ def _gradient(dtype: torch.dtype, length: int, softcap: bool, *absent: str) -> V
     return Variant(head.gradient_kernel, f"{NAMES[dtype]}-{length}-{softcap}", absent, options, types, True)
 
 
-def _divergence(length: int, kind: int) -> Variant:
+def _divergence(length: int, kind: str) -> Variant:
     options = logprob._launch(configs.row_warps(length), torch.empty(2, length)) | {"KIND": kind}
     return Variant(divergence.divergence_kernel, f"{length}-{kind}", (), options, {}, options["VECTOR"] > 1)
 
 
-def _slope(dtype: torch.dtype, length: int, kind: int) -> Variant:
+def _slope(dtype: torch.dtype, length: int, kind: str) -> Variant:
     options = logprob._map_launch(torch.empty(2, length)) | {"KIND": kind}
     types = {"grad": f"*{NAMES[dtype]}"}
     return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", (), options, types, True)
@@ -130,13 +130,13 @@ VARIANTS = (
     _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy"),
     _gradient(torch.bfloat16, 131072, True),
     _gradient(torch.float32, 32768, False),
-    _divergence(151936, 0),
-    _divergence(151936, 1),
-    _divergence(50257, 2),
-    _divergence(131072, 2),
-    _slope(torch.bfloat16, 32768, 0),
-    _slope(torch.float32, 32768, 1),
-    _slope(torch.bfloat16, 32768, 2),
+    _divergence(151936, "forward"),
+    _divergence(151936, "reverse"),
+    _divergence(50257, "mixture"),
+    _divergence(131072, "mixture"),
+    _slope(torch.bfloat16, 32768, "forward"),
+    _slope(torch.float32, 32768, "reverse"),
+    _slope(torch.bfloat16, 32768, "mixture"),
     _means("clip", False, "none", "means", "mask", "sampler_logprobs"),
     _means("clip", True, "sequence_mask"),
     _means("vespo", False, "none", "sampler_logprobs"),

@@ -23,6 +23,7 @@ MEMBERS = {
     "KL": {"none", *KL_ESTIMATORS},
     "AGGREGATE": {*AGGREGATES},
     "CORRECTION": {*SAMPLER_CORRECTIONS},
+    "KIND": {"forward", "reverse", "mixture"},
 }
 
 
@@ -64,8 +65,9 @@ def test_every_member_is_compiled_and_every_name_is_one(switch: str) -> None:
 
 @pytest.mark.parametrize("switch", MEMBERS)
 def test_a_member_without_code_is_refused(switch: str) -> None:
-    name = "weight_kernel" if switch == "AGGREGATE" else "tokens_kernel"
-    variant = next(v for v in VARIANTS if v.kernel.__name__ == name and v.options.get(switch) != "none")
+    names = {"AGGREGATE": "weight_kernel", "KIND": "divergence_kernel"}
+    kernel = names.get(switch, "tokens_kernel")
+    variant = next(v for v in VARIANTS if v.kernel.__name__ == kernel and v.options[switch] != "none")
     with pytest.raises(triton.CompilationError) as raised:
         compiled(variant._replace(options=variant.options | {switch: "novel"}), 90)
     errors: list[BaseException | None] = [raised.value]

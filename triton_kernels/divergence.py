@@ -21,7 +21,6 @@ from .configs import MAP_STEPS, row_warps
 from .logprob import MAP_LOADS, _columns, _launch, _load, _map_launch
 from .primitives import _series, exp, log1p
 
-FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)  # beta 0 and 1; 2 is between
 SAVED = tl.constexpr(tiles.SAVED)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -62,25 +61,28 @@ def _artanh_rest(z):
 def _mixture(s, t, d, of_s, of_t):
     """log(s / m) and the term of both divergences from m."""
     above = d > 0
-    larger, own, other = tl.where(above, s, t), tl.where(above, of_s, of_t), tl.where(above, of_t, of_s)
+    larger, of_larger, of_other = tl.where(above, s, t), tl.where(above, of_s, of_t), tl.where(above, of_t, of_s)
     gap = tl.minimum(tl.abs(d), 1e4)
     e, near = exp(-gap), gap < 1
     bend = _series(-gap)
     fall = bend - gap  # e - 1, precisely where it is near 0
-    w = tl.where(near, other * fall, 0.0)
+    w = tl.where(near, of_other * fall, 0.0)
     z = tl.div_rn(w, 2 + w)  # m / larger = 1 + w = (1 + z) / (1 - z)
     cubic = _artanh_rest(z)
-    y = tl.maximum(own + other * e, SMALLEST)
+    y = tl.maximum(of_larger + of_other * e, SMALLEST)
     log_m = tl.where(near, 2 * z + cubic, tl.log(y))  # log(m / larger)
-    close = other * (-bend - gap * fall) - (w * z + cubic * (1 + w))
-    term = larger * tl.where(near, close, -y * log_m - other * e * gap)
+    close = of_other * (-bend - gap * fall) - (w * z + cubic * (1 + w))
+    term = larger * tl.where(near, close, -y * log_m - of_other * e * gap)
     return tl.where(above, -log_m, -log_m - gap), tl.where(larger == 0, 0.0, term)
 
 
 @triton.jit
 def _log_ratio(s, t, d, of_s, of_t, KIND: tl.constexpr):
-    if KIND > REVERSE:
+    """Of s to what it is measured against: t, or the mixture."""
+    if KIND == "mixture":
         d, _ = _mixture(s, t, d, of_s, of_t)
+    else:
+        tl.static_assert(KIND == "reverse", f"no divergence {KIND} with a log-ratio")
     return d
 
 
@@ -107,7 +109,7 @@ def divergence_kernel(
     TILE: tl.constexpr = THREADS * WIDTH
     columns = _columns(THREADS, WIDTH, VECTOR)
     anchor = tl.full([], 0.0, tl.float32)
-    if KIND != FORWARD:
+    if KIND != "forward":
         at_top = tl.full([THREADS], float("-inf"), tl.float32)  # the teacher's logit at the student's largest
         for start in range(0, size, TILE):
             x_s, x_t = _load(student + start, columns, size - start), _load(teacher + start, columns, size - start)
@@ -119,16 +121,18 @@ def divergence_kernel(
     for start in range(0, size, TILE):
         x_s, x_t = _load(student + start, columns, size - start), _load(teacher + start, columns, size - start)
         s, t, d = _place(x_s, x_t, m_s, m_t, unit, share_s, share_t, shift)
-        if KIND == FORWARD:
+        if KIND == "forward":
             part, mass = _kl(t, s, d)
             masses += tl.sum(mass, 1)
-        elif KIND == REVERSE:
+        elif KIND == "reverse":
             part, mass = _kl(s, t, -d)
             masses += tl.sum(mass, 1)
             center += tl.sum(tl.where(s == 0, 0.0, s * (d - anchor)), 1)
-        else:
+        elif KIND == "mixture":
             ratio, part = _mixture(s, t, d, of_s, of_t)
             center += tl.sum(tl.where(s == 0, 0.0, s * (ratio - anchor)), 1)
+        else:
+            tl.static_assert(False, f"no divergence {KIND}")
         total += tl.sum(part, 1)
     result = tl.sum(total, 0) + tl.sum(masses, 0)
     tl.store(divergence + row, tl.where(result < 0, 0.0, result))
@@ -156,7 +160,7 @@ def slope_kernel(
     m_s, m_t, unit, share_s, share_t, shift = _row(scale + row, saved, saved + 2)
     anchor, center = tl.load(saved + 4).to(tl.float32), tl.load(saved + 5).to(tl.float32)
     gain = tl.load(upstream + row).to(tl.float32) * unit
-    if KIND > REVERSE:
+    if KIND == "mixture":
         gain *= of_s
     STEP: tl.constexpr = MAP_LOADS * THREADS * WIDTH
     columns = _columns(THREADS, WIDTH, VECTOR)[None, :, :] + tl.arange(0, MAP_LOADS)[:, None, None] * (THREADS * WIDTH)
@@ -164,12 +168,12 @@ def slope_kernel(
     for start in range(part, tl.minimum(part + STEPS * STEP, size), STEP):
         x_s, x_t = _load(student + start, columns, size - start), _load(teacher + start, columns, size - start)
         s, t, d = _place(x_s, x_t, m_s, m_t, unit, share_s, share_t, shift)
-        if KIND == FORWARD:
+        if KIND == "forward":
             slope = tl.where(tl.abs(d) < 1, t * (d + _series(d)), s - t)
         else:
             slope = tl.where(s == 0, 0.0, s * ((_log_ratio(s, t, d, of_s, of_t, KIND) - anchor) - center))
-        made = tl.where(gain == 0, 0.0, gain * slope).to(grad.dtype.element_ty)
-        tl.store(grad + start + columns, made, mask=columns < size - start)
+        values = tl.where(gain == 0, 0.0, gain * slope).to(grad.dtype.element_ty)
+        tl.store(grad + start + columns, values, mask=columns < size - start)
 
 
 def rows(
@@ -231,8 +235,8 @@ def gradient(
         )
 
 
-def _kind(beta: float) -> int:
-    return int(beta) if beta in (0, 1) else 2
+def _kind(beta: float) -> str:
+    return {0.0: "forward", 1.0: "reverse"}.get(beta, "mixture")
 
 
 _KERNELS = tiles.Kernels(head._KERNELS, rows, gradient)
