@@ -130,21 +130,21 @@ def triton_kernels(archs: list[int], families: set[str], folder: Path) -> Iterat
     for number, variant in enumerate(chosen):
         _progress(f"triton {number + 1}/{len(chosen)} {variant.kernel.__name__}")
         for arch in archs:
-            made = kernels.compiled(variant, arch)
+            compiled = kernels.compiled(variant, arch)
             cubin = folder / "kernel.cubin"
-            cubin.write_bytes(made.asm["cubin"])
-            (found,) = read_cubin(cubin, str(triton.knobs.nvidia.cuobjdump.path))
+            cubin.write_bytes(compiled.asm["cubin"])
+            (code,) = read_cubin(cubin, str(triton.knobs.nvidia.cuobjdump.path))
             name = f"{variant.kernel.__name__} {variant.name}".strip()
-            shared = made.metadata.shared
+            shared = compiled.metadata.shared
             yield Kernel(
                 _family(variant.kernel.fn.__module__),
                 name,
                 arch,
-                found.registers,
-                found.spilled,
+                code.registers,
+                code.spilled,
                 shared,
-                found.loads,
-                found.stores,
+                code.loads,
+                code.stores,
             )
 
 
@@ -162,8 +162,8 @@ def cuda_kernels(archs: list[int], families: set[str], folder: Path, nvcc: str, 
     with ThreadPoolExecutor(2) as pool:
         for (source, arch), cubin in zip(jobs, pool.map(built, jobs), strict=True):
             _progress(f"nvcc {source.name} sm_{arch}")
-            for found in read_cubin(cubin, dump):
-                yield Kernel(source.stem, _plain(found.name), arch, *found[1:])
+            for code in read_cubin(cubin, dump):
+                yield Kernel(source.stem, _plain(code.name), arch, *code[1:])
 
 
 class Code(NamedTuple):
@@ -198,8 +198,8 @@ def read_code(usage: str, sass: str) -> list[Code]:
 
 def _widths(sass: str, kind: str) -> list[int]:
     """Bits of one thread's global loads or stores: LDG.E.128, LDG.E.64, LDG.E (32), LDG.E.U16, LDG.E.U8."""
-    found = re.findall(rf"\b{kind}G((?:\.\w+)*)", sass)
-    sizes = (re.search(r"\.(?:[US])?(256|128|64|16|8)\b", suffix) for suffix in found)
+    suffixes = re.findall(rf"\b{kind}G((?:\.\w+)*)", sass)
+    sizes = (re.search(r"\.(?:[US])?(256|128|64|16|8)\b", suffix) for suffix in suffixes)
     return sorted({int(size[1]) if size else 32 for size in sizes})
 
 
@@ -226,14 +226,14 @@ def plain(full: str) -> str:
 
 def measurements(folder: Path) -> dict[tuple[str, str, str], dict[str, float]]:
     """(op, work, shape) -> GPU's folder -> median seconds, by the results of ``make gpu-check`` that are there."""
-    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    medians: dict[tuple[str, str, str], dict[str, float]] = {}
     for path in sorted(folder.glob("*/*.json")):
         report = json.loads(path.read_text())
         stage = report.get("stages", {}).get("benchmark", {}).get("results", {}) if isinstance(report, dict) else {}
         for case in stage.get("cases", ()):
             if ours := case["seconds"].get("trajkern"):
-                found.setdefault((case["op"], case["work"], case["shape"]), {})[path.parent.name] = ours["median"]
-    return found
+                medians.setdefault((case["op"], case["work"], case["shape"]), {})[path.parent.name] = ours["median"]
+    return medians
 
 
 def text(kernels: list[Kernel], chosen: list[Case], measured: dict[tuple[str, str, str], dict[str, float]]) -> str:
