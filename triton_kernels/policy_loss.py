@@ -7,7 +7,7 @@ launch sums its derivative over the trajectory and spreads it over the tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -297,21 +297,12 @@ def scale_kernel(x, scale, size, BLOCK: tl.constexpr):
 
 def policy_loss(
     logprobs: Tensor,  # [T]
-    old_logprobs: Tensor,  # [T]
-    advantages: Tensor,  # [N] or [T], or a branch's rows of them [6, N or T]
-    cu_seqlens: Tensor,  # [N+1]
-    mask: Tensor | None,  # [T]
-    ref_logprobs: Tensor | None,  # [T]
-    sampler_logprobs: Tensor | None,  # [T]
     entropy: Tensor | None,  # [T]
     selected: Tensor | None,  # [T]
-    normalizer: Tensor | None,  # []
-    options: list[int],
-    params: list[float],
+    *inputs: Any,
 ) -> list[Tensor]:
-    x = LossInputs(
-        old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, normalizer, options, params
-    )
+    """``inputs``: those of :class:`LossInputs`, of which ``options`` has all of kinds.OPTIONS."""
+    x = LossInputs(*inputs)
     wanted, (tokens, trajectories) = Options.of(x.options), _check(logprobs, x.cu_seqlens)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
