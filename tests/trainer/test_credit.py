@@ -30,17 +30,17 @@ def forest() -> Forest:
     return Forest(tree, torch.arange(tree.num_tokens), mask, logprobs, REWARDS)
 
 
-def _given(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Tensor]:
+def _arguments_of(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Tensor]:
     """The arguments that the recipe's function gets."""
-    given: list[Any] = []
+    arguments: list[Any] = []
     original = getattr(module, name)
 
     def watched(*args: Any, **options: Any) -> Tensor:
-        given[:] = [*args, options]
+        arguments[:] = [*args, options]
         return original(*args, **options)
 
     monkeypatch.setattr(module, name, watched)
-    return given
+    return arguments
 
 
 def test_path_nodes(forest: Forest) -> None:
@@ -61,16 +61,16 @@ def test_advantages_belong_to_leaves_or_to_steps(forest: Forest, name: str) -> N
 
 
 def test_tree_grpo_compares_in_trees_and_in_prompts(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = _given(monkeypatch, trees.tree_grpo, "leaf_advantages")
+    arguments = _arguments_of(monkeypatch, trees.tree_grpo, "leaf_advantages")
     credit_of(TREE_RECIPES["tree_grpo"], forest)
-    assert given[1].tolist() == [1, 0, 0, 0, 2] and given[2].tolist() == [7, 7, 7, 7, 5]
+    assert arguments[1].tolist() == [1, 0, 0, 0, 2] and arguments[2].tolist() == [7, 7, 7, 7, 5]
 
 
 def test_treepo_branches_from_the_prompt(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = _given(monkeypatch, trees.treepo, "advantages")
+    arguments = _arguments_of(monkeypatch, trees.treepo, "advantages")
     advantages = credit_of(TREE_RECIPES["treepo"], forest).advantages
-    assert given[1].tolist() == [[7, 5, -1], [7, 3, 6], [7, 3, 7], [7, 4, 8], [5, 9, 10]]
-    raw = trees.treepo.advantages(*given[:2])
+    assert arguments[1].tolist() == [[7, 5, -1], [7, 3, 6], [7, 3, 7], [7, 4, 8], [5, 9, 10]]
+    raw = trees.treepo.advantages(*arguments[:2])
     scored = torch.tensor([1.0, 2, 2, 2, 2])  # tokens of each rollout
     mean = (raw * scored).sum() / scored.sum()
     std = (((raw - mean) ** 2 * scored).sum() / (scored.sum() - 1)).sqrt()
@@ -85,9 +85,9 @@ def test_vineppo_gains_what_a_step_adds_to_the_value(forest: Forest) -> None:
 
 
 def test_gigpo_anchors_a_step_where_it_starts(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = _given(monkeypatch, trees.gigpo, "step_advantages")
+    arguments = _arguments_of(monkeypatch, trees.gigpo, "step_advantages")
     advantages = credit_of(TREE_RECIPES["gigpo"], forest).advantages
-    returns, trajectory, anchor, group, options = given
+    returns, trajectory, anchor, group, options = arguments
     assert trajectory.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert anchor.tolist() == [0, 0, 3, 0, 3, 0, 4, 2, 9], "the two roots of prompt 7 are one place"
     assert group.tolist() == [7, 7, 7, 7, 7, 7, 7, 5, 5]
@@ -106,8 +106,8 @@ def test_spo_trains_unlikely_tokens_only(forest: Forest) -> None:
 def test_sequence_means_weigh_rollouts_of_a_branch_alike(forest: Forest) -> None:
     """The sum over the tokens of a node of the branch's leaf counts is 1, as that of the rollouts' weights."""
     credit = credit_of(TREE_RECIPES["treerl"], forest)
-    found = credit.packed(tk.PolicyLoss("grpo"))
-    branch, config = found["branch"], found["config"]
+    packed = credit.packed(tk.PolicyLoss("grpo"))
+    branch, config = packed["branch"], packed["config"]
     assert config.resolved_aggregate == "token_sum"
     scored = torch.where(PARENT < 0, 0, 1)
     torch.testing.assert_close((branch.leaf_count * scored).sum(), torch.tensor(1.0))

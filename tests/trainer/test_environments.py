@@ -69,13 +69,13 @@ def test_replies_are_read_but_not_sampled() -> None:
     assert not batch.sampler_logprobs[~batch.loss_mask].any()
     kinds = set()
     for n, tokens in enumerate(drawn.completions()):
-        text, own = decode(tokens), drawn.sampled[n, drawn.prompt_length :][: len(tokens)].tolist()
+        text, by_policy = decode(tokens), drawn.sampled[n, drawn.prompt_length :][: len(tokens)].tolist()
         at = 0
         while at < len(text):
-            assert own[at], f"the policy's turn in {text!r}"
+            assert by_policy[at], f"the policy's turn in {text!r}"
             reply = {"a": "xy", "b": "z"}.get(text[at], "")
             assert text[at + 1 :].startswith(reply[: len(text) - at - 1])
-            assert not any(own[at + 1 : at + 1 + len(reply)])
+            assert not any(by_policy[at + 1 : at + 1 + len(reply)])
             if text[at] in "bc":
                 kinds.add(text[at])
                 assert len(text) == at + 1 + len(reply) or len(text) == 9

@@ -65,13 +65,13 @@ def check_weights(out: Path, expected: Path, shift: float) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of a run in this process, made once."""
-    made: dict[tuple[str, ...], Path] = {}
+    folders: dict[tuple[str, ...], Path] = {}
 
     def run(*arguments: str) -> Path:
-        if arguments not in made:
-            made[arguments] = tmp_path_factory.mktemp("alone")
-            assert cli_main([*arguments, "--out", str(made[arguments])]) == 0
-        return made[arguments]
+        if arguments not in folders:
+            folders[arguments] = tmp_path_factory.mktemp("alone")
+            assert cli_main([*arguments, "--out", str(folders[arguments])]) == 0
+        return folders[arguments]
 
     return run
 
@@ -100,8 +100,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_ranks_take_the_same_steps(alone: Callable[..., Path], warm: list[str], name: str, tmp_path: Path) -> None:
-    ranks, arguments, own = RUNS[name]
-    done = launch(ranks, tmp_path, *warm, *arguments.split(), *own.split())
+    ranks, arguments, of_ranks = RUNS[name]
+    done = launch(ranks, tmp_path, *warm, *arguments.split(), *of_ranks.split())
     assert done.returncode == 0, done.stderr[-3000:]
     expected = alone(*warm, *arguments.split())
     check_same(tmp_path, expected)

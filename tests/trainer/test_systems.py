@@ -49,7 +49,7 @@ def played(
 ) -> Played:
     """Rollouts made of these pieces: a text, and whether the policy wrote it. Rewards are the verifier's."""
     rows = [
-        [(system.prompt(q), False), *((system.policy.encode(t), own) for t, own in pieces)]
+        [(system.prompt(q), False), *((system.policy.encode(t), by_policy) for t, by_policy in pieces)]
         for q, pieces in zip(questions, texts, strict=True)
     ]
     whole = ["".join(text for text, _ in pieces) for pieces in texts]
@@ -141,8 +141,10 @@ def test_dro_filters_prompts(model: CharacterModel) -> None:
     sample = played(system, [question] * 4, [[(t, True)] for t in texts], [7, 7, 3, 3])
     keep = system.signals(sample)["keep"]
     assert not keep[:2].any(), "no deviation: dropped first"
-    found = system.credit(sample, {"rewards": torch.tensor([1.0, 2, 3, 4]), "keep": torch.tensor([0, 0, 1, 1]).bool()})
-    assert found.keep.tolist() == [False, False, True, True] and not found.advantages[:2].any()
+    assigned = system.credit(
+        sample, {"rewards": torch.tensor([1.0, 2, 3, 4]), "keep": torch.tensor([0, 0, 1, 1]).bool()}
+    )
+    assert assigned.keep.tolist() == [False, False, True, True] and not assigned.advantages[:2].any()
 
 
 def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
@@ -164,7 +166,7 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
         for h in histories
     ]
     torch.testing.assert_close(beliefs, torch.stack(expected), rtol=0, atol=1e-5, equal_nan=True)
-    found = system.credit(sample, system.signals(sample))
+    assigned = system.credit(sample, system.signals(sample))
     rewards = delta_belief.turn_rewards(
         beliefs,
         bounds,
@@ -178,8 +180,8 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
     per_token = torch.zeros(sample.batch.num_tokens)
     for turn, (begin, end) in enumerate(zip(turns.start.tolist(), turns.end.tolist(), strict=True)):
         per_token[begin:end] = advantages[turn]
-    assert found.per_token
-    torch.testing.assert_close(found.advantages, per_token)
+    assert assigned.per_token
+    torch.testing.assert_close(assigned.advantages, per_token)
 
 
 @pytest.mark.parametrize("attribution", [True, False])
@@ -191,14 +193,14 @@ def test_calls_are_credited_to_their_tokens(model: CharacterModel, attribution: 
         [("<tool>1/0</tool>", True), ("error;", False), ("9", True)],
     ]
     sample = played(system, [question] * 2, games, [0, 0])
-    found = system.credit(sample, system.signals(sample))
+    assigned = system.credit(sample, system.signals(sample))
     mask = sample.batch.loss_mask
     call = [False] * 5 + [False] * 2 + [True] * 15 + [False] * 5 + [False] * 5 + [True] * 16 + [False] * 7
     assert system.action_mask(sample).tolist() == call
     # success is 1 and 0, right calls are 1 and 0: each centred is 0.5 and -0.5
     half = torch.tensor([0.5, -0.5]).repeat_interleave(sample.batch.lengths)
     expected = half + half * (torch.tensor(call) if attribution else mask)
-    torch.testing.assert_close(found.advantages[mask], expected[mask])
+    torch.testing.assert_close(assigned.advantages[mask], expected[mask])
 
 
 def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
@@ -222,11 +224,11 @@ def test_the_hinted_policy_teaches(model: CharacterModel) -> None:
     question = next(q for q in system.task.distinct(0, 50))
     right, wrong = question.answer, question.answer.split("\n")[0] + "\n99\n99"
     sample = played(system, [question] * 2, [[(right, True)], [(wrong, True)]], [0, 0])
-    found = system.credit(sample, system.signals(sample))
+    assigned = system.credit(sample, system.signals(sample))
     hint = question.answer.split("\n")[1]
     taught = logprob(model, f"{hint}{MARK}{question.prompt}", model.encode(wrong))
     expected = torch.cat((torch.full((len(right),), 0.5), -0.5 + 2 * (taught + 1.5)))
-    torch.testing.assert_close(found.advantages[sample.batch.loss_mask], expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(assigned.advantages[sample.batch.loss_mask], expected, rtol=1e-5, atol=2e-5)
     shown = [system.demonstration(q) for q in system.task.distinct(0, 60)]
     marked = sum(model.spelling(pieces[0][0]).count(MARK) for pieces in shown)
     assert 15 < marked < 45
@@ -290,11 +292,11 @@ def test_a_batch_emptied_by_its_gate_is_skipped(config: Make, capsys: pytest.Cap
 
 
 def test_weights_behind_the_advantage(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    credited = []
     original = collecting.credited
-    monkeypatch.setattr(collecting, "credited", lambda run, p, f, v: found.append((p, f)) or original(run, p, f, v))
+    monkeypatch.setattr(collecting, "credited", lambda run, p, f, v: credited.append((p, f)) or original(run, p, f, v))
     training.train(config(task="chain_sum_steps", compose=Compose(positive_weight=0.25, hint_weight=0.5), steps=2))
-    for sample, result in found:
+    for sample, result in credited:
         batch = sample.batch
         plain = tk.group_advantages(batch.rewards, batch.group_ids)
         weighed = torch.where(plain > 0, 0.25 * plain, plain).repeat_interleave(batch.lengths)

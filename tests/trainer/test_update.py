@@ -43,23 +43,23 @@ def outcome(model: CharacterModel, loss: Tensor, metrics: dict[str, Tensor]) -> 
 
 
 def flat_outcome(
-    model: CharacterModel, batch: tk.PackedBatch, advantages: Tensor, config: tk.PolicyLoss, given: dict[str, Tensor]
+    model: CharacterModel, batch: tk.PackedBatch, advantages: Tensor, config: tk.PolicyLoss, logprobs: dict[str, Tensor]
 ) -> dict[str, Any]:
     pairs = batch.head_inputs()
     stats = tk.token_stats(model(batch.tokens, batch.cu_seqlens, pairs.rows), pairs.targets)
-    own = {name: x[pairs.tokens] for name, x in given.items()}
-    own |= {"advantages": advantages, "cu_seqlens": pairs.cu_seqlens, "entropy": stats.entropy}
+    per_pair = {name: x[pairs.tokens] for name, x in logprobs.items()}
+    per_pair |= {"advantages": advantages, "cu_seqlens": pairs.cu_seqlens, "entropy": stats.entropy}
     per_token = advantages.shape[0] != batch.num_trajectories
-    return outcome(model, *tk.policy_loss(stats.logprobs, config=config, per_token=per_token, **own))
+    return outcome(model, *tk.policy_loss(stats.logprobs, config=config, per_token=per_token, **per_pair))
 
 
 def tree_outcome(
-    model: CharacterModel, credit: Credit, config: tk.PolicyLoss, given: dict[str, Tensor], head: str
+    model: CharacterModel, credit: Credit, config: tk.PolicyLoss, logprobs: dict[str, Tensor], head: str
 ) -> dict[str, Any]:
     pairs = credit.forest.tree.pairs(credit.forest.tokens, credit.loss_mask)
-    own = {name: x[pairs.tokens] for name, x in given.items()}
+    per_pair = {name: x[pairs.tokens] for name, x in logprobs.items()}
     run: Any = SimpleNamespace(policy=model, config=SimpleNamespace(loss=config, temperature=1.0))
-    loss, metrics = policy_term(run, credit, pairs, own.pop("old_logprobs", None), head, own)
+    loss, metrics = policy_term(run, credit, pairs, per_pair.pop("old_logprobs", None), head, per_pair)
     del metrics["logprobs"]
     return outcome(model, loss, metrics)
 
@@ -93,8 +93,8 @@ def test_rollouts_that_share_a_prompt(model: CharacterModel, kind: str, head: st
     for correction in ("none", "sequence_mask"):
         if correction != "none" and kind in ("kl_cov", "clip_cov"):
             continue
-        own: dict[str, Any] = {"sampler_correction": correction, "sampler_low": 0.95, "sampler_high": 1.05}
-        config = tk.PolicyLoss(kind, kl_coef=0.1, entropy_coef=0.01, max_length=5, **own)
+        bounds: dict[str, Any] = {"sampler_correction": correction, "sampler_low": 0.95, "sampler_high": 1.05}
+        config = tk.PolicyLoss(kind, kl_coef=0.1, entropy_coef=0.01, max_length=5, **bounds)
         expected = flat_outcome(model, batch, advantages, config, flat)
         check_same(expected, tree_outcome(model, credit, config, packed, head))
 
@@ -138,8 +138,8 @@ def test_micro_batches_add_up(model: CharacterModel, kind: str, per: str, most: 
     pieces = whole.pieces(most)
     assert all(p.forest.tree.num_tokens <= most or p.forest.tree.num_leaves == 1 for p in pieces)
     assert len(pieces) == forest.tree.num_leaves if most == 1 else 1 < len(pieces) < forest.tree.num_leaves
-    found = [outcome_of(piece, float(whole.units(config.resolved_aggregate))) for piece in pieces]
-    check_same(outcome_of(whole, None), {name: sum(x[name] for x in found) for name in found[0]})
+    outcomes = [outcome_of(piece, float(whole.units(config.resolved_aggregate))) for piece in pieces]
+    check_same(outcome_of(whole, None), {name: sum(x[name] for x in outcomes) for name in outcomes[0]})
 
 
 def test_pruning_keeps_the_rollouts_that_are_left(model: CharacterModel) -> None:
@@ -147,9 +147,9 @@ def test_pruning_keeps_the_rollouts_that_are_left(model: CharacterModel) -> None
     forest = Forest.from_batch(batch)
     keep = torch.tensor([True, False, True, True, *[False] * 4, False, True, False, False])
     pruned = forest.prune(keep)
-    kept = torch.repeat_interleave(keep, batch.lengths)
-    assert torch.equal(pruned.tokens[pruned.tree.flat_index], batch.tokens[kept])
-    assert torch.equal(pruned.loss_mask[pruned.tree.flat_index], batch.loss_mask[kept])
+    tokens = torch.repeat_interleave(keep, batch.lengths)
+    assert torch.equal(pruned.tokens[pruned.tree.flat_index], batch.tokens[tokens])
+    assert torch.equal(pruned.loss_mask[pruned.tree.flat_index], batch.loss_mask[tokens])
     assert torch.equal(pruned.tree.leaf_group, batch.group_ids[keep])
     assert torch.equal(pruned.rewards, batch.rewards[keep])
     assert pruned.tree.num_tokens < forest.tree.num_tokens

@@ -85,15 +85,15 @@ def load(path: Path) -> Checkpoint:
 def restore_model(checkpoint: Checkpoint, name: str, model: nn.Module) -> None:
     """Copy the weights stored under ``name`` into ``model``; on a mismatch raise ValueError and change nothing."""
     stored = checkpoint.under(f"{name}.")
-    own = dict(model.named_parameters())
-    for key in sorted(stored.keys() | own.keys()):
-        expected, came = (list(x[key].shape) if key in x else "nothing" for x in (own, stored))
-        if expected != came:
+    parameters = dict(model.named_parameters())
+    for key in sorted(stored.keys() | parameters.keys()):
+        expected, shape = (list(x[key].shape) if key in x else "nothing" for x in (parameters, stored))
+        if expected != shape:
             raise ValueError(
-                f"checkpoint must be of the same model; {checkpoint.path} has {came} as {name}.{key}, not {expected}"
+                f"checkpoint must be of the same model; {checkpoint.path} has {shape} as {name}.{key}, not {expected}"
             )
     with torch.no_grad():
-        for key, parameter in own.items():
+        for key, parameter in parameters.items():
             parameter.copy_(shard_like(stored[key], parameter))
 
 

@@ -218,12 +218,12 @@ def parse(argv: list[str]) -> TrainConfig:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--resume", "--model"):
         early.add_argument(name)
-    given, _ = early.parse_known_args(argv)
-    file = read_toml(Path(given.config)) if given.config else {}
-    model = given.model or file.get("model", "tiny")
+    named, _ = early.parse_known_args(argv)
+    file = read_toml(Path(named.config)) if named.config else {}
+    model = named.model or file.get("model", "tiny")
     base = TrainConfig() if model == "tiny" else dataclasses.replace(PRETRAINED, model=model)
-    if given.resume:
-        path = Path(given.resume)
+    if named.resume:
+        path = Path(named.resume)
         stored = TrainConfig.from_json(load(path).place["config"])
         base = dataclasses.replace(stored, out=path.parent, config=None, resume=None)
     return require("tyro").cli(TrainConfig, prog=PROGRAM, args=[*_flags(file), *argv], default=base)

@@ -87,9 +87,9 @@ class Ranks:
         """Whether it is so on any rank."""
         if not self.mesh:
             return flag
-        found = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        largest = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return bool(largest)
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         if self.data:
@@ -101,9 +101,9 @@ class Ranks:
         """The items of all parts, in their order."""
         if not self.data:
             return some
-        found: list[Any] = [None] * self.parts
-        dist.all_gather_object(found, some, group=self.data)
-        return [item for part in found for item in part]
+        every: list[Any] = [None] * self.parts
+        dist.all_gather_object(every, some, group=self.data)
+        return [item for part in every for item in part]
 
     def told(self, value: T) -> T:
         """Rank 0's ``value``."""
@@ -118,15 +118,15 @@ class Ranks:
         A tensor counts with each of its elements, a pair (x, n) as n elements of mean x; integers are added up; any
         other value is the same wherever it is known.
         """
-        found = self.gather([{name: _mean(x) for name, x in values.items()}])
+        parts = self.gather([{name: _mean(x) for name, x in values.items()}])
         merged = {}
-        for name in dict.fromkeys(name for part in found for name in part):
-            own = [part[name] for part in found if name in part]
-            if isinstance(own[0], tuple):
-                count = sum(n for _, n in own)
-                merged[name] = sum(x * n for x, n in own) / count if count else None
+        for name in dict.fromkeys(name for part in parts for name in part):
+            known = [part[name] for part in parts if name in part]
+            if isinstance(known[0], tuple):
+                count = sum(n for _, n in known)
+                merged[name] = sum(x * n for x, n in known) / count if count else None
             else:
-                merged[name] = sum(own) if isinstance(own[0], int) else own[0]
+                merged[name] = sum(known) if isinstance(known[0], int) else known[0]
         return merged
 
     def shard(self, policy: Policy) -> Policy:

@@ -33,9 +33,9 @@ class Metrics:
     ) -> None:
         if quiet:
             path, history, tensorboard = Path(os.devnull), None, None
-        kept = history.read_bytes()[:size] if history and history.exists() else b""
+        past = history.read_bytes()[:size] if history and history.exists() else b""
         self._file = open(path, "wb")
-        self._file.write(kept)
+        self._file.write(past)
         self._board = require("torch.utils.tensorboard").SummaryWriter(tensorboard) if tensorboard else None
 
     @property

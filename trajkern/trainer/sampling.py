@@ -125,8 +125,8 @@ def draw(
         drawn = logits.argmax(-1) if greedy else _race(logits / temperature, rows, generator)
         written = alive
         if talk:
-            drawn, own = talk.speak(drawn)
-            written = alive & own
+            drawn, by_policy = talk.speak(drawn)
+            written = alive & by_policy
         tokens.append(torch.where(alive, drawn, policy.eos))
         logprobs.append(tk.token_logprobs(logits, drawn, temperature=temperature) * written)
         keeps.append(alive)
@@ -153,18 +153,18 @@ class Talk:
 
     def speak(self, drawn: Tensor) -> tuple[Tensor, Tensor]:  # [N]
         """The next token of each rollout, the environment's where it has one; and which are the policy's, bool."""
-        own = torch.tensor([not pending for pending in self._pending])
+        by_policy = torch.tensor([not pending for pending in self._pending])
         words = torch.tensor([pending[0] if pending else 0 for pending in self._pending])
-        return torch.where(own, drawn, words), own
+        return torch.where(by_policy, drawn, words), by_policy
 
     def listen(self, tokens: Tensor, written: Tensor, alive: Tensor) -> Tensor:  # [N] each
         """Note these tokens, let the environment answer the policy's, and return which rollouts go on."""
         go_on = alive.tolist()
-        for row, (token, own) in enumerate(zip(tokens.tolist(), written.tolist(), strict=True)):
+        for row, (token, by_policy) in enumerate(zip(tokens.tolist(), written.tolist(), strict=True)):
             if not go_on[row]:
                 continue
             self._said[row].append(token)
-            if not own:
+            if not by_policy:
                 self._pending[row].pop(0)
             elif (reply := self._environment(self._first + row, self._said[row])) is not None:
                 self._pending[row], self._last[row] = list(reply[0]), reply[1]
@@ -178,8 +178,8 @@ def environment(policy: Policy, task: Task, questions: Sequence[Question]) -> En
         return None
 
     def reply(row: int, tokens: list[int]) -> tuple[list[int], bool] | None:
-        found = task.reply(questions[row], policy.spelling(tokens))
-        return None if found is None else (policy.encode(found.text), found.done)
+        answer = task.reply(questions[row], policy.spelling(tokens))
+        return None if answer is None else (policy.encode(answer.text), answer.done)
 
     return reply
 

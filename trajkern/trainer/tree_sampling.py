@@ -111,8 +111,8 @@ def _choose(nodes: list[Node], trees: Rows, expansions: int, generator: torch.Ge
         if not node.leaf:
             inner[node.tree].append(number)
     places = torch.rand(trees.total, expansions, generator=generator, dtype=torch.float64, device=generator.device)
-    own = zip(inner, trees.of(places.tolist()), strict=True)
-    return [some[int(place * len(some))] for some, row in own for place in row]
+    shares = zip(inner, trees.of(places.tolist()), strict=True)
+    return [some[int(place * len(some))] for some, row in shares for place in row]
 
 
 def _add(nodes: list[Node], policy: Policy, drawn: Drawn, origins: list[int], begin: int, rows: list[int]) -> None:
@@ -168,6 +168,6 @@ def thin(forest: Forest, keep: int, chances: Tensor) -> Forest:  # [L]
     order = order[root[order].argsort(stable=True)]  # tree after tree, shuffled in each
     counts = torch.bincount(root, minlength=forest.tree.num_roots)
     place = torch.arange(len(root)) - (counts.cumsum(0) - counts)[root[order]]
-    kept: Tensor = torch.zeros(len(root), dtype=torch.bool)
-    kept[order] = place < keep
-    return forest.prune(kept)
+    chosen: Tensor = torch.zeros(len(root), dtype=torch.bool)
+    chosen[order] = place < keep
+    return forest.prune(chosen)

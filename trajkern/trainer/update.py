@@ -11,6 +11,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.trainer.credit import Credit
+from trajkern.trainer.forest import Forest
 from trajkern.trainer.models.blocks import Layout
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, pack_pieces, parted
@@ -64,9 +65,9 @@ class MicroBatch:
         """The last update's metrics."""
         assert self.old is not None
         drift = (self.old - self.fixed["sampler_logprobs"]).abs().max()
-        found = {name: value.item() for name, value in (self.metrics | {"sampler_drift": drift}).items()}
+        metrics = {name: value.item() for name, value in (self.metrics | {"sampler_drift": drift}).items()}
         forest = self.credit.forest
-        return found | {"trained": forest.flat_tokens, "shared": forest.flat_tokens - forest.tree.num_tokens}
+        return metrics | {"trained": forest.flat_tokens, "shared": forest.flat_tokens - forest.tree.num_tokens}
 
 
 def update(run: Run, credit: Credit | None) -> Values:
@@ -101,20 +102,20 @@ def imitate(run: Run, shown: list[list[Piece]]) -> float:
     counts = ranks.sum(torch.tensor([[int(b.loss_mask.sum()), b.num_tokens] for b in batches]).sum(0))
     scored, trained = counts.tolist()
     idle = range(ranks.most(len(batches)) - len(batches))
-    found = []
+    parts = []
 
     def losses() -> Iterator[Tensor]:
         for batch in batches:
             logprobs = score(run.policy, batch.tokens, batch.cu_seqlens, batch.head_inputs(), run.config.head)
             loss = -logprobs.sum() / scored
-            found.append(loss.detach())
+            parts.append(loss.detach())
             yield loss
         for _ in idle:
             yield nothing(run.policy)
 
     optimise(run, losses())
     run.clock.trained += trained
-    return ranks.sum(torch.stack(found).sum()).item()
+    return ranks.sum(torch.stack(parts).sum()).item()
 
 
 def nothing(policy: Policy) -> Tensor:
@@ -126,17 +127,17 @@ def nothing(policy: Policy) -> Tensor:
 
 def reported(run: Run, pieces: list[MicroBatch]) -> Values:
     """The metrics of all micro-batches on all ranks: means over the scored tokens, but for sums and maxima."""
-    found = run.ranks.gather([piece.values() for piece in pieces])
-    tokens = sum(values["num_tokens"] for values in found)
+    batches = run.ranks.gather([piece.values() for piece in pieces])
+    tokens = sum(values["num_tokens"] for values in batches)
     merged: Values = {}
-    for name in found[0]:
-        every = [values[name] for values in found]
+    for name in batches[0]:
+        every = [values[name] for values in batches]
         if name in ("loss", "num_tokens", "trained", "shared"):
             merged[name] = sum(every)
         elif name in ("ratio_max", "sampler_drift"):
             merged[name] = max(every)
         else:
-            total = sum(x * values["num_tokens"] for x, values in zip(every, found, strict=True))
+            total = sum(x * values["num_tokens"] for x, values in zip(every, batches, strict=True))
             merged[name] = total / max(tokens, 1)
     updates = run.config.updates
     run.clock.trained += updates * int(merged.pop("trained") or 0)
@@ -152,15 +153,17 @@ def policy_term(
     pairs: tk.HeadInputs,
     old: Tensor | None,  # [P]
     head: str,
-    given: dict[str, Any],  # [P] each
+    fixed: dict[str, Any],
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its metrics, the entropy and the log-probs among them."""
-    config, where = run.config, (credit.forest.tokens, credit.forest.tree, pairs.rows)
-    loss, reads_tree = config.loss, credit.reads_tree(config.loss)
+    """The loss and its metrics, the entropy and the log-probs among them.
+
+    ``fixed`` are the sampler's and the reference's log-probs, ``[P]`` each, by the names that the loss has for them.
+    """
+    config, reads_tree = run.config, credit.reads_tree(run.config.loss)
     if head == "fused" and reads_tree:
         return tk.linear_policy_loss(
-            run.policy.hidden(*where),
+            run.policy.hidden(credit.forest.tokens, credit.forest.tree, pairs.rows),
             targets=pairs.targets,
             old_logprobs=old,
             advantages=None,
@@ -168,20 +171,27 @@ def policy_term(
             temperature=config.temperature,
             with_entropy=True,
             with_logprobs=True,
-            **credit.packed(loss, normalizer),
+            **credit.packed(config.loss, normalizer),
             **run.policy.head_arguments(),
-            **given,
+            **fixed,
         )
-    if head == "fused":
-        options: dict[str, Any] = {"targets": pairs.targets, "temperature": config.temperature, "outputs": ("entropy",)}
-        stats = tk.linear_token_stats(run.policy.hidden(*where), **options, **run.policy.head_arguments())
-    else:
-        logits = run.policy(*where)
-        stats = tk.token_stats(logits, pairs.targets, temperature=config.temperature, inplace_backward=True)
-    own: dict[str, Any] = {"logprobs": stats.logprobs, "old_logprobs": old, "entropy": stats.entropy, **given}
+    stats = _stats(run, credit.forest, pairs, head)
+    per_pair: dict[str, Any] = {"logprobs": stats.logprobs, "old_logprobs": old, "entropy": stats.entropy, **fixed}
     if reads_tree:
-        own |= {"advantages": None, "cu_seqlens": pairs.cu_seqlens, **credit.packed(loss, normalizer)}
+        packed = credit.packed(config.loss, normalizer)
+        loss, metrics = tk.policy_loss(**per_pair, advantages=None, cu_seqlens=pairs.cu_seqlens, **packed)
     else:
-        own = credit.flat(own) | {"config": loss, "normalizer": normalizer}
-    value, metrics = tk.policy_loss(**own)
-    return value, metrics | {"logprobs": stats.logprobs.detach()}
+        loss, metrics = tk.policy_loss(**credit.flat(per_pair), config=config.loss, normalizer=normalizer)
+    return loss, metrics | {"logprobs": stats.logprobs.detach()}
+
+
+def _stats(run: Run, forest: Forest, pairs: tk.HeadInputs, head: str) -> tk.TokenStats:
+    """Log-prob and entropy of each scored token, ``[P]`` each."""
+    policy, temperature = run.policy, run.config.temperature
+    if head == "eager":
+        logits = policy(forest.tokens, forest.tree, pairs.rows)
+        return tk.token_stats(logits, pairs.targets, temperature=temperature, inplace_backward=True)
+    hidden, options = policy.hidden(forest.tokens, forest.tree, pairs.rows), policy.head_arguments()
+    return tk.linear_token_stats(
+        hidden, targets=pairs.targets, temperature=temperature, outputs=("entropy",), **options
+    )

@@ -51,10 +51,10 @@ def _of_tree(tree: tk.Tree) -> Blocks:
     order = root.argsort(stable=True)
     column = torch.empty_like(root)
     column[order] = torch.arange(len(root)) - (sizes.cumsum(0) - sizes)[root[order]]
-    found = Blocks(tree.positions, root * longest + column, tree.num_roots, longest, torch.empty(0))
+    rows = Blocks(tree.positions, root * longest + column, tree.num_roots, longest, torch.empty(0))
     begin, end = (x[tree.token_node] for x in tree.leaf_range)
     # what is padded has an empty range of leaves, which no token's path goes through
-    begin, end, position = found.pad(torch.stack((begin, end, tree.positions + 1), 1)).unbind(-1)
+    begin, end, position = rows.pad(torch.stack((begin, end, tree.positions + 1), 1)).unbind(-1)
     above = (begin[:, None] <= begin[:, :, None]) & (end[:, :, None] <= end[:, None])
     visible = above & (position[:, None] <= position[:, :, None])  # [roots, row, column]
-    return found._replace(visible=visible[:, None])
+    return rows._replace(visible=visible[:, None])

@@ -302,9 +302,9 @@ def read_score(text: str, ended: bool) -> float:
     """
     lines = text.split("\n") if ended else text.split("\n")[:-1]
     for line in reversed(lines):
-        if found := _SCORE.fullmatch(line):
-            score = float(found[1])
-            return score / HIGHEST if score <= HIGHEST and found[2] in (None, str(HIGHEST)) else float("nan")
+        if match := _SCORE.fullmatch(line):
+            score = float(match[1])
+            return score / HIGHEST if score <= HIGHEST and match[2] in (None, str(HIGHEST)) else float("nan")
     return float("nan")
 
 

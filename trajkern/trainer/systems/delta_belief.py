@@ -63,10 +63,10 @@ class TurnBeliefs(GroupSystem):
             beliefs, bounds, won=won, penalty=penalty, turn_cost=settings.turn_cost, **options
         )
         where = (turns.trajectory, turns.index, batch.group_ids)
-        found = delta_belief.turn_advantages(rewards, *where, finished=settings.finished)
+        advantages = delta_belief.turn_advantages(rewards, *where, finished=settings.finished)
         gain = beliefs.diff()
         return Assigned(
-            spread(found, turns),
+            spread(advantages, turns),
             per_token=True,
             values={"turn_reward": rewards, "belief_gain": gain[gain.isfinite()]},
         )
@@ -99,6 +99,6 @@ class TurnBeliefs(GroupSystem):
         """One a turn; an end-of-sequence token that no question or guess goes with is a turn, too."""
         out = []
         for question, text, count in zip(played.questions, played.texts, counts, strict=True):
-            own = self.task.penalties(question, text)
-            out += (own + [INVALID] * count)[:count]
+            penalties = self.task.penalties(question, text)
+            out += (penalties + [INVALID] * count)[:count]
         return out

@@ -57,8 +57,8 @@ class Reflection(GroupSystem):
         settings, groups = self.settings, played.batch.group_ids
         scores = score_pieces(self.policy, self._reasoned(played), groups, ranks=settings.top_k > 0)
         baseline = score_pieces(self.policy, self._masked(played), groups).logprobs if settings.masked else None
-        found = tk.reflection_rewards(scores.logprobs, scores.cu_seqlens, groups, baseline=baseline)
-        rewards = found.rewards
+        reflection = tk.reflection_rewards(scores.logprobs, scores.cu_seqlens, groups, baseline=baseline)
+        rewards = reflection.rewards
         if settings.weights == "uniform":
             gain = scores.logprobs if baseline is None else scores.logprobs - baseline
             lengths = scores.cu_seqlens.diff()
@@ -68,15 +68,19 @@ class Reflection(GroupSystem):
         written = torch.tensor([len(_answer(text)) for text in played.texts])
         rewards = rewards + settings.length_weight * dro.length_reward(written, reference, beta=settings.length_beta)
         rewards = rewards + settings.outcome_weight * played.rewards
-        own, place = groups.unique(return_inverse=True)
-        every = self.ranks.gather(list(zip(own.tolist(), found.group_score.tolist(), strict=True)))
-        kept = dro.keep_groups(torch.tensor([score for _, score in every]), drop_fraction=settings.drop_fraction)
-        number = {group: n for n, (group, _) in enumerate(every)}
-        keep = kept[torch.tensor([number[group] for group in own.tolist()])[place]]
+        keep = self._of_prompts_that_differ(groups, reflection.group_score)
         if scores.ranks is not None:
             worst: dict[str, Any] = {"worst_fraction": settings.worst_fraction, "top_k": settings.top_k}
             keep = keep & dro.rank_filter(scores.ranks, scores.cu_seqlens, groups, **worst)
         return {"rewards": rewards, "keep": keep}
+
+    def _of_prompts_that_differ(self, groups: Tensor, group_score: Tensor) -> Tensor:  # [N], [G] -> [N] bool
+        """The rollouts that are left when the prompts of all ranks with the lowest scores are dropped."""
+        numbers, place = groups.unique(return_inverse=True)
+        scored = self.ranks.gather(list(zip(numbers.tolist(), group_score.tolist(), strict=True)))
+        stays = dro.keep_groups(torch.tensor([score for _, score in scored]), drop_fraction=self.settings.drop_fraction)
+        at = {group: n for n, (group, _) in enumerate(scored)}
+        return stays[torch.tensor([at[group] for group in numbers.tolist()])[place]]
 
     def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
         rewards, keep = signals["rewards"], signals["keep"]

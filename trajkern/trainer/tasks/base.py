@@ -103,13 +103,13 @@ class Task(abc.ABC):
 
     def distinct(self, split: int, draws: int, taken: Collection[str] = (), most: int | None = None) -> list[Question]:
         """The distinct questions among ``draws`` of a split, at most ``most``, whose prompts are not in ``taken``."""
-        found: dict[str, Question] = {}
+        by_prompt: dict[str, Question] = {}
         for question in itertools.islice(self.questions(split), draws):
             if question.prompt not in taken and set(question.prompt + question.answer) <= _CHARACTERS:
-                found.setdefault(question.prompt, question)
-            if len(found) == most:
+                by_prompt.setdefault(question.prompt, question)
+            if len(by_prompt) == most:
                 break
-        return list(found.values())
+        return list(by_prompt.values())
 
     def splits(self, *, heldout: int, validation: int, demonstrations: int | None, train: int) -> Splits:
         """Draw the four splits: each avoids the prompts of held-out and validation, and repeats none of its own.
@@ -123,12 +123,12 @@ class Task(abc.ABC):
             ValueError: the task has too few distinct questions.
         """
         taken: set[str] = set()
-        found: dict[str, list[Question]] = {}
+        drawn: dict[str, list[Question]] = {}
         wanted = {"heldout": heldout, "validation": validation, "demonstrations": demonstrations or self.demonstrations}
         for split, (name, count) in enumerate(wanted.items()):
-            some = found[name] = self.distinct(split, 50 * count, taken, count)
+            some = drawn[name] = self.distinct(split, 50 * count, taken, count)
             if len(some) < count:
                 raise ValueError(f"{name} must be at most {len(some)} for task {self.name}, got {count}")
             if name != "demonstrations":
                 taken |= {question.prompt for question in some}
-        return Splits(**found, train=self.distinct(3, train, taken))
+        return Splits(**drawn, train=self.distinct(3, train, taken))

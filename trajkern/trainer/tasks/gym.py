@@ -134,10 +134,10 @@ class GymTask(Task):
         """The verifier reads the last line where work is shown, and what stands before the confidence."""
         confidence = None
         if self._spec.confidence:
-            found = _CONFIDENCE.fullmatch(text)
-            if not found or int(found[2]) > 100:
+            parts = _CONFIDENCE.fullmatch(text)
+            if not parts or int(parts[2]) > 100:
                 return Answer(False, None, False)
-            text, confidence = found[1], int(found[2]) / 100
+            text, confidence = parts[1], int(parts[2]) / 100
         if self._spec.work:
             text = text.rpartition("\n")[2]
         return Answer(self._verifier.score_answer(text, question.entry) >= PASSING_SCORE, confidence, True)
@@ -169,6 +169,6 @@ class GymTask(Task):
         answers = [self.read(question, text) for question, text in zip(questions, texts, strict=True)]
         stated = [a for a in answers if a.confidence is not None]
         correct = torch.tensor([a.correct for a in stated], dtype=torch.bool)
-        found = rlcr.calibration(correct, torch.tensor([a.confidence for a in stated], dtype=torch.float64))
-        values = {"ece": found.ece, "brier": found.brier, "auroc": found.auroc}
+        scores = rlcr.calibration(correct, torch.tensor([a.confidence for a in stated], dtype=torch.float64))
+        values = {"ece": scores.ece, "brier": scores.brier, "auroc": scores.auroc}
         return {k: v.item() for k, v in values.items()} | {"well_formed": len(stated) / max(len(answers), 1)}

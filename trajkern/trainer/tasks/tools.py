@@ -61,10 +61,10 @@ class ToolTask(Task):
 
     def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
         """Calls of a rollout, and the share of those needed that were made."""
-        made = sum(len(_CALL.findall(text)) for text in texts)
+        calls = sum(len(_CALL.findall(text)) for text in texts)
         right = sum(self.right_calls(q, text) for q, text in zip(questions, texts, strict=True))
         needed = sum(len(q.entry["calls"]) for q in questions)
-        return {"calls": made / max(len(texts), 1), "right_calls": right / max(needed, 1)}
+        return {"calls": calls / max(len(texts), 1), "right_calls": right / max(needed, 1)}
 
 
 def _term(rng: random.Random) -> str:
