@@ -99,6 +99,12 @@ def test_mistakes_exit_with_two_and_list_the_choices(
     assert not list(tmp_path.iterdir()), "nothing is written before the arguments are checked"
 
 
+@pytest.mark.parametrize("name", ["control", "head"])
+def test_an_unknown_choice_is_refused_without_the_command_line_too(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be one of .*; got 'placebo'"):
+        TrainConfig(**{name: "placebo"})
+
+
 def test_help_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as error:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import trajkern as tk
 from trajkern.trainer.checkpoint import load
@@ -18,6 +18,8 @@ from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.tree_sampling import TreeShape
 
 PROGRAM = "trajkern train"
+Control = Literal["none", "random-rewards", "supervised"]
+Head = Literal["fused", "eager"]
 T = TypeVar("T")
 
 
@@ -120,7 +122,7 @@ class TrainConfig:
     task: str = "chain_sum"
     model: str = "tiny"
     recipe: str = "grpo"
-    control: Literal["none", "random-rewards", "supervised"] = "none"
+    control: Control = "none"
     seed: int = 0
     steps: int = 300
     prompts: int = 64
@@ -136,7 +138,7 @@ class TrainConfig:
     device: str = "cpu"
     time_limit: float = 240.0
     threads: int | None = None
-    head: Literal["fused", "eager"] = "fused"
+    head: Head = "fused"
     reference: bool = False
     out: Path | None = None
     checkpoint_every: int = 100
@@ -154,6 +156,9 @@ class TrainConfig:
         for name, least in (("steps", 0), ("prompts", 1), ("rollouts", 2), ("updates", 1), ("questions", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, choices in (("control", get_args(Control)), ("head", get_args(Head))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name in ("temperature", "lr", "time_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
