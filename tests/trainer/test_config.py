@@ -73,7 +73,7 @@ def test_json_round_trip() -> None:
     ("arguments", "message"),
     [
         ("--task chess", "task must be one of .*chain_sum.*; got 'chess'"),
-        ("--recipe alchemy", "recipe must be one of delta_belief.*grpo.*; got 'alchemy'"),
+        ("--recipe alchemy", "recipe must be one of .*delta_belief.*grpo.*; got 'alchemy'"),
         ("--loss.kind ppo", "kind must be one of 'grpo'.*; got 'ppo'"),
         ("--model /no/such/model", "model must be 'tiny', 'smollm2', or an existing .*; got '/no/such/model'"),
         ("--rollouts 1", "rollouts must be at least 2, got 1"),
