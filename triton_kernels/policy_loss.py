@@ -303,7 +303,7 @@ def policy_loss(
 ) -> list[Tensor]:
     """``inputs``: those of :class:`LossInputs`, of which ``options`` has all of kinds.OPTIONS."""
     x = LossInputs(*inputs)
-    wanted, (tokens, trajectories) = Options.of(x.options), _check(logprobs, x.cu_seqlens)
+    wanted, (tokens, trajectories) = Options.of(tuple(x.options)), _check(logprobs, x.cu_seqlens)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logprobs.device)

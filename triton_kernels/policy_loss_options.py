@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 from trajkern.losses.inputs import LossInputs
@@ -40,7 +41,8 @@ class Options(NamedTuple):
     need_entropy: bool
 
     @classmethod
-    def of(cls, numbers: list[int]) -> Options:
+    @cache  # looking the names up again would take a launch's time
+    def of(cls, numbers: tuple[int, ...]) -> Options:
         pairs = zip(OPTIONS, numbers, strict=True)
         values: dict[str, Any] = {name: MEMBERS[name][x] if name in MEMBERS else bool(x) for name, x in pairs}
         return cls(**values)
