@@ -1,8 +1,10 @@
 // A tile of the head's logits [rows, columns], a slice of the vocabulary: folded into its rows' statistics, and turned
 // into their gradient.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -136,12 +138,13 @@ void bound_fold(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t co
   });
 }
 
+// of_pairs: in the order of Pairs' members.
 void bound_gradient(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t columns, uintptr_t norm,
-                    uintptr_t scale, uintptr_t offsets, uintptr_t targets, uintptr_t logprobs, uintptr_t grad_logprobs,
-                    uintptr_t entropy, uintptr_t grad_entropy, double softcap, double logit_scale) {
+                    uintptr_t scale, const std::array<uintptr_t, 6>& of_pairs, double softcap, double logit_scale) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
+    const auto [offsets, targets, logprobs, grad_logprobs, entropy, grad_entropy] = of_pairs;
     const Pairs<A> pairs{as<int64_t>(offsets), as<int64_t>(targets), as<A>(logprobs),
                          as<A>(grad_logprobs), as<A>(entropy),       as<A>(grad_entropy)};
     gradient(Tile<T>{as<T>(z), stride, rows, columns}, as<A>(norm), as<double>(scale), pairs,

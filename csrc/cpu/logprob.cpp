@@ -1,10 +1,13 @@
 // Log-probs of targets and softmax statistics, from one read of the logits, and their gradient, which recomputes p.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
@@ -142,38 +145,50 @@ int64_t first_bad_target(const Problem& p) {
   return -1;
 }
 
-int64_t bound_token_stats(uintptr_t logits, int dtype, int64_t outer, int64_t inner, int64_t stride_outer,
-                          int64_t stride_inner, int64_t V, uintptr_t targets, double temperature,
-                          uintptr_t temperatures, uintptr_t mask, int outputs, uintptr_t logprobs, uintptr_t norm,
-                          uintptr_t entropy, uintptr_t sum_sq_probs, uintptr_t is_top1) {
-  const Problem p{outer, inner, V, as<int64_t>(targets), temperature, as<void>(temperatures), as<uint8_t>(mask)};
+using Rows = std::tuple<uintptr_t, int64_t, int64_t>;
+
+template <class T>
+T* pointer_of(const Rows& x) {
+  return as<T>(std::get<0>(x));
+}
+Strides strides_of(const Rows& x) { return {std::get<1>(x), std::get<2>(x)}; }
+
+using Arguments = std::tuple<int64_t, int64_t, int64_t, uintptr_t, double, uintptr_t, uintptr_t>;
+
+Problem problem_of(const Arguments& x) {
+  const auto [outer, inner, V, targets, temperature, temperatures, mask] = x;
+  return {outer, inner, V, as<int64_t>(targets), temperature, as<void>(temperatures), as<uint8_t>(mask)};
+}
+
+// The first row whose target is illegal, or -1.
+int64_t bound_token_stats(int dtype, const Rows& logits, const Arguments& arguments,
+                          const std::array<uintptr_t, 5>& out) {
+  const Problem p = problem_of(arguments);
   const int64_t bad = first_bad_target(p);
   if (bad >= 0) return bad;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const Stats<A> out{as<A>(logprobs), as<A>(norm), as<A>(outputs & 1 ? entropy : 0),
-                       as<A>(outputs & 2 ? sum_sq_probs : 0), as<uint8_t>(outputs & 4 ? is_top1 : 0)};
-    token_stats(as<T>(logits), {stride_outer, stride_inner}, p, out);
+    const auto [logprobs, norm, entropy, sum_sq_probs, is_top1] = out;
+    const Stats<A> stats{as<A>(logprobs), as<A>(norm), as<A>(entropy), as<A>(sum_sq_probs), as<uint8_t>(is_top1)};
+    token_stats(pointer_of<T>(logits), strides_of(logits), p, stats);
   });
   return -1;
 }
 
-void bound_token_stats_backward(uintptr_t grad_logits, int64_t grad_stride_outer, int64_t grad_stride_inner,
-                                uintptr_t logits, int dtype, int64_t outer, int64_t inner, int64_t stride_outer,
-                                int64_t stride_inner, int64_t V, uintptr_t targets, double temperature,
-                                uintptr_t temperatures, uintptr_t mask, uintptr_t grad_logprobs,
-                                int64_t grad_logprobs_stride, uintptr_t grad_entropy, int64_t grad_entropy_stride,
-                                uintptr_t logprobs, uintptr_t norm, uintptr_t entropy) {
-  const Problem p{outer, inner, V, as<int64_t>(targets), temperature, as<void>(temperatures), as<uint8_t>(mask)};
+using Upstreams = std::array<std::pair<uintptr_t, int64_t>, 2>;  // of the log-probs and the entropy: pointer, stride
+
+void bound_token_stats_backward(int dtype, const Rows& grad_logits, const Rows& logits, const Arguments& arguments,
+                                const Upstreams& upstreams, const std::array<uintptr_t, 3>& saved) {
+  const Problem p = problem_of(arguments);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = const Accumulator<T>;
-    const Gradients<Accumulator<T>> grads{as<A>(grad_logprobs), grad_logprobs_stride, as<A>(grad_entropy),
-                                          grad_entropy_stride};
-    const Stats<A> saved{as<A>(logprobs), as<A>(norm), as<A>(entropy), nullptr, nullptr};
-    token_stats_backward(as<T>(grad_logits), {grad_stride_outer, grad_stride_inner}, as<T>(logits),
-                         {stride_outer, stride_inner}, p, grads, saved);
+    const auto& [logprobs, entropy] = upstreams;
+    const Gradients<Accumulator<T>> grads{as<A>(logprobs.first), logprobs.second, as<A>(entropy.first), entropy.second};
+    const Stats<A> stats{as<A>(saved[0]), as<A>(saved[1]), as<A>(saved[2]), nullptr, nullptr};
+    token_stats_backward(pointer_of<T>(grad_logits), strides_of(grad_logits), pointer_of<T>(logits), strides_of(logits),
+                         p, grads, stats);
   });
 }
 

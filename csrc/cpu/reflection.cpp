@@ -1,13 +1,16 @@
 // DRO's reflection rewards on the CPU; trajkern/ops/reflection.py has the maths. A group's sums are float64, over its
 // rollouts in pack order and over its tokens in eight lanes, so that nothing else in the batch can change them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 #include "../common/dtype.h"
@@ -271,9 +274,11 @@ void each_group(const Problem<T>& in, const F& f) {
   });
 }
 
+using Arguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int, bool>;
+
 template <class T>
-Problem<T> problem(uintptr_t x, uintptr_t cu_seqlens, uintptr_t order, uintptr_t rank, uintptr_t bounds,
-                   uintptr_t baseline, int64_t rollouts, int ddof, bool normalize) {
+Problem<T> problem(const Arguments& arguments) {
+  const auto [x, cu_seqlens, order, rank, bounds, baseline, rollouts, ddof, normalize] = arguments;
   return {as<const T>(x),
           as<const int64_t>(cu_seqlens),
           as<const int64_t>(order),
@@ -291,15 +296,14 @@ bool bound_groups(uintptr_t ids, uintptr_t cu_seqlens, int64_t n, int64_t tokens
                      as<int64_t>(rank), as<int64_t>(bounds));
 }
 
-bool bound_rewards(int dtype, uintptr_t x, uintptr_t cu_seqlens, uintptr_t order, uintptr_t rank, uintptr_t bounds,
-                   uintptr_t baseline, int64_t rollouts, int ddof, bool normalize, uintptr_t rewards, uintptr_t weights,
-                   uintptr_t std, uintptr_t scores) {
+bool bound_rewards(int dtype, const Arguments& arguments, const std::array<uintptr_t, 4>& results) {
   std::atomic<bool> finite{true};
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto in = problem<T>(x, cu_seqlens, order, rank, bounds, baseline, rollouts, ddof, normalize);
+    const auto in = problem<T>(arguments);
+    const auto [rewards, weights, std, scores] = results;
     const Results<T> out{as<T>(rewards), as<T>(weights), as<T>(std), as<T>(scores)};
-    if (out.scores != nullptr) std::fill(out.scores + in.groups(), out.scores + rollouts, T(0));
+    if (out.scores != nullptr) std::fill(out.scores + in.groups(), out.scores + in.rollouts, T(0));
     each_group(in, [&](int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA {
       if (!reward_group(in, out, g, scratch)) finite = false;
     });
@@ -307,19 +311,14 @@ bool bound_rewards(int dtype, uintptr_t x, uintptr_t cu_seqlens, uintptr_t order
   return finite;
 }
 
-void bound_rewards_backward(int dtype, uintptr_t x, uintptr_t cu_seqlens, uintptr_t order, uintptr_t rank,
-                            uintptr_t bounds, uintptr_t baseline, int64_t rollouts, uintptr_t grad_rewards,
-                            uintptr_t grad_weights, uintptr_t grad_std, uintptr_t grad_scores, int ddof, bool normalize,
-                            uintptr_t grad_x, uintptr_t grad_baseline) {
+void bound_rewards_backward(int dtype, const Arguments& arguments, const std::array<uintptr_t, 4>& upstreams,
+                            const std::array<uintptr_t, 2>& gradients) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto in = problem<T>(x, cu_seqlens, order, rank, bounds, baseline, rollouts, ddof, normalize);
-    const Gradients<T> grads{as<const T>(grad_rewards),
-                             as<const T>(grad_weights),
-                             as<const T>(grad_std),
-                             as<const T>(grad_scores),
-                             as<T>(grad_x),
-                             as<T>(grad_baseline)};
+    const auto in = problem<T>(arguments);
+    const auto [rewards, weights, std, scores] = upstreams;
+    const Gradients<T> grads{as<const T>(rewards), as<const T>(weights), as<const T>(std),
+                             as<const T>(scores),  as<T>(gradients[0]),  as<T>(gradients[1])};
     each_group(in,
                [&](int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA { differentiate_group(in, grads, g, scratch); });
   });

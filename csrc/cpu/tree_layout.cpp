@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -73,12 +74,11 @@ Counts derive(const int64_t* parent, const int64_t* lengths, int64_t m, const De
   return found;
 }
 
-pybind11::tuple bound_derive(uintptr_t parent, uintptr_t lengths, int64_t m, uintptr_t parent32, uintptr_t child_begin,
-                             uintptr_t child, uintptr_t leaf_begin, uintptr_t leaf_end, uintptr_t tree_begin,
-                             uintptr_t root, uintptr_t depth, uintptr_t position, uintptr_t previous) {
+pybind11::tuple bound_derive(uintptr_t parent, uintptr_t lengths, int64_t m, const std::array<uintptr_t, 10>& derived) {
   using I = int32_t;
-  const Derived out{as<I>(parent32),   as<I>(child_begin), as<I>(child), as<I>(leaf_begin),     as<I>(leaf_end),
-                    as<I>(tree_begin), as<I>(root),        as<I>(depth), as<int64_t>(position), as<int64_t>(previous)};
+  const auto& x = derived;  // in the order of Derived's members
+  const Derived out{as<I>(x[0]), as<I>(x[1]), as<I>(x[2]), as<I>(x[3]),       as<I>(x[4]),
+                    as<I>(x[5]), as<I>(x[6]), as<I>(x[7]), as<int64_t>(x[8]), as<int64_t>(x[9])};
   const Counts found = derive(as<const int64_t>(parent), as<const int64_t>(lengths), m, out);
   return pybind11::make_tuple(found.bad, found.leaves, found.roots, found.levels);
 }

@@ -45,12 +45,7 @@ def gradient(
         *z.shape,
         norm.data_ptr(),
         scale.data_ptr(),
-        offsets.data_ptr(),
-        targets.data_ptr(),
-        terms.logprobs.data_ptr(),
-        terms.grad_logprobs.data_ptr(),
-        pointer(terms.entropy),
-        pointer(terms.grad_entropy),
+        [pointer(x) for x in (offsets, targets, *terms[1:])],
         softcap,
         logit_scale,
     )

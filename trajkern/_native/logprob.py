@@ -22,67 +22,48 @@ def token_stats(
     x = as_rows(logits)
     dtype = accumulator(x)
     shape = targets.shape
-    made = [torch.empty(shape, dtype=dtype), torch.empty((*shape, 2), dtype=dtype)]
-    asked = [0, 0, 0]
+    stats = [torch.empty(shape, dtype=dtype), torch.empty((*shape, 2), dtype=dtype)]
+    pointers = [x.data_ptr() for x in stats] + [0, 0, 0]
     for i, kind in enumerate((dtype, dtype, torch.bool)):
         if outputs >> i & 1:
-            made.append(torch.empty(shape, dtype=kind))
-            asked[i] = made[-1].data_ptr()
-    bad = _ext.cpu().token_stats(
-        x.data_ptr(),
-        DTYPE[x.dtype],
-        *rows(x),
-        x.shape[-1],
-        targets.data_ptr(),
-        temperature,
-        pointer(temperatures),
-        pointer(mask),
-        outputs,
-        made[0].data_ptr(),
-        made[1].data_ptr(),
-        *asked,
-    )
-    if bad >= 0:
+            stats.append(torch.empty(shape, dtype=kind))
+            pointers[2 + i] = stats[-1].data_ptr()
+    problem = _problem(x, targets, temperatures, temperature, mask)
+    if _ext.cpu().token_stats(DTYPE[x.dtype], _place(x), problem, pointers) >= 0:
         check_targets(targets, x.shape[-1], mask)
-    return made
+    return stats
+
+
+def _place(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), *rows(x)[2:]
+
+
+def _problem(
+    x: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, mask: Tensor | None
+) -> tuple[float, ...]:
+    return *rows(x)[:2], x.shape[-1], targets.data_ptr(), temperature, pointer(temperatures), pointer(mask)
 
 
 def _backward(
     grad_logits: Tensor,
-    grad_logprobs,
-    grad_entropy,
-    logits,
-    targets,
-    temperatures,
-    temperature,
-    mask,
-    logprobs,
-    norm,
-    entropy,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    *saved: Tensor | None,
 ) -> None:
-    outer, inner, *strides = rows(logits)
-    grad_strides = rows(grad_logits)[2:]
-    grad_logprobs, grad_entropy = _flat(grad_logprobs), _flat(grad_entropy)
+    """``saved``: log-probs, norm and entropy."""
+    upstreams = _flat(grad_logprobs), _flat(grad_entropy)
     _ext.cpu().token_stats_backward(
-        grad_logits.data_ptr(),
-        *grad_strides,
-        logits.data_ptr(),
         DTYPE[logits.dtype],
-        outer,
-        inner,
-        *strides,
-        logits.shape[-1],
-        targets.data_ptr(),
-        temperature,
-        pointer(temperatures),
-        pointer(mask),
-        grad_logprobs.data_ptr(),
-        grad_logprobs.stride(0),
-        pointer(grad_entropy),
-        0 if grad_entropy is None else grad_entropy.stride(0),
-        logprobs.data_ptr(),
-        norm.data_ptr(),
-        pointer(entropy),
+        _place(grad_logits),
+        _place(logits),
+        _problem(logits, targets, temperatures, temperature, mask),
+        [(pointer(x), 0 if x is None else x.stride(0)) for x in upstreams],
+        [pointer(x) for x in saved],
     )
 
 

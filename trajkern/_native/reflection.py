@@ -31,19 +31,18 @@ def reflection_groups(
     return order, rank, bounds
 
 
-def _grouped(
-    logprobs: Tensor, cu_seqlens: Tensor, order: Tensor, rank: Tensor, bounds: Tensor, baseline: Tensor | None
+def _problem(
+    logprobs: Tensor,
+    cu_seqlens: Tensor,
+    order: Tensor,
+    rank: Tensor,
+    bounds: Tensor,
+    baseline: Tensor | None,
+    ddof: int,
+    normalize: bool,
 ) -> tuple[int, ...]:
-    return (
-        DTYPE[logprobs.dtype],
-        logprobs.data_ptr(),
-        cu_seqlens.data_ptr(),
-        order.data_ptr(),
-        rank.data_ptr(),
-        bounds.data_ptr(),
-        pointer(baseline),
-        order.shape[0],
-    )
+    tensors = logprobs, cu_seqlens, order, rank, bounds, baseline
+    return *(pointer(x) for x in tensors), order.shape[0], ddof, normalize
 
 
 def reflection_rewards(
@@ -62,20 +61,17 @@ def reflection_rewards(
     if rewarded:
         rewards, scores = (logprobs.new_empty(order.shape) for _ in range(2))
         std = torch.empty_like(logprobs)
+    results = rewards, weights, std, scores
     legal = _ext.cpu().reflection_rewards(
-        *_grouped(logprobs, cu_seqlens, order, rank, bounds, baseline),
-        ddof,
-        normalize,
-        pointer(rewards),
-        weights.data_ptr(),
-        pointer(std),
-        pointer(scores),
+        DTYPE[logprobs.dtype],
+        _problem(logprobs, cu_seqlens, order, rank, bounds, baseline, ddof, normalize),
+        [pointer(x) for x in results],
     )
     if not legal:
         check_finite("logprobs", logprobs)
         if baseline is not None:
             check_finite("baseline", baseline)
-    return [x for x in (rewards, weights, std, scores) if x is not None]
+    return [x for x in results if x is not None]
 
 
 def reflection_rewards_backward(
@@ -93,15 +89,11 @@ def reflection_rewards_backward(
     normalize: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    made = [torch.empty_like(logprobs) if need else None for need in needs]
+    grads = [torch.empty_like(logprobs) if need else None for need in needs]
     _ext.cpu().reflection_rewards_backward(
-        *_grouped(logprobs, cu_seqlens, order, rank, bounds, baseline),
-        pointer(grad_rewards),
-        pointer(grad_weights),
-        pointer(grad_std),
-        pointer(grad_scores),
-        ddof,
-        normalize,
-        *map(pointer, made),
+        DTYPE[logprobs.dtype],
+        _problem(logprobs, cu_seqlens, order, rank, bounds, baseline, ddof, normalize),
+        [pointer(x) for x in (grad_rewards, grad_weights, grad_std, grad_scores)],
+        [pointer(x) for x in grads],
     )
-    return [x for x in made if x is not None]
+    return [x for x in grads if x is not None]

@@ -52,11 +52,13 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
         up.data_ptr(),
         lengths.data_ptr(),
         m,
-        short["parent"].data_ptr(),
-        child_begin.data_ptr(),
-        *(x.data_ptr() for name, x in short.items() if name != "parent"),
-        position.data_ptr(),
-        previous.data_ptr(),
+        [
+            short["parent"].data_ptr(),
+            child_begin.data_ptr(),
+            *(x.data_ptr() for name, x in short.items() if name != "parent"),
+            position.data_ptr(),
+            previous.data_ptr(),
+        ],
     )
     if bad >= 0:
         _refuse_parent(up, bad)
