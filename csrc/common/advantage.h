@@ -8,9 +8,9 @@
 
 namespace tk {
 
-enum Baseline : int { kMean, kLeaveOneOut, kNoBaseline };
-enum Scale : int { kStd, kUnscaled };
-enum Singleton : int { kRaw, kZero };
+enum class Baseline : int { mean, leave_one_out, none };
+enum class Scale : int { std, none };
+enum class Singleton : int { raw, zero };
 constexpr int members(Baseline) { return 3; }
 constexpr int members(Scale) { return 2; }
 constexpr int members(Singleton) { return 2; }
@@ -57,19 +57,19 @@ struct GroupRule {
 
   TK_HD bool centred() const {
     switch (baseline) {
-      case kMean:
-      case kLeaveOneOut:
+      case Baseline::mean:
+      case Baseline::leave_one_out:
         return true;
-      case kNoBaseline:
+      case Baseline::none:
         return false;
     }
     __builtin_unreachable();
   }
   TK_HD bool by_std() const {
     switch (scale) {
-      case kStd:
+      case Scale::std:
         return true;
-      case kUnscaled:
+      case Scale::none:
         return false;
     }
     __builtin_unreachable();
@@ -115,9 +115,9 @@ TK_HD double inverse_scale(const GroupRule& rule, double std) {
 
 TK_HD double singleton_gain(const GroupRule& rule) {
   switch (rule.singleton) {
-    case kZero:
+    case Singleton::zero:
       return 0;
-    case kRaw:
+    case Singleton::raw:
       return rule.by_std() ? 1 / (1 + rule.eps) : 1;
   }
   __builtin_unreachable();
@@ -126,10 +126,10 @@ TK_HD double singleton_gain(const GroupRule& rule) {
 // The mean of the others is (W mean - d) / (W - 1), so d less it is (d - mean) W / (W - 1).
 TK_HD double baseline_gain(const GroupRule& rule, double weight) {
   switch (rule.baseline) {
-    case kLeaveOneOut:
+    case Baseline::leave_one_out:
       return weight / (weight - 1);
-    case kMean:
-    case kNoBaseline:
+    case Baseline::mean:
+    case Baseline::none:
       return 1;
   }
   __builtin_unreachable();

@@ -8,7 +8,7 @@
 
 namespace tk {
 
-enum SpanOp : int { kSpanSum, kSpanMean, kSpanMax, kSpanMin };
+enum class SpanOp : int { sum, mean, max, min };
 constexpr int members(SpanOp) { return 4; }
 
 // Ranges [start, end) of tokens, ascending and disjoint.

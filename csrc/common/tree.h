@@ -21,8 +21,8 @@ struct TreeNodes {
   TK_HD bool is_leaf(int64_t n) const { return child_begin[n] == child_begin[n + 1]; }
 };
 
-enum SubtreeOp : int { kSum, kAverage, kMax, kMin, kVariance };
-enum SiblingBaseline : int { kSiblingMean, kOtherSiblings, kParentValue, kNoCentre };
+enum class SubtreeOp : int { sum, mean, max, min, var };
+enum class SiblingBaseline : int { mean, leave_one_out, parent, none };
 constexpr int members(SubtreeOp) { return 5; }
 constexpr int members(SiblingBaseline) { return 4; }
 
@@ -34,11 +34,11 @@ struct SiblingRule {
   // Whether it subtracts a mean of siblings.
   TK_HD bool centred() const {
     switch (baseline) {
-      case kSiblingMean:
-      case kOtherSiblings:
+      case SiblingBaseline::mean:
+      case SiblingBaseline::leave_one_out:
         return true;
-      case kParentValue:
-      case kNoCentre:
+      case SiblingBaseline::parent:
+      case SiblingBaseline::none:
         return false;
     }
     __builtin_unreachable();
@@ -46,11 +46,11 @@ struct SiblingRule {
   // The mean of the others is (k mean - d) / (k - 1), so d less it is (d - mean) k / (k - 1).
   TK_HD double gain(double inverse, double count) const {
     switch (baseline) {
-      case kOtherSiblings:
+      case SiblingBaseline::leave_one_out:
         return inverse * count / (count - 1);
-      case kSiblingMean:
-      case kParentValue:
-      case kNoCentre:
+      case SiblingBaseline::mean:
+      case SiblingBaseline::parent:
+      case SiblingBaseline::none:
         return inverse;
     }
     __builtin_unreachable();

@@ -84,8 +84,8 @@ enum Statistic { kCount, kLogRatioSum, kLogSamplerSum, kStatistics };
 template <class Real>
 TrajectorySums collect(const Job<Real>& job) {
   TrajectorySums sums(kStatistics, job.trajectories, job.runs.size());
-  const bool removes = job.options.sampler_correction == kSequenceMask;
-  const bool reads = removes || job.options.sequence_level() || job.options.form == kVespo;
+  const bool removes = job.options.sampler_correction == Correction::sequence_mask;
+  const bool reads = removes || job.options.sequence_level() || job.options.form == Form::vespo;
   for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
     const Run& run = job.runs[r];
     if (reads) {
@@ -113,15 +113,15 @@ template <class Real>
 Divisor divisor(const Job<Real>& job, double tokens, double trajectories) {
   const auto whole = [&](double count) { return job.normalizer ? double(*job.normalizer) : std::max(count, 1.0); };
   switch (job.options.aggregate) {
-    case kTokenMean:
+    case Aggregate::token_mean:
       return {whole(tokens), false};
-    case kTokenSum:
+    case Aggregate::token_sum:
       return {1, false};
-    case kSeqMeanTokenSum:
+    case Aggregate::seq_mean_token_sum:
       return {whole(trajectories), false};
-    case kSeqMeanTokenSumNorm:
+    case Aggregate::seq_mean_token_sum_norm:
       return {whole(trajectories) * Params<double>(job.params).max_length, false};
-    case kSeqMeanTokenMean:
+    case Aggregate::seq_mean_token_mean:
       return {whole(trajectories), true};
   }
   __builtin_unreachable();
@@ -134,7 +134,7 @@ double share(Job<Real>& job, TrajectorySums& sums) {
   double tokens = 0, scored = 0;
   for (int64_t n = 0; n < job.trajectories; ++n) {
     double& count = sums.of(n)[kCount];
-    if (job.options.sampler_correction == kSequenceMask) {
+    if (job.options.sampler_correction == Correction::sequence_mask) {
       const double w = std::exp(sums.of(n)[kLogSamplerSum] / std::max(count, 1.0));
       if (w < p.sampler_low || w > p.sampler_high) count = 0;
     }
@@ -148,7 +148,7 @@ double share(Job<Real>& job, TrajectorySums& sums) {
     x.weight = count > 0 ? 1 / (by.by_length ? by.whole * count : by.whole) : 0;
     x.weight += 0 * sums.of(n)[kLogSamplerSum];  // a NaN reaches the loss
     x.log_ratio = sum / std::max(count, 1.0);
-    if (job.options.form == kVespo) {
+    if (job.options.form == Form::vespo) {
       const VespoWeights weights = vespo_weights(sum, p);
       x.value = weights.pos, x.value_alt = weights.neg;
     }
@@ -232,7 +232,7 @@ void policy_loss(Job<Real> job) {
   job.shared.resize(job.trajectories);
   TrajectorySums statistics = collect(job);
   const double tokens = share(job, statistics);
-  if (job.options.form == kGmpo) share_geometric_means(job, statistics);
+  if (job.options.form == Form::gmpo) share_geometric_means(job, statistics);
   write_results(form(job, statistics), tokens, job.branch_stride, job.loss, job.metrics);
 }
 

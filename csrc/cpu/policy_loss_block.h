@@ -24,7 +24,8 @@ struct Block {
   Tokens<V> in;
   const Options options = in.options;
   const Params<Real> params{in.job.params};
-  const bool corrects = options.sampler_correction == kTis || options.sampler_correction == kIcepop;
+  const bool corrects =
+      options.sampler_correction == Correction::tis || options.sampler_correction == Correction::icepop;
   RunTotals totals;
   alignas(64) Real first[Tokens<V>::kSize], second[Tokens<V>::kSize], third[Tokens<V>::kSize];  // results of a stage
 
@@ -37,23 +38,23 @@ struct Block {
   TK_INLINE Term<V> policy(const Lane& x, int i) const {
     const Token<V>& t = x.token;
     switch (options.form) {
-      case kClip:
+      case Form::clip:
         return in.selected ? drop(clip(t, params), in.chosen(x, i)) : clip(t, params);
-      case kCispo:
+      case Form::cispo:
         return cispo(t, params);
-      case kSapo:
+      case Form::sapo:
         return sapo(t, params);
-      case kReinforce:
+      case Form::reinforce:
         return reinforce(t);
-      case kDppoTv:
+      case Form::dppo_tv:
         return dppo_tv(t, params);
-      case kDppoKl:
+      case Form::dppo_kl:
         return dppo_kl(t, params);
-      case kKlCov:
+      case Form::kl_cov:
         return kl_cov(t, in.chosen(x, i), params);
-      case kGmpo:
+      case Form::gmpo:
         return gmpo(t, at(in.value, i), at(in.value_alt, i), params);
-      case kVespo:
+      case Form::vespo:
         return vespo(t, at(in.value, i), at(in.value_alt, i));
     }
     __builtin_unreachable();
@@ -67,7 +68,7 @@ struct Block {
     x.token.advantage = masked(x, in.branch(kNegative, i));
     const Term<V> down = policy(x, i);
     sum.loss += down.loss, sum.d_log_ratio += down.d_log_ratio, sum.d_logprob += down.d_logprob;
-    const V level = options.form == kClip ? V{} : in.branch(kZeroCount, i);  // clipped as A < 0 is, or never
+    const V level = options.form == Form::clip ? V{} : in.branch(kZeroCount, i);  // clipped as A < 0 is, or never
     sum.clipped += (in.branch(kNegativeCount, i) + level) * down.clipped;
     return sum;
   }
@@ -75,7 +76,7 @@ struct Block {
   // gmpo's derivative in a log-ratio already holds the trajectory's factors.
   TK_INLINE void correct(Term<V>& term, const V& factor) const {
     term.loss *= factor, term.d_logprob *= factor;
-    if (options.form != kGmpo) term.d_log_ratio *= factor;
+    if (options.form != Form::gmpo) term.d_log_ratio *= factor;
   }
 
   // The weighted loss and the gradients. The options branch inside the loop, always the same way: nothing is stored
@@ -96,11 +97,11 @@ struct Block {
       if (in.branches) tokens.add(j, times);
       largest = vmax(own, largest);
       if (corrects) correct(term, sampler_factor(options.sampler_correction, in.log_sampler_weight(x, i), params));
-      if (options.kl != kNone) {
+      if (options.kl != Kl::none) {
         const Term<V> y = kl(options.kl, x.token.logprob - masked(x, at(in.ref_logprobs, i)), ratio);
         const V coefficient = leaves * params.kl_coef;
         term.loss += coefficient * y.loss, term.d_logprob += coefficient * y.d_logprob;
-        if (options.kl == kK3Corrected) term.d_log_ratio += coefficient * y.d_log_ratio;
+        if (options.kl == Kl::k3_corrected) term.d_log_ratio += coefficient * y.d_log_ratio;
         kls.add(j, masked(x, times * y.loss));
       }
       if (in.entropy) {

@@ -22,7 +22,7 @@ struct Options {
   Correction sampler_correction;
   bool per_token, need_logprobs, need_entropy;  // advantages; the gradients in them
 
-  bool sequence_level() const { return ratio_level == kSequence; }
+  bool sequence_level() const { return ratio_level == RatioLevel::sequence; }
 };
 
 // What the tokens of a trajectory share. Weight 0: no unmasked token, or removed by the sequence mask.

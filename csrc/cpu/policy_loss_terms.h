@@ -15,11 +15,11 @@
 
 namespace tk::policy {
 
-enum Form : int { kClip, kCispo, kSapo, kReinforce, kDppoTv, kDppoKl, kKlCov, kGmpo, kVespo };
-enum RatioLevel : int { kToken, kSequence };
-enum Kl : int { kNone, kK1, kK2, kK3, kK3Corrected };
-enum Aggregate : int { kTokenMean, kTokenSum, kSeqMeanTokenSum, kSeqMeanTokenSumNorm, kSeqMeanTokenMean };
-enum Correction : int { kUncorrected, kTis, kIcepop, kSequenceMask };
+enum class Form : int { clip, cispo, sapo, reinforce, dppo_tv, dppo_kl, kl_cov, gmpo, vespo };
+enum class RatioLevel : int { token, sequence };
+enum class Kl : int { none, k1, k2, k3, k3_corrected };
+enum class Aggregate : int { token_mean, token_sum, seq_mean_token_sum, seq_mean_token_sum_norm, seq_mean_token_mean };
+enum class Correction : int { none, tis, icepop, sequence_mask };
 
 constexpr int members(Form) { return 9; }
 constexpr int members(RatioLevel) { return 2; }
@@ -265,12 +265,12 @@ template <class V>
 TK_INLINE V sampler_factor(Correction correction, const V& log_w, const Params<Scalar<V>>& p) {
   const V w = exponential(log_w), kept = w < p.sampler_low ? V{} : w;
   switch (correction) {
-    case kTis:
+    case Correction::tis:
       return w > p.sampler_high ? p.sampler_high : w;
-    case kIcepop:
+    case Correction::icepop:
       return kept > p.sampler_high ? V{} : kept;
-    case kUncorrected:
-    case kSequenceMask:
+    case Correction::none:
+    case Correction::sequence_mask:
       return V{} + 1;
   }
   __builtin_unreachable();
@@ -280,17 +280,17 @@ TK_INLINE V sampler_factor(Correction correction, const V& log_w, const Params<S
 template <class V>
 TK_INLINE Term<V> kl(Kl estimator, const V& d, const V& ratio) {
   switch (estimator) {
-    case kNone:
+    case Kl::none:
       return {V{}, V{}, V{}, V{}};
-    case kK1:
+    case Kl::k1:
       return {d, V{}, V{} + 1, V{}};
-    case kK2:
+    case Kl::k2:
       return {Scalar<V>(0.5) * d * d, V{}, d, V{}};
-    case kK3:
-    case kK3Corrected: {
+    case Kl::k3:
+    case Kl::k3_corrected: {
       const V x = clamp(-d, -kLogRatioBound, kLogRatioBound), k3 = exp_above_tangent(x);
       const V slope = x == -d ? -(k3 + x) : V{};
-      if (estimator == kK3) return {k3, V{}, slope, V{}};
+      if (estimator == Kl::k3) return {k3, V{}, slope, V{}};
       return {ratio * k3, ratio * k3, ratio * slope, V{}};
     }
   }

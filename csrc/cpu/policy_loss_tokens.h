@@ -111,7 +111,7 @@ struct Tokens {
 
   // What the trajectories share, to their tokens; weight 0 behind the last.
   TK_INLINE void spread(const Run& run) {
-    const bool has_values = options.form == kGmpo || options.form == kVespo;
+    const bool has_values = options.form == Form::gmpo || options.form == Form::vespo;
     for_parts(job.cu_seqlens, run, [&](int64_t n, int offset, int count) TK_INLINE_LAMBDA {
       const Shared<Real> x = job.shared[n];
       fill(weight + offset, x.weight, count);

@@ -96,13 +96,13 @@ void span_extremes(const T* x, const SpanRanges& spans, T sign, T* out) {
 template <class T>
 void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op, T* out, const Launch&) {
   switch (op) {
-    case kSpanSum:
+    case SpanOp::sum:
       return span_totals(x, spans, false, out);
-    case kSpanMean:
+    case SpanOp::mean:
       return span_totals(x, spans, true, out);
-    case kSpanMax:
+    case SpanOp::max:
       return span_extremes(x, spans, T(1), out);
-    case kSpanMin:
+    case SpanOp::min:
       return span_extremes(x, spans, T(-1), out);
   }
 }

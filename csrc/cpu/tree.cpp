@@ -36,7 +36,7 @@ void each_family(const TreeNodes& tree, const F& f, const Root& root) {
 
 template <class T>
 double shift_of(const T* values, const SiblingRule& rule, int64_t p) {
-  return rule.baseline == kParentValue ? double(values[p]) : 0;
+  return rule.baseline == SiblingBaseline::parent ? double(values[p]) : 0;
 }
 
 template <class T>
@@ -111,16 +111,16 @@ template <class T>
 bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree, SubtreeOp op, T* out, const Launch&) {
   if (!all_finite(leaf_values, tree.leaves)) return false;
   switch (op) {
-    case kSum:
+    case SubtreeOp::sum:
       return reduce_sums(leaf_values, tree, out, [](int64_t, double sum) { return sum; }), true;
-    case kAverage:
+    case SubtreeOp::mean:
       reduce_sums(leaf_values, tree, out, [&](int64_t n, double sum) { return sum / double(tree.leaf_count(n)); });
       return true;
-    case kMax:
+    case SubtreeOp::max:
       return reduce_extremes(leaf_values, tree, true, out), true;
-    case kMin:
+    case SubtreeOp::min:
       return reduce_extremes(leaf_values, tree, false, out), true;
-    case kVariance:
+    case SubtreeOp::var:
       return reduce_variances(leaf_values, tree, out), true;
   }
   __builtin_unreachable();
@@ -130,15 +130,15 @@ template <class T>
 void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_values, const TreeNodes& tree, SubtreeOp op,
                                              T* grad_leaves, const Launch&) {
   switch (op) {
-    case kSum:
+    case SubtreeOp::sum:
       return share_sums(tree, grad_leaves, [&](int64_t n) { return double(grads[n]); });
-    case kAverage:
+    case SubtreeOp::mean:
       return share_sums(tree, grad_leaves, [&](int64_t n) { return double(grads[n]) / double(tree.leaf_count(n)); });
-    case kMax:
+    case SubtreeOp::max:
       return share_extremes(grads, leaf_values, tree, true, grad_leaves);
-    case kMin:
+    case SubtreeOp::min:
       return share_extremes(grads, leaf_values, tree, false, grad_leaves);
-    case kVariance:
+    case SubtreeOp::var:
       return share_variances(grads, leaf_values, tree, grad_leaves);
   }
 }
@@ -163,7 +163,7 @@ bool TreeKernels<T>::sibling_advantages(const T* values, const TreeNodes& tree, 
 template <class T>
 void TreeKernels<T>::sibling_advantages_backward(const T* grads, const T* values, const TreeNodes& tree,
                                                  const SiblingRule& rule, T* grad_values, const Launch&) {
-  const bool by_parent = rule.baseline == kParentValue;
+  const bool by_parent = rule.baseline == SiblingBaseline::parent;
   const auto to_parent = unwritten<double>(by_parent ? tree.nodes : 0);
   each_family(
       tree,

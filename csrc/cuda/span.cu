@@ -73,13 +73,13 @@ void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op,
   const int64_t blocks = blocks_for(spans.count * kWarp);
   constexpr T none = -std::numeric_limits<T>::infinity();
   switch (op) {
-    case kSpanSum:
+    case SpanOp::sum:
       return launch(total_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, false, out);
-    case kSpanMean:
+    case SpanOp::mean:
       return launch(total_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, true, out);
-    case kSpanMax:
+    case SpanOp::max:
       return launch(extreme_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, T(1), none, out);
-    case kSpanMin:
+    case SpanOp::min:
       return launch(extreme_kernel<T>, blocks, kThreads, 0, where.stream, spans, x, T(-1), none, out);
   }
 }

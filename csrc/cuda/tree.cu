@@ -102,14 +102,14 @@ __global__ void reduce_backward_kernel(TreeNodes tree, const T* grads, const T* 
   walk_up(tree, node, [&](int64_t n) {
     const double g = double(grads[n]);
     switch (op) {
-      case kSum:
+      case SubtreeOp::sum:
         return sum += g, true;
-      case kAverage:
+      case SubtreeOp::mean:
         return sum += g / double(tree.leaf_count(n)), true;
-      case kVariance:
+      case SubtreeOp::var:
         return sum += 2 * (g / double(tree.leaf_count(n))) * (x - kept[n]), true;
-      case kMax:
-      case kMin:
+      case SubtreeOp::max:
+      case SubtreeOp::min:
         if (kept[n] != double(l)) return false;
         return sum += g, true;
     }
@@ -161,7 +161,7 @@ __global__ void sibling_kernel(TreeNodes tree, const T* values, SiblingRule rule
   if (tree.is_leaf(p)) return;
   const SiblingStats group = sibling_stats(tree, values, rule, p);
   const SiblingMap map = sibling_map(rule, group);
-  const double shift = rule.baseline == kParentValue ? double(values[p]) : 0;
+  const double shift = rule.baseline == SiblingBaseline::parent ? double(values[p]) : 0;
   for (int64_t i = tree.child_begin[p] + lane(); i < tree.child_begin[p + 1]; i += kWarp)
     advantages[tree.child[i]] = T(sibling_advantage(map, group, double(values[tree.child[i]]), shift));
 }
@@ -176,7 +176,7 @@ __global__ void sibling_backward_kernel(TreeNodes tree, const T* grads, const T*
   if (tree.is_leaf(p)) return;
   const SiblingStats group = sibling_stats(tree, values, rule, p);
   const SiblingMap map = sibling_map(rule, group);
-  const double shift = rule.baseline == kParentValue ? double(values[p]) : 0;
+  const double shift = rule.baseline == SiblingBaseline::parent ? double(values[p]) : 0;
   const double sum_g = children_sum(tree, p, [&](int64_t c) { return double(grads[c]); });
   if (of_parents) {
     if (lane() == 0) grad_values[p] = T(double(grad_values[p]) - map.gain * sum_g);
@@ -209,15 +209,15 @@ bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree,
     reduce(tree, ExtremeOf<T>{leaf_values, sign}, WriteExtreme<T>{out, sign}, where.scratch, where.stream);
   };
   switch (op) {
-    case kSum:
+    case SubtreeOp::sum:
       return total(false), true;
-    case kAverage:
+    case SubtreeOp::mean:
       return total(true), true;
-    case kMax:
+    case SubtreeOp::max:
       return extreme(1), true;
-    case kMin:
+    case SubtreeOp::min:
       return extreme(-1), true;
-    case kVariance:
+    case SubtreeOp::var:
       reduce(tree, MomentsOf<T>{leaf_values}, WriteVariance<T>{out}, where.scratch, where.stream);
       return true;
   }
@@ -229,16 +229,16 @@ void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_value
                                              T* grad_leaves, const Launch& where) {
   double *kept = where.scratch, *sums = kept + tree.nodes;  // of the nodes: means or extreme leaves
   switch (op) {
-    case kSum:
-    case kAverage:
+    case SubtreeOp::sum:
+    case SubtreeOp::mean:
       break;
-    case kMax:
+    case SubtreeOp::max:
       reduce(tree, ExtremeOf<T>{leaf_values, 1}, KeepLeaf{kept}, sums, where.stream);
       break;
-    case kMin:
+    case SubtreeOp::min:
       reduce(tree, ExtremeOf<T>{leaf_values, -1}, KeepLeaf{kept}, sums, where.stream);
       break;
-    case kVariance:
+    case SubtreeOp::var:
       reduce(tree, MomentsOf<T>{leaf_values}, KeepMean{kept}, sums, where.stream);
       break;
   }
@@ -258,7 +258,7 @@ template <class T>
 void TreeKernels<T>::sibling_advantages_backward(const T* grads, const T* values, const TreeNodes& tree,
                                                  const SiblingRule& rule, T* grad_values, const Launch& where) {
   for (const bool of_parents : {false, true})
-    if (!of_parents || rule.baseline == kParentValue)
+    if (!of_parents || rule.baseline == SiblingBaseline::parent)
       launch(sibling_backward_kernel<T>, blocks_for(tree.nodes, kWarpsPerBlock), kThreads, 0, where.stream, tree, grads,
              values, rule, of_parents, grad_values);
 }
