@@ -1,4 +1,4 @@
-"""verl without what its functions do not need, and ragged batches in its format."""
+"""verl without what its functions do not need, ragged batches in its format, and a trainer of TRL."""
 
 from __future__ import annotations
 
@@ -105,3 +105,14 @@ def make_batch(seed: int, dtype: torch.dtype = torch.float64, *, rows: int = 23,
 @pytest.fixture(scope="session")
 def padded_batch() -> Callable[..., SimpleNamespace]:
     return make_batch
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory: pytest.TempPathFactory):
+    """A GRPOTrainer of TRL's that is training, with a KL term."""
+    from tests.integrations.trl_trainers import trainer_of
+
+    trainer = trainer_of(tmp_path_factory.mktemp("grpo"), beta=0.1)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what the training loop sets
+    return trainer

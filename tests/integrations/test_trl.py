@@ -1,4 +1,4 @@
-"""TRL's trainers with and without trajkern: losses of every option, whole runs, recipes, refusals."""
+"""TRL's trainers with and without trajkern: whole runs, what is enabled, recipes, refusals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,200 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.integrations.trl_trainers import (
+    batch,
+    datasets,
+    length_reward,
+    tiny,
+    tokenizer,
+    trainer_of,
+    transformers,
+    trl,
+)
 from trajkern.integrations import trl as adapter
-from trajkern.integrations._trl_loss import grpo_loss, rloo_loss
+from trajkern.integrations._trl_loss import grpo_loss
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = ROOT / ".venv" / "oldest"  # what the Makefile installs beside the newest
-WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-
-
-def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
-
-
-def tiny(vocabulary: int = len(WORDS)) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def length_reward(completions: list[str], **_: Any) -> list[float]:
-    return [float(len(set(x))) for x in completions]
-
-
-def made(folder: Path, kind: str = "GRPO", model: Any = None, processing: Any = None, **options: Any) -> Any:
-    """A trainer of a model that is as random as its seed."""
-    if model is None:  # a trainer with a reference loads it from where the model came from
-        tiny().save_pretrained(folder / "model")
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    data = datasets.Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"] * 2, "n": list(range(8))})
-    config = getattr(trl, f"{kind}Config")(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=6,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-        bf16=False,
-        save_strategy="no",
-        **{"max_steps": 3, "learning_rate": 1e-2} | options,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(trl, f"{kind}Trainer")(
-            model=model,
-            reward_funcs=length_reward,
-            args=config,
-            train_dataset=data,
-            processing_class=processing or tokenizer(),
-        )
-
-
-@pytest.fixture(scope="module")
-def grpo(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    trainer = made(tmp_path_factory.mktemp("grpo"), beta=0.1)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # what the training loop sets
-    return trainer
-
-
-def batch(sequence_weights: bool = False) -> dict[str, Tensor]:
-    """Five ragged completions, one without a token; old log-probs near the model's."""
-    g = torch.Generator().manual_seed(4)
-    rows, prompt, length = 5, 3, 7
-    mask = (torch.arange(length) < torch.tensor([7, 4, 0, 6, 1])[:, None]).long()
-    tools = torch.ones_like(mask)
-    tools[0, 2:4] = 0
-    normal = partial(torch.randn, generator=g)
-    weight = normal(rows, 1) if sequence_weights else normal(rows, length) * mask * tools
-    old = -3.4 + 0.3 * normal(rows, length)
-    return {
-        "prompt_ids": torch.randint(3, 29, (rows, prompt), generator=g),
-        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
-        "completion_ids": torch.randint(3, 29, (rows, length), generator=g),
-        "completion_mask": mask,
-        "tool_mask": tools,
-        "advantages": torch.tensor([1.2, -0.7, 0.4, -1.5, 0.0]),
-        "old_per_token_logps": old,
-        "ref_per_token_logps": old + 0.2 * normal(rows, length),
-        "sampling_per_token_logps": old + 0.3 * normal(rows, length),
-        "importance_sampling_ratio": (0.4 * weight).exp(),
-        "num_items_in_batch": torch.tensor(23.0),
-        "old_logps": (old * mask).sum(1),
-    }
-
-
-def compared(trainer: Any, ours: Any, inputs: dict[str, Tensor]) -> None:
-    """Loss, gradients and everything logged are TRL's."""
-    base = trl.GRPOTrainer if ours is grpo_loss else trl.RLOOTrainer
-    state = {name: getattr(trainer, name, None) for name in STATE}
-    found = []
-    for function in (base._compute_loss, ours):
-        vars(trainer).update(state)
-        trainer._metrics["train"].clear()
-        trainer._metrics["eval"].clear()
-        loss = function(trainer, trainer.model, dict(inputs))
-        grads = torch.autograd.grad(loss, [x for x in trainer.model.parameters() if x.requires_grad])
-        logged = {(mode, k): v for mode in ("train", "eval") for k, v in trainer._metrics[mode].items()}
-        found.append((loss.detach(), grads, logged))
-    (loss, grads, logged), (our_loss, our_grads, our_logged) = found
-    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(our_grads, grads, rtol=1e-4, atol=1e-6)
-    assert our_logged.keys() == logged.keys()
-    for key, values in logged.items():
-        assert our_logged[key] == pytest.approx(values, rel=1e-5, abs=1e-6, nan_ok=True), key
-
-
-STATE = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")  # of an adaptive coefficient
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"beta": 0.0},
-    "kl": {"args.use_bias_correction_kl": False},
-    "sequence": {"importance_sampling_level": "sequence"},
-    "corrected kl": {"args.use_bias_correction_kl": True},
-    "sequence, corrected kl": {"importance_sampling_level": "sequence", "args.use_bias_correction_kl": True},
-    "two-sided": {"args.delta": 1.5},
-    "high entropy": {"top_entropy_quantile": 0.4},
-    "off-policy mask": {"off_policy_mask_threshold": 0.05},
-    "everything": {
-        "top_entropy_quantile": 0.6,
-        "off_policy_mask_threshold": 0.05,
-        "_entropy_bonus_enabled": True,
-        "entropy_coef": 0.03,
-        "current_gradient_accumulation_steps": 3,
-        "args.delta": 1.6,
-    },
-    "adaptive entropy": {
-        "_entropy_bonus_enabled": True,
-        "use_adaptive_entropy": True,
-        "entropy_coef": 0.03,
-        "_last_world_entropy": 0.1,
-        "args.entropy_target": 2.0,
-        "args.entropy_coef_delta": 0.01,
-        "args.entropy_coef_max": 0.035,
-        "_entropy_window_stats": None,
-    },
-    "sampler weights": {"use_vllm": True, "vllm_importance_sampling_correction": True, "beta": 0.0},
-    "sequence sampler weights": {
-        "use_vllm": True,
-        "vllm_importance_sampling_correction": True,
-        "importance_sampling_level": "sequence",
-    },
-}
-
-
-def changed(trainer: Any, patch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        owner, _, last = name.rpartition(".")
-        patch.setattr(trainer.args if owner else trainer, last, value, raising=False)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_loss_gradients_and_metrics_are_trl_s(loss_type: str, options: str, grpo: Any, monkeypatch) -> None:
-    high = 3.0 if loss_type == "cispo" else 0.3
-    changed(grpo, monkeypatch, {"loss_type": loss_type, "epsilon_high": high, **OPTIONS[options]})
-    compared(grpo, grpo_loss, batch("sequence sampler" in options))
-
-
-def test_advantages_per_token_and_no_old_log_probs(grpo: Any) -> None:
-    inputs = batch()
-    inputs["advantages"] = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
-    compared(grpo, grpo_loss, inputs)
-    del inputs["old_per_token_logps"], inputs["tool_mask"]
-    compared(grpo, grpo_loss, inputs)
-
-
-def test_evaluation_is_not_accumulated(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.model, "training", False)
-    for loss_type in ("grpo", "dapo"):
-        changed(grpo, monkeypatch, {"current_gradient_accumulation_steps": 4, "loss_type": loss_type})
-        compared(grpo, grpo_loss, batch())
-
-
-def test_rloo_s_loss(tmp_path: Path) -> None:
-    compared(made(tmp_path, "RLOO"), rloo_loss, batch())
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +41,7 @@ def nothing_left():
 
 
 def run(folder: Path, enabled: bool, kind: str = "GRPO", **options: Any) -> tuple[list[dict[str, float]], Any]:
-    trainer = made(folder, kind, **options)
+    trainer = trainer_of(folder, kind, **options)
     if enabled:
         adapter.enable(trainer)
     trainer.train()
@@ -264,17 +83,17 @@ def test_a_run_of_smollm2_is_the_same(tmp_path: Path, smollm2: str) -> None:
     prompts = [[{"role": "user", "content": f"{x['question']} Answer with the number."}] for x in tasks]
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     processing = transformers.AutoTokenizer.from_pretrained(smollm2)
-    found = []
-    for enabled, own in ((False, copy.deepcopy(model)), (True, model)):
+    logs = []
+    for enabled, policy in ((False, copy.deepcopy(model)), (True, model)):
         options = {"beta": 0.0, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-5}
-        trainer = made(tmp_path, model=own, processing=processing, **options)
+        trainer = trainer_of(tmp_path, model=policy, processing=processing, **options)
         trainer.train_dataset = datasets.Dataset.from_dict({"prompt": prompts})
         trainer.reward_funcs = [lambda completions, **_: [float(len(x[0]["content"])) for x in completions]]
         if enabled:
             adapter.enable(trainer)
         trainer.train()
-        found.append([x for x in trainer.state.log_history if "loss" in x])
-    same_run(found[1], found[0])
+        logs.append([x for x in trainer.state.log_history if "loss" in x])
+    same_run(logs[1], logs[0])
 
 
 # what is enabled
@@ -308,7 +127,7 @@ def test_every_output_of_the_head() -> None:
 
 
 def test_enable_is_idempotent_and_disable_restores(grpo: Any) -> None:
-    own = dict(vars(grpo))
+    attributes = set(vars(grpo))
     before = vars(trl.trainer.utils)["_ChunkedLogProbFunction"], trl.GRPOTrainer._compute_loss
     for _ in range(2):
         adapter.enable(grpo, recipe="nsr")
@@ -319,7 +138,7 @@ def test_enable_is_idempotent_and_disable_restores(grpo: Any) -> None:
     adapter.disable(trl.GRPOTrainer)
     adapter.disable(trl.GRPOTrainer)
     assert (vars(trl.trainer.utils)["_ChunkedLogProbFunction"], trl.GRPOTrainer._compute_loss) == before
-    assert vars(grpo).keys() == own.keys()
+    assert vars(grpo).keys() == attributes
 
 
 def test_a_class_is_enabled_for_trainers_made_later(tmp_path: Path) -> None:
@@ -339,7 +158,7 @@ def test_a_recipe_s_advantages(tmp_path: Path) -> None:
         seen.append(rollouts)
         return (rollouts.rewards[rollouts.here] - 1)[:, None] * rollouts.completion_mask
 
-    trainer = made(tmp_path)
+    trainer = trainer_of(tmp_path)
     adapter.enable(trainer, recipe)
     trainer.train()
     first = seen[0]
@@ -352,7 +171,7 @@ def test_a_recipe_s_advantages(tmp_path: Path) -> None:
 
 
 def test_a_recipe_by_name(tmp_path: Path) -> None:
-    ours, theirs = made(tmp_path), made(tmp_path)
+    ours, theirs = trainer_of(tmp_path), trainer_of(tmp_path)
     adapter.enable(ours, "grpo")
     for trainer in (ours, theirs):
         torch.manual_seed(0)
@@ -378,8 +197,12 @@ def test_the_page(tmp_path: Path) -> None:
         ({"loss_type": "new"}, "loss_type must be one that TRL's GRPOTrainer of the tested versions has, got 'new'"),
     ],
 )
-def test_options_it_cannot_honour(options: dict[str, Any], says: str, grpo: Any, monkeypatch) -> None:
-    changed(grpo, monkeypatch, options)
+def test_options_it_cannot_honour(
+    options: dict[str, Any], says: str, grpo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in options.items():
+        owner, _, last = name.rpartition(".")
+        monkeypatch.setattr(grpo.args if owner else grpo, last, value)
     with pytest.raises(ValueError, match=says):
         adapter.enable(grpo)
     assert not adapter._enabled
@@ -388,12 +211,12 @@ def test_options_it_cannot_honour(options: dict[str, Any], says: str, grpo: Any,
 def test_refusals_of_a_class_come_when_a_trainer_is_made(tmp_path: Path) -> None:
     adapter.enable(trl.GRPOTrainer)
     with pytest.raises(ValueError, match="delta must be at least"):
-        made(tmp_path, delta=0.9)
+        trainer_of(tmp_path, delta=0.9)
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have tokens that the model has, 20 of them; it has id 28"):
-        adapter.enable(made(tmp_path, model=tiny(20)))
+        adapter.enable(trainer_of(tmp_path, model=tiny(20)))
 
 
 def test_what_is_no_such_trainer(grpo: Any) -> None:
@@ -410,7 +233,7 @@ def test_what_is_no_such_trainer(grpo: Any) -> None:
 
 
 def test_a_recipe_s_shape(tmp_path: Path) -> None:
-    adapter.enable(trainer := made(tmp_path), lambda rollouts: torch.zeros(3))
+    adapter.enable(trainer := trainer_of(tmp_path), lambda rollouts: torch.zeros(3))
     with pytest.raises(ValueError, match=re.escape("recipe must return advantages of shape [4] or [4, ")):
         trainer.train()
 
@@ -425,13 +248,14 @@ def test_another_version_is_refused(grpo: Any, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.skipif(not (OLDEST / "trl").exists(), reason="no .venv/oldest: make setup installs the oldest TRL there")
 def test_the_oldest_version() -> None:
-    """These tests again, with the oldest release whose hooks fit first on the path."""
+    """These tests and those of the losses again, with the oldest release whose hooks fit first on the path."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(OLDEST), str(ROOT)))}
-    found = subprocess.run(
+    imported = subprocess.run(
         [sys.executable, "-c", "import trl; print(trl.__version__)"], env=environment, capture_output=True, text=True
     )
-    assert found.stdout.strip().splitlines()[-1:] == [adapter.TESTED[0]], found.stdout + found.stderr
-    chosen = ["-k", "(kl] or same) and not smollm2", __file__]
+    assert imported.stdout.strip().splitlines()[-1:] == [adapter.TESTED[0]], imported.stdout + imported.stderr
+    losses = str(Path(__file__).with_name("test_trl_loss.py"))
+    chosen = ["-k", "(kl] or same) and not smollm2", __file__, losses]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

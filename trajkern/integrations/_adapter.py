@@ -1,15 +1,32 @@
-"""What the adapters share: the versions they know, patches that can be undone, and padded rows read as a pack."""
+"""What the adapters share: the versions they know, patches that can be undone, padded rows read as a pack, and the
+losses that TRL and Liger-Kernel name alike."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import trajkern as tk
+
 _ABSENT = object()
+
+# The loss types of TRL, and of Liger-Kernel, which follows it -> how each becomes one number there.
+GRPO_AGGREGATES = {
+    "grpo": "seq_mean_token_mean",
+    "bnpo": "token_mean",
+    "dr_grpo": "seq_mean_token_sum_norm",
+    "dapo": "token_mean",
+    "cispo": "token_mean",
+    "sapo": "seq_mean_token_mean",
+    "luspo": "seq_mean_token_sum",
+    "vespo": "token_mean",
+}
+_UNCLIPPED = ("cispo", "sapo", "vespo")  # without the clipped ratio, and so without its two-sided bound delta
 
 
 def check_version(package: str, tested: Sequence[str], any_version: bool) -> None:
@@ -29,16 +46,16 @@ class Patches:
     """Entries put into registries and module namespaces, and what stood there before."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
+        self._replaced: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
 
     def put(self, mapping: MutableMapping[str, Any], name: str, value: Any) -> None:
-        self._made.append((mapping, name, value, mapping.get(name, _ABSENT)))
+        self._replaced.append((mapping, name, value, mapping.get(name, _ABSENT)))
         mapping[name] = value
 
     def undo(self) -> None:
         """Restores every entry that is still the one that was put there; twice does nothing."""
-        while self._made:
-            mapping, name, value, before = self._made.pop()
+        while self._replaced:
+            mapping, name, value, before = self._replaced.pop()
             if mapping.get(name) is not value:
                 continue
             if before is _ABSENT:
@@ -47,7 +64,7 @@ class Patches:
                 mapping[name] = before
 
 
-class Rows(NamedTuple):
+class PaddedRows(NamedTuple):
     """Padded ``[B, L]`` tensors as a pack of B trajectories of L tokens each, of which the mask says who takes part.
 
     A view: nothing is copied, and no device value is read. A row without a True is an empty trajectory.
@@ -79,7 +96,7 @@ class Rows(NamedTuple):
         return taken.sum() / self.mask.sum().clamp_min(1)
 
 
-def padded_rows(name: str, mask: Tensor) -> Rows:
+def padded_rows(name: str, mask: Tensor) -> PaddedRows:
     """The rows of a padded mask ``[B, L]`` of any dtype, nonzero where a token takes part."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
@@ -87,4 +104,62 @@ def padded_rows(name: str, mask: Tensor) -> Rows:
         raise ValueError(f"{name} must have shape [B, L], got {list(mask.shape)}")
     rows, length = mask.shape
     cu_seqlens = torch.arange(rows + 1, device=mask.device) * length
-    return Rows((mask != 0).reshape(-1), cu_seqlens, mask.shape)
+    return PaddedRows((mask != 0).reshape(-1), cu_seqlens, mask.shape)
+
+
+@dataclass(frozen=True)
+class GRPOOptions:
+    """The options of a loss by the names that TRL's and Liger-Kernel's GRPO have for them."""
+
+    loss_type: str
+    importance_sampling_level: str
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    beta: float
+    use_bias_correction_kl: bool
+    max_completion_length: int | None
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+
+    @property
+    def clips(self) -> bool:
+        """Whether the ratio is clipped on both sides."""
+        return self.loss_type not in _UNCLIPPED
+
+    def policy_loss(self) -> tk.PolicyLoss:
+        """The same loss here; ValueError for a bound that trajkern has not."""
+        if self.clips and self.delta is not None and self.delta < 1 + self.epsilon_high:
+            raise ValueError(f"delta must be at least 1 + epsilon_high = {1 + self.epsilon_high}, got {self.delta}")
+        cispo = self.loss_type == "cispo"
+        if cispo and self.epsilon_high < 1:
+            raise ValueError(
+                f"epsilon_high must be at least 1 for loss_type 'cispo', whose bound it is; got {self.epsilon_high}"
+            )
+        return tk.PolicyLoss(
+            self.loss_type,
+            ratio_level=self.importance_sampling_level,
+            aggregate=GRPO_AGGREGATES[self.loss_type],
+            clip_low=1.0 if cispo else self.epsilon_low,
+            clip_high=self.epsilon_high - cispo,
+            clip_dual=self.delta if self.clips else None,
+            max_length=self.max_completion_length,
+            kl="k3_corrected" if self.use_bias_correction_kl else "k3",
+            kl_coef=self.beta,
+            sapo_tau_pos=self.sapo_temperature_pos,
+            sapo_tau_neg=self.sapo_temperature_neg,
+            vespo_k_pos=self.vespo_k_pos,
+            vespo_lambda_pos=self.vespo_lambda_pos,
+            vespo_k_neg=self.vespo_k_neg,
+            vespo_lambda_neg=self.vespo_lambda_neg,
+        )
+
+
+def clipped(ratio: Tensor, advantages: Tensor, config: tk.PolicyLoss) -> tuple[Tensor, Tensor]:
+    """Where the clip takes the gradient, bool: below its band with a negative advantage, above it with a positive."""
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)

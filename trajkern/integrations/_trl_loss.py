@@ -10,48 +10,43 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations._adapter import padded_rows
+from trajkern.integrations._adapter import GRPO_AGGREGATES, GRPOOptions, clipped, padded_rows
 
-_AGGREGATES = {
-    "grpo": "seq_mean_token_mean",
-    "sapo": "seq_mean_token_mean",
-    "dr_grpo": "seq_mean_token_sum_norm",
-    "luspo": "seq_mean_token_sum",
-}
-_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _LEAST = -18.420680743952367  # log 1e-8, TRL's bound of a weight's logarithm
-_OWN = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+_PASSED = {
+    "model",
+    "input_ids",
+    "attention_mask",
+    "logits_to_keep",
+    "batch_size",
+    "compute_entropy",
+    "compute_aux_loss",
+}
 
 
 def check_loss(trainer: Any) -> None:
     """Raises ValueError where the trainer's options ask for a loss that trajkern has not."""
-    args, kind = trainer.args, trainer.loss_type
-    if kind not in (*_CLIPPED, "cispo", "sapo", "vespo"):
-        raise ValueError(f"loss_type must be one that TRL's GRPOTrainer of the tested versions has, got {kind!r}")
-    if kind in _CLIPPED and args.delta is not None and args.delta < 1 + trainer.epsilon_high:
-        raise ValueError(f"delta must be at least 1 + epsilon_high = {1 + trainer.epsilon_high}, got {args.delta}")
-    if kind == "cispo" and trainer.epsilon_high < 1:
+    if trainer.loss_type not in GRPO_AGGREGATES:
         raise ValueError(
-            f"epsilon_high must be at least 1 for loss_type 'cispo', whose bound it is; got {trainer.epsilon_high}"
+            f"loss_type must be one that TRL's GRPOTrainer of the tested versions has, got {trainer.loss_type!r}"
         )
-    config(trainer)
+    options_of(trainer).policy_loss()
 
 
-def config(trainer: Any) -> tk.PolicyLoss:
-    args, kind = trainer.args, trainer.loss_type
-    cispo = kind == "cispo"
-    return tk.PolicyLoss(
-        kind,
-        ratio_level=trainer.importance_sampling_level,
-        aggregate=_AGGREGATES.get(kind, "token_mean"),
-        clip_low=1.0 if cispo else trainer.epsilon_low,
-        clip_high=trainer.epsilon_high - cispo,
-        clip_dual=args.delta if kind in _CLIPPED else None,
-        max_length=trainer.max_completion_length,
-        kl="k3_corrected" if args.use_bias_correction_kl else "k3",
-        kl_coef=trainer.beta,
-        sapo_tau_pos=args.sapo_temperature_pos,
-        sapo_tau_neg=args.sapo_temperature_neg,
+def options_of(trainer: Any) -> GRPOOptions:
+    """A GRPOTrainer's options, which it keeps in two places."""
+    args = trainer.args
+    return GRPOOptions(
+        loss_type=trainer.loss_type,
+        importance_sampling_level=trainer.importance_sampling_level,
+        epsilon_low=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        delta=args.delta,
+        beta=trainer.beta,
+        use_bias_correction_kl=args.use_bias_correction_kl,
+        max_completion_length=trainer.max_completion_length,
+        sapo_temperature_pos=args.sapo_temperature_pos,
+        sapo_temperature_neg=args.sapo_temperature_neg,
         vespo_k_pos=args.vespo_k_pos,
         vespo_lambda_pos=args.vespo_lambda_pos,
         vespo_k_neg=args.vespo_k_neg,
@@ -78,16 +73,16 @@ def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         "normalizer": _normalizer(self, inputs, mask, accumulation),
     }
 
-    def loss_of(old: Tensor | None, a: Tensor, form: tk.PolicyLoss) -> Tensor:
+    def loss_of(old: Tensor | None, a: Tensor, config: tk.PolicyLoss) -> Tensor:
         old = None if old is None else rows.pack("old_per_token_logps", old)
         a = a.expand(rows.shape).reshape(-1) if per_token else a[:, 0]
-        return tk.policy_loss(rows.pack("log-probs", new), old, a, rows.cu_seqlens, config=form, **common)[0]
+        return tk.policy_loss(rows.pack("log-probs", new), old, a, rows.cu_seqlens, config=config, **common)[0]
 
-    form = config(self)
-    if to_sampler is old or not (self.beta and form.kl == "k3_corrected"):
-        loss = loss_of(to_sampler, weighted, form)
+    config = options_of(self).policy_loss()
+    if to_sampler is old or not (self.beta and config.kl == "k3_corrected"):
+        loss = loss_of(to_sampler, weighted, config)
     else:  # the KL's ratio is to the old policy all the same
-        loss = loss_of(to_sampler, weighted, replace(form, kl_coef=0.0)) + loss_of(old, 0 * weighted, form)
+        loss = loss_of(to_sampler, weighted, replace(config, kl_coef=0.0)) + loss_of(old, 0 * weighted, config)
     policy = loss.detach()
     if self.loss_type not in ("cispo", "dapo", "vespo"):  # their normaliser counts the accumulated steps already
         loss = loss / accumulation
@@ -110,22 +105,16 @@ def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     new, old, a = (new * mask).sum(1), inputs["old_logps"], inputs["advantages"]
     if a.ndim != 1:
         raise ValueError(f"advantages must have shape [B] for RLOOTrainer; got {a.ndim} dimensions")
-    count = new.shape[0]
-    loss, _ = tk.policy_loss(
-        new,
-        old,
-        a,
-        torch.arange(count + 1, device=new.device),
-        per_token=False,
-        config=tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high),
-    )
+    config = tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high)
+    of_one_token = torch.arange(new.shape[0] + 1, device=new.device)
+    loss, _ = tk.policy_loss(new, old, a, of_one_token, config=config, per_token=False)
     metrics = self._metrics["train" if self.model.training else "eval"]
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * auxiliary
         metrics["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).mean().item())
     with torch.no_grad():
         metrics["entropy"].append(_mean(self, entropy, mask))
-        low, high = _clipped(self, (new - old).exp(), a)
+        low, high = clipped((new - old).exp(), a, config)
         for name, x in (("low", low), ("high", high), ("region", low | high)):
             gathered = self.accelerator.gather(x.float())
             metrics[f"clip_ratio/{name}_mean"].append(gathered.nanmean().item())
@@ -139,7 +128,7 @@ def _scored(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tens
     """The completions' log-probs and entropies ``[B, L]``, and a mixture's balancing loss."""
     ids, attention = (torch.cat((inputs[f"prompt_{x}"], inputs[f"completion_{x}"]), 1) for x in ("ids", "mask"))
     score = self._get_per_token_logps_and_entropies
-    others = {name: inputs.get(name) for name in inspect.signature(score).parameters if name not in _OWN}
+    others = {name: inputs.get(name) for name in inspect.signature(score).parameters if name not in _PASSED}
     keep = inputs["completion_ids"].shape[1]
     return score(model, ids, attention, keep, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled, **others)
 
@@ -196,10 +185,10 @@ def _bonus(self: Any, entropy: Tensor, mask: Tensor, accumulation: float) -> Ten
 
 def _adapt(self: Any) -> None:
     total, count = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
-    found = (total / count.clamp(min=1.0)).item()
-    step = self.args.entropy_coef_delta if found <= self.args.entropy_target else -self.args.entropy_coef_delta
+    mean = (total / count.clamp(min=1.0)).item()
+    step = self.args.entropy_coef_delta if mean <= self.args.entropy_target else -self.args.entropy_coef_delta
     self.entropy_coef = min(max(self.entropy_coef + step, self.args.entropy_coef_min), self.args.entropy_coef_max)
-    self._last_world_entropy, self._entropy_window_stats = found, None
+    self._last_world_entropy, self._entropy_window_stats = mean, None
 
 
 def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Tensor, a: Tensor, mask: Tensor) -> None:
@@ -214,8 +203,9 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
         kl = d.exp() - d - 1
         metrics["kl"].append(_mean(self, kl * ratio if self.args.use_bias_correction_kl else kl, mask))
     metrics["entropy"].append(_mean(self, entropy, mask))
-    if self.loss_type in _CLIPPED:
-        low, high = _clipped(self, ratio, a)
+    options = options_of(self)
+    low, high = clipped(ratio, a, options.policy_loss())
+    if options.clips:
         for name, x in (("low", low), ("high", high), ("region", low | high)):
             metrics[f"clip_ratio/{name}_mean"].append(_mean(self, x.float(), mask))
         shares = [x.float()[:, 0] if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1) for x in (low, high)]
@@ -223,16 +213,11 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
         metrics["clip_ratio/low_min"].append(least.min().item() if least.numel() else float("nan"))
         metrics["clip_ratio/high_max"].append(most.max().item() if most.numel() else float("nan"))
     elif self.loss_type == "cispo":
-        clipped = (ratio > self.epsilon_high) & (a > 0)
-        metrics["cispo_clip_ratio"].append(_mean(self, clipped.float(), mask))
+        metrics["cispo_clip_ratio"].append(_mean(self, high.float(), mask))
     elif self.loss_type == "vespo":
         shape = {x: getattr(self.args, f"vespo_{x}") for x in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}
         weight = self.get_gamma_weights(a, difference, mask, inputs.get("importance_sampling_ratio"), **shape)
         metrics["vespo/phi_seq_mean"].append(_mean(self, weight, mask))
-
-
-def _clipped(self: Any, ratio: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    return (ratio < 1 - self.epsilon_low) & (a < 0), (ratio > 1 + self.epsilon_high) & (a > 0)
 
 
 def _mean(self: Any, x: Tensor, mask: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import recipes
-from trajkern.integrations._adapter import Rows, padded_rows
+from trajkern.integrations._adapter import PaddedRows, padded_rows
 
 Pair = tuple[Tensor, Tensor]
 
@@ -55,7 +55,7 @@ class _Groups(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    rows: Rows
+    rows: PaddedRows
     rewards: Tensor  # [B, L]
     scores: Tensor  # [B]
     groups: _Groups | None
@@ -77,7 +77,7 @@ def _option(config: Any, name: str, default: Any) -> Any:
     return default if config is None else config.get(name, default)
 
 
-def _whitened(rows: Rows, x: Tensor) -> Tensor:  # [B, L]
+def _whitened(rows: PaddedRows, x: Tensor) -> Tensor:  # [B, L]
     return rows.pad(tk.whiten(rows.pack("advantages", x), mask=rows.mask))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations._adapter import Rows, padded_rows
+from trajkern.integrations._adapter import PaddedRows, padded_rows
 
 Result = tuple[Tensor, dict[str, float]]
 LOSSES: dict[str, Callable[..., Result]] = {}
@@ -33,7 +33,7 @@ class _Call:
         if config is None:
             raise ValueError("config must be the actor's configuration, got None")
         self.config, self.mode = config, loss_agg_mode
-        self.rows: Rows = padded_rows("response_mask", response_mask)
+        self.rows: PaddedRows = padded_rows("response_mask", response_mask)
         tensors = {"old_log_prob": old_log_prob, "log_prob": log_prob, "advantages": advantages}
         self.old, self.new, self.advantages = (self.rows.pack(name, x) for name, x in tensors.items())
         self.old, self.advantages = self.old.detach(), self.advantages.detach()
@@ -54,7 +54,7 @@ class _Call:
             "clip_high": c.clip_ratio if high is None else high,
         }
 
-    def __call__(self, loss: tk.PolicyLoss, *, new=None, old=None, advantages=None, mode=None, **given: Any):
+    def __call__(self, loss: tk.PolicyLoss, *, new=None, old=None, advantages=None, mode=None, **options: Any):
         """The op, aggregated over the global batch that verl describes in ``config.global_batch_info``."""
         info = dict(getattr(self.config, "global_batch_info", None) or {})
         mode = self.mode if mode is None else mode
@@ -71,7 +71,7 @@ class _Call:
         loss = replace(
             loss, aggregate=AGGREGATES[mode], max_length=length if mode == "seq-mean-token-sum-norm" else None
         )
-        given.setdefault("normalizer", None if count is None else count / ranks)
+        options.setdefault("normalizer", None if count is None else count / ranks)
         value, metrics = tk.policy_loss(
             self.new if new is None else new,
             self.old if old is None else old,
@@ -80,7 +80,7 @@ class _Call:
             config=loss,
             mask=self.rows.mask,
             per_token=True,
-            **given,
+            **options,
         )
         return (value * ranks if mode == "token-sum" and ranks != 1 else value), metrics
 
@@ -182,8 +182,8 @@ def gspo(call: _Call) -> Result:
     pad, mask = call.rows.pad, call.rows.pad(call.rows.mask)
     log_ratio = torch.where(mask, pad(call.new.detach() - call.old), 0)
     mean = log_ratio.sum(-1) / mask.sum(-1).clamp_min(1)
-    own = call.rows.pack("log_prob", mean[:, None] + pad(call.new - call.new.detach())).clamp(max=10.0)
-    loss, m = call(tk.PolicyLoss("dapo", **call.clip), new=own, old=torch.zeros_like(call.old))
+    log_ratios = call.rows.pack("log_prob", mean[:, None] + pad(call.new - call.new.detach())).clamp(max=10.0)
+    loss, m = call(tk.PolicyLoss("dapo", **call.clip), new=log_ratios, old=torch.zeros_like(call.old))
     return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=-call.rows.mean(log_ratio), pg_clipfrac_lower=0.0)
 
 
@@ -227,7 +227,10 @@ def dro(call: _Call) -> Result:
 def kl_cov(call: _Call) -> Result:
     """As ``kl_cov``; of equal covariances the earlier token is taken. Weights must be positive."""
     c, tis = call.config.policy_loss, {}
-    options: dict[str, Any] = {"cov_fraction": _given(c.kl_cov_ratio, 0.0002), "cov_coef": _given(c.ppo_kl_coef, 1.0)}
+    options: dict[str, Any] = {
+        "cov_fraction": _or_default(c.kl_cov_ratio, 0.0002),
+        "cov_coef": _or_default(c.ppo_kl_coef, 1.0),
+    }
     if call.weights is not None:  # the penalty is weighted too, which the advantage alone cannot say
         tis["sampler_logprobs"] = call.old - call.weights.log()
         options |= {"sampler_correction": "tis", "sampler_high": math.exp(20)}
@@ -249,20 +252,20 @@ def clip_cov(call: _Call) -> Result:
 @torch.no_grad()
 def _dropped(call: _Call) -> Tensor:
     c, mask, a, new = call.config.policy_loss, call.rows.mask, call.advantages, call.new
-    fraction = _given(c.clip_cov_ratio, 0.0002)
+    fraction = _or_default(c.clip_cov_ratio, 0.0002)
     if fraction <= 0:
         raise ValueError(f"policy_loss.clip_cov_ratio must be positive, got {fraction}")
     ratio = (new - call.old).exp()
     clipped = ratio * a > ratio.clamp(1 - call.clip["clip_low"], 1 + call.clip["clip_high"]) * a
     covariance = (a - call.rows.mean(a)) * (new - call.rows.mean(new))
-    inside = (covariance > _given(c.clip_cov_lb, 1.0)) & (covariance < _given(c.clip_cov_ub, 5.0))
+    inside = (covariance > _or_default(c.clip_cov_lb, 1.0)) & (covariance < _or_default(c.clip_cov_ub, 5.0))
     candidates = torch.nonzero(mask & ~clipped & inside)[:, 0]
     count = max(int(fraction * int(mask.sum())), 1)
     chosen = candidates[torch.randperm(len(candidates))[:count].to(candidates.device)]
     return torch.zeros_like(mask).index_fill(0, chosen, True)
 
 
-def _given(x: float | None, default: float) -> float:
+def _or_default(x: float | None, default: float) -> float:
     return default if x is None else float(x)
 
 
@@ -308,14 +311,14 @@ def bypass_mode(
             response_mask=response_mask,
             **{name: correction.get(name, default) for name, default in names.items()},
         )
-    given = (old_log_prob, log_prob, advantages, mask, loss_agg_mode, config)
+    arguments = (old_log_prob, log_prob, advantages, mask, loss_agg_mode, config)
     if kind == "ppo_clip":
-        loss, own = LOSSES["vanilla"](*given)  # its ratio is the correction
+        loss, of_loss = LOSSES["vanilla"](*arguments)  # its ratio is the correction
     else:
-        loss, _ = LOSSES["gpg"](*given, weights.batch["rollout_is_weights"] if weights else None)
+        loss, _ = LOSSES["gpg"](*arguments, weights.batch["rollout_is_weights"] if weights else None)
         rows = padded_rows("response_mask", mask)
-        own = _floats(ppo_kl=rows.mean(old_log_prob - log_prob))
-    return loss, {**own, **metrics}
+        of_loss = _floats(ppo_kl=rows.mean(old_log_prob - log_prob))
+    return loss, {**of_loss, **metrics}
 
 
 LOSSES["bypass_mode"] = bypass_mode

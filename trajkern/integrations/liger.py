@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations._adapter import Patches, Rows, check_version, padded_rows
+from trajkern.integrations._adapter import (
+    GRPO_AGGREGATES,
+    GRPOOptions,
+    PaddedRows,
+    Patches,
+    check_version,
+    clipped,
+    padded_rows,
+)
 
 TESTED = ("0.8.5",)
 HOLDERS = ("liger_kernel.chunked_loss", "liger_kernel.chunked_loss.grpo_loss", "trl.trainer.grpo_trainer")
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-AGGREGATES = {
-    "grpo": "seq_mean_token_mean",
-    "sapo": "seq_mean_token_mean",
-    "dr_grpo": "seq_mean_token_sum_norm",
-    "luspo": "seq_mean_token_sum",
-}
 _patches = Patches()
 
 
@@ -63,10 +64,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     def __init__(
         self,
+        # Liger's arguments in Liger's order. The reference and how Liger computes:
         beta: float = 0.04,
         compiled: bool = True,
         use_ref_model: bool = True,
         chunk_size: int = 1,
+        # The loss:
         epsilon_low: float = 0.2,
         epsilon_high: float = 0.2,
         loss_type: str = "dapo",
@@ -83,8 +86,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_neg: float = 2.0,
     ) -> None:
         super().__init__()
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {loss_type!r}")
+        if loss_type not in GRPO_AGGREGATES:
+            raise ValueError(f"loss_type must be one of {tuple(GRPO_AGGREGATES)}, got {loss_type!r}")
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
             raise ValueError(f"importance_sampling_level must be 'token' for loss_type {loss_type!r}, got 'sequence'")
         if loss_type == "luspo" and (importance_sampling_level != "sequence" or beta != 0):
@@ -94,42 +97,35 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             )
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type 'dr_grpo', got None")
-        if loss_type == "cispo" and epsilon_high < 1:
-            raise ValueError(
-                f"epsilon_high must be at least 1 for loss_type 'cispo', whose bound it is; got {epsilon_high}"
-            )
-        clips = loss_type not in ("cispo", "sapo", "vespo")
-        if clips and delta is not None and delta < 1 + epsilon_high:
-            raise ValueError(f"delta must be at least 1 + epsilon_high = {1 + epsilon_high}, got {delta}")
-        self.beta, self.use_ref_model, self.temperature = beta, use_ref_model, temperature
-        self.loss_type, self.clips = loss_type, clips
-        cispo = loss_type == "cispo"
-        self.config = tk.PolicyLoss(
-            loss_type,
-            ratio_level=importance_sampling_level,
-            aggregate=AGGREGATES.get(loss_type, "token_mean"),
-            clip_low=1.0 if cispo else epsilon_low,
-            clip_high=epsilon_high - 1 if cispo else epsilon_high,
-            clip_dual=delta if clips else None,
-            max_length=max_completion_length,
-            kl="k3_corrected" if use_bias_correction_kl else "k3",
-            kl_coef=beta if use_ref_model else 0.0,
-            sapo_tau_pos=sapo_temperature_pos,
-            sapo_tau_neg=sapo_temperature_neg,
+        options = GRPOOptions(
+            loss_type=loss_type,
+            importance_sampling_level=importance_sampling_level,
+            epsilon_low=epsilon_low,
+            epsilon_high=epsilon_high,
+            delta=delta,
+            beta=beta if use_ref_model else 0.0,
+            use_bias_correction_kl=use_bias_correction_kl,
+            max_completion_length=max_completion_length,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
             vespo_k_pos=vespo_k_pos,
             vespo_lambda_pos=vespo_lambda_pos,
             vespo_k_neg=vespo_k_neg,
             vespo_lambda_neg=vespo_lambda_neg,
         )
+        self.beta, self.use_ref_model, self.temperature = beta, use_ref_model, temperature
+        self.loss_type, self.clips, self.config = loss_type, options.clips, options.policy_loss()
 
     def forward(
         self,
+        # Liger's arguments in Liger's order. The policy:
         _input: Tensor,  # [B, L, H]
         lin_weight: Tensor,  # [V, H]
         selected_token_ids: Tensor,  # [B, L]
         attention_mask: Tensor,  # [B, L]
         advantages: Tensor,  # [B]
         bias: Tensor | None = None,  # [V]
+        # What it is compared with:
         ref_per_token_logps: Tensor | None = None,  # [B, L]
         old_per_token_logps: Tensor | None = None,  # [B, L]
         ref_input: Tensor | None = None,  # [B, L, H]
@@ -167,11 +163,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             per_token=per_token,
             with_logprobs=True,
         )
-        clipped = self._clipped(rows, metrics["logprobs"], old, advantages.detach())
-        return loss, (metrics["kl"], clipped) if self.beta != 0 else (clipped,)
+        share = self._clip_share(rows, metrics["logprobs"], old, advantages.detach())
+        return loss, (metrics["kl"], share) if self.beta != 0 else (share,)
 
     @staticmethod
-    def _hidden(rows: Rows, name: str, x: Tensor) -> Tensor:
+    def _hidden(rows: PaddedRows, name: str, x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[:2] != rows.shape:
             raise ValueError(f"{name} must have shape {[*rows.shape, 'H']}, got {list(x.shape)}")
         return x.reshape(-1, x.shape[-1])
@@ -196,7 +192,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 mask=rows.mask,
             )
 
-    def _weighted(self, rows: Rows, advantages: Tensor, ratio: Tensor) -> Tensor:
+    def _weighted(self, rows: PaddedRows, advantages: Tensor, ratio: Tensor) -> Tensor:
         """w A per token, which gives w times the policy's term: all of these have f(r, w A) = w f(r, A)."""
         if self.loss_type == "vespo":
             raise ValueError("vllm_is_ratio must be None for loss_type 'vespo', which is not supported with it here")
@@ -206,7 +202,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             raise ValueError(f"vllm_is_ratio must have shape {' or '.join(map(str, legal))}, got {tuple(ratio.shape)}")
         return (ratio.detach() * advantages[:, None]).expand(rows.shape).reshape(-1)
 
-    def _normalizer(self, rows: Rows, num_items: float | Tensor | None) -> float | Tensor | None:
+    def _normalizer(self, rows: PaddedRows, num_items: float | Tensor | None) -> float | Tensor | None:
         if self.loss_type == "bnpo":
             return None
         if self.config.resolved_aggregate != "token_mean":
@@ -221,15 +217,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             count = torch.as_tensor(num_items, device=rows.mask.device).float()
         return (count / ranks).clamp_min(1)
 
-    def _clipped(self, rows: Rows, new: Tensor, old: Tensor | None, advantages: Tensor) -> Tensor:
+    def _clip_share(self, rows: PaddedRows, new: Tensor, old: Tensor | None, advantages: Tensor) -> Tensor:
         """The share of tokens whose ratio the first clip cuts in the direction of the advantage, as Liger counts."""
         if old is None or not (self.clips or self.loss_type == "cispo"):
             return new.new_zeros(())
         log_ratio, mask = rows.pad(torch.where(rows.mask, new - old, 0)), rows.pad(rows.mask)
         if self.config.resolved_ratio_level == "sequence":
             log_ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp_min(1))[:, None].expand(rows.shape)
-        ratio, a = log_ratio.exp(), advantages[:, None]
-        cut = (ratio > 1 + self.config.clip_high) & (a > 0)
-        if self.clips:
-            cut |= (ratio < 1 - self.config.clip_low) & (a < 0)
-        return rows.mean(cut.to(new.dtype))
+        low, high = clipped(log_ratio.exp(), advantages[:, None], self.config)
+        return rows.mean((low | high if self.clips else high).to(new.dtype))

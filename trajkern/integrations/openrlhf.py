@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations._adapter import Patches, Rows, check_version, padded_rows
+from trajkern.integrations._adapter import PaddedRows, Patches, check_version, padded_rows
 
 TESTED = ("0.11.2",)
 HOLDERS = {  # who holds the name from its import on; the last only if it is loaded already
@@ -145,7 +145,7 @@ class PolicyLoss(torch.nn.Module):
                 raise ValueError(f"rollout_log_probs must be given where is_correction_level is {self.level!r}")
             rollout = rows.pack("rollout_log_probs", rollout_log_probs).detach()
         count = batch_num_tokens if self.token_level_loss else global_batch_size
-        given: dict[str, Any] = {"mask": rows.mask, "per_token": True}
+        layout: dict[str, Any] = {"mask": rows.mask, "per_token": True}
         normalizer = None if count is None else count / dp_size
         gspo = self.policy_loss_type == "gspo"
         base = rollout if gspo else old
@@ -157,17 +157,17 @@ class PolicyLoss(torch.nn.Module):
             rows.cu_seqlens,
             config=self.config,
             normalizer=normalizer,
-            **given,
+            **layout,
         )
         if weights is not None or self.config.clip_dual is not None:
             # OpenRLHF counts what the first clip cuts: before the dual one, and before the correction's zeros
             plain = tk.PolicyLoss(self.config.kind, clip_low=self.config.clip_low, clip_high=self.config.clip_high)
-            metrics = tk.policy_loss(new.detach(), base, a, rows.cu_seqlens, config=plain, **given)[1]
+            metrics = tk.policy_loss(new.detach(), base, a, rows.cu_seqlens, config=plain, **layout)[1]
         apart = None if weights is None else rows.mean(rollout - old)
         return loss, metrics["clip_fraction"], rows.mean(old - new), apart, dropped
 
     @torch.no_grad()
-    def _correction(self, rows: Rows, old: Tensor, rollout: Tensor) -> tuple[Tensor, Tensor]:
+    def _correction(self, rows: PaddedRows, old: Tensor, rollout: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's weight ``[B * L]``, and the share of the tokens or rows that are outside the thresholds.
 
         A row without an unmasked token counts as outside, as with OpenRLHF, whose mean there is 0 / 0.

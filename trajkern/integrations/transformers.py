@@ -72,12 +72,12 @@ def token_stats(
     pairs = layout.pairs(tokens, loss_mask) if isinstance(layout, Tree) else layout.head_inputs()
     arguments: dict[str, Any] = {**head_arguments(model), **head, "rows": pairs.rows, "outputs": outputs}
     hidden, weight = _common(hidden_states(model, layout, tokens), arguments.pop("weight"))
-    found = linear_token_stats(hidden, weight, pairs.targets, **arguments)
+    stats = linear_token_stats(hidden, weight, pairs.targets, **arguments)
 
     def spread(x: Tensor) -> Tensor:  # [P] -> [T]
         return x.new_zeros(layout.num_tokens).index_copy(0, pairs.tokens, x)
 
-    return TokenStats(spread(found.logprobs), *(None if x is None else spread(x) for x in found[1:]))
+    return TokenStats(spread(stats.logprobs), *(None if x is None else spread(x) for x in stats[1:]))
 
 
 def hidden_states(

@@ -101,20 +101,20 @@ def _kind(target: Any) -> str:
     for name in _LOSSES:
         base = getattr(importlib.import_module(f"trl.trainer.{name[:4].lower()}_trainer"), name)
         if issubclass(cls, base):
-            own = next(c for c in cls.__mro__ if "_compute_loss" in vars(c))
-            if own is not base and id(own) not in _enabled:
-                raise TypeError(f"trainer_or_class must have {name}'s loss; {own.__name__} has one of its own")
+            owner = next(c for c in cls.__mro__ if "_compute_loss" in vars(c))
+            if owner is not base and id(owner) not in _enabled:
+                raise TypeError(f"trainer_or_class must have {name}'s loss; {owner.__name__} has one of its own")
             return name
     raise TypeError(f"trainer_or_class must be a GRPOTrainer or an RLOOTrainer, got {cls.__name__}")
 
 
 def _checked(init: Callable[..., None], kind: str) -> Callable[..., None]:
     @functools.wraps(init)
-    def made(self: Any, *args: Any, **options: Any) -> None:
+    def checked_init(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         _check(self, kind)
 
-    return made
+    return checked_init
 
 
 def _check(trainer: Any, kind: str) -> None:
@@ -153,7 +153,7 @@ class _FusedHead:
             "is_top1": "is_top1",
         }
         with torch.autocast(device, enabled=False):
-            found = tk.linear_token_stats(
+            stats = tk.linear_token_stats(
                 hidden.to(dtype),
                 weight.to(dtype),
                 targets,
@@ -163,8 +163,8 @@ class _FusedHead:
                 softcap=final_logit_softcapping,
                 logit_scale=logit_scale,
             )
-        squares = None if found.sum_sq_probs is None else found.sum_sq_probs.log()
-        return found.logprobs, found.entropy, squares, found.mean_logit, found.is_top1
+        squares = None if stats.sum_sq_probs is None else stats.sum_sq_probs.log()
+        return stats.logprobs, stats.entropy, squares, stats.mean_logit, stats.is_top1
 
 
 def _put_head() -> None:
@@ -190,9 +190,9 @@ def _named(name: str) -> Recipe:
         unscored, alone = rollouts.rewards.isnan(), count + torch.arange(count, device=device)
         groups = torch.where(unscored, alone, rollouts.group_ids)
         batch = tk.PackedBatch(none, empty, none.bool(), groups, rollouts.rewards.nan_to_num())
-        found = recipes.RECIPES[name](batch)
-        found = torch.where(found[1], found[0], 0) if isinstance(found, tuple) else found
-        return torch.where(unscored, 0, found)[rollouts.here]
+        credit = recipes.RECIPES[name](batch)
+        of_all = torch.where(credit[1], credit[0], 0) if isinstance(credit, tuple) else credit
+        return torch.where(unscored, 0, of_all)[rollouts.here]
 
     return advantages
 
@@ -209,27 +209,29 @@ def _credited(target: Any, recipe: Recipe) -> dict[str, Callable[..., Any]]:
 
     @functools.wraps(generate)
     def credited(self: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        found = generate(self, examples)
+        generated = generate(self, examples)
         scores = self._trajkern_scores
         unscored = scores.isnan().all(1)
         rewards = (scores * self.reward_weights.to(scores.device)).nansum(1).masked_fill(unscored, torch.nan)
         size = self.num_generations if self.model.training else self.num_generations_eval
         count, rank = len(examples), self.accelerator.process_index
-        mask = found["completion_mask"] * found["tool_mask"] if "tool_mask" in found else found["completion_mask"]
+        mask = generated["completion_mask"]
+        if "tool_mask" in generated:
+            mask = mask * generated["tool_mask"]
         rollouts = Rollouts(
             rewards,
             torch.arange(rewards.shape[0], device=rewards.device) // size,
             slice(rank * count, (rank + 1) * count),
-            found["completion_ids"],
+            generated["completion_ids"],
             mask,
             examples,
-            found,
+            generated,
         )
         advantages = recipe(rollouts)
         if tuple(advantages.shape) not in ((count,), tuple(mask.shape)):
             raise ValueError(
                 f"recipe must return advantages of shape [{count}] or {list(mask.shape)}; got {list(advantages.shape)}"
             )
-        return found | {"advantages": advantages.to(mask.device)}
+        return generated | {"advantages": advantages.to(mask.device)}
 
     return {"_calculate_rewards": calculate, "_generate_and_score_completions": credited}
