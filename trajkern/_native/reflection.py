@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,19 +83,16 @@ def reflection_rewards_backward(
     rank: Tensor,  # [N]
     bounds: Tensor,  # [N+1]
     baseline: Tensor | None,  # [P]
-    grad_rewards: Tensor | None,  # [N]
-    grad_weights: Tensor | None,  # [P]
-    grad_std: Tensor | None,  # [P]
-    grad_scores: Tensor | None,  # [N]
-    ddof: int,
-    normalize: bool,
-    needs: list[bool],
+    *upstream: Any,
 ) -> list[Tensor]:
+    """``upstream``: the gradients in rewards ``[N]``, weights ``[P]``, std ``[P]`` and scores ``[N]``; ddof, normalize,
+    and whether logprobs and baseline need one."""
+    *of_results, ddof, normalize, needs = upstream
     grads = [torch.empty_like(logprobs) if need else None for need in needs]
     _ext.cpu().reflection_rewards_backward(
         DTYPE[logprobs.dtype],
         _problem(logprobs, cu_seqlens, order, rank, bounds, baseline, ddof, normalize),
-        [pointer(x) for x in (grad_rewards, grad_weights, grad_std, grad_scores)],
+        [pointer(x) for x in of_results],
         [pointer(x) for x in grads],
     )
     return [x for x in grads if x is not None]
