@@ -43,7 +43,11 @@ ARROWS = {
     "validate": {"testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.
-LAZY = {"_backends": {"_native", "_triton", "reference"}, "integrations": {"_triton"}}
+LAZY = {
+    "_backends": {"_native", "_triton", "reference"},
+    "integrations": {"_triton"},
+    "trainer": {"_bench"},  # what the eager head costs, measured as the benchmark does
+}
 THIRD_PARTY = {  # else torch and numpy
     "_triton": {"torch", "triton"},
     "_backends": {"torch", "triton"},

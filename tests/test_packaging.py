@@ -46,7 +46,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     assert {name.split("/")[0] for name in names} == {"trajkern", f"trajkern-{tk.__version__}.dist-info"}
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "trajkern").rglob("*.py")}
     kernels = {f"trajkern/_triton/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
-    benchmark = {f"trajkern/_bench/{p.name}" for p in (ROOT / "bench").glob("*.py")}
+    bench = ROOT / "bench"
+    benchmark = {f"trajkern/_bench/{p.relative_to(bench)}" for p in bench.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == ours | kernels | benchmark
     # one native module: no CUDA without nvcc, and no runtime library of its own beside it
     (native,) = (name for name in names if ".so" in name)

@@ -21,7 +21,6 @@ from trajkern.losses.kinds import (
     SAMPLER_CORRECTIONS,
 )
 
-_FORM_NAMES = tuple(FORMS)
 _WITHOUT = {PARAMETERS.index("clip_dual"): math.inf, PARAMETERS.index("max_length"): 1.0}  # what None is to a kernel
 
 
@@ -72,7 +71,7 @@ class LossArguments(NamedTuple):
 def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
     """The configuration as the kernels read it: ``options`` and ``params`` of :class:`LossInputs`."""
     options = [
-        _FORM_NAMES.index(KINDS[c.kind].form),
+        list(FORMS).index(KINDS[c.kind].form),
         RATIO_LEVELS.index(c.resolved_ratio_level),
         1 + KL_ESTIMATORS.index(c.kl) if c.kl_coef else 0,
         AGGREGATES.index(c.resolved_aggregate),

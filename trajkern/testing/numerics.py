@@ -18,7 +18,6 @@ from trajkern import reference
 from trajkern.testing.registry import Inputs, OpSpec
 
 Outcome = dict[str, Tensor]
-ORACLE_TERM = 8.0  # size of the terms that the float64 oracle sums, whose rounding is its own error
 
 
 def run(spec: OpSpec, function: Callable[..., Any], inputs: Inputs, upstream_seed: int = 1) -> Outcome:
@@ -89,7 +88,7 @@ def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Ten
     budget = 2 * low_error + rounding
     if epsilon == torch.finfo(torch.float64).eps:
         low_error = low_error * (epsilon / torch.finfo(torch.float32).eps)
-        rounding = rounding.clamp_min(epsilon * ORACLE_TERM)
+        rounding = rounding.clamp_min(epsilon * spec.oracle_term)
         budget = 3 * low_error + 2 * rounding
     return float(((actual - high).abs() / budget).nan_to_num(math.inf).max())
 
