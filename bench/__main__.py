@@ -26,7 +26,7 @@ from trajkern._bench import (
     span,
     tree,
 )
-from trajkern._bench.case import OURS, Case
+from trajkern._bench.case import OURS, TimedCase
 from trajkern._bench.memory import hold
 from trajkern._bench.run import Settings, clocks, release, run, shares
 from trajkern._bench.table import markdown, seconds
@@ -105,8 +105,8 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Refused(f"--load {path}: {error}") from None
     if not isinstance(report, dict) or report.get("format") != FORMAT:
-        found = report.get("format", "none") if isinstance(report, dict) else "none"
-        raise Refused(f"--load {path}: results of format {found}; this trajkern reads format {FORMAT}")
+        version = report.get("format", "none") if isinstance(report, dict) else "none"
+        raise Refused(f"--load {path}: results of format {version}; this trajkern reads format {FORMAT}")
     return report
 
 
@@ -143,8 +143,8 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
     for case in chosen(args):
         print(f"{case.name}: ", end="", file=sys.stderr, flush=True)
         result = run(case, settings, clock[case.host], report["ceilings"])
-        found = result["seconds"].get(OURS)
-        print(seconds(found["median"]) if found else "gate failed", file=sys.stderr)
+        ours = result["seconds"].get(OURS)
+        print(seconds(ours["median"]) if ours else "gate failed", file=sys.stderr)
         report["cases"].append(result)
         _save(report, args)
         release()
@@ -159,12 +159,12 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
         )
 
 
-def chosen(args: argparse.Namespace) -> list[Case]:
+def chosen(args: argparse.Namespace) -> list[TimedCase]:
     if args.shapes:
-        found = [case for name in args.shapes for case in shapes.cases(name, args.device, args.rows)]
+        candidates = [case for name in args.shapes for case in shapes.cases(name, args.device, args.rows)]
     else:
-        found = [case for cases in FAMILIES.values() for case in cases if args.device in case.devices]
-    return [case for case in found if not args.op or {case.op, case.family} & set(args.op)]
+        candidates = [case for cases in FAMILIES.values() for case in cases if args.device in case.devices]
+    return [case for case in candidates if not args.op or {case.op, case.family} & set(args.op)]
 
 
 def _failed(report: dict[str, Any]) -> bool:

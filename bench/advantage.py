@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import Case, Problem, Target, with_compiled
+from trajkern._bench.case import Problem, Target, TimedCase, with_compiled
 from trajkern.testing.numerics import Outcome
 
 TOKENS, TRAJECTORIES = 2**20, 1024
@@ -133,15 +133,15 @@ def _whiten(device: str) -> Problem:
 
 
 CASES = (
-    Case("group_advantages", "forward", "4,096 trajectories, 512 groups", groups(4096, 8)),
-    Case(
+    TimedCase("group_advantages", "forward", "4,096 trajectories, 512 groups", groups(4096, 8)),
+    TimedCase(
         "group_advantages",
         "forward",
         "65,536 trajectories, 8,192 groups",
         groups(65_536, 8),
         targets=(Target("fast", 5, "eager"),),
     ),
-    Case(
+    TimedCase(
         "group_advantages",
         "forward with grad",
         "16 trajectories, 4 groups",
@@ -149,7 +149,7 @@ CASES = (
         targets=(Target("seconds", 40e-6),),
         host=True,
     ),
-    Case("discounted_returns", "forward", "1,048,576 tokens", _packed("discounted_returns")),
-    Case("gae", "forward", "1,048,576 tokens", _packed("gae")),
-    Case("whiten", "forward", "1,048,576 tokens, mask", _whiten),
+    TimedCase("discounted_returns", "forward", "1,048,576 tokens", _packed("discounted_returns")),
+    TimedCase("gae", "forward", "1,048,576 tokens", _packed("gae")),
+    TimedCase("whiten", "forward", "1,048,576 tokens, mask", _whiten),
 )

@@ -100,15 +100,15 @@ class Problem:
 
     def _gradients(self, outputs: Outcome, inputs: Inputs, upstream: dict[str, Tensor]) -> Outcome:
         leaves = {k: inputs[k] for k in OPS[self.op].differentiable if isinstance(inputs.get(k), Tensor)}
-        given = [upstream[k].to(outputs[k].dtype) for k in upstream]
-        grads = torch.autograd.grad([outputs[k] for k in upstream], list(leaves.values()), given)
+        grad_outputs = [upstream[k].to(outputs[k].dtype) for k in upstream]
+        grads = torch.autograd.grad([outputs[k] for k in upstream], list(leaves.values()), grad_outputs)
         return {f"grad_{k}": grad for k, grad in zip(leaves, grads, strict=True)}
 
 
 @dataclass(frozen=True)
 class Target:
     """A bound on trajkern: at most ``bound`` "times" as long as the rival takes, at least ``bound`` times as "fast",
-    at most so many "seconds", or a peak "memory" of less than so many times the size of ``Case.memory_of``."""
+    at most so many "seconds", or a peak "memory" of less than so many times the size of ``TimedCase.memory_of``."""
 
     unit: str
     bound: float
@@ -122,7 +122,9 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Case:
+class TimedCase:
+    """An op on inputs of one size, how it is timed, and what is asked of it."""
+
     op: str
     work: str  # "forward", "forward + backward", ...
     shape: str  # how the table names the inputs

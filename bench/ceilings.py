@@ -49,7 +49,7 @@ def best(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -59,8 +59,8 @@ def machine(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
-        found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu_memory_bytes": gpu.total_memory}
-    return found
+        facts |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu_memory_bytes": gpu.total_memory}
+    return facts
 
 
 def versions() -> dict[str, str | None]:

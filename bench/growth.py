@@ -68,7 +68,7 @@ def measure(
     device: str, clock: Clock, seconds: float, ops: set[str], said: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The points of every sweep of these ops: sizes, medians, spreads, peak bytes, and the exponent of time."""
-    found = []
+    results = []
     for sweep in SWEEPS:
         if sweep.op not in ops:
             continue
@@ -81,8 +81,8 @@ def measure(
             result["points"].append(point)
         result["exponent"] = exponent([(p["value"], p["seconds"]) for p in result["points"]])
         said(f"{sweep.op} over {sweep.size}: time grows by the power {result['exponent']:.2f}")
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 def exponent(points: list[tuple[float, float]]) -> float:

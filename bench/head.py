@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._bench.case import FLOOR, Case, Function, Problem, Target, with_compiled
+from trajkern._bench.case import FLOOR, Function, Problem, Target, TimedCase, with_compiled
 from trajkern._bench.policy_loss import token_weights
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.registry import Inputs
@@ -151,8 +151,10 @@ def _half_zero(x: Inputs) -> Inputs:
 def _cases(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, bounds: tuple[float, float]):
     shape = f"{rows:,} × {width:,} × {vocabulary:,} {str(dtype)[6:]}"
     forward, loss = ((Target("times", bound, FLOOR, (device,)),) for bound in bounds)
-    yield Case("linear_logprobs", "forward", shape, forward_problem(rows, width, vocabulary, dtype), forward, (device,))
-    yield Case(
+    yield TimedCase(
+        "linear_logprobs", "forward", shape, forward_problem(rows, width, vocabulary, dtype), forward, (device,)
+    )
+    yield TimedCase(
         "linear_policy_loss",
         "forward + backward",
         shape,
@@ -167,7 +169,7 @@ _SMALL = (1024, 1024, 32768)
 CASES = (
     *_cases(*_SMALL, torch.float32, "cpu", (1.10, 1.10)),
     *_cases(512, 512, 151_936, torch.float32, "cpu", (1.10, 1.10)),
-    Case(
+    TimedCase(
         "linear_policy_loss",
         "forward + backward, workspace of 256 MiB",
         "512 × 512 × 151,936 float32",
@@ -176,7 +178,7 @@ CASES = (
         ("cpu",),
         memory_of="weight",
     ),
-    Case(
+    TimedCase(
         "linear_policy_loss",
         "forward + backward, 30% scored",
         "1,024 × 1,024 × 32,768 float32",
@@ -184,7 +186,7 @@ CASES = (
         (Target("times", 0.36, FLOOR),),
         ("cpu",),
     ),
-    Case(
+    TimedCase(
         "linear_policy_loss",
         "forward + backward, half the advantages 0",
         "1,024 × 1,024 × 32,768 float32",

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import FLOOR, Case, Problem, Target, with_compiled
+from trajkern._bench.case import FLOOR, Problem, Target, TimedCase, with_compiled
 from trajkern.testing.numerics import Outcome
 
 VOCABULARY = 151_936
@@ -75,7 +75,7 @@ def problem(op: str, rows: int, vocabulary: int, dtype: torch.dtype, **options) 
 
 def _cases(rows: int, dtype: torch.dtype, devices: tuple[str, ...]):
     """Forward, forward + backward, without and with entropy, in place."""
-    case = partial(Case, shape=f"{rows:,} × {VOCABULARY:,} {str(dtype)[6:]}", devices=devices)
+    case = partial(TimedCase, shape=f"{rows:,} × {VOCABULARY:,} {str(dtype)[6:]}", devices=devices)
     make = partial(problem, rows=rows, vocabulary=VOCABULARY, dtype=dtype)
     faster = (Target("fast", 4, "eager"), Target("fast", 3, "torch.compile"))
     in_place = Target("memory", 1.0, devices=("cpu", "cuda"))
@@ -100,8 +100,8 @@ def _cases(rows: int, dtype: torch.dtype, devices: tuple[str, ...]):
     )
 
 
-def _tiny(op: str, work: str, targets: tuple[Target, ...] = (), **options) -> Case:
-    return Case(op, work, "4 × 32 float32", problem(op, 4, 32, torch.float32, **options), targets, host=True)
+def _tiny(op: str, work: str, targets: tuple[Target, ...] = (), **options) -> TimedCase:
+    return TimedCase(op, work, "4 × 32 float32", problem(op, 4, 32, torch.float32, **options), targets, host=True)
 
 
 CASES = (

@@ -80,8 +80,8 @@ def contenders(work: Work, model: CharacterModel) -> dict[str, Callable[[], Tens
         return loss.detach()
 
     def packed() -> Tensor:
-        own = tk.Tree(tree.parent, tree.node_lengths)  # nothing derived before, as a new batch's
-        return step(tokens, own, pairs, advantages=None, branch=tk.Paths(own, advantages))
+        fresh = tk.Tree(tree.parent, tree.node_lengths)  # nothing derived before, as a new batch's
+        return step(tokens, fresh, pairs, advantages=None, branch=tk.Paths(fresh, advantages))
 
     return {
         "packed": packed,

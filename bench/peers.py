@@ -165,13 +165,13 @@ def _liger_loss(problem: Problem, device: str) -> Function:
         **_: Any,
     ) -> Outcome:
         rows = (advantages.shape[0], -1)
-        given = torch.ones_like(targets) if mask is None else mask.to(targets.dtype)
+        scored = torch.ones_like(targets) if mask is None else mask.to(targets.dtype)
         return {
             "loss": loss(
                 hidden.view(*rows, hidden.shape[1]),
                 weight,
                 targets.view(rows),
-                given.view(rows),
+                scored.view(rows),
                 advantages,
                 old_per_token_logps=old_logprobs.view(rows),
             )[0]

@@ -104,9 +104,9 @@ def roofline(report: Report) -> Figure | None:
     axis = figure.subplots()
     ends = []
     for family, colour in zip(dict.fromkeys(case["family"] for case in cases), COLOURS, strict=False):
-        own = [case for case in cases if case["family"] == family]
-        least = [max(case["bytes"] / copy, case["flops"] / gemm) for case in own]
-        took = [case["seconds"][OURS]["median"] for case in own]
+        members = [case for case in cases if case["family"] == family]
+        least = [max(case["bytes"] / copy, case["flops"] / gemm) for case in members]
+        took = [case["seconds"][OURS]["median"] for case in members]
         axis.scatter(least, took, s=26, color=colour, label=family, zorder=3)
         ends += [*least, *took]
     line = (min(ends) / 2, max(ends) * 2)
@@ -160,12 +160,12 @@ def errors(report: Report) -> Figure | None:
     axis = figure.subplots()
     axis.margins(y=0.5 / len(cases))
     for name, colour in zip((OURS, "eager"), COLOURS, strict=False):
-        found = [
+        shares = [
             (row, max(case["gate"].get(name, {}).get("shares", {}).values(), default=0.0))
             for row, case in enumerate(cases)
         ]
         scale = 1.0 if name == OURS else RIVAL_BUDGET
-        shown = [(row, scale * share) for row, share in found if share > 0]
+        shown = [(row, scale * share) for row, share in shares if share > 0]
         axis.scatter([share for _, share in shown], [row for row, _ in shown], s=26, color=colour, label=name, zorder=3)
     axis.axvline(1, color=INK, linewidth=1.2)
     axis.set_yticks(range(len(cases)), [_label(case) for case in cases], fontsize=7)

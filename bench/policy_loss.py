@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._bench.case import Case, Function, Problem, Target, with_compiled
+from trajkern._bench.case import Function, Problem, Target, TimedCase, with_compiled
 from trajkern.testing.numerics import Outcome
 
 CONFIG = tk.PolicyLoss("grpo", kl="k3", kl_coef=0.04)
@@ -74,14 +74,14 @@ def token_weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 CASES = (
-    Case(
+    TimedCase(
         "policy_loss",
         "forward + backward, grpo with KL",
         "1,048,576 tokens, 1,024 trajectories",
         problem(2**20, 1024, backward=True),
         targets=(Target("fast", 8, "eager"), Target("fast", 2, "torch.compile")),
     ),
-    Case(
+    TimedCase(
         "policy_loss",
         "forward with grad, grpo with KL",
         "32 tokens, 4 trajectories",
@@ -89,7 +89,7 @@ CASES = (
         targets=(Target("seconds", 40e-6),),
         host=True,
     ),
-    Case(
+    TimedCase(
         "policy_loss",
         "forward + backward, grpo with KL",
         "32 tokens, 4 trajectories",

@@ -19,8 +19,8 @@ Report = dict[str, Any]
 
 def section(results: Path) -> str:
     """A heading and a table for each machine, those with a GPU first, then what no GPU has measured yet."""
-    found = [(folder.name, newest(folder)) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    reports = sorted(found, key=lambda entry: "gpu" not in entry[1]["machine"])
+    measured = [(folder.name, newest(folder)) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    reports = sorted(measured, key=lambda entry: "gpu" not in entry[1]["machine"])
     on_gpus = {case["op"] for _, report in reports if "gpu" in report["machine"] for case in report["cases"]}
     missing = sorted({case["op"] for _, report in reports for case in report["cases"]} - on_gpus)
     parts = [f"{heading(report, folder)}\n\n{table(COLUMNS, rows(report))}" for folder, report in reports]
@@ -74,10 +74,10 @@ def rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-def replaced(text: str, made: str) -> str:
-    """``text`` with ``made`` between its two marks."""
+def replaced(text: str, tables: str) -> str:
+    """``text`` with ``tables`` between its two marks."""
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._bench.case import OURS, Case, Function, Target
+from trajkern._bench.case import OURS, Function, Target, TimedCase
 from trajkern.layouts.spans import trajectories
 from trajkern.recipes import dro, srl, toolpo
 from trajkern.testing.numerics import Outcome
@@ -105,14 +105,14 @@ def _turns(device: str) -> Exact:
         spans = tk.Spans.turns(**inputs)
         return {"start": spans.start, "end": spans.end}
 
-    found = ours(**inputs)
+    turns = ours(**inputs)
     return Exact(
         op="Spans.turns",
         inputs=inputs,
         ours=ours,
         eager=_turns_form,
         floor=inputs["loss_mask"].clone,
-        bytes=inputs["loss_mask"].nbytes + 2 * found["start"].nbytes + inputs["cu_seqlens"].nbytes,
+        bytes=inputs["loss_mask"].nbytes + 2 * turns["start"].nbytes + inputs["cu_seqlens"].nbytes,
     )
 
 
@@ -184,10 +184,10 @@ def _toolpo(device: str) -> Exact:
 _PACK = f"{TOKENS:,} tokens of {TOKENS // 1000:,} trajectories"
 
 CASES = (
-    Case("Spans.turns", "forward", _PACK, _turns, (Target("fast", 5, "eager"),), ("cpu",)),
-    Case("dro.gate", "as weights of the tokens", _PACK, _gate, (Target("fast", 5, "eager"),), ("cpu",)),
-    Case("toolpo.token_advantages", "forward", _PACK, _toolpo, (), ("cpu",)),
-    Case(
+    TimedCase("Spans.turns", "forward", _PACK, _turns, (Target("fast", 5, "eager"),), ("cpu",)),
+    TimedCase("dro.gate", "as weights of the tokens", _PACK, _gate, (Target("fast", 5, "eager"),), ("cpu",)),
+    TimedCase("toolpo.token_advantages", "forward", _PACK, _toolpo, (), ("cpu",)),
+    TimedCase(
         "srl.similarity",
         "eager is difflib",
         f"{PAIRS} pairs of {CHARACTERS:,} characters",

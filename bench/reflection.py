@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import Case, Problem, with_compiled
+from trajkern._bench.case import Problem, TimedCase, with_compiled
 from trajkern.testing.numerics import Outcome
 
 ROLLOUTS, MEMBERS, LENGTH = 4096, 8, 256
@@ -60,8 +60,8 @@ def _problem(baseline: bool, upstream: tuple[str, ...] = ()) -> Callable[[str], 
 _SHAPE = "4,096 rollouts of 256 tokens, groups of 8"
 
 CASES = (
-    Case("reflection_rewards", "forward", _SHAPE, _problem(False)),
-    Case("reflection_rewards", "forward", f"{_SHAPE}, baseline", _problem(True)),
-    Case("reflection_rewards", "forward + backward of the rewards", _SHAPE, _problem(False, ("rewards",))),
-    Case("reflection_rewards", "forward + backward", f"{_SHAPE}, baseline", _problem(True, tuple(OUTPUTS))),
+    TimedCase("reflection_rewards", "forward", _SHAPE, _problem(False)),
+    TimedCase("reflection_rewards", "forward", f"{_SHAPE}, baseline", _problem(True)),
+    TimedCase("reflection_rewards", "forward + backward of the rewards", _SHAPE, _problem(False, ("rewards",))),
+    TimedCase("reflection_rewards", "forward + backward", f"{_SHAPE}, baseline", _problem(True, tuple(OUTPUTS))),
 )

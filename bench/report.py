@@ -79,9 +79,9 @@ def html(report: dict[str, Any]) -> str:
 
 
 def _machine(report: dict[str, Any]) -> str:
-    given = {**report["machine"], **{f"{k} (version)": v for k, v in report["versions"].items()}}
-    given |= {f"{k} (peer)": v for k, v in report.get("peers", {}).items()}
-    rows = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in given.items())
+    facts = {**report["machine"], **{f"{k} (version)": v for k, v in report["versions"].items()}}
+    facts |= {f"{k} (peer)": v for k, v in report.get("peers", {}).items()}
+    rows = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
     state = "" if report["complete"] else '<p class="bad">The run was interrupted: cases are missing.</p>'
     return f"{state}<details><summary>Machine and versions</summary><dl>{rows}</dl></details>"
 
@@ -108,13 +108,13 @@ def _times(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _time(case: dict[str, Any], name: str) -> str:
-    found = case["seconds"].get(name)
-    if found is None:
+    measured = case["seconds"].get(name)
+    if measured is None:
         return "gate failed" if name in case["gate"] else "–"
-    text = f"{seconds(found['median'])} ± {found['spread']:.0%}"
+    text = f"{seconds(measured['median'])} ± {measured['spread']:.0%}"
     if name == OURS or OURS not in case["seconds"]:
         return text
-    return f"{text} ({found['median'] / case['seconds'][OURS]['median']:.2f} ×)"
+    return f"{text} ({measured['median'] / case['seconds'][OURS]['median']:.2f} ×)"
 
 
 def _section(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

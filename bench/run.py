@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajkern._bench import peers
-from trajkern._bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
+from trajkern._bench.case import COMPILED, FLOOR, OURS, Problem, Target, TimedCase
 from trajkern._bench.memory import give_back, peak_bytes
 from trajkern._bench.timing import Call, Clock, DeviceClock, Summary, WallClock, race, ratio
 
@@ -28,13 +28,13 @@ class Settings:
 
 
 def clocks(device: str) -> dict[bool, Clock]:
-    """Case.host -> the clock of such cases."""
+    """TimedCase.host -> the clock of such cases."""
     if device == "cpu":
         return {False: WallClock(), True: WallClock()}
     return {False: DeviceClock(), True: WallClock(torch.cuda.synchronize)}
 
 
-def run(case: Case, settings: Settings, clock: Clock, ceilings: dict[str, float]) -> dict[str, Any]:
+def run(case: TimedCase, settings: Settings, clock: Clock, ceilings: dict[str, float]) -> dict[str, Any]:
     """Everything about the case, as plain values; only a contender whose ``gate`` is green has ``seconds``."""
     result: dict[str, Any] = {"family": case.family, "op": case.op, "work": case.work, "shape": case.shape}
     result |= {"host": case.host, "gate": {}, "unable": {}, "seconds": {}, "peak_bytes": {}, "targets": []}
@@ -64,10 +64,10 @@ def shares(result: dict[str, Any], ceilings: dict[str, float]) -> dict[str, floa
     if OURS not in result["seconds"] or result["host"]:
         return {}
     median = result["seconds"][OURS]["median"]
-    found = {"share_of_copy": result["bytes"] / median / ceilings["copy_bytes_per_second"]}
+    reached = {"share_of_copy": result["bytes"] / median / ceilings["copy_bytes_per_second"]}
     if result["flops"]:
-        found["share_of_gemm"] = result["flops"] / median / gemm_rate(ceilings)
-    return found
+        reached["share_of_gemm"] = result["flops"] / median / gemm_rate(ceilings)
+    return reached
 
 
 def gemm_rate(ceilings: dict[str, float]) -> float:
@@ -86,8 +86,8 @@ def gate(problem: Problem, name: str) -> dict[str, Any]:
 
 
 def peaks(calls: dict[str, Call], device: str) -> dict[str, Any]:
-    found = _attempt(lambda: {name: peak_bytes(call, device) for name, call in calls.items()})
-    return {"peak_bytes": {}, "peak_bytes_problem": found} if isinstance(found, str) else {"peak_bytes": found}
+    sizes = _attempt(lambda: {name: peak_bytes(call, device) for name, call in calls.items()})
+    return {"peak_bytes": {}, "peak_bytes_problem": sizes} if isinstance(sizes, str) else {"peak_bytes": sizes}
 
 
 def verdict(target: Target, result: dict[str, Any], samples: dict[str, list[float]]) -> dict[str, Any]:

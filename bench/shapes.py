@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from trajkern._bench import head, logprob
-from trajkern._bench.case import Case
+from trajkern._bench.case import TimedCase
 
 # name -> (hidden size, vocabulary), from each model's published configuration
 MODELS = {
@@ -26,7 +26,7 @@ ROWS = {"cpu": 128, "cuda": 8192}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def cases(model: str, device: str, rows: int | None = None) -> tuple[Case, ...]:
+def cases(model: str, device: str, rows: int | None = None) -> tuple[TimedCase, ...]:
     """Log-probs and their gradient from the logits, log-probs and the whole loss from the hidden states."""
     width, vocabulary = MODELS[model]
     rows, dtype = rows or ROWS[device], DTYPE[device]
@@ -34,7 +34,7 @@ def cases(model: str, device: str, rows: int | None = None) -> tuple[Case, ...]:
     logits = f"{model}: {rows:,} × {vocabulary:,} {str(dtype)[6:]}"
     hidden = f"{model}: {rows:,} × {width:,} × {vocabulary:,} {str(dtype)[6:]}"
     size = (rows, width, vocabulary, dtype)
-    case = partial(Case, devices=(device,))
+    case = partial(TimedCase, devices=(device,))
     return (
         case("token_logprobs", "forward", logits, make("token_logprobs")),
         case(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import Case, Problem, Target, with_compiled
+from trajkern._bench.case import Problem, Target, TimedCase, with_compiled
 from trajkern.layouts.spans import Spans
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.span import spans_of
@@ -54,8 +54,8 @@ def _spread_form(spans: Spans) -> Callable[..., Outcome]:
 def problem(op: str | None, tokens: int) -> Callable[[str], Problem]:
     def make(device: str) -> Problem:
         spans = packed(tokens).to(device)
-        made = torch.randn(len(spans) if op is None else spans.num_tokens, generator=torch.Generator().manual_seed(1))
-        x = made.to(device)
+        count = len(spans) if op is None else spans.num_tokens
+        x = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(device)
         form = _spread_form(spans) if op is None else _reduce_form(spans)
         return Problem(
             op="spread" if op is None else "span_reduce",
@@ -69,7 +69,7 @@ def problem(op: str | None, tokens: int) -> Callable[[str], Problem]:
 
 
 CASES = tuple(
-    Case(
+    TimedCase(
         "spread" if op is None else "span_reduce",
         "forward",
         f"{op + ', ' if op else ''}{tokens:,} tokens",

@@ -113,8 +113,8 @@ def overview(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def absent_peers(report: dict[str, Any]) -> str:
     """Which peers could not be used, and why."""
-    found = [f"{name} ({why})" for name, why in report.get("peers", {}).items() if name not in peers_of(report)]
-    return f"Not compared: {'; '.join(found)}." if found else ""
+    absent = [f"{name} ({why})" for name, why in report.get("peers", {}).items() if name not in peers_of(report)]
+    return f"Not compared: {'; '.join(absent)}." if absent else ""
 
 
 def peer_text(case: dict[str, Any], name: str) -> str:
@@ -135,10 +135,10 @@ def growth_rows(sweeps: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def time_text(case: dict[str, Any], name: str) -> str:
-    found = case["seconds"].get(name)
-    if found is None:
+    measured = case["seconds"].get(name)
+    if measured is None:
         return "gate failed" if name in case["gate"] else "–"
-    return f"{seconds(found['median'])} (min {seconds(found['minimum'])}, ± {found['spread']:.0%})"
+    return f"{seconds(measured['median'])} (min {seconds(measured['minimum'])}, ± {measured['spread']:.0%})"
 
 
 def memory_text(case: dict[str, Any]) -> str:

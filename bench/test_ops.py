@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from trajkern._bench.__main__ import FAMILIES
-from trajkern._bench.case import OURS, Case
+from trajkern._bench.case import OURS, TimedCase
 from trajkern._bench.memory import hold
 from trajkern._bench.run import gate, release
 
@@ -23,7 +23,7 @@ def steady_memory() -> None:
 
 @pytest.mark.parametrize("name", [OURS, "eager"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_time(case: Case, name: str, benchmark) -> None:
+def test_time(case: TimedCase, name: str, benchmark) -> None:
     problem = case.make("cpu")
     if name not in problem.functions:
         pytest.skip(f"{name} is no contender")

@@ -51,15 +51,15 @@ def case_lines(case: dict[str, Any], usable: list[str]) -> Iterator[str]:
 
 
 def _shares(case: dict[str, Any]) -> str:
-    found = []
+    parts = []
     if "share_of_gemm" in case:
-        found.append(f"{case['share_of_gemm']:.0%} of the matrix product's rate")
+        parts.append(f"{case['share_of_gemm']:.0%} of the matrix product's rate")
     elif "share_of_copy" in case:
-        found.append(f"{case['share_of_copy']:.0%} of copy bandwidth")
+        parts.append(f"{case['share_of_copy']:.0%} of copy bandwidth")
     if OURS in case["peak_bytes"]:
         peak = case["peak_bytes"][OURS]
-        found.append(f"peak {size(peak)}" if peak >= 2**20 else "peak under 1 MiB")
-    return "".join(f", {x}" for x in found)
+        parts.append(f"peak {size(peak)}" if peak >= 2**20 else "peak under 1 MiB")
+    return "".join(f", {x}" for x in parts)
 
 
 def size(count: float) -> str:
@@ -77,5 +77,5 @@ def _entries(items: Any) -> Iterator[str]:
 def _wrapped(items: list[str]) -> list[str]:
     """Items side by side, none of them broken."""
     joined = "   ".join(item.replace(" ", "\0") for item in items)
-    found = textwrap.wrap(joined, WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
-    return [line.replace("\0", " ") for line in found]
+    lines = textwrap.wrap(joined, WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+    return [line.replace("\0", " ") for line in lines]

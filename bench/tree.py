@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import Case, Problem, Target, with_compiled
+from trajkern._bench.case import Problem, Target, TimedCase, with_compiled
 from trajkern.layouts.tree import Tree
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.tree import regular_tree
@@ -104,7 +104,7 @@ def reduce_problem(nodes: int) -> Callable[[str], Problem]:
 
 _TEN = (Target("fast", 10, "eager"),)
 CASES = tuple(
-    Case(op, "forward", f"{nodes:,} nodes", _problem(op, argument, form, nodes, outputs), targets=targets)
+    TimedCase(op, "forward", f"{nodes:,} nodes", _problem(op, argument, form, nodes, outputs), targets=targets)
     for op, argument, form, outputs in (
         ("subtree_reduce", "leaf_values", _mean_form, 1),
         ("sibling_advantages", "node_values", _sibling_form, 1),

@@ -12,7 +12,7 @@ import torch
 
 from trajkern._bench import __main__ as program
 from trajkern._bench import advantage, head, logprob, policy_loss, reflection, span, table
-from trajkern._bench.case import COMPILED, FLOOR, OURS, Case, Problem, Target
+from trajkern._bench.case import COMPILED, FLOOR, OURS, Problem, Target, TimedCase
 from trajkern._bench.memory import peak_bytes
 from trajkern._bench.run import Settings, gate, run, verdict
 from trajkern._bench.timing import Summary, WallClock, race, ratio
@@ -202,7 +202,9 @@ def test_in_place_backward_leaves_the_other_contenders_inputs() -> None:
 
 def test_whoever_fails_the_gate_gets_no_time() -> None:
     targets = (Target("fast", 0.0, "eager"), Target("times", 1e9, FLOOR))
-    case = Case("token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": wrong_value}), targets)
+    case = TimedCase(
+        "token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": wrong_value}), targets
+    )
     found = run(case, SETTINGS, WallClock(), CEILINGS)
     assert found["seconds"].keys() == {OURS, FLOOR}
     assert [t["met"] for t in found["targets"]] == [None, True]
@@ -210,12 +212,12 @@ def test_whoever_fails_the_gate_gets_no_time() -> None:
 
 
 def test_inputs_that_cannot_be_made_are_a_red_gate() -> None:
-    found = run(Case("gae", "forward", "", lambda device: broken()), SETTINGS, WallClock(), CEILINGS)
+    found = run(TimedCase("gae", "forward", "", lambda device: broken()), SETTINGS, WallClock(), CEILINGS)
     assert not found["gate"][OURS]["passed"] and not found["seconds"]
 
 
 @pytest.mark.parametrize("case", [c for c in ALL_CASES if c.host], ids=lambda c: c.name)
-def test_tiny_cases_pass_their_gate(case: Case) -> None:
+def test_tiny_cases_pass_their_gate(case: TimedCase) -> None:
     made = case.make("cpu")
     assert [name for name in (OURS, "eager") if not gate(made, name)["passed"]] == []
 
@@ -267,7 +269,7 @@ def tiny_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def call(form) -> tuple[int, dict, str]:
         targets = (Target("fast", 1e9, "eager"),)
-        case = Case("token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": form}), targets)
+        case = TimedCase("token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": form}), targets)
         monkeypatch.setattr(program, "FAMILIES", {"logprob": (case,)})
         files = [tmp_path / "a.json", tmp_path / "a.md"]
         status = program.main(["--quick", "--json", str(files[0]), "--markdown", str(files[1])])

@@ -14,7 +14,7 @@ import torch
 
 from trajkern._bench import __main__ as program
 from trajkern._bench import growth, head, peers, plots, policy_loss, shapes
-from trajkern._bench.case import OURS, Case, Problem, Target
+from trajkern._bench.case import OURS, Problem, Target, TimedCase
 from trajkern._bench.peers import PEERS, Cannot, Peer
 from trajkern._bench.report import html
 from trajkern._bench.run import gate
@@ -130,7 +130,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run with peers and growth leaves."""
     path = tmp_path_factory.mktemp("bench") / "results.json"
     target = (Target("fast", 1e9, "eager"),)
-    case = Case("linear_logprobs", "forward", "3 × 4 × 7", lambda device: tiny({"eager": head.logprobs}), target)
+    case = TimedCase("linear_logprobs", "forward", "3 × 4 × 7", lambda device: tiny({"eager": head.logprobs}), target)
     sweep = growth.Sweep("linear_logprobs", "T, rows", {"cpu": (8, 16)}, lambda n: lambda device: tiny())
     with pytest.MonkeyPatch.context() as patch:
         install(patch)

@@ -26,9 +26,9 @@ def block_mask(visible: Callable[..., Tensor], tokens: int, device: torch.device
         some[b], whole[b] = seen.any(2).any(0), seen.all(2).all(0)
     partial = some & ~whole
 
-    def listed(kept: Tensor) -> tuple[Tensor, Tensor]:
-        count = kept.sum(1, dtype=torch.int32)
-        return count[None, None], kept.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        count = chosen.sum(1, dtype=torch.int32)
+        return count[None, None], chosen.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
 
     return BlockMask.from_kv_blocks(
         *listed(partial), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens)

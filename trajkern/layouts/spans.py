@@ -115,10 +115,10 @@ class Spans:
 
 def _trusted(*values: Any) -> Spans:
     """Spans that are known to be legal."""
-    made = object.__new__(Spans)
+    spans = object.__new__(Spans)
     for field, value in zip(fields(Spans), values, strict=True):
-        object.__setattr__(made, field.name, value)
-    return made
+        object.__setattr__(spans, field.name, value)
+    return spans
 
 
 def trajectories(cu_seqlens: Tensor, num_tokens: int) -> Spans:

@@ -343,9 +343,9 @@ class Tree:
             x.cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
         )
         mask = batch.loss_mask.cpu().contiguous()
-        given = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
-        logprobs = {name: x.cpu().double().contiguous() for name, x in given.items()}
-        mismatch, *found = _ext.cpu().tree_prefixes(
+        present = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
+        logprobs = {name: x.cpu().double().contiguous() for name, x in present.items()}
+        mismatch, *arrays = _ext.cpu().tree_prefixes(
             tokens.data_ptr(),
             mask.data_ptr(),
             cu_seqlens.data_ptr(),
@@ -360,7 +360,7 @@ class Tree:
             field, *places = mismatch
             _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)
         parent, lengths, source, root_groups = (
-            torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in found
+            torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays
         )
         ids = torch.empty(batch.num_groups, dtype=batch.group_ids.dtype)
         ids[group] = batch.group_ids.cpu()

@@ -119,8 +119,8 @@ def meta_vote(
     check_number("keep", keep, low=1)
     if keep > scores.shape[0]:
         raise ValueError(f"keep must be at most the {scores.shape[0]} samples, got {keep}")
-    kept = meta.argsort(descending=True, stable=True)[:keep].sort().values
-    return vote(scores[kept])
+    best = meta.argsort(descending=True, stable=True)[:keep].sort().values
+    return vote(scores[best])
 
 
 def elo(

@@ -86,8 +86,8 @@ def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     leaf, node = leaf[step], node[step]
     returns = rewards[leaf] * DISCOUNT ** (tree.depth[tree.leaves[leaf]] - tree.depth[node])
     anchor, group = anchor[parent[node]], tree.leaf_group[leaf]
-    found = gigpo.step_advantages(returns, leaf, anchor, group, episode_rewards=rewards, weight=1.0, scale="none")
-    return found.new_zeros(step.shape).masked_scatter(step, found)
+    advantages = gigpo.step_advantages(returns, leaf, anchor, group, episode_rewards=rewards, weight=1.0, scale="none")
+    return advantages.new_zeros(step.shape).masked_scatter(step, advantages)
 
 
 TREE_RECIPES: dict[str, TreeRecipe] = {

@@ -18,7 +18,7 @@ def _randn(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def _made(options: dict[str, Any], g: torch.Generator, n: int) -> Inputs:
+def _drawn(options: dict[str, Any], g: torch.Generator, n: int) -> Inputs:
     return {k: v(g, n) if callable(v) else v for k, v in options.items()}
 
 
@@ -27,7 +27,7 @@ def _groups(n: int, groups: int, spread: float = 1.0, centre: float = 0.0, **opt
 
     def make(g: torch.Generator) -> Inputs:
         ids = (torch.randint(max(groups, 1), (n,), generator=g) - groups // 2) * 1_000_003
-        return {"rewards": _randn(g, n) * spread + centre, "group_ids": ids} | _made(options, g, n)
+        return {"rewards": _randn(g, n) * spread + centre, "group_ids": ids} | _drawn(options, g, n)
 
     return make
 
@@ -117,13 +117,13 @@ def _packed(lengths: tuple[int, ...], values: bool = True, **options: Any):
     def make(g: torch.Generator) -> Inputs:
         total = sum(lengths)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-        made = {"rewards": _randn(g, total), "cu_seqlens": cu_seqlens}
+        inputs = {"rewards": _randn(g, total), "cu_seqlens": cu_seqlens}
         if values:
-            made["values"] = _randn(g, total)
-        extra = _made({k: v for k, v in options.items() if k != "bootstrap"}, g, total)
+            inputs["values"] = _randn(g, total)
+        extra = _drawn({k: v for k, v in options.items() if k != "bootstrap"}, g, total)
         if options.get("bootstrap"):
             extra["bootstrap"] = _randn(g, len(lengths))
-        return made | extra
+        return inputs | extra
 
     return make
 
@@ -190,7 +190,7 @@ GAE = OpSpec(
 
 def _values(n: int, scale: float = 1.0, offset: float = 0.0, **options: Any):
     def make(g: torch.Generator) -> Inputs:
-        return {"x": _randn(g, n) * scale + offset} | _made(options, g, n)
+        return {"x": _randn(g, n) * scale + offset} | _drawn(options, g, n)
 
     return make
 

@@ -20,30 +20,30 @@ def _heads(tokens: int, width: int, vocabulary: int, scale: float = 1.0, teacher
     """A student and a teacher of another width, logits of about this spread; options are values or functions."""
 
     def make(g: torch.Generator) -> Inputs:
-        made = {}
+        inputs = {}
         for prefix, size in (("", width), ("teacher_", teacher or width + 3)):
-            made[f"{prefix}hidden"] = _randn(g, tokens, size)
-            made[f"{prefix}weight"] = _randn(g, vocabulary, size) * (scale / size**0.5)
+            inputs[f"{prefix}hidden"] = _randn(g, tokens, size)
+            inputs[f"{prefix}weight"] = _randn(g, vocabulary, size) * (scale / size**0.5)
         for name, value in options.items():
-            made[name] = value(g, made) if callable(value) else value
-        return made
+            inputs[name] = value(g, inputs) if callable(value) else value
+        return inputs
 
     return make
 
 
-def _mask(g: torch.Generator, made: Inputs) -> Tensor:
-    return torch.rand(made["hidden"].shape[0], generator=g) > 0.4
+def _mask(g: torch.Generator, inputs: Inputs) -> Tensor:
+    return torch.rand(inputs["hidden"].shape[0], generator=g) > 0.4
 
 
-def _none(g: torch.Generator, made: Inputs) -> Tensor:
-    return torch.zeros(made["hidden"].shape[0], dtype=torch.bool)
+def _none(g: torch.Generator, inputs: Inputs) -> Tensor:
+    return torch.zeros(inputs["hidden"].shape[0], dtype=torch.bool)
 
 
 def _edited(make: Callable[[torch.Generator], Inputs], edit: Callable[[Inputs], None]):
     def edited(g: torch.Generator) -> Inputs:
-        made = make(g)
-        edit(made)
-        return made
+        inputs = make(g)
+        edit(inputs)
+        return inputs
 
     return edited
 
@@ -87,8 +87,8 @@ def _masked_rubbish(x: Inputs) -> None:
 def _grid(name: str, make: Callable[..., Callable[[torch.Generator], Inputs]], reason: str, edit=None, large=False):
     """The case at both ends and between."""
     for kind, beta in (("", 0.0), ("_reverse", 1.0), ("_mixture", 0.3)):
-        made = make(beta=beta)
-        yield Case(name + kind, _edited(made, edit) if edit else made, reason, large)
+        maker = make(beta=beta)
+        yield Case(name + kind, _edited(maker, edit) if edit else maker, reason, large)
 
 
 CASES = (

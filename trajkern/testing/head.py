@@ -27,41 +27,41 @@ def _head(tokens: int, width: int, vocabulary: int, scale: float = 1.0, **option
     """Random hidden states whose logits have about this spread; ``options`` as arguments, or functions making them."""
 
     def make(g: torch.Generator) -> Inputs:
-        made = {
+        inputs = {
             "hidden": _randn(g, tokens, width),
             "weight": _randn(g, vocabulary, width) * (scale / width**0.5),
             "targets": torch.randint(vocabulary, (tokens,), generator=g),
         }
         for name, value in options.items():
-            made[name] = value(g, made) if callable(value) else value
-        return made
+            inputs[name] = value(g, inputs) if callable(value) else value
+        return inputs
 
     return make
 
 
-def _mask(g: torch.Generator, made: Inputs) -> Tensor:
-    return torch.rand(made["targets"].shape, generator=g) > 0.4
+def _mask(g: torch.Generator, inputs: Inputs) -> Tensor:
+    return torch.rand(inputs["targets"].shape, generator=g) > 0.4
 
 
-def _none(g: torch.Generator, made: Inputs) -> Tensor:
-    return torch.zeros(made["targets"].shape, dtype=torch.bool)
+def _none(g: torch.Generator, inputs: Inputs) -> Tensor:
+    return torch.zeros(inputs["targets"].shape, dtype=torch.bool)
 
 
-def _temperatures(g: torch.Generator, made: Inputs) -> Tensor:
-    return torch.rand(made["hidden"].shape[0], generator=g, dtype=torch.float64) * 2 + 0.25
+def _temperatures(g: torch.Generator, inputs: Inputs) -> Tensor:
+    return torch.rand(inputs["hidden"].shape[0], generator=g, dtype=torch.float64) * 2 + 0.25
 
 
-def _bias(g: torch.Generator, made: Inputs) -> Tensor:
-    return _randn(g, made["weight"].shape[0])
+def _bias(g: torch.Generator, inputs: Inputs) -> Tensor:
+    return _randn(g, inputs["weight"].shape[0])
 
 
 def _support(size: int) -> Callable[[torch.Generator, Inputs], tuple[Tensor, Tensor]]:
     """Each target and about ``size`` more tokens, fewer for every third pair."""
 
-    def make(g: torch.Generator, made: Inputs) -> tuple[Tensor, Tensor]:
-        vocabulary = made["weight"].shape[0]
+    def make(g: torch.Generator, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        vocabulary = inputs["weight"].shape[0]
         sets = []
-        for i, target in enumerate(made["targets"].tolist()):
+        for i, target in enumerate(inputs["targets"].tolist()):
             others = torch.randperm(vocabulary, generator=g)[: size if i % 3 else 1]
             sets.append(torch.cat([others[others != target], torch.tensor([target])]))
         offsets = torch.tensor([0, *(len(x) for x in sets)]).cumsum(0)
@@ -70,18 +70,18 @@ def _support(size: int) -> Callable[[torch.Generator, Inputs], tuple[Tensor, Ten
     return make
 
 
-def _tree(g: torch.Generator, made: Inputs) -> Tensor:
+def _tree(g: torch.Generator, inputs: Inputs) -> Tensor:
     """Rows with none, one and several targets, not in order."""
-    return torch.randint(max(1, made["hidden"].shape[0] // 2), made["targets"].shape, generator=g)
-
-
-def _chosen(made: Inputs, edit: Callable[[Inputs], None]) -> Inputs:
-    edit(made)
-    return made
+    return torch.randint(max(1, inputs["hidden"].shape[0] // 2), inputs["targets"].shape, generator=g)
 
 
 def _edited(make: Callable[[torch.Generator], Inputs], edit: Callable[[Inputs], None]):
-    return lambda g: _chosen(make(g), edit)
+    def edited(g: torch.Generator) -> Inputs:
+        inputs = make(g)
+        edit(inputs)
+        return inputs
+
+    return edited
 
 
 def _few_rows_named(x: Inputs) -> None:
@@ -211,19 +211,19 @@ def _loss(config: PolicyLoss, tokens: int = 24, cuts: tuple[int, ...] = (0, 5, 5
     head = _head(tokens, 16, 65, 2.0, **options)
 
     def make(g: torch.Generator) -> Inputs:
-        made = head(g)
-        pairs, now = made["targets"].shape[0], linear_logprobs(**made)
-        made |= {
+        inputs = head(g)
+        pairs, now = inputs["targets"].shape[0], linear_logprobs(**inputs)
+        inputs |= {
             "old_logprobs": now + 0.3 * _randn(g, pairs),
             "advantages": _randn(g, len(cuts) - 1),
             "cu_seqlens": torch.tensor(cuts),
             "config": config,
         }
         if config.kl_coef:
-            made["ref_logprobs"] = made["old_logprobs"] + 0.3 * _randn(g, pairs)
+            inputs["ref_logprobs"] = inputs["old_logprobs"] + 0.3 * _randn(g, pairs)
         if config.sampler_correction != "none":
-            made["sampler_logprobs"] = made["old_logprobs"] + 0.5 * _randn(g, pairs)
-        return made
+            inputs["sampler_logprobs"] = inputs["old_logprobs"] + 0.5 * _randn(g, pairs)
+        return inputs
 
     return make
 
@@ -235,11 +235,11 @@ def _tree_loss(config: PolicyLoss, **options):
         tree = regular_tree(3, 3, 2)
         pairs = tree.pairs(torch.randint(0, 65, (tree.num_tokens,), generator=g))
         cuts = tuple(pairs.cu_seqlens.tolist())
-        own = {"targets": lambda g, x: pairs.targets, "rows": lambda g, x: pairs.rows}
-        made = _loss(config, tree.num_tokens, cuts, **own, **options)(g)
+        of_tree = {"targets": lambda g, x: pairs.targets, "rows": lambda g, x: pairs.rows}
+        inputs = _loss(config, tree.num_tokens, cuts, **of_tree, **options)(g)
         advantages = _randn(g, tree.num_leaves)
         advantages[:4] = 0
-        return made | {"advantages": None, "branch": Paths(tree, advantages)}
+        return inputs | {"advantages": None, "branch": Paths(tree, advantages)}
 
     return make
 

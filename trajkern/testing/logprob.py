@@ -21,11 +21,11 @@ def _rows(rows: int | tuple[int, ...], vocabulary: int, scale: float = 3.0, offs
     shape = (rows,) if isinstance(rows, int) else rows
 
     def make(g: torch.Generator) -> Inputs:
-        made = {
+        inputs = {
             "logits": _randn(g, *shape, vocabulary) * scale + offset,
             "targets": torch.randint(vocabulary, shape, generator=g),
         }
-        return made | {k: v(g, shape) if callable(v) else v for k, v in options.items()}
+        return inputs | {k: v(g, shape) if callable(v) else v for k, v in options.items()}
 
     return make
 
@@ -43,12 +43,12 @@ def _temperatures(g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 
 
 def _edited(make: Callable[[torch.Generator], Inputs], edit: Callable[[Inputs], None]):
-    def made(g: torch.Generator) -> Inputs:
+    def edited(g: torch.Generator) -> Inputs:
         inputs = make(g)
         edit(inputs)
         return inputs
 
-    return made
+    return edited
 
 
 def _certain(margin: float):

@@ -61,12 +61,12 @@ def _full(kind: str, **options: Any) -> PolicyLoss:
 
 
 def _edited(make: Callable[[torch.Generator], Inputs], edit: Callable[[Inputs], None]):
-    def made(g: torch.Generator) -> Inputs:
+    def edited(g: torch.Generator) -> Inputs:
         inputs = make(g)
         edit(inputs)
         return inputs
 
-    return made
+    return edited
 
 
 def _rubbish(x: Inputs) -> None:
@@ -92,11 +92,11 @@ def _tree(config: PolicyLoss, nodes: int = 17, gated: bool = False, **options: A
 
     def make(g: torch.Generator) -> Inputs:
         tree = random_tree(g, nodes)
-        made = _packed(config, tuple(tree.node_lengths.tolist()), **options)(g)
+        inputs = _packed(config, tuple(tree.node_lengths.tolist()), **options)(g)
         advantages = torch.randn(tree.num_leaves, generator=g, dtype=torch.float64)
         advantages[::4] = 0
         gate = torch.arange(tree.num_leaves) % 5 > 0 if gated else None
-        return made | {"advantages": None, "branch": Paths(tree, advantages, gate)}
+        return inputs | {"advantages": None, "branch": Paths(tree, advantages, gate)}
 
     return make
 
@@ -105,13 +105,13 @@ def _branch(config: PolicyLoss, lengths: tuple[int, ...] = _LENGTHS, **options: 
     """Sums over rollouts that are no tree's; a third of the nodes, or of the tokens, have none."""
 
     def make(g: torch.Generator) -> Inputs:
-        made = _packed(config, lengths, **options)(g)
-        size = made["advantages"].shape[0]
+        inputs = _packed(config, lengths, **options)(g)
+        size = inputs["advantages"].shape[0]
         counts = torch.randint(0, 4, (3, size), generator=g).double()
         counts[:, ::3] = 0
         sizes = torch.rand(3, size, generator=g, dtype=torch.float64) * counts
         branch = Branch(sizes[0], -sizes[1], 0.7 * counts.sum(0) + sizes[2], *counts)
-        return made | {"advantages": None, "branch": branch}
+        return inputs | {"advantages": None, "branch": branch}
 
     return make
 

@@ -39,14 +39,14 @@ def _rollouts(
         names = torch.randperm(len(groups), generator=g) - len(groups) // 2 if shuffled else torch.arange(len(groups))
         column = torch.cat([torch.arange(n) for n in lengths.tolist()] or [torch.arange(0)])
         x = torch.randn(total, generator=g, dtype=torch.float64) * spread + offset
-        made = {
+        inputs = {
             "logprobs": edit(x, column),
             "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
             "group_ids": names[members] * _ID,
         }
         if baseline:
-            made["baseline"] = torch.randn(total, generator=g, dtype=torch.float64) + offset
-        return made | options
+            inputs["baseline"] = torch.randn(total, generator=g, dtype=torch.float64) + offset
+        return inputs | options
 
     return make
 
@@ -80,14 +80,14 @@ def _alone(inputs: Inputs, g: torch.Generator):
     """The last rollout's group and nothing else."""
     ids = inputs["group_ids"]
     rollouts = (ids == ids[-1:]).nonzero()[:, 0]
-    made, tokens = _chosen(inputs, rollouts)
-    kept = {"rewards": rollouts, "group_score": (torch.unique(ids) == ids[-1:]).nonzero()[:, 0]}
+    group, tokens = _chosen(inputs, rollouts)
+    places = {"rewards": rollouts, "group_score": (torch.unique(ids) == ids[-1:]).nonzero()[:, 0]}
 
     def undo(name: str, x: Tensor) -> Tensor:
-        index = kept.get(name, tokens)
+        index = places.get(name, tokens)
         return x if x.shape == index.shape else x[index]
 
-    return made, undo
+    return group, undo
 
 
 def _groups_moved(inputs: Inputs, g: torch.Generator):
@@ -95,37 +95,37 @@ def _groups_moved(inputs: Inputs, g: torch.Generator):
     ids, group = torch.unique(inputs["group_ids"], return_inverse=True)
     place = torch.randperm(ids.numel(), generator=g)
     rollouts = place[group].argsort(stable=True)
-    made, tokens = _chosen(inputs, rollouts)
+    moved, tokens = _chosen(inputs, rollouts)
     back = {"rewards": rollouts.argsort()}
 
     def undo(name: str, x: Tensor) -> Tensor:
         return x if name == "group_score" else x[back.get(name, tokens.argsort())]
 
-    return made, undo
+    return moved, undo
 
 
 def _others_between(inputs: Inputs, g: torch.Generator):
     """Each rollout followed by one of a group of its own, with a longer reference and a larger id."""
     n, ids = inputs["group_ids"].shape[0], inputs["group_ids"]
     groups, spans = torch.unique(ids).numel(), list(pairwise(inputs["cu_seqlens"].tolist()))
-    kept, at = [], 0
+    places, at = [], 0
     for a, b in spans:
-        kept.append(torch.arange(at, at + b - a))
+        places.append(torch.arange(at, at + b - a))
         at += 2 * (b - a) + 3
-    tokens = torch.cat(kept or [torch.arange(0)])
-    made = dict(inputs)
+    tokens = torch.cat(places or [torch.arange(0)])
+    wide = dict(inputs)
     for k in ("logprobs", "baseline"):
         if k in inputs:
-            made[k] = inputs[k].new_full((at,), -0.5).index_copy(0, tokens, inputs[k])
+            wide[k] = inputs[k].new_full((at,), -0.5).index_copy(0, tokens, inputs[k])
     lengths = torch.tensor([m for a, b in spans for m in (b - a, b - a + 3)], dtype=torch.int64)
-    made["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    made["group_ids"] = torch.stack([ids, torch.arange(n) + 10**12], 1).flatten()
-    old = {"rewards": torch.arange(n) * 2, "group_score": torch.arange(groups)}
+    wide["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    wide["group_ids"] = torch.stack([ids, torch.arange(n) + 10**12], 1).flatten()
+    rows = {"rewards": torch.arange(n) * 2, "group_score": torch.arange(groups)}
 
     def undo(name: str, x: Tensor) -> Tensor:
-        return x[old.get(name, tokens)]
+        return x[rows.get(name, tokens)]
 
-    return made, undo
+    return wide, undo
 
 
 _VARIANTS = (

@@ -130,12 +130,12 @@ SPAN_REDUCE = OpSpec(
 
 def _spread(layout: Callable[[torch.Generator], Layout]):
     def make(g: torch.Generator) -> Inputs:
-        made = layout(g)
-        if isinstance(made, Spans):
-            count = len(made)
+        target = layout(g)
+        if isinstance(target, Spans):
+            count = len(target)
         else:
-            count = made.num_nodes if isinstance(made, Tree) else made.num_trajectories
-        return {"values": _randn(g, count), "layout": made}
+            count = target.num_nodes if isinstance(target, Tree) else target.num_trajectories
+        return {"values": _randn(g, count), "layout": target}
 
     return make
 

@@ -53,8 +53,8 @@ def joined(trees: list[Tree]) -> Tree:
     return Tree(torch.cat(parents), torch.cat([tree.node_lengths for tree in trees]))
 
 
-Made = Callable[[torch.Generator], Tree]
-_SHAPES: tuple[tuple[str, Made, str, bool], ...] = (
+TreeMaker = Callable[[torch.Generator], Tree]
+_SHAPES: tuple[tuple[str, TreeMaker, str, bool], ...] = (
     ("regular", lambda g: regular_tree(4, 3), "the usual search tree", False),
     ("one_node", lambda g: chain(1), "a root that is a leaf", False),
     ("roots_only", lambda g: joined([chain(1)] * 5), "no tree has two nodes", False),
@@ -68,14 +68,14 @@ _SHAPES: tuple[tuple[str, Made, str, bool], ...] = (
 )
 
 
-def _randoms(size: str, spread: float = 1.0, centre: float = 0.0, tree: Made | None = None, **options: Any):
+def _randoms(size: str, spread: float = 1.0, centre: float = 0.0, tree: TreeMaker | None = None, **options: Any):
     """Random values of the leaves or of the nodes, and a random tree where none is asked for."""
 
     def make(g: torch.Generator) -> Inputs:
-        made = random_tree(g, 90) if tree is None else tree(g)
+        forest = random_tree(g, 90) if tree is None else tree(g)
         name = {"leaf": "leaf_values", "node": "node_values", "advantage": "leaf_advantages"}[size]
-        count = made.num_nodes if size == "node" else made.num_leaves
-        return {name: _randn(g, count) * spread + centre, "tree": made} | {
+        count = forest.num_nodes if size == "node" else forest.num_leaves
+        return {name: _randn(g, count) * spread + centre, "tree": forest} | {
             k: v(g, count) if callable(v) else v for k, v in options.items()
         }
 
@@ -91,9 +91,9 @@ def _levelled(size: str, levels: int, **options: Any):
     make = _randoms(size, **options)
 
     def rounded(g: torch.Generator) -> Inputs:
-        made = make(g)
-        name = next(iter(made))
-        return made | {name: (made[name] * levels).round() / levels}
+        inputs = make(g)
+        name = next(iter(inputs))
+        return inputs | {name: (inputs[name] * levels).round() / levels}
 
     return rounded
 

@@ -107,18 +107,18 @@ def plan(ops: Iterable[str], devices: Iterable[str], dtypes: Iterable[torch.dtyp
     for spec in map(spec_of, ops):
         for device in devices:
             for backend in _backends_of(spec, device):
-                own = spec.triton_dtypes if backend == "triton" else spec.dtypes
-                planned += [(spec, Result(spec.name, backend, device, _name(d))) for d in own if d in dtypes]
+                precisions = spec.triton_dtypes if backend == "triton" else spec.dtypes
+                planned += [(spec, Result(spec.name, backend, device, _name(d))) for d in precisions if d in dtypes]
     return planned
 
 
 def _backends_of(spec: OpSpec, device: str) -> list[str]:
     """The owner on the device, and Triton's kernels on a CPU where this process interprets them."""
     owner, available = OWNERS[spec.family][device], tk.backends()
-    found = [owner if available[owner] == "available" else "reference"]
+    backends = [owner if available[owner] == "available" else "reference"]
     if device == "cpu" and available["triton"] == "available" and not torch.cuda.is_available() and spec.triton_dtypes:
-        found.append("triton")
-    return found
+        backends.append("triton")
+    return backends
 
 
 def validate(result: Result, spec: OpSpec, intensity: int, seed: int) -> Iterator[None]:
@@ -158,8 +158,8 @@ def examine(
             result.repeatable &= not again
             result.invariant &= not packed
             if bits and (again or packed):
-                found = [f"{again} differs from run to run"] * bool(again) + [packed] * bool(packed)
-                why = ", ".join([why] * bool(why) + found)
+                differences = [f"{again} differs from run to run"] * bool(again) + [packed] * bool(packed)
+                why = ", ".join([why] * bool(why) + differences)
         except Exception as error:
             why, result.worst = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], math.inf
         if why:
