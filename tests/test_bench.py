@@ -72,8 +72,8 @@ class CountingClock:
 
 
 def test_summary() -> None:
-    found = Summary.of([4.0, 1.0, 2.0, 3.0, 5.0])
-    assert found == Summary(median=3.0, minimum=1.0, spread=1 / 3, rounds=5)
+    summary = Summary.of([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert summary == Summary(median=3.0, minimum=1.0, spread=1 / 3, rounds=5)
     assert Summary.of([2.0]) == Summary(2.0, 2.0, 0.0, 1)
 
 
@@ -135,8 +135,8 @@ blocks = lambda: [torch.ones(2**22, dtype=torch.uint8) for _ in range(40)]
 blocks()
 print(peak_bytes(blocks, "cpu"))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(found.stdout) > 0.9 * 40 * 2**22
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(process.stdout) > 0.9 * 40 * 2**22
 
 
 def test_the_better_ceiling_counts() -> None:
@@ -154,11 +154,11 @@ def test_the_better_ceiling_counts() -> None:
 
 
 def test_gate_passes_what_is_right() -> None:
-    made = problem({"eager": right})
+    sound = problem({"eager": right})
     for name in (OURS, "eager"):
-        found = gate(made, name)
-        assert found["passed"], found
-        assert found["shares"].keys() == {"logprobs", "grad_logits"}
+        outcome = gate(sound, name)
+        assert outcome["passed"], outcome
+        assert outcome["shares"].keys() == {"logprobs", "grad_logits"}
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ def test_gate_passes_what_is_right() -> None:
     ],
 )
 def test_gate_is_red(form, says: str) -> None:
-    found = gate(problem({"eager": form}), "eager")
-    assert not found["passed"]
-    assert says in found["why"]
+    outcome = gate(problem({"eager": form}), "eager")
+    assert not outcome["passed"]
+    assert says in outcome["why"]
 
 
 def test_gate_is_red_on_nan() -> None:
@@ -186,18 +186,18 @@ def test_trajkern_gets_no_more_than_the_budget() -> None:
     def near(logits, targets, **_):
         return {"logprobs": right(logits, targets)["logprobs"] * (1 + 1e-6)}
 
-    made = problem({"eager": near})
-    made._ours = near  # type: ignore[method-assign]
-    assert gate(made, "eager")["passed"] and not gate(made, OURS)["passed"]
+    inexact = problem({"eager": near})
+    inexact._ours = near  # type: ignore[method-assign]
+    assert gate(inexact, "eager")["passed"] and not gate(inexact, OURS)["passed"]
 
 
 def test_in_place_backward_leaves_the_other_contenders_inputs() -> None:
-    made = problem({"eager": right}, inplace_backward=True)
-    before = made.inputs["logits"].clone()
-    step = made.step(OURS)
+    inplace = problem({"eager": right}, inplace_backward=True)
+    before = inplace.inputs["logits"].clone()
+    step = inplace.step(OURS)
     step(), step()
-    assert torch.equal(made.inputs["logits"], before)
-    assert gate(made, OURS)["passed"]
+    assert torch.equal(inplace.inputs["logits"], before)
+    assert gate(inplace, OURS)["passed"]
 
 
 def test_whoever_fails_the_gate_gets_no_time() -> None:
@@ -205,21 +205,21 @@ def test_whoever_fails_the_gate_gets_no_time() -> None:
     case = TimedCase(
         "token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": wrong_value}), targets
     )
-    found = run(case, SETTINGS, WallClock(), CEILINGS)
-    assert found["seconds"].keys() == {OURS, FLOOR}
-    assert [t["met"] for t in found["targets"]] == [None, True]
-    json.dumps(found, allow_nan=False)
+    result = run(case, SETTINGS, WallClock(), CEILINGS)
+    assert result["seconds"].keys() == {OURS, FLOOR}
+    assert [t["met"] for t in result["targets"]] == [None, True]
+    json.dumps(result, allow_nan=False)
 
 
 def test_inputs_that_cannot_be_made_are_a_red_gate() -> None:
-    found = run(TimedCase("gae", "forward", "", lambda device: broken()), SETTINGS, WallClock(), CEILINGS)
-    assert not found["gate"][OURS]["passed"] and not found["seconds"]
+    result = run(TimedCase("gae", "forward", "", lambda device: broken()), SETTINGS, WallClock(), CEILINGS)
+    assert not result["gate"][OURS]["passed"] and not result["seconds"]
 
 
 @pytest.mark.parametrize("case", [c for c in ALL_CASES if c.host], ids=lambda c: c.name)
 def test_tiny_cases_pass_their_gate(case: TimedCase) -> None:
-    made = case.make("cpu")
-    assert [name for name in (OURS, "eager") if not gate(made, name)["passed"]] == []
+    tiny = case.make("cpu")
+    assert [name for name in (OURS, "eager") if not gate(tiny, name)["passed"]] == []
 
 
 def test_every_target_names_a_contender() -> None:
@@ -242,8 +242,8 @@ def test_every_target_names_a_contender() -> None:
 def test_verdict(target: Target, value: float | None, met: bool | None) -> None:
     samples = {OURS: [2.0, 2.0], "eager": [10.0, 10.0], FLOOR: [1.0, 1.0]}
     result = {"seconds": {OURS: {"median": 2.0}}, "peak_bytes": {OURS: 50}, "memory_of": {"bytes": 100}}
-    found = verdict(target, result, samples)
-    assert (found["value"], found["met"]) == (value, met)
+    judged = verdict(target, result, samples)
+    assert (judged["value"], judged["met"]) == (value, met)
 
 
 # the report
@@ -258,8 +258,8 @@ def test_seconds(value: float, text: str) -> None:
 
 
 def test_table_is_aligned() -> None:
-    found = table.table(("a", "bb"), [("long", "x"), ("y", "longer")]).splitlines()
-    assert found == ["| a    | bb     |", "| ---- | ------ |", "| long | x      |", "| y    | longer |"]
+    lines = table.table(("a", "bb"), [("long", "x"), ("y", "longer")]).splitlines()
+    assert lines == ["| a    | bb     |", "| ---- | ------ |", "| long | x      |", "| y    | longer |"]
     assert table.table(("a",), []) == ""
 
 

@@ -41,14 +41,14 @@ def test_a_gpu_comes_first_and_what_it_has_not_measured_is_named(tmp_path: Path)
     ):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{name}.json").write_text(json.dumps(content))
-    made = readme.section(tmp_path)
-    heads = [line for line in made.splitlines() if line.endswith(":")]
+    text = readme.section(tmp_path)
+    heads = [line for line in text.splitlines() if line.endswith(":")]
     assert heads[0].startswith("H9, 2026-01-03, torch 2.99, trl 1.2, liger 0.1;")
     assert heads[1].startswith("A Processor, 3 threads, 2026-01-02, torch 2.99, trl 1.2, liger 0.1;")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
     assert cells[0] == ["`spread`", "forward: 7 rows", "2 ms", "4 ms", "–", "6 ms (liger)", "2 KiB; 3 MiB"]
     assert cells[2] == ["`gae`", "forward: 7 rows", "1 s", "3 s", "–", "–", ""]
-    assert made.endswith("Not measured on a GPU yet: `gae`.")
+    assert text.endswith("Not measured on a GPU yet: `gae`.")
 
 
 def test_no_gpu_is_said(tmp_path: Path) -> None:

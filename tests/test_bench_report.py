@@ -52,12 +52,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
     right = lambda problem, device: head.logprobs  # noqa: E731
     wrong = lambda problem, device: lambda **x: {"logprobs": head.logprobs(**x)["logprobs"] + 1}  # noqa: E731
     forms = {"fine": right, "wrong": wrong, "odd": cannot, "torn": torn, "broken": right, "absent": right}
-    made = {
+    packages = {
         name: Peer("no-such-package" if name == "absent" else "pytest", f"_peer_{name}", {"linear_logprobs": form})
         for name, form in forms.items()
     }
-    made["gpu"] = Peer("pytest", "_peer_fine", {"linear_logprobs": right}, gpu_only=True)
-    patch.setattr(peers, "PEERS", made)
+    packages["gpu"] = Peer("pytest", "_peer_fine", {"linear_logprobs": right}, gpu_only=True)
+    patch.setattr(peers, "PEERS", packages)
     peers._import_error.cache_clear()
 
 
@@ -80,9 +80,9 @@ def test_every_peer_is_used_or_says_why_not(packages: None) -> None:
 
 
 def test_a_peer_without_the_loss_contends_by_its_log_probs(packages: None) -> None:
-    made = head.loss_problem(128, 4, 11, torch.float32)("cpu")
-    made.peers, _ = peers.contenders(made, "cpu")
-    assert gate(made, "fine")["passed"] and not gate(made, "wrong")["passed"]
+    loss = head.loss_problem(128, 4, 11, torch.float32)("cpu")
+    loss.peers, _ = peers.contenders(loss, "cpu")
+    assert gate(loss, "fine")["passed"] and not gate(loss, "wrong")["passed"]
 
 
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peers.trouble(peer) is None])
@@ -93,19 +93,19 @@ def test_installed_peers_pass_the_gate(name: str) -> None:
         policy_loss.problem(64, 4, backward=True)("cpu"),
         shapes.logprob.problem("token_stats", 4, 32, torch.float32, backward=True)("cpu"),
     ]
-    for made in problems:
-        made.peers, _ = peers.contenders(made, "cpu")
-        if name in made.peers and (name, made.op) not in COMPILING:
-            assert gate(made, name)["passed"], (made.op, gate(made, name))
+    for problem in problems:
+        problem.peers, _ = peers.contenders(problem, "cpu")
+        if name in problem.peers and (name, problem.op) not in COMPILING:
+            assert gate(problem, name)["passed"], (problem.op, gate(problem, name))
 
 
 @pytest.mark.parametrize("model", shapes.MODELS)
 def test_shapes_are_their_models(model: str) -> None:
     width, vocabulary = shapes.MODELS[model]
-    found = shapes.cases(model, "cuda", 16)
-    assert {case.op for case in found} == {"token_logprobs", "token_stats", "linear_logprobs", "linear_policy_loss"}
-    assert all(case.shape.startswith(f"{model}: 16 × ") and f"{vocabulary:,} bfloat16" in case.shape for case in found)
-    assert f"{width:,}" in found[-1].shape
+    cases = shapes.cases(model, "cuda", 16)
+    assert {case.op for case in cases} == {"token_logprobs", "token_stats", "linear_logprobs", "linear_policy_loss"}
+    assert all(case.shape.startswith(f"{model}: 16 × ") and f"{vocabulary:,} bfloat16" in case.shape for case in cases)
+    assert f"{width:,}" in cases[-1].shape
 
 
 def test_exponent() -> None:
@@ -117,8 +117,8 @@ def test_growth_measures_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = growth.Sweep("group_advantages", "N", {"cpu": (8, 32)}, lambda n: growth.advantage.groups(n, 4))
     monkeypatch.setattr(growth, "SWEEPS", (sweep,))
     said: list[str] = []
-    (found,) = growth.measure("cpu", WallClock(), 0.0, {"group_advantages"}, said.append)
-    assert [p["value"] for p in found["points"]] == [8, 32] and all(p["seconds"] > 0 for p in found["points"])
+    (result,) = growth.measure("cpu", WallClock(), 0.0, {"group_advantages"}, said.append)
+    assert [p["value"] for p in result["points"]] == [8, 32] and all(p["seconds"] > 0 for p in result["points"])
     assert growth.measure("cpu", WallClock(), 0.0, {"gae"}, said.append) == [] and len(said) == 1
 
 
@@ -218,8 +218,8 @@ def test_page_escapes_what_it_is_given(results: Path) -> None:
     report = json.loads(results.read_text())
     report["machine"]["cpu"] = "<script>"
     report["cases"][0]["shape"] = "a<b>"
-    found = html(report)
-    assert "<script>" not in found and "a<b>" not in found and "a&lt;b&gt;" in found
+    page = html(report)
+    assert "<script>" not in page and "a<b>" not in page and "a&lt;b&gt;" in page
 
 
 def test_pictures(results: Path, tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_pictures(results: Path, tmp_path: Path) -> None:
 
 
 def test_tables_name_the_peers(results: Path) -> None:
-    found = markdown(json.loads(results.read_text()))
-    assert "| fine " in found and "absent (not installed)" in found and "grows by the power" in found
+    text = markdown(json.loads(results.read_text()))
+    assert "| fine " in text and "absent (not installed)" in text and "grows by the power" in text
 
 
 # refusals

@@ -58,14 +58,14 @@ def test_names_are_short(full: str, name: str) -> None:
 
 
 def test_every_case_is_one_of_the_benchmark_s() -> None:
-    known = {(c.op, c.work, c.shape) for found in program.FAMILIES.values() for c in found if "cuda" in c.devices}
+    known = {(c.op, c.work, c.shape) for timed in program.FAMILIES.values() for c in timed if "cuda" in c.devices}
     assert {case[:3] for case in cases()} <= known
 
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.fewest < 1e8], ids=lambda c: f"{c.op}-{c.shape}")
 def test_the_fewest_bytes_are_the_benchmark_s(case: Case) -> None:
-    (found,) = (c for x in program.FAMILIES.values() for c in x if (c.op, c.work, c.shape) == case[:3])
-    assert found.make("cpu").bytes == pytest.approx(case.fewest, rel=0.3)  # indices count there
+    (timed,) = (c for x in program.FAMILIES.values() for c in x if (c.op, c.work, c.shape) == case[:3])
+    assert timed.make("cpu").bytes == pytest.approx(case.fewest, rel=0.3)  # indices count there
     assert case.moved >= case.fewest
 
 
@@ -83,9 +83,9 @@ def test_measurements_stand_beside(tmp_path: Path) -> None:
     report = {"stages": {"benchmark": {"results": {"cases": [row, other]}}}}
     (tmp_path / "nvidia-h200" / "20261123.json").write_text(json.dumps(report))
     (tmp_path / "nvidia-h200" / "other.json").write_text("[]")
-    found = measurements(tmp_path)
-    assert found == {case[:3]: {"nvidia-h200": 0.002}}
-    assert "measured, nvidia-h200: 2 ms" in static.text([], [case], found)
+    medians = measurements(tmp_path)
+    assert medians == {case[:3]: {"nvidia-h200": 0.002}}
+    assert "measured, nvidia-h200: 2 ms" in static.text([], [case], medians)
 
 
 def test_text_fits_a_terminal() -> None:
@@ -99,10 +99,10 @@ def test_text_fits_a_terminal() -> None:
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "static.json"
     assert program.main(["--static", "--op", "span", "--arch", "90", "--json", str(path)]) == 0
-    out, found = capsys.readouterr().out, json.loads(path.read_text())
-    assert {k["name"] for k in found["kernels"]} >= {"total_kernel<float>", "spread_kernel<double>"}
-    assert all(k["arch"] == 90 and k["spilled"] == 0 and k["registers"] > 0 for k in found["kernels"])
-    assert "span_reduce, forward" in out and all(set(GPUS) <= row.keys() for row in found["cases"])
+    out, saved = capsys.readouterr().out, json.loads(path.read_text())
+    assert {k["name"] for k in saved["kernels"]} >= {"total_kernel<float>", "spread_kernel<double>"}
+    assert all(k["arch"] == 90 and k["spilled"] == 0 and k["registers"] > 0 for k in saved["kernels"])
+    assert "span_reduce, forward" in out and all(set(GPUS) <= row.keys() for row in saved["cases"])
 
 
 def test_without_compilers_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,8 +42,8 @@ def test_info_says_which_ops_never_ran_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
 def test_ops_that_ran_on_a_gpu_are_those_with_a_committed_result() -> None:
     passed = set()
     for path in RESULTS.rglob("*.json"):
-        found = json.loads(path.read_text())
-        report = found.get("stages", {}).get("benchmark", {}).get("results", found)  # as gpu-check wraps it
+        saved = json.loads(path.read_text())
+        report = saved.get("stages", {}).get("benchmark", {}).get("results", saved)  # as gpu-check wraps it
         if report.get("device") == "cuda":
             passed |= {
                 (case["op"], report["machine"]["gpu"]) for case in report["cases"] if case["gate"]["trajkern"]["passed"]

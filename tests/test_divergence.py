@@ -27,10 +27,10 @@ def _rows(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor
     """The CPU's kernels on logits [R, V]: the divergence, and its gradient in the student's."""
     rows = student.shape[0]
     scale, saved = torch.ones(rows, dtype=torch.float64), torch.empty(rows, 6, dtype=torch.float64)
-    found, grad = student.new_empty(rows), student.clone()
-    divergence.rows(student, teacher, scale, beta, found, saved)
-    divergence.gradient(grad, grad, teacher, scale, beta, saved, torch.ones_like(found))
-    return found, grad
+    values, grad = student.new_empty(rows), student.clone()
+    divergence.rows(student, teacher, scale, beta, values, saved)
+    divergence.gradient(grad, grad, teacher, scale, beta, saved, torch.ones_like(values))
+    return values, grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -44,12 +44,12 @@ def test_impossible_tokens(beta: float, dtype: torch.dtype) -> None:
         teacher[:, 60:70] = -INF
     if beta > 0:
         student[:, 70:80] = -INF
-    found, grad = _rows(student, teacher, beta)
+    values, grad = _rows(student, teacher, beta)
     z = student.double().requires_grad_()
     expected = reference.divergence._divergence(z.log_softmax(-1), teacher.double().log_softmax(-1), beta)
     expected.sum().backward()
     assert z.grad is not None
-    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad.double(), z.grad, rtol=1e-5, atol=1e-7)
     assert bool((grad[:, 50:60] == 0).all())
 
@@ -57,8 +57,8 @@ def test_impossible_tokens(beta: float, dtype: torch.dtype) -> None:
 def test_what_the_student_cannot_sample_is_infinitely_far() -> None:
     student, teacher = torch.zeros(2, 40), torch.zeros(2, 40)
     student[1, 3] = -INF
-    found, grad = _rows(student, teacher, 0.0)
-    assert found.tolist() == [0, INF] and bool(grad.isfinite().all())
+    values, grad = _rows(student, teacher, 0.0)
+    assert values.tolist() == [0, INF] and bool(grad.isfinite().all())
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -67,11 +67,11 @@ def test_small_divergences_keep_their_precision(beta: float) -> None:
     g = torch.Generator().manual_seed(0)
     student = torch.randn(3, 5000, generator=g)
     teacher = student + torch.randn(3, 5000, generator=g).sign() * 2**-10
-    found, _ = _rows(student, teacher, beta)
+    values, _ = _rows(student, teacher, beta)
     expected = reference.divergence._divergence(
         student.double().log_softmax(-1), teacher.double().log_softmax(-1), beta
     )
-    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(values.double(), expected, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
@@ -108,9 +108,9 @@ def test_tokens_without_upstream_need_no_gradient() -> None:
 def test_teacher_of_another_dtype() -> None:
     hidden, weight, *teacher = _heads()
     narrow = [x.bfloat16() for x in teacher]
-    found = tk.linear_divergence(hidden, weight, *narrow)
+    actual = tk.linear_divergence(hidden, weight, *narrow)
     expected = tk.linear_divergence(hidden, weight, *(x.float() for x in narrow))
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
@@ -135,11 +135,11 @@ class TestTopK:
             grads = []
             for whole in (True, False):
                 if whole:
-                    found = tk.linear_divergence(hidden, weight, teacher_hidden, teacher_weight, beta=beta)
+                    values = tk.linear_divergence(hidden, weight, teacher_hidden, teacher_weight, beta=beta)
                 else:
                     now = tk.linear_logprobs(hidden, weight, ids.flatten(), rows=rows).view(12, 69)
-                    found = tk.topk_divergence(now, stored, beta=beta)
-                grads.append((found.detach(), *torch.autograd.grad(found.sum(), (hidden, weight))))
+                    values = tk.topk_divergence(now, stored, beta=beta)
+                grads.append((values.detach(), *torch.autograd.grad(values.sum(), (hidden, weight))))
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -148,10 +148,10 @@ class TestTopK:
         student[1] = torch.nan
         student.requires_grad_()
         mask = torch.tensor([True, False, True])
-        found = tk.topk_divergence(student, torch.full((3, 4), -1.5), beta=0.5, mask=mask)
-        found.sum().backward()
+        values = tk.topk_divergence(student, torch.full((3, 4), -1.5), beta=0.5, mask=mask)
+        values.sum().backward()
         assert student.grad is not None
-        assert found.tolist()[1] == 0 and bool((student.grad[1] == 0).all()) and bool(student.grad.isfinite().all())
+        assert values.tolist()[1] == 0 and bool((student.grad[1] == 0).all()) and bool(student.grad.isfinite().all())
 
     def test_nothing_stored(self) -> None:
         assert tk.topk_divergence(torch.empty(2, 0), torch.empty(2, 0)).tolist() == [0, 0]

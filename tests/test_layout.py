@@ -19,14 +19,14 @@ FLOAT_FIELDS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 def fields(**changes) -> dict[str, Tensor]:
     """Trajectories of 2, 0 and 4 tokens in two groups."""
-    made = {
+    defaults = {
         "tokens": torch.arange(10, 16),
         "cu_seqlens": torch.tensor([0, 2, 2, 6]),
         "loss_mask": torch.tensor([0, 1, 0, 0, 1, 1]).bool(),
         "group_ids": torch.tensor([7, 7, -3]),
         "rewards": torch.tensor([1.0, 0.0, 2.0]),
     }
-    return made | {name: torch.linspace(-3, -1, 6) for name in FLOAT_FIELDS} | changes
+    return defaults | {name: torch.linspace(-3, -1, 6) for name in FLOAT_FIELDS} | changes
 
 
 def with_nan_at(index: int, value: float = math.nan) -> Tensor:
@@ -202,9 +202,9 @@ def packed(lengths: list[int], scored: list[bool], seed: int) -> tk.PackedBatch:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(batches(), st.sampled_from(["left", "right"]), st.integers(0, 3))
-def test_padding_and_back(made, side: str, slack: int) -> None:
-    batch = packed(*made)
-    length = max(made[0], default=0) + slack
+def test_padding_and_back(drawn, side: str, slack: int) -> None:
+    batch = packed(*drawn)
+    length = max(drawn[0], default=0) + slack
 
     def padded(x: Tensor, value: float = 0) -> Tensor:
         return batch.to_padded(x, length=length, side=side, value=value)
@@ -224,12 +224,12 @@ def test_padding_and_back(made, side: str, slack: int) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(batches(), st.sampled_from(["left", "right"]))
-def test_where_padding_stands(made, side: str) -> None:
-    batch = packed(*made)
+def test_where_padding_stands(drawn, side: str) -> None:
+    batch = packed(*drawn)
     wide = torch.stack([batch.tokens, -batch.tokens], 1)
     out = batch.to_padded(wide, side=side, value=7777)
-    longest = max(made[0], default=0)
-    assert out.shape == (len(made[0]), longest, 2) and out.dtype == wide.dtype
+    longest = max(drawn[0], default=0)
+    assert out.shape == (len(drawn[0]), longest, 2) and out.dtype == wide.dtype
     for row, (start, end) in zip(out, pairwise(batch.cu_seqlens.tolist()), strict=True):
         rows, blank = wide[start:end].tolist(), [[7777, 7777]] * (longest - end + start)
         assert row.tolist() == (rows + blank if side == "right" else blank + rows)
@@ -237,12 +237,12 @@ def test_where_padding_stands(made, side: str) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(batches())
-def test_pairs_stay_inside_their_trajectory(made) -> None:
-    batch = packed(*made)
+def test_pairs_stay_inside_their_trajectory(drawn) -> None:
+    batch = packed(*drawn)
     rows, targets, tokens, cu_seqlens = (x.tolist() for x in batch.head_inputs())
     expected, counts = [], [0]
     for start, end in pairwise(batch.cu_seqlens.tolist()):
-        scored = [t for t in range(start, end) if made[1][t]]
+        scored = [t for t in range(start, end) if drawn[1][t]]
         expected += scored
         counts.append(counts[-1] + len(scored))
         assert all(start <= t - 1 for t in scored)

@@ -29,31 +29,31 @@ def _rank(rank: int, store: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
     function = partial(tk.group_advantages, process_group=torch.distributed.group.WORLD)
-    found: dict[str, torch.Tensor | str] = {}
+    results: dict[str, torch.Tensor | str] = {}
     for case in CASES:
         inputs = GROUP_ADVANTAGES.inputs(case, torch.float32)
-        own = _owner(inputs["rewards"].numel()) == rank
-        mine = {k: v[own] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        here = _owner(inputs["rewards"].numel()) == rank
+        mine = {k: v[here] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         mine["rewards"] = mine["rewards"].detach()
-        found[case.name] = function(**mine)
+        results[case.name] = function(**mine)
     with pytest.raises(ValueError) as error:
         function(torch.ones(2, requires_grad=True), torch.zeros(2).long())
-    found["error"] = str(error.value)
-    torch.save(found, f"{out}.{rank}")
+    results["error"] = str(error.value)
+    torch.save(results, f"{out}.{rank}")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
 def test_over_ranks(tmp_path: Path) -> None:
     mp.start_processes(_rank, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=RANKS, start_method="spawn")
-    found = [torch.load(tmp_path / f"out.{rank}") for rank in range(RANKS)]
-    assert found[0]["error"] == "rewards must not require a gradient with process_group, which gives none"
+    of_ranks = [torch.load(tmp_path / f"out.{rank}") for rank in range(RANKS)]
+    assert of_ranks[0]["error"] == "rewards must not require a gradient with process_group, which gives none"
     for case in CASES:
         inputs = GROUP_ADVANTAGES.inputs(case, torch.float32)
         high, low = oracle(GROUP_ADVANTAGES, inputs)
         (name,) = (name for name in high if not name.startswith("grad_"))
         owner, whole = _owner(inputs["rewards"].numel()), torch.empty_like(high[name], dtype=torch.float32)
-        for rank, results in enumerate(found):
+        for rank, results in enumerate(of_ranks):
             whole[owner == rank] = results[case.name]
         assert budget_share(GROUP_ADVANTAGES, name, whole, high[name], low[name]) <= 1, case.name
 

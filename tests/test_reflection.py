@@ -78,8 +78,8 @@ def test_ids_of_every_size_and_sign() -> None:
     ids = torch.tensor([2**62, -(2**63), 0, 2**62, -1, 2**63 - 1, -1, 300, 2**40 + 5, 300])
     generator = torch.Generator().manual_seed(0)
     x, cu_seqlens = torch.randn(50, generator=generator), torch.arange(0, 51, 5)
-    found, expected = (f(x.double(), cu_seqlens, ids) for f in (tk.reflection_rewards, reference.reflection_rewards))
-    for actual, numbers in zip(found, expected, strict=True):
+    result, expected = (f(x.double(), cu_seqlens, ids) for f in (tk.reflection_rewards, reference.reflection_rewards))
+    for actual, numbers in zip(result, expected, strict=True):
         torch.testing.assert_close(actual, numbers, rtol=1e-13, atol=1e-15)
     narrow = torch.tensor([3, 3, -3], dtype=torch.int32)
     assert tk.reflection_rewards(torch.zeros(0), torch.zeros(4, dtype=torch.int32), narrow).group_score.shape == (2,)
@@ -91,18 +91,18 @@ def test_a_common_offset_costs_nothing(ddof: int) -> None:
     steps = torch.randint(-3, 4, (4, 40), generator=torch.Generator().manual_seed(1)).double()
     x = (-10_000 + steps / 1024).flatten().float()
     expected = (steps / 1024).std(0, correction=ddof)
-    found = tk.reflection_rewards(x, torch.arange(0, 161, 40), torch.zeros(4, dtype=torch.int64), ddof=ddof)
-    torch.testing.assert_close(found.std[:40].double(), expected, rtol=1e-7, atol=0)
-    torch.testing.assert_close(found.weights[:40].double(), expected / expected.sum(), rtol=1e-7, atol=0)
+    result = tk.reflection_rewards(x, torch.arange(0, 161, 40), torch.zeros(4, dtype=torch.int64), ddof=ddof)
+    torch.testing.assert_close(result.std[:40].double(), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(result.weights[:40].double(), expected / expected.sum(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [-0.1, -1e4 / 3, -1e-30])
 def test_equal_values_are_exactly_zero(dtype: torch.dtype, value: float) -> None:
     x = torch.full((7 * 11,), value, dtype=dtype, requires_grad=True)
-    found = tk.reflection_rewards(x, torch.arange(0, 78, 11), torch.zeros(7, dtype=torch.int64))
-    assert not any(bool(y.any()) for y in found)
-    sum(y.sum() for y in found).backward()
+    result = tk.reflection_rewards(x, torch.arange(0, 78, 11), torch.zeros(7, dtype=torch.int64))
+    assert not any(bool(y.any()) for y in result)
+    sum(y.sum() for y in result).backward()
     assert x.grad is not None and not x.grad.any()
 
 
@@ -121,8 +121,8 @@ def test_gradient_of_one_output(output: str, frozen: str) -> None:
         if y.requires_grad:
             y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64))
         grads.append([z.new_zeros(21) if z.grad is None else z.grad for z in (x, b)])
-    for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -148,13 +148,13 @@ ids = torch.tensor([1, 2, 1, 2])
 with tk.use_backend("triton"):
     for cu in ([0, 4, 6, 9, 11], [0, 3, 6, 10, 12], [0, 3, -9, 50, 12], [7, 2**62, -(2**62), 3, 2**40]):
         logprobs = x.clone().requires_grad_()
-        found = tk.reflection_rewards(logprobs, torch.tensor(cu), ids)
-        sum(y.nan_to_num(0).sum() for y in found).backward()
+        result = tk.reflection_rewards(logprobs, torch.tensor(cu), ids)
+        sum(y.nan_to_num(0).sum() for y in result).backward()
         if cu == [0, 4, 6, 9, 11]:
-            assert found.rewards.isnan().tolist() == [True, False, True, False], found
-            assert found.group_score.isnan().tolist() == [True, False], found
-            assert found.weights[:4].isnan().all() and found.std[6:9].isnan().all(), found
-            assert found.weights[4:6].isfinite().all() and found.std[9:11].isfinite().all(), found
+            assert result.rewards.isnan().tolist() == [True, False, True, False], result
+            assert result.group_score.isnan().tolist() == [True, False], result
+            assert result.weights[:4].isnan().all() and result.std[6:9].isnan().all(), result
+            assert result.weights[4:6].isfinite().all() and result.std[9:11].isfinite().all(), result
 print("done")
 """
 

@@ -91,8 +91,8 @@ def _walk(mask: list[bool], bounds: list[int]) -> list[list[int]]:
 
 
 def _turns(mask: list[bool], bounds: list[int], dtype: torch.dtype = torch.int64) -> list[list[int]]:
-    found = tk.Spans.turns(torch.tensor(mask, dtype=torch.bool), torch.tensor(bounds, dtype=dtype))
-    columns = (found.start, found.end, found.trajectory, found.index)
+    turns = tk.Spans.turns(torch.tensor(mask, dtype=torch.bool), torch.tensor(bounds, dtype=dtype))
+    columns = (turns.start, turns.end, turns.trajectory, turns.index)
     tk.Spans(*columns, len(mask), torch.tensor(bounds))  # legal
     return torch.stack(columns, 1).tolist()
 
@@ -203,14 +203,14 @@ def test_a_span_does_not_see_where_it_stands(op: str) -> None:
     """Of every length around the vectors' and behind every place of them; nothing outside is read."""
     g = torch.Generator().manual_seed(0)
     for length in (0, 1, 7, 8, 9, 15, 16, 17, 40, 63):
-        x, found = torch.randn(length, generator=g), set()
+        x, sums = torch.randn(length, generator=g), set()
         for before in range(9):
             for behind in (0, 1, 20):
                 pack = torch.full((before + length + behind,), torch.nan)
                 pack[before : before + length] = x
                 one = torch.tensor([before]), torch.tensor([before + length]), *torch.zeros(2, 1, dtype=torch.int64)
-                found.add(float(tk.span_reduce(pack, tk.Spans(*one, pack.shape[0]), op)))
-        assert len(found) == 1, f"length {length}: {found}"
+                sums.add(float(tk.span_reduce(pack, tk.Spans(*one, pack.shape[0]), op)))
+        assert len(sums) == 1, f"length {length}: {sums}"
 
 
 def test_reduce_of_a_spread_is_the_value() -> None:

@@ -116,10 +116,10 @@ def test_against_plain_walks(seed: int, nodes: int, roots: int) -> None:
 
 
 def _above(tree: tk.Tree, node: int) -> set[int]:
-    found = {node}
+    ancestors = {node}
     while (node := int(tree.parent[node])) >= 0:
-        found.add(node)
-    return found
+        ancestors.add(node)
+    return ancestors
 
 
 @pytest.mark.parametrize("aggregate", tuple(a for a in AGGREGATES if a != "token_mean"))

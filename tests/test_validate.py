@@ -23,8 +23,8 @@ def test_a_sound_op_in_a_fresh_process(tmp_path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= cli.WIDTH
     rows = [line for line in done.stdout.splitlines() if line.startswith("whiten")]
     assert [row.split()[2] for row in rows] == ["float32", "float64"]
-    made = json.loads((tmp_path / "out.json").read_text())
-    assert made["version"] == tk.__version__ and all(r["passed"] and r["worst"] <= 1 for r in made["results"])
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert saved["version"] == tk.__version__ and all(r["passed"] and r["worst"] <= 1 for r in saved["results"])
 
 
 def _wrong_on(length: int):

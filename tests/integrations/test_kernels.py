@@ -78,6 +78,6 @@ def test_another_kernel_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_imports_become_relative() -> None:
     source = "import torch\nfrom trajkern._tiles import head\nfrom trajkern.losses.kinds import X\nfrom . import z\n"
-    own = "import torch\nfrom {0}_tiles import head\nfrom {0}losses.kinds import X\nfrom . import z\n"
-    assert adapter.relative(source) == own.format(".")
-    assert adapter.relative(source, "..") == own.format("..")
+    template = "import torch\nfrom {0}_tiles import head\nfrom {0}losses.kinds import X\nfrom . import z\n"
+    assert adapter.relative(source) == template.format(".")
+    assert adapter.relative(source, "..") == template.format("..")

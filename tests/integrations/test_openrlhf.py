@@ -52,13 +52,13 @@ def test_log_probs(models, shape: tuple[int, ...]) -> None:
     logits = 3 * torch.randn(*shape, generator=g)
     labels = torch.randint(0, shape[-1], shape[:-1], generator=g)
     for temperature in (1.0, 0.6):
-        found = []
+        outcomes = []
         for function in (utils.log_probs_from_logits, adapter.log_probs_from_logits):
             x = logits.clone().requires_grad_()
             out = function(x * 1.0, labels, temperature=temperature)
             out.cos().sum().backward()
-            found.append((out.detach(), x.grad))
-        for theirs, ours in zip(*found, strict=True):
+            outcomes.append((out.detach(), x.grad))
+        for theirs, ours in zip(*outcomes, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     half = adapter.log_probs_from_logits(logits.bfloat16(), labels)
     assert half.dtype == torch.float32

@@ -82,11 +82,11 @@ def of_batch(model: Any, batch: tk.PackedBatch) -> Tensor:
 def test_a_batch_has_each_trajectory_s_own_log_probs_and_gradients(name: str) -> None:
     model, batch = tiny(name), packed()
     g = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3))
-    found, expected = log_probs(model, batch), of_batch(model, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual, expected = log_probs(model, batch), of_batch(model, batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     parameters = list(model.parameters())
     for a, b in zip(
-        torch.autograd.grad((found * g).sum(), parameters, allow_unused=True),
+        torch.autograd.grad((actual * g).sum(), parameters, allow_unused=True),
         torch.autograd.grad((expected * g).sum(), parameters, allow_unused=True),
         strict=True,
     ):
@@ -97,28 +97,28 @@ def test_a_batch_has_each_trajectory_s_own_log_probs_and_gradients(name: str) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tree_has_each_rollout_s_own_log_probs(name: str, attention: str) -> None:
     model, (tree, tokens) = tiny(name, attention), forest()
-    found = log_probs(model, tree, tokens)
+    logprobs = log_probs(model, tree, tokens)
     bounds = tree.flat_cu_seqlens.tolist()
     for a, b in zip(bounds, bounds[1:], strict=False):
         path = tree.flat_index[a:b]
-        torch.testing.assert_close(found[path][1:], alone(model, tokens[path]), rtol=1e-4, atol=1e-5)
-    assert found[tree.rows < 0].eq(0).all()
+        torch.testing.assert_close(logprobs[path][1:], alone(model, tokens[path]), rtol=1e-4, atol=1e-5)
+    assert logprobs[tree.rows < 0].eq(0).all()
 
 
 def test_a_tree_s_mask_chooses_its_tokens() -> None:
     model, (tree, tokens) = tiny("Llama"), forest()
     mask = (torch.arange(tree.num_tokens) % 3 == 1) & (tree.rows >= 0)
-    found = log_probs(model, tree, tokens, mask)
-    torch.testing.assert_close(found, torch.where(mask, log_probs(model, tree, tokens), 0))
+    logprobs = log_probs(model, tree, tokens, mask)
+    torch.testing.assert_close(logprobs, torch.where(mask, log_probs(model, tree, tokens), 0))
 
 
 def test_entropy_and_temperature() -> None:
     model, batch = tiny("Gemma2"), packed((6,))
-    found = token_stats(model, batch, temperature=0.7)
+    stats = token_stats(model, batch, temperature=0.7)
     p = (model(batch.tokens[None]).logits[0, :-1] / 0.7).log_softmax(-1)
-    assert found.entropy is not None
-    torch.testing.assert_close(found.entropy[1:][batch.loss_mask[1:]], -(p.exp() * p).sum(1)[batch.loss_mask[1:]])
-    assert found.entropy[~batch.loss_mask].eq(0).all()
+    assert stats.entropy is not None
+    torch.testing.assert_close(stats.entropy[1:][batch.loss_mask[1:]], -(p.exp() * p).sum(1)[batch.loss_mask[1:]])
+    assert stats.entropy[~batch.loss_mask].eq(0).all()
 
 
 def test_the_halves_make_the_policy_loss() -> None:
@@ -151,9 +151,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_autocast_is_the_model_s_own() -> None:
     model, batch = tiny("Llama"), packed()
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = log_probs(model, batch), of_batch(model, batch)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+        actual, expected = log_probs(model, batch), of_batch(model, batch)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         log_probs(model, batch).sum().backward()
     assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in model.parameters())
@@ -164,10 +164,10 @@ def test_lora(targets: list[str]) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("Llama"), peft.LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
     batch = packed()
-    found, expected = log_probs(model, batch), of_batch(model, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual, expected = log_probs(model, batch), of_batch(model, batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     trained = [x for x in model.parameters() if x.requires_grad]
-    ours, theirs = (torch.autograd.grad(x.sum(), trained) for x in (found, expected))
+    ours, theirs = (torch.autograd.grad(x.sum(), trained) for x in (actual, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     with model.disable_adapter():
         torch.testing.assert_close(log_probs(model, batch), of_batch(model, batch), rtol=1e-4, atol=1e-5)

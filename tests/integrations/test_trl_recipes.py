@@ -27,17 +27,17 @@ def test_it_is_the_recipe_on_these_rewards(name: str) -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     bounds = torch.zeros(7, dtype=torch.int64)
     batch = tk.PackedBatch(empty, bounds, empty.bool(), torch.arange(6) // 2, rewards)
-    found = RECIPES[name](batch)
-    expected = torch.where(found[1], found[0], 0) if isinstance(found, tuple) else found
+    credit = RECIPES[name](batch)
+    expected = torch.where(credit[1], credit[0], 0) if isinstance(credit, tuple) else credit
     assert torch.equal(_named(name)(rollouts(rewards.tolist())), expected)
     assert torch.equal(_named(name)(rollouts(rewards.tolist(), slice(2, 4))), expected[2:4])
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_completion_without_a_score_learns_nothing_and_moves_nobody(name: str) -> None:
-    found = _named(name)(rollouts([1.0, 0, NAN, 0, NAN, NAN]))
-    assert found[[2, 4, 5]].tolist() == [0, 0, 0] and not found.isnan().any()
-    assert torch.equal(found[:2], _named(name)(rollouts([1.0, 0])))
+    advantages = _named(name)(rollouts([1.0, 0, NAN, 0, NAN, NAN]))
+    assert advantages[[2, 4, 5]].tolist() == [0, 0, 0] and not advantages.isnan().any()
+    assert torch.equal(advantages[:2], _named(name)(rollouts([1.0, 0])))
 
 
 def test_a_name_that_does_not_exist() -> None:

@@ -174,14 +174,14 @@ def test_through_verls_trainer(core, padded_batch) -> None:
     data = tensordict.TensorDict(jagged_fields, batch_size=[len(lengths)])
     for key, value in {"dp_size": 2, "batch_num_tokens": 400, "global_batch_size": 50}.items():
         importlib.import_module("verl.utils.tensordict_utils").assign_non_tensor(data, **{key: value})
-    found = []
+    outcomes = []
     for name in ("vanilla", "trajkern_vanilla"):
         config = _config(policy_loss={"loss_mode": name}, use_kl_loss=True, entropy_coeff=0.01)
         leaves = [jagged(x, 2).values().roll(-1).requires_grad_() for x in (b.new, b.values)]
         loss, metrics = losses.ppo_loss(config, {"log_probs": leaves[0], "entropy": leaves[1]}, data)
         loss.backward()
-        found.append((loss, *(x.grad for x in leaves), metrics))
-    (*theirs, their_metrics), (*ours, our_metrics) = found
+        outcomes.append((loss, *(x.grad for x in leaves), metrics))
+    (*theirs, their_metrics), (*ours, our_metrics) = outcomes
     torch.testing.assert_close(ours, theirs)
     assert {k: v.aggregate() for k, v in our_metrics.items() if k != "kl_coef"} == pytest.approx(
         {k: v.aggregate() for k, v in their_metrics.items() if k != "kl_coef"}, rel=1e-5, abs=1e-6
@@ -232,7 +232,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_loss_arguments(core, padded_batch, message: str) -> None:
     b, change = padded_batch(0), dict(BAD[message])
-    given = {
+    arguments = {
         "old_log_prob": b.old,
         "log_prob": b.new,
         "advantages": b.advantages,
@@ -240,7 +240,7 @@ def test_bad_loss_arguments(core, padded_batch, message: str) -> None:
         "config": _config(global_batch_info=change.pop("info", {})),
     }
     with pytest.raises((TypeError, ValueError), match=message):
-        core.get_policy_loss_fn("trajkern_vanilla")(**given | change)
+        core.get_policy_loss_fn("trajkern_vanilla")(**arguments | change)
 
 
 def test_unsupported_options_say_so(core, padded_batch) -> None:

@@ -41,9 +41,14 @@ def test_every_estimator_of_verl_has_a_counterpart(core) -> None:
 
 def _estimate(core, name: str, b: SimpleNamespace, **more):
     algo = importlib.import_module("verl.trainer.config").AlgoConfig(gamma=0.9)
-    given = {"token_level_rewards": b.rewards.clone(), "response_mask": b.mask.long(), "config": algo, "index": b.uid}
+    arguments = {
+        "token_level_rewards": b.rewards.clone(),
+        "response_mask": b.mask.long(),
+        "config": algo,
+        "index": b.uid,
+    }
     if name.endswith("gae"):
-        given = {
+        arguments = {
             "token_level_rewards": b.rewards,
             "values": b.values,
             "response_mask": b.mask.long(),
@@ -51,10 +56,10 @@ def _estimate(core, name: str, b: SimpleNamespace, **more):
             "lam": 0.9,
         }
     if name.endswith("remax"):
-        given["reward_baselines"] = b.baselines
+        arguments["reward_baselines"] = b.baselines
     if "optimal" in name:
-        given |= {"old_log_probs": b.old, "sum_pi_squared": b.sum_pi_squared, "rollout_is_weights": b.weights}
-    return core.get_adv_estimator_fn(name)(**given | more)
+        arguments |= {"old_log_probs": b.old, "sum_pi_squared": b.sum_pi_squared, "rollout_is_weights": b.weights}
+    return core.get_adv_estimator_fn(name)(**arguments | more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

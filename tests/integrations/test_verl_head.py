@@ -33,17 +33,17 @@ def _inputs(dtype: torch.dtype = torch.float32):
 def test_torch_head(heads, dims: int, temperature: float) -> None:
     hidden, weight, labels = _inputs()
     flat = (hidden, labels) if dims == 3 else (hidden[0], labels[0])
-    found = []
+    outcomes = []
     for enabled in (True, False):
         if not enabled:
             adapter.disable_head()
         out = heads[0].FusedLinearForPPO().forward(flat[0], weight, flat[1], temperature=temperature)
         scale = torch.linspace(-1, 1, flat[1].numel()).view(flat[1].shape)
         grads = torch.autograd.grad((out[0] * scale - 0.3 * out[1]).sum(), (hidden, weight))
-        found.append((*out, *grads))
-    assert isinstance(found[0][0].grad_fn, torch.autograd.graph.Node)
-    assert type(found[0][0].grad_fn).__name__ != type(found[1][0].grad_fn).__name__
-    for ours, theirs in zip(*found, strict=True):
+        outcomes.append((*out, *grads))
+    assert isinstance(outcomes[0][0].grad_fn, torch.autograd.graph.Node)
+    assert type(outcomes[0][0].grad_fn).__name__ != type(outcomes[1][0].grad_fn).__name__
+    for ours, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 

@@ -104,13 +104,13 @@ def test_steps_match_a_plain_loop(rows: list[tuple[float, int, int]]) -> None:
     buckets: dict[tuple[int, int], list[float]] = {}
     for r, g, s in rows:
         buckets.setdefault((g, s), []).append(r)
-    kept = {key for key, x in buckets.items() if len(x) == 1 or statistics.pvariance(x) > 1e-12}
-    trained = kept or {rows[0][1:]}
+    differing = {key for key, x in buckets.items() if len(x) == 1 or statistics.pvariance(x) > 1e-12}
+    trained = differing or {rows[0][1:]}
     expected = []
     for r, g, s in rows:
         peers = buckets[g, s]
         if len(peers) > 1:
-            r = (r - statistics.fmean(peers)) / (statistics.pstdev(peers) + 1e-6) if (g, s) in kept else 0.0
+            r = (r - statistics.fmean(peers)) / (statistics.pstdev(peers) + 1e-6) if (g, s) in differing else 0.0
         expected.append(r)
     reward, group, step = (list(x) for x in zip(*rows, strict=True))
     out, keep = step_advantages(

@@ -106,8 +106,8 @@ def on_meta(tree: Tree) -> Tree:
 @pytest.mark.parametrize("name", CALLS)
 def test_no_device_value_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "wants_reference", lambda *_: False)
-    found = CALLS[name](on_meta(Tree(torch.tensor([-1, 0, 0, 1, 1, 2]), torch.ones(6, dtype=torch.int64))))
-    left = [found]
+    result = CALLS[name](on_meta(Tree(torch.tensor([-1, 0, 0, 1, 1, 2]), torch.ones(6, dtype=torch.int64))))
+    left = [result]
     while left:
         x = left.pop()
         if isinstance(x, torch.Tensor):

@@ -22,8 +22,8 @@ TABLE = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_literal(kind: str, device: str) -> None:
     out, keep = advantages(torch.tensor(SCORES, device=device), kind=kind)
-    expected, kept = TABLE[kind]
-    assert torch.equal(out.cpu(), torch.tensor(expected, dtype=torch.float32)) and keep.tolist() == kept
+    expected, trained = TABLE[kind]
+    assert torch.equal(out.cpu(), torch.tensor(expected, dtype=torch.float32)) and keep.tolist() == trained
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -279,17 +279,17 @@ class TestScans:
         out = reference.gae(r, v, torch.tensor(cu), gamma=gamma, lam=lam, bootstrap=last, mask=mask)
         want, decay = [Fraction(0)] * cu[-1], Fraction(gamma) * Fraction(lam)
         for n, (a, b) in enumerate(itertools.pairwise(cu)):
-            kept = [t for t in range(a, b) if mask is None or mask[t]]
-            ahead = [Fraction(float(v[t])) for t in kept[1:]] + [Fraction(float(last[n]) if bootstrapped else 0)]
+            acting = [t for t in range(a, b) if mask is None or mask[t]]
+            ahead = [Fraction(float(v[t])) for t in acting[1:]] + [Fraction(float(last[n]) if bootstrapped else 0)]
             deltas = [
                 Fraction(float(r[t])) + Fraction(gamma) * x - Fraction(float(v[t]))
-                for t, x in zip(kept, ahead, strict=False)
+                for t, x in zip(acting, ahead, strict=False)
             ]
-            for i, t in enumerate(kept):
+            for i, t in enumerate(acting):
                 want[t] = sum(decay**k * d for k, d in enumerate(deltas[i:]))
         assert out.advantages.tolist() == pytest.approx([float(x) for x in want], rel=1e-12, abs=1e-13)
-        kept = [mask is None or bool(mask[t]) for t in range(cu[-1])]
-        returns = [float(x + Fraction(float(y))) if k else 0.0 for x, y, k in zip(want, v, kept, strict=True)]
+        acting = [mask is None or bool(mask[t]) for t in range(cu[-1])]
+        returns = [float(x + Fraction(float(y))) if k else 0.0 for x, y, k in zip(want, v, acting, strict=True)]
         assert out.returns.tolist() == pytest.approx(returns, rel=1e-12, abs=1e-13)
 
     def test_masked_values_are_not_read(self) -> None:
@@ -337,10 +337,10 @@ class TestWhiten:
     @pytest.mark.parametrize("shift_mean", [True, False])
     @pytest.mark.parametrize("mask", [None, [True, False, True, True]], ids=["all", "masked"])
     def test_definition(self, ddof: int, shift_mean: bool, mask: list[bool] | None) -> None:
-        kept = [Fraction(x) for x, k in zip(self.X, mask or [True] * 4, strict=True) if k]
-        mean = sum(kept) / len(kept)
-        std = math.sqrt(sum((x - mean) ** 2 for x in kept) / (len(kept) - ddof) + Fraction("1e-8"))
-        whitened = iter([float(x - mean) / std + (0 if shift_mean else float(mean)) for x in kept])
+        counted = [Fraction(x) for x, k in zip(self.X, mask or [True] * 4, strict=True) if k]
+        mean = sum(counted) / len(counted)
+        std = math.sqrt(sum((x - mean) ** 2 for x in counted) / (len(counted) - ddof) + Fraction("1e-8"))
+        whitened = iter([float(x - mean) / std + (0 if shift_mean else float(mean)) for x in counted])
         expected = [next(whitened) if k else 0 for k in mask or [True] * 4]
         actual = reference.whiten(tensor(self.X), mask=mask and torch.tensor(mask), shift_mean=shift_mean, ddof=ddof)
         assert actual.tolist() == pytest.approx(expected, rel=1e-13)

@@ -37,8 +37,8 @@ def of_logprobs(student: list[float], teacher: list[float], **options) -> Tensor
     ],
 )
 def test_table(beta: float, expected: float) -> None:
-    found = of_logprobs([HALF, HALF], [QUARTER, math.log(0.75)], beta=beta)
-    assert float(found) == pytest.approx(expected, rel=1e-14)
+    actual = of_logprobs([HALF, HALF], [QUARTER, math.log(0.75)], beta=beta)
+    assert float(actual) == pytest.approx(expected, rel=1e-14)
 
 
 def exact(student: list[float], teacher: list[float], beta: float, temperature: float) -> float:
@@ -65,16 +65,16 @@ def exact(student: list[float], teacher: list[float], beta: float, temperature: 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_exact(beta: float, temperature: float) -> None:
     student, teacher = [3 * math.sin(2.7 * j) for j in range(23)], [2 * math.cos(1.3 * j) for j in range(23)]
-    found = of_logprobs(student, teacher, beta=beta, temperature=temperature)
-    assert float(found) == pytest.approx(exact(student, teacher, beta, temperature), rel=1e-13)
+    actual = of_logprobs(student, teacher, beta=beta, temperature=temperature)
+    assert float(actual) == pytest.approx(exact(student, teacher, beta, temperature), rel=1e-13)
 
 
 def test_ends_of_the_mixture() -> None:
     """Divided by beta it tends to KL(teacher || student), by 1 - beta to KL(student || teacher)."""
     student, teacher = [0.0, 1.0, -2.0], [1.5, 0.0, 0.5]
     for beta, end in ((1e-6, 0.0), (1 - 1e-6, 1.0)):
-        found = of_logprobs(student, teacher, beta=beta) / min(beta, 1 - beta)
-        assert float(found) == pytest.approx(float(of_logprobs(student, teacher, beta=end)), rel=1e-5)
+        slope = of_logprobs(student, teacher, beta=beta) / min(beta, 1 - beta)
+        assert float(slope) == pytest.approx(float(of_logprobs(student, teacher, beta=end)), rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -96,14 +96,14 @@ class TestTopK:
         student, teacher = [0.3, -1.0, 2.0, 0.0], [1.0, 0.5, -0.5, 0.2]
         rows = [torch.log_softmax(torch.tensor(x, dtype=torch.float64), 0) for x in (student, teacher)]
         for beta in BETAS:
-            found = reference.topk_divergence(rows[0][None, :3], rows[1][None, :3], beta=beta)
-            assert float(found) == pytest.approx(float(of_logprobs(student, teacher, beta=beta)), rel=1e-12)
+            actual = reference.topk_divergence(rows[0][None, :3], rows[1][None, :3], beta=beta)
+            assert float(actual) == pytest.approx(float(of_logprobs(student, teacher, beta=beta)), rel=1e-12)
 
     def test_table(self) -> None:
         """Student (1/4, 1/4 | 1/2), teacher (1/2, 1/4 | 1/4)."""
         student, teacher = torch.tensor([[QUARTER, QUARTER]]), torch.tensor([[HALF, QUARTER]])
-        found = reference.topk_divergence(student, teacher)
-        assert float(found) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), rel=1e-6)
+        actual = reference.topk_divergence(student, teacher)
+        assert float(actual) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), rel=1e-6)
 
     @pytest.mark.parametrize("beta", BETAS)
     def test_gradcheck(self, beta: float) -> None:
@@ -121,18 +121,18 @@ class TestTopK:
         """A rest of 1e-9 beside a p that float32 holds only as its logarithm."""
         student, teacher = torch.tensor([[-1e-9]]), torch.tensor([[-4e-9]])
         s, t = float(-student.double().expm1()), float(-teacher.double().expm1())
-        found = float(reference.topk_divergence(student, teacher, beta=beta))
+        actual = float(reference.topk_divergence(student, teacher, beta=beta))
         m = (1 - beta) * s + beta * t
         terms = {0.0: t * math.log(t / s) + s - t, 1.0: s * math.log(s / t) + t - s}
         between = beta * (t * math.log(t / m)) + (1 - beta) * (s * math.log(s / m))
-        assert found == pytest.approx(terms.get(beta, between), rel=1e-5)
+        assert actual == pytest.approx(terms.get(beta, between), rel=1e-5)
 
     @pytest.mark.parametrize("beta", BETAS)
     def test_impossible_ids(self, beta: float) -> None:
         """Where both have p = 0 nothing is added; a p that only the other has adds its share."""
         student, teacher = torch.tensor([[QUARTER, -INF, EIGHTH]]), torch.tensor([[HALF, -INF, EIGHTH]])
-        found = reference.topk_divergence(student.requires_grad_(), teacher, beta=beta)
-        kept = reference.topk_divergence(student[:, [0, 2]], teacher[:, [0, 2]], beta=beta)
-        assert torch.equal(found, kept)
-        found.sum().backward()
+        whole = reference.topk_divergence(student.requires_grad_(), teacher, beta=beta)
+        possible = reference.topk_divergence(student[:, [0, 2]], teacher[:, [0, 2]], beta=beta)
+        assert torch.equal(whole, possible)
+        whole.sum().backward()
         assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad[0, 1]) == 0

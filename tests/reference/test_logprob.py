@@ -186,8 +186,8 @@ class TestArguments:
         alone = reference.token_stats(logits[::2], targets[::2], outputs=("entropy", "sum_sq_probs", "is_top1"))
         logits.requires_grad_()
         stats = reference.token_stats(logits, targets, mask=mask, outputs=("entropy", "sum_sq_probs", "is_top1"))
-        for whole, kept in zip(stats[:4], alone[:4], strict=True):
-            assert torch.equal(whole[mask], kept) and whole[~mask].tolist() == [0, 0]
+        for whole, scored in zip(stats[:4], alone[:4], strict=True):
+            assert torch.equal(whole[mask], scored) and whole[~mask].tolist() == [0, 0]
         (stats.logprobs.sum() + stats.entropy.sum()).backward()
         assert logits.grad[~mask].eq(0).all() and logits.grad[mask].ne(0).all()
 

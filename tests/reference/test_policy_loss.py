@@ -37,7 +37,7 @@ OWN = {  # kind -> (ratio level, aggregation)
 }
 
 
-def made(per_token: bool, seed: int = 0, lengths: tuple[int, ...] = (3, 0, 5, 1, 6, 2)) -> SimpleNamespace:
+def random_batch(per_token: bool, seed: int = 0, lengths: tuple[int, ...] = (3, 0, 5, 1, 6, 2)) -> SimpleNamespace:
     """Random tokens: one trajectory is empty, the one of a single token is masked, others are masked in part."""
     rng, total = random.Random(seed), sum(lengths)
     b = SimpleNamespace(cu=[0, *itertools.accumulate(lengths)], per_token=per_token)
@@ -219,7 +219,7 @@ def aggregated(losses: list[list[float]], how: str, normalizer: float | None, ma
 
 
 def check(c: PolicyLoss, per_token: bool = False, seed: int = 0, normalizer=None) -> dict[str, float]:
-    b = made(per_token, seed)
+    b = random_batch(per_token, seed)
     loss, metrics = reference.policy_loss(**arguments(b), config=c, normalizer=normalizer)
     expected = definition(b, c, None if normalizer is None else float(normalizer))
     assert metrics.keys() | {"loss"} == expected.keys()
@@ -281,7 +281,7 @@ def test_covariance_fraction(kind: str, fraction: float) -> None:
 
 @pytest.mark.parametrize("kind", policy_loss_kinds)
 def test_log_ratios_beyond_twenty_are_clamped(kind: str) -> None:
-    b = made(per_token=True)
+    b = random_batch(per_token=True)
     b.new[::2], b.old[1::2] = [-61.0] * len(b.new[::2]), [-58.0] * len(b.old[1::2])
     c = full(kind, kl="k3")
     new = torch.tensor(b.new, dtype=torch.float64, requires_grad=True)

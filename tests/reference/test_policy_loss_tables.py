@@ -93,7 +93,7 @@ def test_one_token(options: dict, ratio: float, a: float, loss: float, slope: fl
 
 
 @pytest.mark.parametrize(
-    ("kind", "p", "q", "a", "kept"),
+    ("kind", "p", "q", "a", "valid"),
     [
         pytest.param("dppo_tv", 0.7, 0.5, 1.0, True, id="tv_up_inside"),
         pytest.param("dppo_tv", 0.8, 0.5, 1.0, False, id="tv_up_outside"),
@@ -109,10 +109,10 @@ def test_one_token(options: dict, ratio: float, a: float, loss: float, slope: fl
         pytest.param("dppo_kl", 0.1, 0.5, 1.0, True, id="kl_down_but_pushed_up"),
     ],
 )
-def test_dppo(kind: str, p: float, q: float, a: float, kept: bool) -> None:
+def test_dppo(kind: str, p: float, q: float, a: float, valid: bool) -> None:
     """TV of two-outcome distributions is |p - q|; KL(q || p) = log(1/2) - log(p (1 - p))/2 at q = 1/2."""
     loss, slope = single(PolicyLoss(kind, **CLIP), math.log(p), math.log(q), a)
-    assert (loss, slope) == pytest.approx((-a * p / q * math.log(p) * kept, -a * p / q * kept), rel=1e-14)
+    assert (loss, slope) == pytest.approx((-a * p / q * math.log(p) * valid, -a * p / q * valid), rel=1e-14)
 
 
 def test_dppo_truncates_the_ratio_at_20() -> None:

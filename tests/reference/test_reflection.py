@@ -54,26 +54,26 @@ BOUNDS, IDS = [0, 3, 5, 8], [7, -2, 7]
 
 
 def test_table() -> None:
-    found = call(TABLE, BOUNDS, IDS)
-    assert found.std.tolist() == [1, 0, 3, 0, 0, 1, 0, 3]
-    assert found.weights.tolist() == [0.25, 0, 0.75, 0, 0, 0.25, 0, 0.75]
-    assert found.rewards.tolist() == [-6.25, 0, -2.25]
-    assert found.group_score.tolist() == [0, 3]
+    result = call(TABLE, BOUNDS, IDS)
+    assert result.std.tolist() == [1, 0, 3, 0, 0, 1, 0, 3]
+    assert result.weights.tolist() == [0.25, 0, 0.75, 0, 0, 0.25, 0, 0.75]
+    assert result.rewards.tolist() == [-6.25, 0, -2.25]
+    assert result.group_score.tolist() == [0, 3]
 
 
 def test_table_with_a_baseline_and_plain_weights() -> None:
     baseline = [-2.0, -9.0, -4.0, -1.0, -1.0, -2.0, -9.0, -4.0]
-    found = call(TABLE, BOUNDS, IDS, baseline, normalize=False)
-    assert found.weights.tolist() == [1, 0, 3, 0, 0, 1, 0, 3]
-    assert found.rewards.tolist() == [1 - 12, 0, -1 + 6]
+    result = call(TABLE, BOUNDS, IDS, baseline, normalize=False)
+    assert result.weights.tolist() == [1, 0, 3, 0, 0, 1, 0, 3]
+    assert result.rewards.tolist() == [1 - 12, 0, -1 + 6]
 
 
 def test_table_unbiased() -> None:
     """Two rollouts: the variance doubles."""
-    found = call(TABLE, BOUNDS, IDS, ddof=1)
+    result = call(TABLE, BOUNDS, IDS, ddof=1)
     root = math.sqrt(2)
-    assert found.std.tolist() == pytest.approx([root, 0, 3 * root, 0, 0, root, 0, 3 * root], rel=1e-15)
-    assert found.weights.tolist() == pytest.approx([0.25, 0, 0.75, 0, 0, 0.25, 0, 0.75], rel=1e-15)
+    assert result.std.tolist() == pytest.approx([root, 0, 3 * root, 0, 0, root, 0, 3 * root], rel=1e-15)
+    assert result.weights.tolist() == pytest.approx([0.25, 0, 0.75, 0, 0, 0.25, 0, 0.75], rel=1e-15)
 
 
 def test_table_of_gradients() -> None:
@@ -112,14 +112,14 @@ def packed(seed: int):
 def test_random_packs(seed: int, normalize: bool, ddof: int) -> None:
     x, bounds, ids, baseline = packed(seed)
     for b in (None, baseline):
-        found = call(x, bounds, ids, b, ddof=ddof, normalize=normalize)
+        result = call(x, bounds, ids, b, ddof=ddof, normalize=normalize)
         expected = by_hand(x, bounds, ids, b, ddof, normalize)
-        for actual, numbers in zip(found, expected, strict=True):
+        for actual, numbers in zip(result, expected, strict=True):
             assert actual.tolist() == pytest.approx(numbers, rel=1e-12, abs=1e-14)
     weights = reference.variance_weights(
         torch.tensor(x, dtype=F64), torch.tensor(bounds), torch.tensor(ids), ddof=ddof, normalize=normalize
     )
-    assert torch.equal(weights, found.weights)
+    assert torch.equal(weights, result.weights)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -151,14 +151,14 @@ def test_constant_positions() -> None:
 
 
 def test_empty() -> None:
-    found = call([], [0, 0, 0], [4, 4])
-    assert found.rewards.tolist() == [0, 0] and found.group_score.tolist() == [0]
-    assert found.weights.shape == found.std.shape == (0,)
-    found = call([], [0], [])
-    assert [y.shape[0] for y in found] == [0, 0, 0, 0]
+    result = call([], [0, 0, 0], [4, 4])
+    assert result.rewards.tolist() == [0, 0] and result.group_score.tolist() == [0]
+    assert result.weights.shape == result.std.shape == (0,)
+    result = call([], [0], [])
+    assert [y.shape[0] for y in result] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_result_dtype(dtype: torch.dtype) -> None:
-    found = reference.reflection_rewards(torch.tensor(TABLE, dtype=dtype), torch.tensor(BOUNDS), torch.tensor(IDS))
-    assert {y.dtype for y in found} == {torch.float32}
+    result = reference.reflection_rewards(torch.tensor(TABLE, dtype=dtype), torch.tensor(BOUNDS), torch.tensor(IDS))
+    assert {y.dtype for y in result} == {torch.float32}
