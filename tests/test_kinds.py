@@ -13,7 +13,6 @@ import pytest
 
 import trajkern as tk
 from trajkern import losses
-from trajkern.losses.arguments import encode
 from trajkern.losses.kinds import AGGREGATES, FORMS, KINDS, OPTIONS, PARAMETERS, RATIO_LEVELS
 
 OPTIONS_OF_A_LOSS = {field.name for field in fields(tk.PolicyLoss)}
@@ -46,11 +45,10 @@ def test_the_docstring_defines_every_kind() -> None:
 
 def test_encoding_follows_the_names() -> None:
     config = tk.PolicyLoss("vespo", clip_low=0.1, vespo_k_neg=7.0, aggregate="token_sum", kl_coef=0.5, kl="k1")
-    options, params = encode(config, True)
-    numbers = dict(zip(PARAMETERS, params, strict=True))
-    choices = dict(zip(OPTIONS, options, strict=False))
+    numbers = dict(zip(PARAMETERS, config.kernel_params, strict=True))
+    choices = dict(zip(OPTIONS, config.kernel_options, strict=False))
     assert numbers["clip_low"] == 0.1 and numbers["vespo_k_neg"] == 7 and numbers["clip_dual"] == float("inf")
-    assert choices["form"] == list(FORMS).index("vespo") and choices["kl"] == 1 and choices["per_token"] == 1
+    assert choices["form"] == list(FORMS).index("vespo") and choices["kl"] == 1
     assert choices["aggregate"] == AGGREGATES.index("token_sum")
 
 

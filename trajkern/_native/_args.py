@@ -19,7 +19,7 @@ def call(name: str, x: Tensor, *args: Any, scratch: tuple[Any, ...] = ()) -> Any
     ``scratch``: the function by which the module tells how many doubles the kernel keeps between its launches, and the
     function's arguments.
     """
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return _run(_ext.cpu(), 0, name, x, args, scratch)
     with torch.cuda.device(x.device):
         return _run(_ext.cuda(), torch.cuda.current_stream().cuda_stream, name, x, args, scratch)

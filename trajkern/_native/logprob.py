@@ -28,20 +28,18 @@ def token_stats(
         if outputs >> i & 1:
             stats.append(torch.empty(shape, dtype=kind))
             pointers[2 + i] = stats[-1].data_ptr()
-    problem = _problem(x, targets, temperatures, temperature, mask)
-    if _ext.cpu().token_stats(DTYPE[x.dtype], _place(x), problem, pointers) >= 0:
+    if _ext.cpu().token_stats(DTYPE[x.dtype], *_problem(x, targets, temperatures, temperature, mask), pointers) >= 0:
         check_targets(targets, x.shape[-1], mask)
     return stats
 
 
-def _place(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), *rows(x)[2:]
-
-
 def _problem(
     x: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, mask: Tensor | None
-) -> tuple[float, ...]:
-    return *rows(x)[:2], x.shape[-1], targets.data_ptr(), temperature, pointer(temperatures), pointer(mask)
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Where the logits lie, and what is asked of them."""
+    outer, inner, *strides = rows(x)
+    asked = (outer, inner, x.shape[-1], targets.data_ptr(), temperature, pointer(temperatures), pointer(mask))
+    return (x.data_ptr(), *strides), asked
 
 
 def _backward(
@@ -59,9 +57,8 @@ def _backward(
     upstreams = _flat(grad_logprobs), _flat(grad_entropy)
     _ext.cpu().token_stats_backward(
         DTYPE[logits.dtype],
-        _place(grad_logits),
-        _place(logits),
-        _problem(logits, targets, temperatures, temperature, mask),
+        (grad_logits.data_ptr(), *rows(grad_logits)[2:]),
+        *_problem(logits, targets, temperatures, temperature, mask),
         [(pointer(x), 0 if x is None else x.stride(0)) for x in upstreams],
         [pointer(x) for x in saved],
     )

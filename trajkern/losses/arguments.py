@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +10,6 @@ from torch import Tensor
 from trajkern._checks import laid_out
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.inputs import LossInputs
-from trajkern.losses.kinds import (
-    AGGREGATES,
-    FORMS,
-    KINDS,
-    KL_ESTIMATORS,
-    PARAMETERS,
-    RATIO_LEVELS,
-    SAMPLER_CORRECTIONS,
-)
-
-_WITHOUT = {PARAMETERS.index("clip_dual"): math.inf, PARAMETERS.index("max_length"): 1.0}  # what None is to a kernel
 
 
 class LossArguments(NamedTuple):
@@ -64,22 +52,6 @@ class LossArguments(NamedTuple):
             self.ref_logprobs,
             self.sampler_logprobs,
             self.normalizer,
-            *encode(self.config, bool(self.per_token)),
+            [*self.config.kernel_options, int(bool(self.per_token))],
+            self.config.kernel_params,
         )
-
-
-def encode(c: PolicyLoss, per_token: bool) -> tuple[list[int], list[float]]:
-    """The configuration as the kernels read it: ``options`` and ``params`` of :class:`LossInputs`."""
-    options = [
-        list(FORMS).index(KINDS[c.kind].form),
-        RATIO_LEVELS.index(c.resolved_ratio_level),
-        1 + KL_ESTIMATORS.index(c.kl) if c.kl_coef else 0,
-        AGGREGATES.index(c.resolved_aggregate),
-        SAMPLER_CORRECTIONS.index(c.sampler_correction),
-        int(per_token),
-    ]
-    params = [getattr(c, name) for name in PARAMETERS]
-    for at, without in _WITHOUT.items():
-        if params[at] is None:
-            params[at] = without
-    return options, [*map(float, params)]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trajkern._checks import check_choice, check_number
-from trajkern.losses.kinds import AGGREGATES, FORMS, KINDS, KL_ESTIMATORS, RATIO_LEVELS, SAMPLER_CORRECTIONS
+from trajkern.losses.kinds import (
+    AGGREGATES,
+    FORMS,
+    KINDS,
+    KL_ESTIMATORS,
+    PARAMETERS,
+    RATIO_LEVELS,
+    SAMPLER_CORRECTIONS,
+)
+
+_WITHOUT = {"clip_dual": math.inf, "max_length": 1.0}  # what None is to a kernel
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,9 @@ class PolicyLoss:
             raise ValueError(
                 f"max_length must be given for aggregate 'seq_mean_token_sum_norm' (kind {self.kind!r}), got None"
             )
+        # encoded once: it takes longer than a small kernel
+        object.__setattr__(self, "_options", _options(self))
+        object.__setattr__(self, "_params", _params(self))
 
     @property
     def resolved_ratio_level(self) -> str:
@@ -111,8 +125,33 @@ class PolicyLoss:
         return self.resolved_ratio_level == "token" and not (self.ranks_tokens or KINDS[self.kind].by_trajectory)
 
     @property
+    def kernel_options(self) -> list[int]:
+        """What the kernels read: the first of :data:`trajkern.losses.kinds.OPTIONS`; the rest are a call's."""
+        return self.__dict__["_options"]
+
+    @property
+    def kernel_params(self) -> list[float]:
+        """What the kernels read, in the order of :data:`trajkern.losses.kinds.PARAMETERS`."""
+        return self.__dict__["_params"]
+
+    @property
     def exact_in_tree(self) -> bool:
         """Whether sums over the leaves below a token give it exactly; else it needs the flat rollouts."""
         level = self.resolved_ratio_level
         kl_has_ratio = self.kl_coef != 0 and self.kl == "k3_corrected"
         return level in KINDS[self.kind].in_tree and not (level == "sequence" and kl_has_ratio)
+
+
+def _options(config: PolicyLoss) -> list[int]:
+    return [
+        list(FORMS).index(KINDS[config.kind].form),
+        RATIO_LEVELS.index(config.resolved_ratio_level),
+        1 + KL_ESTIMATORS.index(config.kl) if config.kl_coef else 0,
+        AGGREGATES.index(config.resolved_aggregate),
+        SAMPLER_CORRECTIONS.index(config.sampler_correction),
+    ]
+
+
+def _params(config: PolicyLoss) -> list[float]:
+    values = {name: getattr(config, name) for name in PARAMETERS}
+    return [float(_WITHOUT[name] if value is None else value) for name, value in values.items()]

@@ -31,7 +31,7 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
 
     def call(*args: Any) -> Any:
         x = args[0]
-        if torch.compiler.is_compiling() or type(x) is not torch.Tensor or _is_watched() or x.is_meta:
+        if torch.compiler.is_dynamo_compiling() or type(x) is not torch.Tensor or _is_watched() or x.is_meta:
             return op(*args)
         return launchers["cpu" if x.is_cpu else x.device.type](*args)
 
@@ -53,7 +53,7 @@ def recorded(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        if torch.compiler.is_dynamo_compiling() or not torch.autograd._profiler_enabled():
             return function(*args, **kwargs)
         with torch.profiler.record_function(name):
             return function(*args, **kwargs)
