@@ -9,20 +9,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from trajkern._tiles.tiles import COLUMNS
 from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
     " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale"
-    " z grad state student teacher state_s state_t divergence saved upstream",
+    " z grad state student teacher state_s state_t divergence saved upstream picked residual common power mean_logit",
     "*fp64": "columns totals sums",
-    "*i64": "targets cu_seqlens offsets order rank bounds peaks",
+    "*i64": "targets cu_seqlens offsets order rank bounds peaks pair key",
     "*i32": "counts",
-    "*i1": "mask is_top1 selected shares",
+    "*i1": "mask is_top1 selected shares idle",
     "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
-    " trajectories rollouts ddof steps programs size stride grad_stride first stride_s stride_t",
+    " trajectories rollouts ddof steps programs size stride grad_stride first stride_s stride_t"
+    " width rows last vocabulary",
 }
 ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -48,20 +50,22 @@ def _stats(dtype: torch.dtype, length: int, *absent: str) -> Variant:
 
 
 def _backward(dtype: torch.dtype, length: int, *absent: str) -> Variant:
-    options = logprob._map_launch(torch.empty(2, length, dtype=dtype))
+    options = logprob._map_launch(torch.empty(2, length, dtype=dtype)) | {"STEPS": configs.MAP_STEPS}
     name = f"{NAMES[dtype]}-{length}-{len(absent)}"
     types = {"logits": f"*{NAMES[dtype]}", "grad_logits": f"*{NAMES[dtype]}"}
     return Variant(logprob.backward_kernel, name, absent, options, types, options["VECTOR"] > 1)
 
 
 def _fold(dtype: torch.dtype, length: int, moments: bool) -> Variant:
-    options = logprob._launch(configs.row_warps(length), torch.empty(2, length, dtype=dtype)) | {"MOMENTS": moments}
+    options = logprob._launch(configs.row_warps(length), torch.empty(2, length, dtype=dtype))
+    options |= {"MOMENTS": moments, "FIRST": length > COLUMNS[False]}  # whole rows, or a slice of them
     name = f"{NAMES[dtype]}-{length}-{moments}"
     return Variant(head.fold_kernel, name, (), options, {"z": f"*{NAMES[dtype]}"}, options["VECTOR"] > 1)
 
 
 def _gradient(dtype: torch.dtype, length: int, softcap: bool, *absent: str) -> Variant:
-    options = logprob._map_launch(torch.empty(2, length)) | {"SOFTCAP": softcap}
+    narrow = dtype != torch.float32
+    options = logprob._map_launch(torch.empty(2, length)) | {"SOFTCAP": softcap, "NARROW": narrow, "FIRST": narrow}
     types = {"grad": f"*{NAMES[dtype]}", "z": "*fp32"}
     return Variant(head.gradient_kernel, f"{NAMES[dtype]}-{length}-{softcap}", absent, options, types, True)
 
@@ -71,10 +75,21 @@ def _divergence(length: int, kind: str) -> Variant:
     return Variant(divergence.divergence_kernel, f"{length}-{kind}", (), options, {}, options["VECTOR"] > 1)
 
 
-def _slope(dtype: torch.dtype, length: int, kind: str) -> Variant:
-    options = logprob._map_launch(torch.empty(2, length)) | {"KIND": kind}
+def _states(name: str, dtype: torch.dtype, *absent: str) -> Variant:
+    types = {"hidden": f"*{NAMES[dtype]}", "states": f"*{NAMES[dtype]}", "row": "*i64"}
+    return Variant(getattr(head, name), f"{NAMES[dtype]}-{len(absent)}", absent, configs.STATES, types)
+
+
+def _write(*absent: str) -> Variant:
+    types = {"total": "*fp32", "offsets": "*i64"}
+    return Variant(head.write_kernel, str(len(absent)), absent, configs.WRITING, types)
+
+
+def _slope(dtype: torch.dtype, length: int, kind: str, *absent: str) -> Variant:
+    narrow = dtype != torch.float32
+    options = logprob._map_launch(torch.empty(2, length)) | {"KIND": kind, "NARROW": narrow, "FIRST": narrow}
     types = {"grad": f"*{NAMES[dtype]}"}
-    return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", (), options, types, True)
+    return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", absent, options, types, True)
 
 
 def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
@@ -127,16 +142,23 @@ VARIANTS = (
     _fold(torch.float32, 151936, True),
     _fold(torch.float32, 32768, False),
     _fold(torch.bfloat16, 131072, False),
-    _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy"),
-    _gradient(torch.bfloat16, 131072, True),
-    _gradient(torch.float32, 32768, False),
+    _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy", "power"),
+    _gradient(torch.bfloat16, 131072, True, "power"),
+    _gradient(torch.float16, 32768, False),
+    _gradient(torch.float32, 32768, False, "residual", "power"),
+    _states("gather_kernel", torch.bfloat16),
+    _states("scatter_kernel", torch.float32),
+    _states("scatter_kernel", torch.float32, "residual", "common", "power"),
+    Variant(head.pick_kernel, "", (), configs.WRITING, {"columns": "i32"}),
+    _write("total", "entropy", "sum_sq_probs", "is_top1", "mean_logit"),
+    _write(),
     _divergence(151936, "forward"),
     _divergence(151936, "reverse"),
     _divergence(50257, "mixture"),
     _divergence(131072, "mixture"),
-    _slope(torch.bfloat16, 32768, "forward"),
-    _slope(torch.float32, 32768, "reverse"),
-    _slope(torch.bfloat16, 32768, "mixture"),
+    _slope(torch.bfloat16, 32768, "forward", "power"),
+    _slope(torch.float32, 32768, "reverse", "residual", "power"),
+    _slope(torch.float16, 32768, "mixture"),
     _means("clip", False, "none", "means", "mask", "sampler_logprobs"),
     _means("clip", True, "sequence_mask"),
     _means("vespo", False, "none", "sampler_logprobs"),

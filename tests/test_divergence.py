@@ -29,7 +29,7 @@ def _rows(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor
     scale, saved = torch.ones(rows, dtype=torch.float64), torch.empty(rows, 6, dtype=torch.float64)
     values, grad = student.new_empty(rows), student.clone()
     divergence.rows(student, teacher, scale, beta, values, saved)
-    divergence.gradient(grad, grad, teacher, scale, beta, saved, torch.ones_like(values))
+    divergence.gradient(grad, grad, teacher, scale, beta, saved, torch.ones_like(values), 0, None)
     return values, grad
 
 

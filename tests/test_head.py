@@ -107,11 +107,12 @@ def test_masked_rows_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_zero_advantages_cost_no_backward_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, addmm = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda c, a, b, **k: seen.append(a.numel()) or addmm(c, a, b, **k))
+    seen, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **k: seen.append(a.numel()) or mm(a, b, **k))
     hidden, weight, targets = _inputs()
     _loss(hidden, weight, targets, advantages=torch.tensor([0.0, 1.0, 0.0])).backward()
-    assert sum(seen) == 2 * 6 * weight.shape[0]  # the 6 tokens of the second trajectory, in two products
+    logits = 24 * hidden.shape[1]
+    assert sum(seen) == logits + 2 * 6 * weight.shape[0]  # the 6 tokens of the second trajectory, in two products
 
 
 class TestWorkspace:
@@ -160,6 +161,26 @@ def test_stride_zero_upstream() -> None:
     assert torch.equal(hidden.grad, summed)
 
 
+@pytest.mark.parametrize("kind", ["dapo", "gspo"])
+def test_a_loss_scaler_saves_gradients_below_fp16(kind: str) -> None:
+    """Gradients of 1e-8 times an upstream factor of 2^16, which comes after they were formed."""
+    hidden, weight, targets = _inputs()
+    old = torch.full(targets.shape, -5.0)
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        h, w = (x.detach().half().to(dtype).requires_grad_() for x in (hidden, weight))
+        loss_of = tk.linear_policy_loss if dtype == torch.float16 else reference.linear_policy_loss
+        loss, _ = loss_of(
+            h, w, targets, old.to(dtype), torch.ones(1, dtype=dtype), torch.tensor([0, 24]),
+            config=tk.PolicyLoss(kind), normalizer=2.0**20,
+        )  # fmt: skip
+        (loss * 2**16).backward()
+        grads.append(torch.cat([h.grad.flatten(), w.grad.flatten()]).double())
+    got, expected = grads
+    assert (expected.abs() / 2**16 < 2**-25).float().mean() > 0.2  # 0 in fp16
+    torch.testing.assert_close(got, expected, rtol=2**-10, atol=2**-25)  # half a place of fp16, and of its smallest
+
+
 def test_logits_in_sixteen_bits() -> None:
     """The documented mode: logits rounded to bfloat16, as a plain linear layer gives them."""
     hidden, weight, targets = (x.detach() for x in _inputs())
@@ -186,7 +207,7 @@ def test_idle_slots_and_pairs_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     hidden, weight, targets = _inputs(tokens=6)
     rows, mask = torch.tensor([4, 1, 4, 4, 1, 0]), torch.tensor([1, 1, 0, 1, 1, 0]).bool()
     head = Head(hidden, weight, None, targets, rows, mask, None, None, None, [1.0, 0.0, 1.0], [0, 1 << 20], "")
-    exact = pairs_of(head, 130, mask)
+    exact = pairs_of(head, 130, mask, exact=True)
     assert exact.row.tolist() == [1, 4] and exact.idle is None and sorted(exact.pair.tolist()) == [0, 1, 3, 4]
     counted = pairs_of(head, 130, mask, exact=False)
     assert counted.row[:2].tolist() == [1, 4] and counted.idle.tolist() == [False, False, True, True, True, True]
@@ -198,7 +219,7 @@ def test_uncounted_slots_give_the_same_numbers(name: str, monkeypatch: pytest.Mo
     case = next(case for case in LINEAR_LOGPROBS.cases if case.name == name)
     inputs = LINEAR_LOGPROBS.inputs(case, torch.float32)
     expected = run(LINEAR_LOGPROBS, tk.linear_logprobs, inputs)
-    monkeypatch.setattr(head_tiles, "pairs_of", partial(pairs_of, exact=False))
+    monkeypatch.setattr(head_tiles, "pairs_of", lambda *args, exact: pairs_of(*args, exact=False))
     got = run(LINEAR_LOGPROBS, tk.linear_logprobs, inputs)
     high, low = oracle(LINEAR_LOGPROBS, inputs)
     for key in expected:
@@ -312,7 +333,7 @@ def test_vocabulary_over_ranks(cuts: list[int], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 def test_memory_is_the_workspace() -> None:
-    """At 4,096 x 151,936, where the logits would take 2.5 GB, forward and backward hold 64 MiB beyond the gradients."""
+    """At 4,096 x 16 x 151,936, where the logits take 2.5 GB and d weight 10 MB: 64 MiB beyond the gradients."""
     hidden, weight, targets = _inputs(tokens=4096, vocabulary=151_936)
     old = torch.full((4096,), -12.0)
 

@@ -15,6 +15,8 @@ ALONG = {"BLOCK": 2048, "num_warps": 8}  # programs that walk along a trajectory
 ALONE = {"BLOCK": 1024, "num_warps": 8}  # the one program over all trajectories
 SUMMING = {"BLOCK": 256, "num_warps": 8}  # the one program over the rows of partial sums
 ROLLOUTS = {"ROWS": 4, "BLOCK": 128, "num_warps": 4}  # programs that walk over the tokens of a group's rollouts
+STATES = {"BLOCK": 1024, "num_warps": 4}  # programs over a row's hidden state
+WRITING = {"BLOCK": 128, "num_warps": 4}  # programs over the rows of a block of the head
 TOKENS = {"BLOCK": 512, "num_warps": 4}  # programs that walk along the tokens of one rollout
 
 

@@ -6,7 +6,6 @@ terms, which are of second order where both distributions are close.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from trajkern._tiles import divergence as tiles
+from trajkern._tiles.tiles import Narrowing
 
 from . import head
-from .configs import MAP_STEPS, row_warps
+from .configs import row_warps
 from .logprob import MAP_LOADS, _columns, _launch, _load, _map_launch
 from .primitives import _series, exp, log1p
 
@@ -148,9 +148,12 @@ def divergence_kernel(
 def slope_kernel(
     grad, student, teacher,  # [rows, columns], the first two may be the same
     scale, saved, upstream,  # [rows], saved [rows, SAVED]
+    residual, power,  # [rows], [], None where grad is not narrow; power in fp16 only
     of_s, of_t, grad_stride, stride_s, stride_t, vectors,
-    KIND: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr, STEPS: tl.constexpr,
+    KIND: tl.constexpr, NARROW: tl.constexpr, FIRST: tl.constexpr,
+    VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
+    """See the head's gradient_kernel for how a narrow gradient lies."""
     row = tl.program_id(0).to(tl.int64)
     grad += tl.multiple_of(row * grad_stride, VECTOR)
     student += tl.multiple_of(row * stride_s, VECTOR)
@@ -162,18 +165,30 @@ def slope_kernel(
     gain = tl.load(upstream + row).to(tl.float32) * unit
     if KIND == "mixture":
         gain *= of_s
+    if power is not None:
+        gain *= tl.load(power)
     STEP: tl.constexpr = MAP_LOADS * THREADS * WIDTH
     columns = _columns(THREADS, WIDTH, VECTOR)[None, :, :] + tl.arange(0, MAP_LOADS)[:, None, None] * (THREADS * WIDTH)
-    part = tl.program_id(1) * (STEPS * STEP)
-    for start in range(part, tl.minimum(part + STEPS * STEP, size), STEP):
+    added = tl.zeros([MAP_LOADS, THREADS, WIDTH], tl.float32)
+    for start in range(0, size, STEP):
         x_s, x_t = _load(student + start, columns, size - start), _load(teacher + start, columns, size - start)
         s, t, d = _place(x_s, x_t, m_s, m_t, unit, share_s, share_t, shift)
         if KIND == "forward":
             slope = tl.where(tl.abs(d) < 1, t * (d + _series(d)), s - t)
         else:
             slope = tl.where(s == 0, 0.0, s * ((_log_ratio(s, t, d, of_s, of_t, KIND) - anchor) - center))
-        values = tl.where(gain == 0, 0.0, gain * slope).to(grad.dtype.element_ty)
-        tl.store(grad + start + columns, values, mask=columns < size - start)
+        values = tl.where(gain == 0, 0.0, gain * slope)
+        rounded = values.to(grad.dtype.element_ty)
+        if residual is not None:
+            added += tl.where(columns < size - start, rounded.to(tl.float32) - values, 0.0)
+        if NARROW:
+            tl.debug_barrier()
+        tl.store(grad + start + columns, rounded, mask=columns < size - start)
+    if residual is not None:
+        before = 0.0
+        if not FIRST:
+            before = tl.load(residual + row)
+        tl.store(residual + row, before + tl.sum(tl.sum(tl.sum(added, 2), 1), 0))
 
 
 def rows(
@@ -185,10 +200,9 @@ def rows(
     saved: Tensor,  # [R, 6]
 ) -> None:
     """See trajkern/_native/divergence.py, also for :func:`gradient`."""
-    states = [scale.new_zeros(student.shape[0], 4) for _ in range(2)]
+    states = [scale.new_empty(student.shape[0], 4) for _ in range(2)]
     for z, state in zip((student, teacher), states, strict=True):
-        state[:, 0] = -math.inf
-        head.fold(z, scale, state, False)
+        head.fold_rows(z, scale, state, moments=False, is_first=True)
     with torch.cuda.device_of(student):
         divergence_kernel[(student.shape[0],)](
             student,
@@ -214,23 +228,28 @@ def gradient(
     beta: float,
     saved: Tensor,  # [R, 6]
     upstream: Tensor,  # [R]
+    first: int,
+    narrowing: Narrowing | None,
 ) -> None:
     launch = _map_launch(student, teacher, grad)
-    part = MAP_STEPS * MAP_LOADS.value * launch["THREADS"] * launch["WIDTH"]
     with torch.cuda.device_of(student):
-        slope_kernel[(student.shape[0], triton.cdiv(student.shape[1], part))](
+        slope_kernel[(student.shape[0],)](
             grad,
             student,
             teacher,
             scale,
             saved,
             upstream,
+            None if narrowing is None else narrowing.residual,
+            None if narrowing is None else narrowing.gain,
             1 - beta,
             beta,
             grad.stride(0),
             student.stride(0),
             teacher.stride(0),
             KIND=_kind(beta),
+            NARROW=grad.element_size() < student.element_size(),
+            FIRST=first == 0,
             **launch,
         )
 

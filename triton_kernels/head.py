@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trajkern._tiles import head as tiles
-from trajkern._tiles.tiles import Kernels, PairTerms
+from trajkern._tiles.head import Folded, Stats
+from trajkern._tiles.pairs import Pairs
+from trajkern._tiles.tiles import Block, BlockTerms, Kernels, Narrowing
 
-from .configs import MAP_STEPS, row_warps
+from .configs import STATES, WRITING, row_warps
+from .head_rows import gather_kernel, pick_kernel, scatter_kernel, write_kernel
 from .logprob import MAP_LOADS, NEGLIGIBLE, _columns, _fold, _launch, _load, _map_launch, _merge
 from .policy_loss import policy_loss
 from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, expm1, log1p
@@ -46,7 +49,8 @@ def fold_kernel(
     z,  # [rows, columns]
     scale, state,  # [rows], [rows, 4]
     stride, vectors,
-    MOMENTS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
+    MOMENTS: tl.constexpr, FIRST: tl.constexpr,
+    VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     z += tl.multiple_of(row.to(tl.int64) * stride, VECTOR)
@@ -65,8 +69,10 @@ def fold_kernel(
         m, rest, moment, square = _fold(z0, z1, z2, z3, s2, m, rest, moment, square, MOMENTS, MOMENTS)
     m, rest, moment, square = _merge(s, s2, m, rest, moment, square)
     state += 4 * row.to(tl.int64)
-    old_m, old_rest = tl.load(state).to(tl.float32), tl.load(state + 1).to(tl.float32)
-    old_eu, old_ee = tl.load(state + 2).to(tl.float32), tl.load(state + 3).to(tl.float32)
+    old_m, old_rest, old_eu, old_ee = float("-inf"), 0.0, 0.0, 0.0
+    if not FIRST:
+        old_m, old_rest = tl.load(state).to(tl.float32), tl.load(state + 1).to(tl.float32)
+        old_eu, old_ee = tl.load(state + 2).to(tl.float32), tl.load(state + 3).to(tl.float32)
     m, rest, eu, ee = _join(s, old_m, old_rest, old_eu, old_ee, m, rest, moment * LN_2, square - 1)
     tl.store(state, m)
     tl.store(state + 1, rest)
@@ -79,6 +85,7 @@ class RowPairs(NamedTuple):
 
     begin: tl.tensor
     end: tl.tensor
+    pair: tl.tensor
     targets: tl.tensor
     logprobs: tl.tensor
     grad_logprobs: tl.tensor
@@ -95,19 +102,27 @@ class Upstream(NamedTuple):
 
 
 @triton.jit
+def _bend(x, softcap):
+    """The softcap's slope times its square; a token that the row was not sampled from, at -inf, has none."""
+    x = tl.maximum(x, -softcap, KEEP_NAN)
+    return (softcap - x) * (softcap + x)
+
+
+@triton.jit
 def _place(grad, x, columns, pairs, upstream, gain, softcap, SOFTCAP: tl.constexpr):
     """Columns that are targets, from log p itself. Pairs of one target are neighbours: the last one has their sum."""
     total, h = upstream.grad_logprobs, upstream.grad_entropy
     target_sum, previous = 0.0, tl.full([], -1, tl.int64)
     for i in range(pairs.begin, pairs.end):
-        target = tl.load(pairs.targets + i) - pairs.first
-        target_sum = tl.where(target == previous, target_sum, 0.0) + tl.load(pairs.grad_logprobs + i)
+        at = tl.load(pairs.pair + i)
+        target = tl.load(pairs.targets + at) - pairs.first
+        target_sum = tl.where(target == previous, target_sum, 0.0) + tl.load(pairs.grad_logprobs + at)
         previous = target
-        logp = tl.load(pairs.logprobs + i)
+        logp = tl.load(pairs.logprobs + at)
         others = (total - target_sum) + h * (tl.maximum(logp, NEGLIGIBLE, KEEP_NAN) + upstream.entropy)
         slope = -upstream.scale * (target_sum * expm1(logp) + exp(logp) * others) * gain
         if SOFTCAP:
-            value = slope * (softcap - x) * (softcap + x)
+            value = slope * _bend(x, softcap)
         else:
             value = tl.zeros_like(x) + slope
         grad = tl.where(columns == target, value, grad)
@@ -116,13 +131,18 @@ def _place(grad, x, columns, pairs, upstream, gain, softcap, SOFTCAP: tl.constex
 
 @triton.jit(do_not_specialize=["first", "stride", "grad_stride", "vectors"])
 def gradient_kernel(
-    grad, z,  # [rows, columns], may be the same
-    norm, scale, offsets,  # [rows, 2], [rows], [rows + 1]
-    targets, logprobs, grad_logprobs, entropy, grad_entropy,  # [pairs], the last two may be None
+    grad, z,  # [rows, columns], in the same memory or apart
+    norm, key, scale, offsets,  # [keys, 2], [rows], [rows], [rows + 1]
+    pair, targets, logprobs, grad_logprobs, entropy, grad_entropy,  # [pairs], the last two may be None
+    residual, power,  # [rows], [], None where grad is not narrow; power in fp16 only
     first, softcap, gain, stride, grad_stride, vectors,
-    SOFTCAP: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr, STEPS: tl.constexpr,
+    SOFTCAP: tl.constexpr, NARROW: tl.constexpr, FIRST: tl.constexpr,
+    VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """grad z_j = gain (softcap^2 - z_j^2) s (sum of g over j's pairs - p_j (sum of g + h (log p_j + H)))."""
+    """grad z_j = gain (softcap^2 - z_j^2) s (sum of g over j's pairs - p_j (sum of g + h (log p_j + H))).
+
+    A narrow gradient lies in the first half of its row's own memory: what a step writes has been read by it or before.
+    """
     row = tl.program_id(0)
     z += tl.multiple_of(row.to(tl.int64) * stride, VECTOR)
     grad += tl.multiple_of(row.to(tl.int64) * grad_stride, VECTOR)
@@ -130,19 +150,23 @@ def gradient_kernel(
     begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     total, h, row_entropy = 0.0, 0.0, 0.0
     for i in range(begin, end):
-        total += tl.load(grad_logprobs + i)
+        at = tl.load(pair + i)
+        total += tl.load(grad_logprobs + at)
         if grad_entropy is not None:
-            h += tl.load(grad_entropy + i)
-            row_entropy = tl.load(entropy + i)
-    m, rest = tl.load(norm + 2 * row.to(tl.int64)), tl.load(norm + 2 * row.to(tl.int64) + 1)
+            h += tl.load(grad_entropy + at)
+            row_entropy = tl.load(entropy + at)
+    norm += 2 * tl.load(key + row)
+    m, rest = tl.load(norm), tl.load(norm + 1)
     s = tl.load(scale + row).to(tl.float32)
+    if power is not None:
+        gain *= tl.load(power)
     log_sum, share = log1p(rest), tl.div_rn(1.0, 1 + rest)
-    pairs = RowPairs(begin, end, targets, logprobs, grad_logprobs, first)
+    pairs = RowPairs(begin, end, pair, targets, logprobs, grad_logprobs, first)
     upstream = Upstream(total, h, row_entropy, s)
     STEP: tl.constexpr = MAP_LOADS * THREADS * WIDTH
     columns = _columns(THREADS, WIDTH, VECTOR)[None, :, :] + tl.arange(0, MAP_LOADS)[:, None, None] * (THREADS * WIDTH)
-    part = tl.program_id(1) * (STEPS * STEP)
-    for start in range(part, tl.minimum(part + STEPS * STEP, size), STEP):
+    added = tl.zeros([MAP_LOADS, THREADS, WIDTH], tl.float32)
+    for start in range(0, size, STEP):
         x = _load(z + start, columns, size - start)
         t = (x - m) * (s * LOG2_E)
         slope = total + h * row_entropy
@@ -151,64 +175,162 @@ def gradient_kernel(
             slope += h * (LN_2 * t - log_sum)
         values = -s * share * tl.exp2(t) * slope * gain
         if SOFTCAP:
-            values *= (softcap - x) * (softcap + x)
+            values *= _bend(x, softcap)
         values = _place(values, x, columns + start, pairs, upstream, gain, softcap, SOFTCAP)
-        tl.store(grad + start + columns, values.to(grad.dtype.element_ty), mask=columns < size - start)
+        rounded = values.to(grad.dtype.element_ty)
+        if residual is not None:
+            added += tl.where(columns < size - start, rounded.to(tl.float32) - values, 0.0)
+        if NARROW:
+            tl.debug_barrier()
+        tl.store(grad + start + columns, rounded, mask=columns < size - start)
+    if residual is not None:
+        before = 0.0
+        if not FIRST:
+            before = tl.load(residual + row)
+        tl.store(residual + row, before + tl.sum(tl.sum(tl.sum(added, 2), 1), 0))
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
+def gather(
+    hidden: Tensor,  # [T, H]
+    row: Tensor,  # [R]
+    idle: Tensor,  # [R]
+) -> Tensor:
+    """See trajkern/_native/head.py, also for what follows."""
+    states = hidden.new_empty(row.shape[0], hidden.shape[1])
+    with torch.cuda.device_of(hidden):
+        gather_kernel[_states_grid(states)](states, hidden, row, idle, hidden.shape[1], hidden.stride(0), **STATES)
+    return states
+
+
+def _states_grid(states: Tensor) -> tuple[int, int]:
+    return states.shape[0], triton.cdiv(states.shape[1], STATES["BLOCK"])
+
+
 def fold(
+    z: Tensor,  # [R, columns]
+    first: int,
+    block: Block,
+    state: Tensor,  # [R, 4]
+    picked: Tensor,  # [P']
+    pairs: Pairs,
+    local: Tensor,  # [P]
+    moments: bool,
+) -> None:
+    fold_rows(z, block.scale, state, moments, first == 0)
+    offsets = pairs.offsets[block.lo : block.hi + 1]
+    with torch.cuda.device_of(z):
+        pick_kernel[(triton.cdiv(z.shape[0], WRITING["BLOCK"]),)](
+            picked, z, offsets, pairs.pair, local, *z.shape, z.stride(0), first, **WRITING
+        )
+
+
+def fold_rows(
     z: Tensor,  # [R, columns]
     scale: Tensor,  # [R]
     state: Tensor,  # [R, 4]
     moments: bool,
+    is_first: bool,
 ) -> None:
-    """See trajkern/_native/head.py, also for :func:`gradient`."""
-    if z.numel():
-        with torch.cuda.device_of(z):
-            fold_kernel[(z.shape[0],)](
-                z, scale, state, z.stride(0), MOMENTS=moments, **_launch(row_warps(z.shape[1]), z)
-            )
+    """Adds a tile to the state of its rows, or begins it."""
+    with torch.cuda.device_of(z):
+        fold_kernel[(z.shape[0],)](
+            z, scale, state, z.stride(0), MOMENTS=moments, FIRST=is_first, **_launch(row_warps(z.shape[1]), z)
+        )
+
+
+def write(stats: Stats, pairs: Pairs, block: Block, folded: Folded, vocabulary: int) -> None:
+    rows = block.hi - block.lo
+    with torch.cuda.device_of(stats.norm):
+        write_kernel[(triton.cdiv(rows, WRITING["BLOCK"]),)](
+            folded.state,
+            folded.total,
+            block.scale,
+            pairs.offsets[block.lo :],
+            pairs.key[block.lo :],
+            pairs.pair,
+            folded.picked,
+            stats.norm,
+            *stats[:1],
+            *stats[2:],
+            rows,
+            stats.norm.shape[0] - 1,
+            vocabulary,
+            **WRITING,
+        )
+
+
+def terms(
+    local: Tensor,  # [P]
+    stats: Stats,
+    pairs: Pairs,
+    block: Block,
+    grad_logprobs: Tensor,  # [P]
+    grad_entropy: Tensor | None,  # [P]
+) -> BlockTerms:
+    entropy = None if grad_entropy is None else stats.entropy
+    of_pairs = local, stats.logprobs, grad_logprobs, entropy, grad_entropy
+    offsets, key = pairs.offsets[block.lo : block.hi + 1], pairs.key[block.lo : block.hi]
+    return BlockTerms(offsets, pairs.pair, key, *of_pairs, stats.norm)
 
 
 def gradient(
     grad: Tensor,  # [R, columns]
     z: Tensor,  # [R, columns]
     first: int,
-    norm: Tensor,  # [R, 2]
     scale: Tensor,  # [R]
-    offsets: Tensor,  # [R+1]
-    terms: PairTerms,
+    terms: BlockTerms,
     softcap: float,
     logit_scale: float,
+    narrowing: Narrowing | None,
 ) -> None:
-    if not z.numel():
-        return
     launch = _map_launch(z, grad)
-    part = MAP_STEPS * MAP_LOADS.value * launch["THREADS"] * launch["WIDTH"]
-    gain = logit_scale / softcap**2 if softcap else logit_scale
     with torch.cuda.device_of(z):
-        gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], part))](
+        gradient_kernel[(z.shape[0],)](
             grad,
             z,
-            norm,
+            terms.norm,
+            terms.key,
             scale,
-            offsets,
-            *terms,
+            terms.offsets,
+            terms.pair,
+            *terms[3:8],
+            None if narrowing is None else narrowing.residual,
+            None if narrowing is None else narrowing.gain,
             first,
             softcap,
-            gain,
+            logit_scale / softcap**2 if softcap else logit_scale,
             z.stride(0),
             grad.stride(0),
             SOFTCAP=bool(softcap),
+            NARROW=grad.element_size() < z.element_size(),
+            FIRST=first == 0,
             **launch,
         )
 
 
-_KERNELS = Kernels(empty, fold, gradient, policy_loss)
+def scatter(
+    hidden: Tensor,  # [T+1, H]
+    grad: Tensor,  # [R, H]
+    pairs: Pairs,
+    block: Block,
+    narrowing: Narrowing | None,
+) -> None:
+    row, idle = pairs.row[block.lo : block.hi], pairs.idle[block.lo : block.hi]
+    if not pairs.distinct_rows:
+        exact = grad if narrowing is None else narrowing.undone(grad)
+        hidden.index_put_((torch.where(idle, hidden.shape[0] - 1, row),), exact, accumulate=True)
+        return
+    with torch.cuda.device_of(hidden):
+        scatter_kernel[_states_grid(grad)](
+            hidden, grad, row, idle, *(narrowing or (None, None, None)), grad.shape[1], **STATES
+        )
+
+
+_KERNELS = Kernels(False, empty, gather, fold, write, terms, gradient, scatter, policy_loss)
 
 
 def linear_token_stats(*args: Any) -> list[Tensor]:

@@ -295,6 +295,7 @@ def _backward(
             entropy,
             *_row_strides(logits),
             *_row_strides(grad_logits)[1:],
+            STEPS=MAP_STEPS,
             **launch,
         )
 
@@ -342,4 +343,4 @@ def _map_launch(x: Tensor, *others: Tensor) -> dict[str, int]:
     launch = _launch(min(row_warps(x.shape[-1]), MAP_WARPS), x, *others)
     if launch["VECTOR"] == 1:  # every element has an address in registers
         launch["WIDTH"] //= 2
-    return launch | {"STEPS": MAP_STEPS}
+    return launch

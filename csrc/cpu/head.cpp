@@ -62,7 +62,10 @@ struct Chain {
 
   bool is_one() const { return softcap == 0 && logit_scale == 1; }
   double gain() const { return softcap > 0 ? logit_scale / (softcap * softcap) : logit_scale; }
-  double at(double z) const { return softcap > 0 ? gain() * (softcap - z) * (softcap + z) : logit_scale; }
+  double at(double z) const {
+    z = std::max(z, -softcap);  // a token that the row was not sampled from, at -inf, has no slope
+    return softcap > 0 ? gain() * (softcap - z) * (softcap + z) : logit_scale;
+  }
 };
 
 template <class A>
@@ -103,8 +106,10 @@ TK_INLINE void chained_gradient(T* z, int64_t columns, const logprob::Upstream& 
   using A = Accumulator<T>;
   const A softcap = A(chain.softcap), gain = A(chain.gain());
   if (softcap > 0)
-    logprob::row_gradient<W, true>(
-        z, z, columns, up, [=](const auto& x) TK_INLINE_LAMBDA { return gain * (softcap - x) * (softcap + x); });
+    logprob::row_gradient<W, true>(z, z, columns, up, [=](const auto& x) TK_INLINE_LAMBDA {
+      const auto inside = vmax(x, broadcast<W>(-softcap));
+      return gain * (softcap - inside) * (softcap + inside);
+    });
   else
     logprob::row_gradient<W, true>(z, z, columns, up, [=](const auto&) TK_INLINE_LAMBDA { return gain; });
 }

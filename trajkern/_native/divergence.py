@@ -10,6 +10,7 @@ from torch import Tensor
 from trajkern import _ext
 from trajkern._native import head
 from trajkern._tiles import divergence as tiles
+from trajkern._tiles.tiles import Narrowing
 
 
 def rows(
@@ -33,8 +34,10 @@ def gradient(
     beta: float,
     saved: Tensor,  # [R, 6]
     upstream: Tensor,  # [R]
+    first: int,  # column
+    narrowing: Narrowing | None,
 ) -> None:
-    assert grad.data_ptr() == student.data_ptr()
+    assert grad.data_ptr() == student.data_ptr() and narrowing is None
     _ext.cpu().divergence_gradient(
         *_tile(student, teacher), scale.data_ptr(), beta, saved.data_ptr(), upstream.data_ptr()
     )

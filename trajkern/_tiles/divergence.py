@@ -60,19 +60,19 @@ class _Block(NamedTuple):
     teacher_hidden: Tensor  # [R, H']
 
 
-def _blocks(of: Arguments, tokens: Tensor, rows: int) -> Iterator[_Block]:
+def _blocks(of: Arguments, tokens: Tensor, rows: int, host: bool) -> Iterator[_Block]:
     for lo in range(0, tokens.shape[0], rows):
         some = tokens[lo : lo + rows]
         states = of.hidden[some], of.teacher_hidden[some]
-        if of.mask is not None and not of.hidden.is_cpu:
+        if of.mask is not None and not host:
             live = of.mask[some, None]
             states = torch.where(live, states[0], 0), torch.where(live, states[1], 0)
         yield _Block(lo == 0, some, *states)
 
 
-def _tokens(of: Arguments, live: Tensor | None) -> Tensor:
-    """Those to compute: the live ones on a CPU, on a GPU, where nobody may ask how many they are, all."""
-    if live is None or not of.hidden.is_cpu:
+def _tokens(of: Arguments, live: Tensor | None, host: bool) -> Tensor:
+    """Those to compute: the live ones, or all where nobody may ask how many they are."""
+    if live is None or not host:
         return torch.arange(of.hidden.shape[0], device=of.hidden.device)
     return live.nonzero().squeeze(1)
 
@@ -83,10 +83,10 @@ def linear_divergence(kernels: Kernels, *args: object) -> list[Tensor]:
     student, teacher = of.tiles(kernels)
     divergence = of.hidden.new_zeros(of.hidden.shape[0], dtype=student.dtype)
     saved = of.hidden.new_zeros((of.hidden.shape[0], SAVED), dtype=student.state_dtype)
-    tokens = _tokens(of, of.mask)
+    tokens = _tokens(of, of.mask, student.host)
     rows, columns = student.whole_rows(tokens.shape[0])
     z, z_teacher = (student.empty(min(rows, tokens.shape[0]), student.size) for _ in range(2))
-    for block in _blocks(of, tokens, rows):
+    for block in _blocks(of, tokens, rows, student.host):
         count = block.tokens.shape[0]
         for part in slices(student.size, columns):
             student.logits(block.hidden, part, z[:count, part])
@@ -106,25 +106,23 @@ def linear_divergence_backward(kernels: Kernels, *args: object) -> list[Tensor]:
     student, teacher = of.tiles(kernels)
     if of.mask is not None:
         grad = torch.where(of.mask, grad, 0)
-    tokens = _tokens(of, grad != 0)
-    rows, columns = student.fold_shape(tokens.shape[0])
+    tokens = _tokens(of, grad != 0, student.host)
+    rows, columns = student.fold_shape(tokens.shape[0], writes_weight=needs[1])
     z, z_teacher = (student.empty(rows, columns) for _ in range(2))
-    narrow = None
-    if not student.cpu and of.weight.dtype != student.dtype:
-        narrow = student.empty(rows, columns, of.weight.dtype)
-    grads = Grads.of(student, [*needs, False], tokens.shape[0])
-    for block in _blocks(of, tokens, rows):
+    grads = Grads.of(student, [*needs, False], -(-tokens.shape[0] // rows))
+    for block in _blocks(of, tokens, rows, student.host):
         count = block.tokens.shape[0]
         scale, known, upstream = student.scale(block.tokens), saved[block.tokens], grad[block.tokens]
-        grad_hidden = None if grads.hidden is None else grads.hidden.new_zeros(block.hidden.shape)
+        grad_hidden = None if grads.hidden is None else grads.hidden.new_empty(block.hidden.shape)
+        narrowing = student.narrowing(scale, None, upstream)
         for part in slices(student.size, columns):
             width = part.stop - part.start
             tile, tile_teacher = part_of(z, count, width), part_of(z_teacher, count, width)
             student.logits(block.hidden, part, tile)
             teacher.logits(block.teacher_hidden, part, tile_teacher)
-            tile_grad = tile if narrow is None else part_of(narrow, count, width)
-            kernels.gradient(tile_grad, tile, tile_teacher, scale, of.beta, known, upstream)
-            student.chain(tile_grad, block.hidden, part, block.first, grads, grad_hidden)
+            tile_grad = student.gradient_of(tile)
+            kernels.gradient(tile_grad, tile, tile_teacher, scale, of.beta, known, upstream, part.start, narrowing)
+            student.chain(tile_grad, block.hidden, part, grads, grad_hidden, block.first, narrowing)
         if grads.hidden is not None and grad_hidden is not None:
-            grads.hidden[block.tokens] = grad_hidden
+            grads.hidden[block.tokens] = grad_hidden if narrowing is None else narrowing.undone(grad_hidden)
     return grads.finish(student.head, student.shard)

@@ -13,7 +13,7 @@ from trajkern._tiles.arguments import Head
 class Pairs(NamedTuple):
     """The rows to compute, one a slot, and their (row, target) pairs in the order of slots and targets.
 
-    On a GPU, where nobody may ask how many pairs are unmasked, slots at the end may be idle, and pairs without a slot.
+    Where nobody may ask how many pairs are unmasked, slots at the end may be idle, and pairs without a slot.
     """
 
     row: Tensor  # [U] of the hidden states
@@ -22,25 +22,19 @@ class Pairs(NamedTuple):
     pair: Tensor  # [P'] its index in the arguments
     slot: Tensor  # [P']
     offsets: Tensor  # [U+1] first pair of each slot
-
-    def within(self, lo: int, hi: int) -> slice:
-        """The pairs of slots lo:hi; on a GPU all pairs."""
-        if self.row.is_cpu:
-            return slice(int(self.offsets[lo]), int(self.offsets[hi]))
-        return slice(0, self.pair.shape[0])
+    distinct_rows: bool  # whether no two slots have one row
 
 
 def pairs_of(
     head: Head,
     vocabulary: int,
     keep: Tensor | None,  # [P]
-    exact: bool | None = None,
+    exact: bool,
 ) -> Pairs:
     """Pairs that share a row share its slot, unless each was sampled from a support of its own.
 
-    ``exact``: count slots and pairs; None: where the tensors are on a CPU.
+    ``exact``: count slots and pairs, which waits for a GPU.
     """
-    exact = head.hidden.is_cpu if exact is None else exact
     device, count, keys = head.hidden.device, head.targets.shape[0], head.keys
     is_by_pair = head.rows is None or head.support_ids is not None
     number = torch.arange(count, device=device) if is_by_pair else head.rows
@@ -50,7 +44,7 @@ def pairs_of(
     if not exact:
         keep = keep & in_range(head, vocabulary)
     used = torch.zeros(keys + 1, dtype=torch.bool, device=device)
-    used[torch.where(keep, number, keys)] = True
+    used.index_fill_(0, torch.where(keep, number, keys), True)
     used = used[:keys]
     slot_of_key = used.cumsum(0) - 1
     slots = int(used.sum()) if exact else min(keys, count)
@@ -65,7 +59,8 @@ def pairs_of(
     if is_by_pair and head.rows is not None:
         row = head.rows[row].clamp(0, head.hidden.shape[0] - 1)
     offsets = torch.searchsorted(slot, torch.arange(slots + 1, device=device))
-    return Pairs(row, key, None if exact else key == keys, index, slot, offsets)
+    distinct = head.rows is None or head.support_ids is None
+    return Pairs(row, key, None if exact else key == keys, index, slot, offsets, distinct)
 
 
 def in_range(head: Head, vocabulary: int) -> Tensor:

@@ -6,7 +6,6 @@ A tile is the logits of some rows and a slice of the vocabulary. ``fold`` adds o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,66 +16,110 @@ from trajkern._tiles.arguments import Head
 from trajkern._tiles.pairs import Pairs
 from trajkern._tiles.shards import Shard, shard
 
-# A tile's columns do not depend on the workspace: they are the order of the sums.
-COLUMNS = {"cpu": 16384, "cuda": 32768}  # of a tile that is dropped once folded
+# By whether the host may count. A tile's columns do not depend on the workspace: they are the order of the sums.
+COLUMNS = {True: 16384, False: 32768}  # of a tile that is dropped once folded
+WORKSPACE = {True: 64 << 20, False: 256 << 20}  # bytes for logits, the least by default
 SLICE = 65536  # columns at a time of whole rows on a CPU: products of fewer are slow, a tile of more leaves the cache
-FOLD_ROWS = 2048  # at most
+FOLD_ROWS = 2048  # at most, of tiles that are only folded
 ROW_MULTIPLE = 8  # rows of a tile of whole rows, where the workspace holds more
 
 
 class Kernels(NamedTuple):
-    """A backend's: empty(like, shape, dtype), fold and gradient (see their launchers), and the policy loss."""
+    """A backend's; its launchers say what each does.
 
+    ``host``: whether counting rows and pairs costs nothing, d logits stay wide and products are the CPU's.
+    """
+
+    host: bool
     empty: Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
+    gather: Callable[..., Tensor]
     fold: Callable[..., None]
+    write: Callable[..., None]
+    terms: Callable[..., BlockTerms]
     gradient: Callable[..., None]
+    scatter: Callable[..., None]
     policy_loss: Callable[..., list[Tensor]]
 
 
-class PairTerms(NamedTuple):
-    """Of a block's pairs: their targets in the shard, and what each has of d loss; entropies where they have any."""
+class BlockTerms(NamedTuple):
+    """What a block's gradient is made from. Without ``pair`` and ``key`` the values are the block's own, in order."""
 
-    targets: Tensor  # [pairs]
+    offsets: Tensor  # [R+1] first pair of each row
+    pair: Tensor | None  # index of a pair's values
+    key: Tensor | None  # [R] index of a row's norm
+    targets: Tensor  # [pairs], in the shard
     logprobs: Tensor  # [pairs]
     grad_logprobs: Tensor  # [pairs]
-    entropy: Tensor | None  # [pairs]
+    entropy: Tensor | None  # [pairs], with grad_entropy
     grad_entropy: Tensor | None  # [pairs]
+    norm: Tensor  # [keys, 2] max, rest
+
+
+class Narrowing(NamedTuple):
+    """What d logits in 16 bits need so that the gradients made from them are exact.
+
+    Rounding breaks the sum of a row's d logits, which is 0, and with it the part that all rows of the weight have in
+    common no longer cancels: ``residual`` is what rounding added to the sum, ``common`` that part. fp16 also ends at
+    6e-8, so d logits are multiplied by ``gain``, a power of two.
+    """
+
+    residual: Tensor  # [R] float32, sums of one block's rows
+    common: Tensor  # [H] float32
+    gain: Tensor | None  # [] float32
+
+    def undone(self, grad_hidden: Tensor) -> Tensor:
+        """The hidden states' gradient [R, H] without what rounding and the gain did to it."""
+        exact = torch.addr(grad_hidden, self.residual, self.common, alpha=-1)
+        return exact if self.gain is None else exact / self.gain
 
 
 class Tiles:
     """Tiles of one call: their sizes, the products that fill and use them, the kernels on them."""
 
     def __init__(self, head: Head, kernels: Kernels) -> None:
-        self.head, self.kernels = head, kernels
+        self.head, self.kernels, self.host = head, kernels, kernels.host
         self.temperature, self.softcap, self.logit_scale = head.scales
-        narrow, self.workspace = head.options
+        narrow, self.workspace = head.options  # 0: the default
         half = head.hidden.dtype in (torch.bfloat16, torch.float16)
-        self.cpu = head.hidden.is_cpu
         self.dtype = head.hidden.dtype if half and narrow else head.accumulator
         self.shard: Shard = shard(head.group, head.weight)
         self.local = head.targets - self.shard.first
-        self.state_dtype = torch.float64 if self.cpu else head.accumulator
+        self.state_dtype = torch.float64 if self.host else head.accumulator
 
     @property
     def size(self) -> int:
         return self.head.weight.shape[0]
 
+    @property
+    def narrows(self) -> bool:
+        """Whether the products take d logits in the weight's 16 bits."""
+        return not self.host and self.head.weight.dtype.itemsize < self.head.accumulator.itemsize
+
     def empty(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.kernels.empty(self.head.hidden, (rows, columns), dtype or self.dtype)
 
-    def fold_shape(self, slots: int) -> tuple[int, int]:
-        """(rows, columns) of a tile that is dropped once folded, or recomputed to be a gradient."""
-        columns = min(COLUMNS[self.head.hidden.device.type], self.size)
-        rows = min(slots, FOLD_ROWS, self.workspace // (columns * self.dtype.itemsize))
-        return max(rows, 1), columns
+    def _bytes(self, slots: int, writes_weight: bool, keeps_wide: bool) -> int:
+        """For logits: as asked for; else as many as d weight's sum over blocks takes, which one block does without."""
+        if self.workspace or not writes_weight:
+            return self.workspace or WORKSPACE[self.host]
+        total = self.shard.widest * self.head.weight.shape[1] * self.head.accumulator.itemsize
+        if self.narrows and not keeps_wide and slots * self.shard.widest * self.dtype.itemsize <= 2 * total:
+            total *= 2
+        return max(total, WORKSPACE[self.host])
 
-    def whole_rows(self, slots: int) -> tuple[int, int]:
+    def fold_shape(self, slots: int, writes_weight: bool = False) -> tuple[int, int]:
+        """(rows, columns) of a tile that is dropped once folded, or recomputed to be a gradient."""
+        columns = min(COLUMNS[self.host], self.size)
+        rows = self._bytes(slots, writes_weight, False) // (columns * self.dtype.itemsize)
+        return max(1, min(slots, rows if writes_weight else min(rows, FOLD_ROWS))), columns
+
+    def whole_rows(self, slots: int, writes_weight: bool = False, keeps_wide: bool = False) -> tuple[int, int]:
         """(rows, columns of a slice) of a tile of whole rows. The widest shard decides, so that ranks keep step."""
-        rows = self.workspace // (self.shard.widest * self.dtype.itemsize)
+        rows = self._bytes(slots, writes_weight, keeps_wide) // (self.shard.widest * self.dtype.itemsize)
         if ROW_MULTIPLE <= rows < slots:  # as many in every block
             each = -(-slots // -(-slots // (rows // ROW_MULTIPLE * ROW_MULTIPLE)))
             rows = -(-each // ROW_MULTIPLE) * ROW_MULTIPLE
-        return max(1, min(slots, rows)), min(SLICE, self.size) if self.cpu else self.size
+        return max(1, min(slots, rows)), min(SLICE, self.size) if self.host else self.size
 
     def scale(self, row: Tensor) -> Tensor:
         """1 / temperature of each row."""
@@ -86,13 +129,7 @@ class Tiles:
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
         """softcap(logit_scale (h w + bias)); the temperature is left to the kernels."""
-        weight = self.head.weight[columns]
-        if self.dtype == weight.dtype:
-            torch.mm(hidden, weight.t(), out=out)
-        elif self.cpu:
-            torch.mm(hidden.to(self.dtype), weight.to(self.dtype).t(), out=out)
-        else:
-            torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out)
+        _product(hidden, self.head.weight[columns].t(), out)
         if self.head.bias is not None:
             out += self.head.bias[columns]
         if self.logit_scale != 1:
@@ -110,82 +147,137 @@ class Tiles:
         slot_of[pairs.pair] = pairs.slot
         slot, at = slot_of[entry], ids - self.shard.first
         inside = (slot >= lo) & (slot < hi) & (at >= columns.start) & (at < columns.stop)
-        keep = torch.zeros(hi - lo, z.shape[1] + 1, dtype=torch.bool, device=z.device)
-        keep[torch.where(inside, slot - lo, 0), torch.where(inside, at - columns.start, z.shape[1])] = True
-        z.masked_fill_(~keep[:, :-1], -math.inf)
+        width = z.shape[1] + 1
+        keep = torch.zeros((hi - lo) * width, dtype=torch.bool, device=z.device)
+        place = torch.where(inside, (slot - lo) * width + (at - columns.start), width - 1)
+        keep.index_fill_(0, place, True)
+        z.masked_fill_(~keep.view(hi - lo, width)[:, :-1], -torch.inf)
 
-    def chain(self, grad: Tensor, hidden: Tensor, columns: slice, first: bool, into: Grads, grad_hidden: Any) -> None:
+    def gradient_of(self, tile: Tensor) -> Tensor:
+        """Where a tile's gradient is written: in its own memory, narrow in the first half of each row."""
+        if not self.narrows or tile.dtype == self.head.weight.dtype:
+            return tile
+        return tile.view(self.head.weight.dtype)[:, : tile.shape[1]]
+
+    def narrowing(self, scale: Tensor, offsets: Tensor | None, *upstream: Tensor | None) -> Narrowing | None:
+        """For rows of 1 / temperature ``scale`` whose pairs, between ``offsets``, have these gradients."""
+        weight, gain = self.head.weight, None
+        if not self.narrows:
+            return None
+        if weight.dtype == torch.float16:
+            largest = torch.stack([x.abs().amax() for x in upstream if x is not None]).amax()
+            if offsets is not None:
+                largest = largest * offsets.diff().amax()
+            gain = _power_of_two(largest * scale.amax() * abs(self.logit_scale))
+        residual = weight.new_empty(scale.shape, dtype=torch.float32)
+        sample = weight[:: max(1, self.size // COMMON_ROWS)]
+        return Narrowing(residual, sample.mean(0, dtype=torch.float32), gain)
+
+    def chain(
+        self,
+        grad: Tensor,
+        hidden: Tensor,
+        columns: slice,
+        into: Grads,
+        grad_hidden: Tensor | None,
+        first_block: bool,
+        narrowing: Narrowing | None,
+    ) -> None:
         """Adds a tile of d logits to the gradients of what the logits were made of."""
         weight = self.head.weight[columns]
         if grad_hidden is not None:
-            _add_product(grad_hidden, grad, weight, self.cpu)
+            _product(grad, weight, grad_hidden, fresh=columns.start == 0)
+        gain = None if narrowing is None else narrowing.gain
         if into.weight is not None:
-            _add_product(into.weight[columns], grad.t(), hidden, self.cpu, fresh=first)
+            total = into.weight[columns]
+            if gain is not None and not first_block:
+                total *= gain
+            _product(grad.t(), hidden, total, fresh=first_block)
+            if gain is not None:
+                total /= gain
         if into.bias is not None:
-            into.bias[columns] += grad.sum(0, dtype=into.bias.dtype)
+            sums = grad.sum(0, dtype=into.bias.dtype)
+            into.bias[columns] += sums if gain is None else sums / gain
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor, cpu: bool, fresh: bool = False) -> None:
-    """into (+)= a @ b, in into's precision."""
-    if a.dtype != b.dtype or cpu:
-        a, b = a.to(into.dtype), b.to(into.dtype)
-    if a.dtype != into.dtype:
-        torch.addmm(into, a, b, out_dtype=into.dtype, beta=0 if fresh else 1, out=into)
+COMMON_ROWS = 1024  # of the weight, whose mean stands for what all of them have in common
+GAIN = 8  # of fp16: the largest d logits lie below 2^8
+
+
+def _power_of_two(largest: Tensor) -> Tensor:
+    """That brings ``largest`` to between half of 2^GAIN and 2^GAIN."""
+    exponent = torch.frexp(largest.float().clamp(2.0**-100, 2.0**100))[1]
+    return ((127 + GAIN - exponent) << 23).view(torch.float32)  # its bits; exp2 need not be exact on a GPU
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, fresh: bool = True) -> None:
+    """out (+)= a @ b, added up in out's precision or better; narrower matrices are multiplied as they are."""
+    beta = 0 if fresh else 1
+    if a.is_cpu and a.dtype != out.dtype or a.dtype != b.dtype:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out) if fresh else torch.addmm(out, a, b, out=out)
+    elif fresh:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(into, a, b, beta=0 if fresh else 1, out=into)
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
 
 class Grads(NamedTuple):
-    """Gradients under way, in the accumulator's precision; what is not needed is None."""
+    """Gradients under way; what is not needed is None."""
 
-    hidden: Tensor | None  # [T+1, H], the last row for idle slots
-    weight: Tensor | None  # [V, H]
+    hidden: Tensor | None  # [T+1, H] in the accumulator's precision, the last row for idle slots
+    weight: Tensor | None  # [V, H], in its own where one block writes it
     bias: Tensor | None  # [V]
+    keeps_wide: bool
 
     @classmethod
-    def of(cls, tiles: Tiles, needs: list[bool], blocks: int) -> Grads:
-        """For sums over ``blocks``, of which the first writes the weight's; zero if there is none."""
+    def of(cls, tiles: Tiles, needs: Any, blocks: int, keeps_wide: bool = False) -> Grads:
+        """For sums over ``blocks``, of which the first writes the weight's; zero if there is none.
+
+        ``keeps_wide``: whether what fp16 could not hold waits for the upstream factor.
+        """
         head, (hidden, weight, bias) = tiles.head, needs
         tokens, width = head.hidden.shape
+        keeps_wide = keeps_wide and head.weight.dtype == torch.float16
         new, into_weight = head.hidden.new_zeros, None
         if weight:
-            into_weight = tiles.empty(head.weight.shape[0], width, head.accumulator)
+            direct = tiles.narrows and blocks == 1 and head.weight.dtype == torch.bfloat16
+            into_weight = tiles.empty(head.weight.shape[0], width, head.weight.dtype if direct else head.accumulator)
             if not blocks:
                 into_weight.zero_()
         return cls(
             new((tokens + 1, width), dtype=head.accumulator) if hidden else None,
             into_weight,
             new(head.weight.shape[0], dtype=torch.float64) if bias else None,
+            keeps_wide,
         )
 
     def finish(self, head: Head, of: Shard) -> list[Tensor]:
-        """In the parameters' dtypes; the hidden states' is summed over the vocabulary's shards."""
+        """In the parameters' dtypes, or wide; the hidden states' is summed over the vocabulary's shards."""
+        dtype = head.accumulator if self.keeps_wide else head.hidden.dtype
         done = []
         if self.hidden is not None:
-            done.append(of.sum(self.hidden[:-1]).to(head.hidden.dtype))
-        done += [x.to(head.weight.dtype) for x in (self.weight, self.bias) if x is not None]
-        return done
+            done.append(of.sum(self.hidden[:-1]).to(dtype))
+        return done + [x.to(dtype) for x in (self.weight, self.bias) if x is not None]
 
 
 class Block(NamedTuple):
-    """Rows lo:hi of the slots, their hidden states and 1 / temperature, and their pairs."""
+    """Rows lo:hi of the slots, their hidden states and 1 / temperature."""
 
     lo: int
     hi: int
     hidden: Tensor  # [R, H]
     scale: Tensor  # [R]
-    pairs: slice
 
 
 def blocks(tiles: Tiles, pairs: Pairs, rows: int) -> Iterator[Block]:
     slots = pairs.row.shape[0]
+    scale = tiles.scale(pairs.row)
     for lo in range(0, slots, rows):
         hi = min(lo + rows, slots)
-        row = pairs.row[lo:hi]
-        hidden = tiles.head.hidden[row]
-        if pairs.idle is not None:  # what they would read may be NaN
-            hidden = hidden.masked_fill(pairs.idle[lo:hi, None], 0)
-        yield Block(lo, hi, hidden, tiles.scale(row), pairs.within(lo, hi))
+        idle = None if pairs.idle is None else pairs.idle[lo:hi]
+        yield Block(lo, hi, tiles.kernels.gather(tiles.head.hidden, pairs.row[lo:hi], idle), scale[lo:hi])
 
 
 def part_of(z: Tensor, rows: int, columns: int) -> Tensor:

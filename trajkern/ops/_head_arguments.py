@@ -22,8 +22,6 @@ from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.shards import shard
 
-WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes
-
 
 class HeadArguments(NamedTuple):
     """The arguments that the head's ops share, under their public names and with their defaults."""
@@ -122,7 +120,7 @@ def _check_workspace(workspace_bytes: int | None, hidden: Tensor, logits_dtype: 
     dtype = logits_dtype if hidden.dtype != torch.float64 else torch.float64
     row = vocabulary * dtype.itemsize
     if workspace_bytes is None:
-        return max(row, WORKSPACE["cpu" if hidden.is_cpu else "cuda"])
+        return 0
     check_number("workspace_bytes", workspace_bytes)
     if workspace_bytes < row:
         raise ValueError(f"workspace_bytes must hold one row of logits, {row} bytes; got {workspace_bytes}")

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from trajkern import _backends
 from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
 from trajkern._dtypes import FLOATS, accumulator
-from trajkern.ops._head_arguments import WORKSPACE
+from trajkern._tiles.tiles import WORKSPACE
 from trajkern.ops._library import define, recorded
 
 _ARGUMENTS = (
@@ -134,7 +134,7 @@ def _check(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, be
     _check_mask(mask, hidden)
     row = 2 * weight.shape[0] * accumulator(hidden).itemsize
     if workspace_bytes is None:
-        workspace_bytes = max(row, WORKSPACE["cpu" if hidden.is_cpu else "cuda"])
+        workspace_bytes = max(row, WORKSPACE[hidden.is_cpu])
     check_number("workspace_bytes", workspace_bytes)
     if workspace_bytes < row:
         raise ValueError(f"workspace_bytes must hold one row of both logits, {row} bytes; got {workspace_bytes}")

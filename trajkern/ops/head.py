@@ -139,9 +139,9 @@ def linear_logprobs(
             ids[offsets[i]:offsets[i+1]] only, the top-k or top-p set it was sampled from, which must hold its target.
         logits_dtype: float32 keeps 32 bits between the product and the softmax (float64 for float64 inputs); the
             inputs' own 16-bit dtype rounds the logits to it, as a plain ``nn.Linear`` does, and halves the workspace.
-        workspace_bytes: bound of the memory for logits, at least one row of them; 64 MiB on a CPU and 256 MiB on a GPU
-            if None. The bits change only where the number of rows that fit does. A block of few rows makes slow
-            products: where the vocabulary is large, four times the memory can save a tenth of the time.
+        workspace_bytes: bound of the memory for logits, at least one row of them. None: 64 MiB on a CPU and 256 MiB on
+            a GPU, and where d weight is wanted at least 4 V H, see :func:`linear_policy_loss`. The bits change only
+            where the number of rows that fit does.
         process_group: of torch.distributed, whose ranks hold the vocabulary's rows in order, in shards of any size.
             Every rank must make the call with the same hidden states; O(T) numbers travel, and d hidden. The sizes of
             the shards are exchanged first, which waits for the GPU.

@@ -33,10 +33,13 @@ _LOSS_INPUTS = LOSS_INPUTS.replace("mask", "loss_mask").replace("options", "loss
 def _policy_loss_fake(*args):
     head, _ = Head.split(args)
     shapes = ((), len(METRICS), head.targets.shape)
-    return [head.hidden.new_empty(shape, dtype=head.accumulator) for shape in shapes] + grads_fake(*args)
+    results = [head.hidden.new_empty(shape, dtype=head.accumulator) for shape in shapes]
+    wide = head.accumulator if head.hidden.dtype == torch.float16 else head.hidden.dtype
+    return results + [grad.to(wide) for grad in grads_fake(*args)]
 
 
-# -> [loss, metrics, logprobs, the gradients in hidden, weight and bias that ``needs`` asks for]
+# -> [loss, metrics, logprobs, the gradients in hidden, weight and bias that ``needs`` asks for, fp16's in float32: an
+#     upstream factor that a loss scaler makes large comes too late for what fp16 has rounded to 0]
 _linear_policy_loss = define(
     "head",
     f"linear_policy_loss({HEAD}, Tensor? {_LOSS_INPUTS}, int outputs, bool[] needs) -> Tensor[]",
@@ -51,13 +54,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
         loss, metrics, logprobs, *grads = _linear_policy_loss(*args, [*needs])
         formed = iter(grads)
         ctx.grads, ctx.others = [next(formed) if need else None for need in needs], len(args) - 3
+        ctx.dtype = args[0].dtype
         ctx.mark_non_differentiable(metrics, logprobs)
         return loss, metrics, logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, *_):
-        return *scaled_once(ctx, "linear_policy_loss", grad_loss), *(None,) * ctx.others
+        grads = scaled_once(ctx, "linear_policy_loss", grad_loss)
+        return *(None if grad is None else grad.to(ctx.dtype) for grad in grads), *(None,) * ctx.others
 
 
 @recorded
@@ -101,7 +106,15 @@ def linear_policy_loss(
 
     Args:
         hidden, weight, targets, rows, bias, temperature, softcap, logit_scale, mask, sampling_support, logits_dtype,
-            workspace_bytes, process_group: as in :func:`linear_logprobs`.
+            process_group: as in :func:`linear_logprobs`.
+        workspace_bytes: bound of the memory for logits, at least one row of them. Blocks of few rows make slow
+            products, and each reads and writes d weight in float32, 4 V H bytes, unless there is only one. So None
+            means as many bytes as that: blocks of H rows of float32 logits, of 2 H in 16 bits; and on a GPU one block
+            of up to twice as many rows, which writes a bfloat16 d weight as it is and has no sum beside it. At Qwen3-8B
+            (V 151,936, H 4,096) that is 2.3 GiB, or 4.6 GiB for up to 8,192 rows at once, at Llama-3-70B (128,256,
+            8,192) 3.9 and 7.8 GiB. Where it is less than 64 MiB (a GPU: 256 MiB), or the weight is frozen, it is that.
+            In float16, d weight stays in float32 until the upstream factor is known, so that a loss scaler finds what
+            fp16 would lose.
         old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, branch, normalizer, per_token: as
             in :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
         with_entropy: compute the entropy as a metric also where config.entropy_coef is 0.
@@ -165,10 +178,8 @@ def _linear_policy_loss_of(
 
 def _needs_one_pass(arguments: LossArguments) -> bool:
     """Whether the gradients can be formed with the logits: wanted, and a token's needs no other token's log-prob."""
-    correction = arguments.config.sampler_correction
-    reads_logprobs = arguments.old_logprobs is None and correction == "sequence_mask"  # of whole rollouts, beforehand
-    if isinstance(arguments.branch, Paths) and reads_logprobs:
-        return False
+    if arguments.old_logprobs is None and arguments.config.sampler_correction == "sequence_mask":
+        return False  # which rollouts remain is said by all of their log-probs
     return arguments.config.is_token_level and torch.is_grad_enabled()
 
 

@@ -154,6 +154,11 @@ CASES = (
         _head(12, 16, 90, rows=_tree, mask=_mask, sampling_support=_support(5)),
         "sets of their own on shared rows",
     ),
+    Case(
+        "support_softcap",
+        _head(12, 16, 200, 3.0, sampling_support=_support(9), softcap=4.0, temperature=0.7),
+        "tokens outside a set, at -inf behind the softcap, have no gradient and no NaN",
+    ),
     Case("very_negative", _edited(_head(4, 16, 300), _common_offset(-1e4)), "all logits near -1e4"),
     Case("common_offset", _edited(_head(4, 16, 300), _common_offset(1e4)), "a common offset of 1e4"),
     Case("margin_17", _edited(_head(3, 8, 50), _certain(17.0)), "float32 rounds p to 1 beyond 16.6 nats"),
@@ -183,7 +188,7 @@ def _spec(name: str, cases: tuple[Case, ...], outputs, **more) -> OpSpec:
         differentiable=("hidden", "weight", "bias"),
         typed=("hidden", "weight", "bias"),
         dtypes=DTYPES,
-        triton_dtypes=DTYPES[:1],  # a tile is float32 whatever the inputs are
+        triton_dtypes=DTYPES[:3],
         cases=cases,
         reordered=_reordered,
         own_sums=False,
@@ -288,6 +293,9 @@ LOSS_CASES = (
     ),
     Case("tree_full", _tree_loss(_FULL, mask=_mask), "every term and a mask", mixed=True),
     Case("tree_mask", _tree_loss(_REMOVING), "rollouts removed", mixed=True),
+    Case(
+        "removed_on_policy", _edited(_loss(_REMOVING, mask=_mask, workspace_bytes=65 * 4 * 5), _on_policy), "all first"
+    ),
     Case("support", _loss(PolicyLoss("grpo"), sampling_support=_support(9)), "the softmax over each token's own set"),
 )
 _FEW_LOSSES = ("grpo", "full", "shared_rows", "on_policy")  # the policy loss itself has specs of its own
