@@ -15,7 +15,7 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import reference
 from trajkern._bench.memory import peak_bytes
-from trajkern._tiles import head as head_tiles
+from trajkern._tiles import tiles
 from trajkern._tiles.pairs import Head, pairs_of
 from trajkern.testing import budget_share, oracle, run
 from trajkern.testing.head import LINEAR_LOGPROBS, LINEAR_POLICY_LOSS
@@ -152,6 +152,69 @@ def test_many_blocks_do_not_drift() -> None:
     assert error <= 2 * usual + torch.finfo(torch.float32).eps * exact.grad.abs().max()
 
 
+class TestBatchInvariant:
+    """A row's log-prob, entropy and d hidden, whatever else is in the call and wherever the row stands."""
+
+    WIDTH, VOCABULARY, TOKENS = 96, 20_001, 150  # more rows than two blocks, more columns than a tile
+
+    def _results(self, chosen: Tensor, dtype: torch.dtype, **options) -> tuple[Tensor, ...]:
+        hidden, weight, targets = _inputs(self.TOKENS, self.WIDTH, self.VOCABULARY)
+        hidden = hidden.detach()[chosen].to(dtype).requires_grad_()
+        weight = weight.detach().to(dtype).requires_grad_()
+        stats = tk.linear_token_stats(hidden, weight, targets[chosen], batch_invariant=True, **options)
+        (stats.logprobs.sum() + stats.entropy.sum()).backward()
+        return stats.logprobs.detach(), stats.entropy.detach(), hidden.grad
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["one", "subset", "prefix", "reversed", "shuffled", "twice"])
+    def test_same_bits(self, name: str, dtype: torch.dtype) -> None:
+        everything = torch.arange(self.TOKENS)
+        chosen = {
+            "one": everything[77:78],
+            "subset": everything[1::3],
+            "prefix": everything[:65],
+            "reversed": everything.flip(0),
+            "shuffled": torch.randperm(self.TOKENS, generator=torch.Generator().manual_seed(3)),
+            "twice": everything.repeat(2),
+        }[name]
+        whole, part = self._results(everything, dtype), self._results(chosen, dtype)
+        for x, y in zip(whole, part, strict=True):
+            assert torch.equal(x[chosen], y)
+
+    def test_a_mask_changes_no_other_row(self) -> None:
+        everything, mask = torch.arange(self.TOKENS), torch.arange(self.TOKENS) % 4 != 1
+        whole, part = (self._results(everything, torch.float32, mask=m) for m in (None, mask))
+        for x, y in zip(whole, part, strict=True):
+            assert torch.equal(x[mask], y[mask]) and not y[~mask].any()
+
+    @pytest.mark.parametrize("weight_is_trained", [True, False])
+    def test_policy_loss(self, weight_is_trained: bool) -> None:
+        """With a normaliser of its own a token's gradient knows no other token either."""
+        hidden, weight, targets = _inputs(self.TOKENS, self.WIDTH, self.VOCABULARY)
+        advantages = torch.arange(self.TOKENS).sin() * (torch.arange(self.TOKENS) % 5 > 0)
+        config = tk.PolicyLoss("dapo", kl_coef=0.1)
+        results = []
+        for chosen in (torch.arange(self.TOKENS), torch.arange(self.TOKENS).flip(0)[:71]):
+            h = hidden.detach()[chosen].requires_grad_()
+            count, old = len(chosen), torch.full((len(chosen),), -10.0)
+            loss, metrics = tk.linear_policy_loss(
+                h, weight.detach().requires_grad_(weight_is_trained), targets[chosen], old, advantages[chosen],
+                torch.tensor([0, count]), config=config, ref_logprobs=old, normalizer=100.0, per_token=True,
+                with_logprobs=True, batch_invariant=True,
+            )  # fmt: skip
+            loss.backward()
+            results.append((metrics["logprobs"], h.grad))
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x.flip(0)[:71], y)
+
+    def test_bad_input(self) -> None:
+        hidden, weight, targets = _inputs()
+        with pytest.raises(ValueError, match="workspace_bytes must hold the 64 rows of a batch-invariant block"):
+            tk.linear_logprobs(hidden, weight, targets, batch_invariant=True, workspace_bytes=64 * 130 * 4 - 1)
+        with pytest.raises(TypeError, match="batch_invariant must be True or False, got 1"):
+            tk.linear_logprobs(hidden, weight, targets, batch_invariant=1)
+
+
 def test_stride_zero_upstream() -> None:
     hidden, weight, targets = _inputs()
     tk.linear_logprobs(hidden, weight, targets).sum().backward()
@@ -196,7 +259,7 @@ def test_sizes_beyond_32_bits() -> None:
     hidden = torch.empty(70_000, 8, device="meta", requires_grad=True)
     weight = torch.empty(151_936, 8, device="meta", requires_grad=True)
     head = (hidden, weight, None, torch.empty(70_000, dtype=torch.int64, device="meta"), *(None,) * 5)
-    results = torch.ops.trajkern.linear_token_stats(*head, [1.0, 0.0, 1.0], [0, 64 << 20], "", 1, False)
+    results = torch.ops.trajkern.linear_token_stats(*head, [1.0, 0.0, 1.0], [0, 64 << 20, 0], "", 1, False)
     assert [x.shape for x in results] == [(70_000,), (70_000, 2), (70_000,)]
     rows = (64 << 20) // (151_936 * 4)
     assert rows * 151_936 < 2**31  # the largest index inside a tile
@@ -206,7 +269,7 @@ def test_idle_slots_and_pairs_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     """Nobody counts there: as many slots as there could be rows, the masked pairs in none of them."""
     hidden, weight, targets = _inputs(tokens=6)
     rows, mask = torch.tensor([4, 1, 4, 4, 1, 0]), torch.tensor([1, 1, 0, 1, 1, 0]).bool()
-    head = Head(hidden, weight, None, targets, rows, mask, None, None, None, [1.0, 0.0, 1.0], [0, 1 << 20], "")
+    head = Head(hidden, weight, None, targets, rows, mask, None, None, None, [1.0, 0.0, 1.0], [0, 1 << 20, 0], "")
     exact = pairs_of(head, 130, mask, exact=True)
     assert exact.row.tolist() == [1, 4] and exact.idle is None and sorted(exact.pair.tolist()) == [0, 1, 3, 4]
     counted = pairs_of(head, 130, mask, exact=False)
@@ -219,7 +282,7 @@ def test_uncounted_slots_give_the_same_numbers(name: str, monkeypatch: pytest.Mo
     case = next(case for case in LINEAR_LOGPROBS.cases if case.name == name)
     inputs = LINEAR_LOGPROBS.inputs(case, torch.float32)
     expected = run(LINEAR_LOGPROBS, tk.linear_logprobs, inputs)
-    monkeypatch.setattr(head_tiles, "pairs_of", lambda *args, exact: pairs_of(*args, exact=False))
+    monkeypatch.setattr(tiles, "pairs_of", lambda *args, exact, multiple: pairs_of(*args, False, multiple))
     got = run(LINEAR_LOGPROBS, tk.linear_logprobs, inputs)
     high, low = oracle(LINEAR_LOGPROBS, inputs)
     for key in expected:

@@ -43,7 +43,7 @@ class Arguments(NamedTuple):
         """The student's and the teacher's, each in half of the workspace."""
         none = torch.empty(0, dtype=torch.int64, device=self.hidden.device)
         heads = ((self.hidden, self.weight), (self.teacher_hidden, self.teacher_weight))
-        scales, options = [self.temperature, 0.0, 1.0], [0, self.workspace // 2]
+        scales, options = [self.temperature, 0.0, 1.0], [0, self.workspace // 2, 0]
         student, teacher = (
             Tiles(Head(*head, None, none, None, None, None, None, None, scales, options, ""), kernels.head)
             for head in heads

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trajkern._tiles.arguments import Head
-from trajkern._tiles.pairs import Pairs, in_range, pairs_of
+from trajkern._tiles.pairs import Pairs, in_range
 from trajkern._tiles.tiles import Block, Grads, Kernels, Tiles, blocks, part_of, slices
 from trajkern.losses.inputs import LossInputs
 
@@ -73,7 +73,7 @@ def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
     """[logprobs, norm, the outputs asked for, and with ``unit`` d logprobs / d hidden]."""
     head, (outputs, unit) = Head.split(args)
     tiles, stats = Tiles(head, kernels), Stats.zeros(head, outputs)
-    pairs = pairs_of(head, tiles.shard.vocabulary, head.mask, exact=tiles.host)
+    pairs = tiles.pairs(head.mask)
     rows, columns = (tiles.whole_rows if unit else tiles.fold_shape)(pairs.row.shape[0])
     z = tiles.empty(rows, tiles.size if unit else columns)
     grads = Grads.of(tiles, [unit, False, False], 0)
@@ -120,7 +120,7 @@ def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     tiles = Tiles(head, kernels)
     idle = torch.cat((norm, norm.new_zeros(1, 2)))
     stats = Stats(logprobs, idle, entropy, None, None, None)
-    pairs = pairs_of(head, tiles.shard.vocabulary, head.mask, exact=tiles.host)
+    pairs = tiles.pairs(head.mask)
     slots = pairs.row.shape[0]
     rows, columns = tiles.fold_shape(slots, writes_weight=needs[1])
     z, grads = tiles.empty(rows, columns), Grads.of(tiles, needs, -(-slots // rows))
@@ -146,7 +146,7 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
         return kernels.policy_loss(stats.logprobs, stats.entropy, None, *loss_inputs._replace(options=options))
 
     live = _live(head, loss_inputs, tiles.host)
-    pairs = pairs_of(head, tiles.shard.vocabulary, live, exact=tiles.host)
+    pairs = tiles.pairs(live)
     slots = pairs.row.shape[0]
     rows, columns = tiles.whole_rows(slots, writes_weight=needs[1], keeps_wide=True)
     z, grads = tiles.empty(rows, tiles.size), Grads.of(tiles, needs, -(-slots // rows), keeps_wide=True)
@@ -157,7 +157,7 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
         _chain(tiles, pairs, block, columns, z, stats, upstream, grads, has_logits=True)
     if live is not head.mask and live is not None:  # no gradient: folded in small tiles
         others_live = ~live if head.mask is None else head.mask & ~live
-        _fold_all(tiles, pairs_of(head, tiles.shard.vocabulary, others_live, exact=tiles.host), stats, outputs)
+        _fold_all(tiles, tiles.pairs(others_live), stats, outputs)
     stats.finish(tiles)
     if head.mask is not None:
         stats.logprobs.masked_fill_(~head.mask, 0)

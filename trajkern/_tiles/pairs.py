@@ -13,7 +13,7 @@ from trajkern._tiles.arguments import Head
 class Pairs(NamedTuple):
     """The rows to compute, one a slot, and their (row, target) pairs in the order of slots and targets.
 
-    Where nobody may ask how many pairs are unmasked, slots at the end may be idle, and pairs without a slot.
+    Slots at the end may be idle; where nobody may ask how many pairs are unmasked, pairs may be without a slot.
     """
 
     row: Tensor  # [U] of the hidden states
@@ -30,10 +30,11 @@ def pairs_of(
     vocabulary: int,
     keep: Tensor | None,  # [P]
     exact: bool,
+    multiple: int = 1,
 ) -> Pairs:
     """Pairs that share a row share its slot, unless each was sampled from a support of its own.
 
-    ``exact``: count slots and pairs, which waits for a GPU.
+    ``exact``: count slots and pairs, which waits for a GPU. ``multiple``: of slots, the last ones idle.
     """
     device, count, keys = head.hidden.device, head.targets.shape[0], head.keys
     is_by_pair = head.rows is None or head.support_ids is not None
@@ -48,6 +49,8 @@ def pairs_of(
     used = used[:keys]
     slot_of_key = used.cumsum(0) - 1
     slots = int(used.sum()) if exact else min(keys, count)
+    has_idle = not exact or slots % multiple > 0
+    slots = -(-slots // multiple) * multiple
     key = torch.full((slots + 1,), keys, device=device)
     key = key.scatter_(0, torch.where(used, slot_of_key, slots), torch.arange(keys, device=device))[:slots]
     slot = torch.where(keep, slot_of_key[number.clamp(0, keys - 1)], slots) if keys else number
@@ -60,7 +63,7 @@ def pairs_of(
         row = head.rows[row].clamp(0, head.hidden.shape[0] - 1)
     offsets = torch.searchsorted(slot, torch.arange(slots + 1, device=device))
     distinct = head.rows is None or head.support_ids is None
-    return Pairs(row, key, None if exact else key == keys, index, slot, offsets, distinct)
+    return Pairs(row, key, key == keys if has_idle else None, index, slot, offsets, distinct)
 
 
 def in_range(head: Head, vocabulary: int) -> Tensor:

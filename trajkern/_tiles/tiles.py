@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trajkern._tiles.arguments import Head
-from trajkern._tiles.pairs import Pairs
+from trajkern._tiles.pairs import Pairs, pairs_of
 from trajkern._tiles.shards import Shard, shard
 
 # By whether the host may count. A tile's columns do not depend on the workspace: they are the order of the sums.
@@ -22,6 +22,7 @@ WORKSPACE = {True: 64 << 20, False: 256 << 20}  # bytes for logits, the least by
 SLICE = 65536  # columns at a time of whole rows on a CPU: products of fewer are slow, a tile of more leaves the cache
 FOLD_ROWS = 2048  # at most, of tiles that are only folded
 ROW_MULTIPLE = 8  # rows of a tile of whole rows, where the workspace holds more
+FIXED_ROWS = {True: 64, False: 256}  # of every tile, where a row's bits may not depend on how many there are
 
 
 class Kernels(NamedTuple):
@@ -79,7 +80,8 @@ class Tiles:
     def __init__(self, head: Head, kernels: Kernels) -> None:
         self.head, self.kernels, self.host = head, kernels, kernels.host
         self.temperature, self.softcap, self.logit_scale = head.scales
-        narrow, self.workspace = head.options  # 0: the default
+        narrow, self.workspace, invariant = head.options
+        self.fixed_rows = FIXED_ROWS[self.host] if invariant else None
         half = head.hidden.dtype in (torch.bfloat16, torch.float16)
         self.dtype = head.hidden.dtype if half and narrow else head.accumulator
         self.shard: Shard = shard(head.group, head.weight)
@@ -89,6 +91,10 @@ class Tiles:
     @property
     def size(self) -> int:
         return self.head.weight.shape[0]
+
+    def pairs(self, keep: Tensor | None) -> Pairs:
+        """Those that are kept, in slots that fill the tiles."""
+        return pairs_of(self.head, self.shard.vocabulary, keep, exact=self.host, multiple=self.fixed_rows or 1)
 
     @property
     def narrows(self) -> bool:
@@ -110,16 +116,21 @@ class Tiles:
     def fold_shape(self, slots: int, writes_weight: bool = False) -> tuple[int, int]:
         """(rows, columns) of a tile that is dropped once folded, or recomputed to be a gradient."""
         columns = min(COLUMNS[self.host], self.size)
+        if self.fixed_rows is not None:
+            return self.fixed_rows, columns
         rows = self._bytes(slots, writes_weight, False) // (columns * self.dtype.itemsize)
         return max(1, min(slots, rows if writes_weight else min(rows, FOLD_ROWS))), columns
 
     def whole_rows(self, slots: int, writes_weight: bool = False, keeps_wide: bool = False) -> tuple[int, int]:
         """(rows, columns of a slice) of a tile of whole rows. The widest shard decides, so that ranks keep step."""
+        columns = min(SLICE, self.size) if self.host else self.size
+        if self.fixed_rows is not None:
+            return self.fixed_rows, columns
         rows = self._bytes(slots, writes_weight, keeps_wide) // (self.shard.widest * self.dtype.itemsize)
         if ROW_MULTIPLE <= rows < slots:  # as many in every block
             each = -(-slots // -(-slots // (rows // ROW_MULTIPLE * ROW_MULTIPLE)))
             rows = -(-each // ROW_MULTIPLE) * ROW_MULTIPLE
-        return max(1, min(slots, rows)), min(SLICE, self.size) if self.host else self.size
+        return max(1, min(slots, rows)), columns
 
     def scale(self, row: Tensor) -> Tensor:
         """1 / temperature of each row."""

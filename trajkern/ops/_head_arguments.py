@@ -21,6 +21,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.shards import shard
+from trajkern._tiles.tiles import FIXED_ROWS
 
 
 class HeadArguments(NamedTuple):
@@ -39,6 +40,7 @@ class HeadArguments(NamedTuple):
     logits_dtype: torch.dtype = torch.float32
     workspace_bytes: int | None = None
     process_group: Any = None
+    batch_invariant: bool = False
 
 
 def check_head(arguments: HeadArguments) -> Head:
@@ -55,7 +57,7 @@ def check_head(arguments: HeadArguments) -> Head:
     check_choice("logits_dtype", arguments.logits_dtype, {torch.float32, hidden.dtype})
     group = "" if arguments.process_group is None else arguments.process_group.group_name
     of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
-    workspace = _check_workspace(arguments.workspace_bytes, hidden, arguments.logits_dtype, of.widest)
+    workspace = _check_workspace(arguments, of.widest)
     if readable(hidden):
         check_targets(targets, of.vocabulary, mask)
         if rows is not None:
@@ -72,7 +74,7 @@ def check_head(arguments: HeadArguments) -> Head:
         ids,
         offsets,
         scales,
-        [int(arguments.logits_dtype != torch.float32), workspace],
+        [int(arguments.logits_dtype != torch.float32), workspace, int(arguments.batch_invariant)],
         group,
     )
 
@@ -116,14 +118,19 @@ def _check_scales(arguments: HeadArguments) -> tuple[Tensor | None, list[float]]
     return temperatures, [float(temperature), float(softcap or 0), float(arguments.logit_scale)]
 
 
-def _check_workspace(workspace_bytes: int | None, hidden: Tensor, logits_dtype: torch.dtype, vocabulary: int) -> int:
-    dtype = logits_dtype if hidden.dtype != torch.float64 else torch.float64
-    row = vocabulary * dtype.itemsize
+def _check_workspace(arguments: HeadArguments, vocabulary: int) -> int:
+    hidden, workspace_bytes = arguments.hidden, arguments.workspace_bytes
+    if not isinstance(arguments.batch_invariant, bool):
+        raise TypeError(f"batch_invariant must be True or False, got {describe(arguments.batch_invariant)}")
     if workspace_bytes is None:
         return 0
+    dtype = arguments.logits_dtype if hidden.dtype != torch.float64 else torch.float64
+    rows = FIXED_ROWS[hidden.is_cpu] if arguments.batch_invariant else 1
+    least = rows * vocabulary * dtype.itemsize
     check_number("workspace_bytes", workspace_bytes)
-    if workspace_bytes < row:
-        raise ValueError(f"workspace_bytes must hold one row of logits, {row} bytes; got {workspace_bytes}")
+    if workspace_bytes < least:
+        what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
+        raise ValueError(f"workspace_bytes must hold {what} of logits, {least} bytes; got {workspace_bytes}")
     return int(workspace_bytes)
 
 

@@ -119,6 +119,7 @@ def linear_logprobs(
     logits_dtype: torch.dtype = torch.float32,
     workspace_bytes: int | None = None,
     process_group: Any = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Log-probs of the targets: log softmax(z / temperature)[target], z = softcap(logit_scale (h w^T + bias)).
 
@@ -145,6 +146,10 @@ def linear_logprobs(
         process_group: of torch.distributed, whose ranks hold the vocabulary's rows in order, in shards of any size.
             Every rank must make the call with the same hidden states; O(T) numbers travel, and d hidden. The sizes of
             the shards are exchanged first, which waits for the GPU.
+        batch_invariant: whether a row's results and its d hidden have the same bits whatever other rows are in the call
+            and wherever it stands (on one machine, with one number of threads). Every block then has 64 rows on a CPU
+            and 256 on a GPU, the last one filled up, so that all products have the same shape; a call takes longer, and
+            d weight keeps its sum over blocks in float32.
 
     Returns:
         log p ``[P]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight and bias; with only
@@ -167,6 +172,7 @@ def linear_logprobs(
         logits_dtype,
         workspace_bytes,
         process_group,
+        batch_invariant,
     )
     return checked_token_stats(head, check_head(head), ()).logprobs
 
@@ -189,6 +195,7 @@ def linear_token_stats(
     logits_dtype: torch.dtype = torch.float32,
     workspace_bytes: int | None = None,
     process_group: Any = None,
+    batch_invariant: bool = False,
 ) -> TokenStats:
     """Log-probs and, from the same logits, the other statistics of p.
 
@@ -218,6 +225,7 @@ def linear_token_stats(
         logits_dtype,
         workspace_bytes,
         process_group,
+        batch_invariant,
     )
     return checked_token_stats(head, check_head(head), outputs)
 

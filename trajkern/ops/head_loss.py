@@ -95,6 +95,7 @@ def linear_policy_loss(
     logits_dtype: torch.dtype = torch.float32,
     workspace_bytes: int | None = None,
     process_group: Any = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy loss of :func:`policy_loss` inside the head: ``policy_loss(linear_logprobs(...))`` in fewer FLOP.
 
@@ -106,7 +107,7 @@ def linear_policy_loss(
 
     Args:
         hidden, weight, targets, rows, bias, temperature, softcap, logit_scale, mask, sampling_support, logits_dtype,
-            process_group: as in :func:`linear_logprobs`.
+            process_group, batch_invariant: as in :func:`linear_logprobs`.
         workspace_bytes: bound of the memory for logits, at least one row of them. Blocks of few rows make slow
             products, and each reads and writes d weight in float32, 4 V H bytes, unless there is only one. So None
             means as many bytes as that: blocks of H rows of float32 logits, of 2 H in 16 bits; and on a GPU one block
@@ -142,6 +143,7 @@ def linear_policy_loss(
         logits_dtype,
         workspace_bytes,
         process_group,
+        batch_invariant,
     )
     loss_arguments = LossArguments(
         config,
