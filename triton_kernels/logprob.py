@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MAP_STEPS, MAP_WARPS, VECTOR_BYTES, row_warps
-from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, expm1, log1p
+from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, exp2, expm1, log1p
 
 MAP_LOADS = tl.constexpr(2)  # in flight at once per thread of the backward; the forward has four
 NEGLIGIBLE = tl.constexpr(-1000.0)  # a power of two that is 0, and whose product with that 0 is not NaN
@@ -50,11 +50,16 @@ def _load(logits, columns, size):
 
 
 @triton.jit
-def _power(x, reference, scale, FINITE: tl.constexpr):
+def _power(x, reference, scale, FINITE: tl.constexpr, EXACT: tl.constexpr):
+    """EXACT: where few terms decide, such as squares, the 2^-22.5 by which the hardware may err is seen."""
     t = (x - reference) * scale
     if FINITE:
         t = tl.maximum(t, NEGLIGIBLE, KEEP_NAN)
-    return tl.exp2(t), t
+    if EXACT:
+        p = exp2(t)
+    else:
+        p = tl.exp2(t)
+    return p, t
 
 
 @triton.jit
@@ -81,12 +86,12 @@ def _fold(z0, z1, z2, z3, scale, m, rest, moment, square, MOMENT: tl.constexpr, 
     winner_m = tl.max(winner, 1)
     new_m = tl.maximum(m, winner_m, KEEP_NAN)
     reference = _finite(new_m)
-    p, t = _power(winner, reference[:, None], scale, MOMENT)
-    p0, t0 = _power(lost0, reference[:, None], scale, MOMENT)
-    p1, t1 = _power(lost1, reference[:, None], scale, MOMENT)
-    p2, t2 = _power(lost2, reference[:, None], scale, MOMENT)
-    old_p, old_t = _power(m, reference, scale, True)
-    winner_p, _ = _power(winner_m, reference, scale, True)
+    p, t = _power(winner, reference[:, None], scale, MOMENT, SQUARE)
+    p0, t0 = _power(lost0, reference[:, None], scale, MOMENT, SQUARE)
+    p1, t1 = _power(lost1, reference[:, None], scale, MOMENT, SQUARE)
+    p2, t2 = _power(lost2, reference[:, None], scale, MOMENT, SQUARE)
+    old_p, old_t = _power(m, reference, scale, True, SQUARE)
+    winner_p, _ = _power(winner_m, reference, scale, True, SQUARE)
     if MOMENT:
         moment = old_p * (moment + old_t * (1 + rest)) + tl.sum(p * t + p0 * t0 + (p1 * t1 + p2 * t2), 1)
     if SQUARE:

@@ -27,12 +27,33 @@ def _series(x):
 
 
 @triton.jit
+def _power_of_two(exponent):
+    """2^exponent from its bits, for whole numbers in [-126, 127], 0 for -127; the hardware's exp2 need not be exact."""
+    return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def exp(x):
     """e^x to about one unit in the last place; tl.exp loses the bits that x has before its binary point."""
     x = tl.clamp(x, -104.0, 104.0, KEEP_NAN)  # 0 and infinity
     exponent = tl.floor(x * LOG2_E + 0.5)
     rest = (x - exponent * LN_2_HIGH) - exponent * LN_2_LOW
-    return tl.exp2(exponent) * (1 + (rest + _series(rest)))
+    half = tl.floor(0.5 * exponent)
+    return (1 + (rest + _series(rest))) * _power_of_two(half) * _power_of_two(exponent - half)
+
+
+@triton.jit
+def exp2(x):
+    """2^x for x <= 0 to about one unit in the last place, 0 below the smallest normal number."""
+    x = tl.maximum(x, -127.0, KEEP_NAN)
+    exponent = tl.floor(x + 0.5)
+    rest = x - exponent
+    series = 1.5353362211232777e-4 * rest + 1.339887494142357e-3
+    series = series * rest + 9.618437360797968e-3
+    series = series * rest + 5.550332469814803e-2
+    series = series * rest + 2.402264791356721e-1
+    series = series * rest + 6.931472028556643e-1
+    return (series * rest + 1) * _power_of_two(exponent)
 
 
 @triton.jit
