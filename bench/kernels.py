@@ -147,6 +147,7 @@ VARIANTS = (
     _gradient(torch.float16, 32768, False),
     _gradient(torch.float32, 32768, False, "residual", "power"),
     _states("gather_kernel", torch.bfloat16),
+    _states("scatter_kernel", torch.bfloat16, "power"),
     _states("scatter_kernel", torch.float32),
     _states("scatter_kernel", torch.float32, "residual", "common", "power"),
     Variant(head.pick_kernel, "", (), configs.WRITING, {"columns": "i32"}),

@@ -93,4 +93,5 @@ def scatter_kernel(
     if power is not None:
         x = tl.div_rn(x, tl.load(power))
     hidden += tl.load(row + slot) * width + column
-    tl.store(hidden, tl.load(hidden, mask=inside, other=0.0) + x, mask=inside)
+    x += tl.load(hidden, mask=inside, other=0.0).to(tl.float32)
+    tl.store(hidden, x.to(hidden.dtype.element_ty), mask=inside)

@@ -123,7 +123,8 @@ def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     pairs = tiles.pairs(head.mask)
     slots = pairs.row.shape[0]
     rows, columns = tiles.fold_shape(slots, writes_weight=needs[1])
-    z, grads = tiles.empty(rows, columns), Grads.of(tiles, needs, -(-slots // rows))
+    z = tiles.empty(rows, columns)
+    grads = Grads.of(tiles, needs, -(-slots // rows), writes_rows_once=pairs.distinct_rows)
     for block in blocks(tiles, pairs, rows):
         _chain(tiles, pairs, block, columns, z, stats, (grad_logprobs, grad_entropy), grads, has_logits=False)
     return grads.finish(head, tiles.shard)
@@ -149,7 +150,8 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     pairs = tiles.pairs(live)
     slots = pairs.row.shape[0]
     rows, columns = tiles.whole_rows(slots, writes_weight=needs[1], keeps_wide=True)
-    z, grads = tiles.empty(rows, tiles.size), Grads.of(tiles, needs, -(-slots // rows), keeps_wide=True)
+    z, count = tiles.empty(rows, tiles.size), -(-slots // rows)
+    grads = Grads.of(tiles, needs, count, keeps_wide=True, writes_rows_once=pairs.distinct_rows)
     for block in blocks(tiles, pairs, rows):
         kernels.write(stats, pairs, block, _fold(tiles, pairs, block, columns, z, outputs), tiles.shard.vocabulary)
         grad_logprobs, *grad_entropy = policy(True)[2:]

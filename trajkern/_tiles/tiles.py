@@ -237,13 +237,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor, fresh: bool = True) -> None:
 class Grads(NamedTuple):
     """Gradients under way; what is not needed is None."""
 
-    hidden: Tensor | None  # [T+1, H] in the accumulator's precision, the last row for idle slots
+    hidden: Tensor | None  # [T+1, H], in its own precision where each row is written once; the last for idle slots
     weight: Tensor | None  # [V, H], in its own where one block writes it
     bias: Tensor | None  # [V]
     keeps_wide: bool
 
     @classmethod
-    def of(cls, tiles: Tiles, needs: Any, blocks: int, keeps_wide: bool = False) -> Grads:
+    def of(
+        cls, tiles: Tiles, needs: Any, blocks: int, *, keeps_wide: bool = False, writes_rows_once: bool = False
+    ) -> Grads:
         """For sums over ``blocks``, of which the first writes the weight's; zero if there is none.
 
         ``keeps_wide``: whether what fp16 could not hold waits for the upstream factor.
@@ -252,13 +254,14 @@ class Grads(NamedTuple):
         tokens, width = head.hidden.shape
         keeps_wide = keeps_wide and head.weight.dtype == torch.float16
         new, into_weight = head.hidden.new_zeros, None
+        narrow = tiles.narrows and writes_rows_once and tiles.shard.group is None and not keeps_wide
         if weight:
             direct = tiles.narrows and blocks == 1 and head.weight.dtype == torch.bfloat16
             into_weight = tiles.empty(head.weight.shape[0], width, head.weight.dtype if direct else head.accumulator)
             if not blocks:
                 into_weight.zero_()
         return cls(
-            new((tokens + 1, width), dtype=head.accumulator) if hidden else None,
+            new((tokens + 1, width), dtype=head.hidden.dtype if narrow else head.accumulator) if hidden else None,
             into_weight,
             new(head.weight.shape[0], dtype=torch.float64) if bias else None,
             keeps_wide,
