@@ -88,10 +88,10 @@ def _products(monkeypatch: pytest.MonkeyPatch, *, frozen: bool) -> float:
     monkeypatch.setattr(
         torch, "addmm", lambda c, a, b, **k: flop.append(2 * a.numel() * b.shape[1]) or addmm(c, a, b, **k)
     )
-    hidden, weight, targets = _inputs()
+    hidden, weight, targets = _inputs(tokens=64)
     old = torch.full(targets.shape, -4.0)
     loss, _ = tk.linear_policy_loss(
-        hidden, weight.requires_grad_(not frozen), targets, old, torch.ones(1), torch.tensor([0, 24]), config=CONFIG
+        hidden, weight.requires_grad_(not frozen), targets, old, torch.ones(1), torch.tensor([0, 64]), config=CONFIG
     )
     loss.backward()
     monkeypatch.undo()
@@ -109,10 +109,20 @@ def test_masked_rows_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_zero_advantages_cost_no_backward_product(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **k: seen.append(a.numel()) or mm(a, b, **k))
-    hidden, weight, targets = _inputs()
+    hidden, weight, targets = _inputs(tokens=256)
     _loss(hidden, weight, targets, advantages=torch.tensor([0.0, 1.0, 0.0])).backward()
-    logits = 24 * hidden.shape[1]
-    assert sum(seen) == logits + 2 * 6 * weight.shape[0]  # the 6 tokens of the second trajectory, in two products
+    logits = 256 * hidden.shape[1]
+    assert sum(seen) == logits + 2 * 64 * weight.shape[0]  # the 64 tokens of the second trajectory, in two products
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 9])
+def test_few_rows_are_as_exact_as_many(tokens: int) -> None:
+    hidden, weight, targets = _inputs(tokens, 128, 32_768)
+    got = run(LINEAR_LOGPROBS, tk.linear_logprobs, {"hidden": hidden, "weight": weight, "targets": targets})
+    exact = hidden.detach().double().requires_grad_()
+    upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (reference.linear_logprobs(exact, weight.detach().double(), targets) * upstream).sum().backward()
+    assert (got["grad_hidden"] - exact.grad).abs().max() < 1e-6 * exact.grad.abs().max()
 
 
 class TestWorkspace:
