@@ -178,20 +178,22 @@ TK_HD double whitened(double x, double mean, double rstd, bool shift_mean) {
   return (x - mean) * rstd + (shift_mean ? 0 : mean);
 }
 
+// grad_x = rstd * (grad - mean_g) + kept + slope * (x - mean): no product is added to a rounded one of its own factor,
+// so that a compiler which fuses them still cancels a constant gradient exactly.
 // d var / d x = 2 (x - mean) / (count - ddof); sum_g and sum_gc are sum g and sum g (x - mean) over the unmasked.
 struct WhitenGradient {
-  double mean, rstd, offset, slope;
+  double mean, rstd, mean_g, kept, slope;
 };
 
 TK_HD WhitenGradient whiten_gradient(double mean, double rstd, double count, double sum_g, double sum_gc,
                                      bool shift_mean, double ddof) {
   const double divisor = count - ddof > 1 ? count - ddof : 1;
   const double mean_g = count > 0 ? sum_g / count : 0;
-  return {mean, rstd, (shift_mean ? 0 : mean_g) - rstd * mean_g, -rstd * rstd * rstd * sum_gc / divisor};
+  return {mean, rstd, mean_g, shift_mean ? 0 : mean_g, -rstd * rstd * rstd * sum_gc / divisor};
 }
 
 TK_HD double whitened_gradient(const WhitenGradient& map, double grad, double x) {
-  return map.rstd * grad + map.offset + map.slope * (x - map.mean);
+  return map.rstd * (grad - map.mean_g) + map.kept + map.slope * (x - map.mean);
 }
 
 }  // namespace tk

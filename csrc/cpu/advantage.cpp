@@ -212,7 +212,7 @@ void AdvantageKernels<T>::whiten_backward(const T* grads, const Masked<T>& in, c
   each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
     each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
       const Lanes8 centred = read(in.x + i, count) - map.mean;
-      const Lanes8 y = map.rstd * read(grads + i, count) + map.offset + map.slope * centred;
+      const Lanes8 y = map.rstd * (read(grads + i, count) - map.mean_g) + map.kept + map.slope * centred;
       write(grad_x + i, count, keep(kept, y));
     });
   });
