@@ -62,6 +62,7 @@ _SHAPES: tuple[tuple[str, TreeMaker, str, bool], ...] = (
     ("chain", lambda g: chain(70), "only children", False),
     ("comb", lambda g: comb(70), "deep, with many leaves", False),
     ("star", lambda g: star(70), "one node with all leaves", False),
+    ("short_of_a_segment", lambda g: joined([star(9), star(63)]), "the last segment lacks one leaf", False),
     ("long_chain", lambda g: chain(5000), "deep", True),
     ("wide_star", lambda g: star(20_000), "wide", True),
     ("forest", lambda g: random_tree(g, 20_000, 50, 2000), "many threads", True),
