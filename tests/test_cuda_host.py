@@ -137,8 +137,8 @@ def _advantages_with_grad(rewards: Tensor, ids: Tensor, upstream: Tensor) -> dic
     return {"advantages": out.detach(), "grad_rewards": x.grad}
 
 
-# a warp has 32 lanes, compares 256 ids at a time and remembers 256 members
-@pytest.mark.parametrize(("n", "size"), ((560, 3), (40, 33), (300, 255), (300, 257), (600, 550)))
+# eight lanes take a group of up to 64, a block a larger one; a tile has 1,024 rows
+@pytest.mark.parametrize(("n", "size"), ((560, 3), (90, 64), (90, 65), (300, 257), (2200, 1100)))
 def test_group_does_not_see_the_rest_of_the_batch(n: int, size: int, kernels: OnHost) -> None:
     rewards, at = _members(n, size, seed=n)
     ids = torch.arange(n) // 100 + 10

@@ -90,5 +90,6 @@ void bind_advantage(pybind11::module_& m) {
   m.def("gae_backward", &tk::gae_backward, tk::Unlocked());
   m.def("whiten", &tk::whiten, tk::Unlocked());
   m.def("whiten_backward", &tk::whiten_backward, tk::Unlocked());
+  m.def("group_scratch", &tk::group_scratch);
   m.def("whiten_scratch", &tk::whiten_scratch);
 }

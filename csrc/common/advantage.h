@@ -49,6 +49,13 @@ struct Masked {
   TK_HD bool kept(int64_t i) const { return mask == nullptr || mask[i]; }
 };
 
+// A bijection of the ids that spreads them over all 64 bits.
+TK_HD uint64_t mixed(uint64_t x) {
+  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdu;
+  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53u;
+  return x ^ (x >> 33);
+}
+
 struct GroupRule {
   Baseline baseline;
   Scale scale;

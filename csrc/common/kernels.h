@@ -40,6 +40,7 @@ struct AdvantageKernels {
   static void whiten_backward(const T* grads, const Masked<T>& in, const double* stats, bool shift_mean, double ddof,
                               T* grad_x, const Launch& where);
 };
+int64_t group_scratch(int64_t n);
 int64_t whiten_scratch(int64_t n);
 
 template <class T>

@@ -218,6 +218,7 @@ void AdvantageKernels<T>::whiten_backward(const T* grads, const Masked<T>& in, c
   });
 }
 
+int64_t group_scratch(int64_t) { return 0; }
 int64_t whiten_scratch(int64_t) { return 0; }
 
 template struct AdvantageKernels<float>;

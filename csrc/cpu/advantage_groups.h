@@ -90,12 +90,6 @@ void number_directly(const GroupRows<T>& in, uint64_t size, Groups& groups) {
   groups.count = next - 1;
 }
 
-inline uint64_t mixed(uint64_t x) {
-  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdu;
-  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53u;
-  return x ^ (x >> 33);
-}
-
 // Any ids: an open-addressing table, at most half full.
 template <class T>
 void number_by_hash(const GroupRows<T>& in, Groups& groups) {

@@ -1,8 +1,9 @@
-// Group-relative advantages, GAE and whitening on a GPU. A group and a trajectory belong to one warp each, and every
-// sum's order follows from the group's or the trajectory's own rows: nothing else in the batch can change a bit.
+// Group-relative advantages, GAE and whitening on a GPU. Every sum's order follows from the group's or the trajectory's
+// own rows: nothing else in the batch can change a bit.
 #include <algorithm>
 
 #include "../common/kernels.h"
+#include "advantage_groups.cuh"
 #include "block.cuh"
 
 namespace tk {
@@ -10,134 +11,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarpsPerBlock = kThreads / kWarp;
-constexpr int kWindows = 8, kSpan = kWindows * kWarp;  // ids that a warp compares at a time: loads in flight
-constexpr int kListed = 256;                           // members that a warp remembers
-constexpr size_t kMembersShared = kWarpsPerBlock * kListed * sizeof(int32_t);
 
 int64_t blocks_for(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
-
-// Bit w: row begin + 32 w + lane is below `end` and has the id.
-__device__ __forceinline__ unsigned same_id(const int64_t* ids, int64_t begin, int64_t end, int64_t id) {
-  unsigned found = 0;
-#pragma unroll
-  for (int w = 0; w < kWindows; ++w) {
-    const int64_t j = begin + w * kWarp + lane();
-    if (j < end && ids[j] == id) found |= 1u << w;
-  }
-  return found;
-}
-
-// Whether the group of row i has a counted row before it. Searches backwards from i.
-template <class T>
-__device__ bool has_earlier_member(const GroupRows<T>& in, int64_t i) {
-  for (int64_t begin = i / kSpan * kSpan; begin >= 0; begin -= kSpan) {
-    const unsigned same = same_id(in.ids, begin, i, in.ids[i]);
-    bool found = false;
-    for (int w = 0; w < kWindows; ++w) found |= (same >> w & 1) && in.counted(begin + w * kWarp + lane());
-    if (__any_sync(kAllLanes, found)) return true;
-  }
-  return false;
-}
-
-// The counted rows of a group, for the warp of its first one. The members' order alone says which lane gets which.
-template <class T>
-class Members {
- public:
-  __device__ Members(const GroupRows<T>& in, int64_t first)
-      : in_(in), first_(first), list_(reinterpret_cast<int32_t*>(tk_shared_memory) + warp_in_block() * kListed) {}
-
-  // visit(row), in lane r % 32 for the member of rank r. A group that fits the list is searched for only once.
-  template <class F>
-  __device__ void each(F visit) {
-    if (count_ < 0 || count_ > kListed) {
-      count_ = search(visit);
-    } else {
-      for (int r = lane(); r < count_; r += kWarp) visit(int64_t(list_[r]));
-    }
-  }
-
- private:
-  template <class F>
-  __device__ int search(F visit) {
-    int count = 0, visited = 0;
-    for (int64_t begin = first_; begin < in_.n; begin += kSpan) {
-      const unsigned same = same_id(in_.ids, begin, in_.n, in_.ids[first_]);
-      if (!__any_sync(kAllLanes, same != 0)) continue;
-      for (int w = 0; w < kWindows; ++w) {
-        const int64_t j = begin + w * kWarp + lane();
-        const bool member = (same >> w & 1) && in_.counted(j);
-        const unsigned members = __ballot_sync(kAllLanes, member);
-        if (member) list_[(count + rank_in(members)) % kListed] = int32_t(j);
-        count += __popc(members);
-        __syncwarp();
-        if (count - visited < kWarp) continue;
-        visit(int64_t(list_[(visited + lane()) % kListed]));
-        visited += kWarp;
-      }
-    }
-    if (visited + lane() < count) visit(int64_t(list_[(visited + lane()) % kListed]));
-    return count;
-  }
-
-  const GroupRows<T>& in_;
-  int64_t first_;
-  int32_t* list_;
-  int count_ = -1;
-};
-
-template <class T>
-__device__ GroupStats group_stats(const GroupRows<T>& in, int64_t first, const GroupRule& rule, Members<T>& members) {
-  if (!needs_group(rule)) return {0, 0, 0, 0};
-  const double origin = double(in.rewards[first]);
-  double weight = 0, sum = 0, squares = 0;
-  members.each([&](int64_t j) {
-    weight += in.weight(j);
-    sum += in.weight(j) * (double(in.rewards[j]) - origin);
-  });
-  weight = warp_sum(weight);
-  const double mean = warp_sum(sum) / weight;
-  if (!rule.by_std()) return {origin, weight, mean, 0};
-  members.each([&](int64_t j) {
-    const double centred = (double(in.rewards[j]) - origin) - mean;
-    squares += in.weight(j) * (centred * centred);
-  });
-  return {origin, weight, mean, group_std(rule, weight, warp_sum(squares))};
-}
-
-// A warp a row: the one of a group's first counted row does the group's work, one of a row not counted writes its 0.
-template <class T>
-__device__ bool leads_group(const GroupRows<T>& in, int64_t i, T* out) {
-  if (i >= in.n) return false;
-  if (in.counted(i)) return !has_earlier_member(in, i);
-  if (lane() == 0) out[i] = 0;
-  return false;
-}
-
-template <class T>
-__global__ void group_advantages_kernel(GroupRows<T> in, GroupRule rule, T* advantages) {
-  const int64_t i = warp_in_grid();
-  if (!leads_group(in, i, advantages)) return;
-  Members<T> members(in, i);
-  const AdvantageMap<T> map = advantage_map<T>(rule, group_stats(in, i, rule, members));
-  members.each([&](int64_t j) { advantages[j] = advantage(map, in.rewards[j]); });
-}
-
-template <class T>
-__global__ void group_advantages_backward_kernel(GroupRows<T> in, GroupRule rule, const T* grads, T* grad_rewards) {
-  const int64_t i = warp_in_grid();
-  if (!leads_group(in, i, grad_rewards)) return;
-  Members<T> members(in, i);
-  const GroupStats stats = group_stats(in, i, rule, members);
-  double sum_g = 0, sum_gc = 0;
-  members.each([&](int64_t j) {
-    sum_g += double(grads[j]);
-    sum_gc += double(grads[j]) * stats.centred(double(in.rewards[j]));
-  });
-  const GradientMap map = gradient_map(rule, stats, warp_sum(sum_g), warp_sum(sum_gc));
-  members.each([&](int64_t j) {
-    grad_rewards[j] = T(reward_gradient(map, double(grads[j]), in.weight(j), double(in.rewards[j])));
-  });
-}
 
 __device__ __forceinline__ int64_t clamped(int64_t t, int64_t tokens) { return t < 0 ? 0 : t > tokens ? tokens : t; }
 
@@ -314,15 +189,14 @@ using namespace cuda;
 template <class T>
 bool AdvantageKernels<T>::group_advantages(const GroupRows<T>& in, const GroupRule& rule, T* advantages,
                                            const Launch& where) {
-  launch(group_advantages_kernel<T>, blocks_for(in.n), kThreads, kMembersShared, where.stream, in, rule, advantages);
+  for_each_group(in, advantages, WriteAdvantages<T>{in, rule, advantages}, where.scratch, where.stream);
   return true;
 }
 
 template <class T>
 void AdvantageKernels<T>::group_advantages_backward(const GroupRows<T>& in, const GroupRule& rule, const T* grads,
                                                     T* grad_rewards, const Launch& where) {
-  launch(group_advantages_backward_kernel<T>, blocks_for(in.n), kThreads, kMembersShared, where.stream, in, rule, grads,
-         grad_rewards);
+  for_each_group(in, grad_rewards, WriteGradients<T>{in, rule, grads, grad_rewards}, where.scratch, where.stream);
 }
 
 template <class T>
@@ -340,6 +214,8 @@ int64_t AdvantageKernels<T>::gae_backward(const T* grads, const Trajectories& in
          grad_values, grad_bootstrap);
   return -1;
 }
+
+int64_t group_scratch(int64_t n) { return scratch_doubles(n); }
 
 // As many blocks as the length alone asks for: the order of the sums depends on it.
 int64_t whiten_scratch(int64_t n) {

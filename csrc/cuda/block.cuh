@@ -46,6 +46,28 @@ __device__ T block_sum(T x, T* scratch) {
   return sum;
 }
 
+struct Prefix {
+  int before, all;
+};
+
+// The sum over the threads before this one, and that over the block. `scratch`: shared, one element a warp.
+__device__ inline Prefix block_prefix(int x, int* scratch) {
+  int sum = x;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, sum, unsigned(offset));
+    if (lane() >= offset) sum += below;
+  }
+  __syncthreads();  // the scratch may still be read for the sum before
+  if (lane() == kWarp - 1) scratch[warp_in_block()] = sum;
+  __syncthreads();
+  Prefix found{sum - x, 0};
+  for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) {
+    if (warp < warp_in_block()) found.before += scratch[warp];
+    found.all += scratch[warp];
+  }
+  return found;
+}
+
 // x -> scale * x + shift. Scale 1 and shift 0 pass a value on; scale 0 starts a new segment.
 struct Affine {
   double scale, shift;

@@ -38,7 +38,8 @@ def group_advantages(
     advantages = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
     rule = baseline, scale, ddof, eps, singleton
-    if not call("group_advantages", rewards, *rows, rule, advantages.data_ptr()):
+    scratch = "group_scratch", rewards.shape[0]
+    if not call("group_advantages", rewards, *rows, rule, advantages.data_ptr(), scratch=scratch):
         check_finite("rewards", rewards)
         check_values("weights", cast(Tensor, weights), 0)
     return advantages
@@ -56,7 +57,7 @@ def group_advantages_backward(
     grad_rewards = torch.empty_like(rewards)
     rows = _rows(rewards, group_ids, gate, weights)
     pointers = grad_advantages.data_ptr(), grad_rewards.data_ptr()
-    call("group_advantages_backward", rewards, *rows, rule, *pointers)
+    call("group_advantages_backward", rewards, *rows, rule, *pointers, scratch=("group_scratch", rewards.shape[0]))
     return grad_rewards
 
 

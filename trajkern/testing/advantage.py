@@ -37,6 +37,22 @@ def _binary(g: torch.Generator) -> Inputs:
     return {"rewards": (torch.rand(64, generator=g) > 0.5).double(), "group_ids": ids}
 
 
+def _in_runs(g: torch.Generator) -> Inputs:
+    """Groups of 700 rows that stand together, in no order of their ids."""
+    return {"rewards": _randn(g, 2500), "group_ids": torch.tensor([7, -3, 10**15, 0]).repeat_interleave(700)[:2500]}
+
+
+def _crowded(g: torch.Generator) -> Inputs:
+    """Ids that the kernels' mixing of bits takes to 0, 1, 2, 3 and 4: one bucket, whichever of the bits name it."""
+    mask, ids = 2**64 - 1, []
+    for x in range(5):
+        for factor in (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD):
+            x = (x ^ x >> 33) * pow(factor, -1, 2**64) & mask
+        x ^= x >> 33
+        ids.append(x - 2**64 if x >= 2**63 else x)
+    return {"rewards": _randn(g, 3000), "group_ids": torch.tensor(ids)[torch.randint(5, (3000,), generator=g)]}
+
+
 def _constant(g: torch.Generator) -> Inputs:
     return {"rewards": torch.full((9,), 0.1, dtype=torch.float64), "group_ids": torch.arange(9) % 3}
 
@@ -85,6 +101,8 @@ GROUP_ADVANTAGES = OpSpec(
         Case("one", _groups(1, 1), "N = 1"),
         Case("empty", _groups(0, 1), "N = 0"),
         Case("one_group", _groups(300, 1), "one large group", large=True),
+        Case("in_runs", _in_runs, "large groups whose rows stand together", large=True),
+        Case("crowded", _crowded, "ids that share a bucket", large=True),
         Case("many_groups", _groups(3000, 1000), "more groups than threads", large=True),
     ),
     variants=(
