@@ -25,13 +25,37 @@ __device__ void fill_uncovered(const Trajectories& in, int64_t n, T* out) {
   for (int64_t t = tail + lane(); t < in.tokens; t += kWarp) out[t] = T(NAN);
 }
 
-// A token's reward, or the gradient that comes in its place, and its value.
-struct Step {
-  bool active;
-  double given, value;
+constexpr int kTokens = 4, kWindow = kTokens * kWarp;  // tokens that a lane takes at a time, and that its warp takes
+
+// A lane's tokens: rewards, or the gradients that come in their place, and values; 0 where a token takes no part.
+template <class T>
+struct Steps {
+  T given[kTokens], value[kTokens];
+  unsigned active;  // bit k: token k takes part
 };
 
-// 32 tokens at a time from the trajectory's end, lane 0 at the last of them; the next 32 are loaded ahead.
+// The maps of a lane's active tokens, the first one's applied first.
+template <class T>
+__device__ __forceinline__ Affine composed(const Steps<T>& steps, const double (&shift)[kTokens], double decay) {
+  Affine map{1, 0};
+#pragma unroll
+  for (int k = 0; k < kTokens; ++k)
+    if (steps.active >> k & 1) map = {decay * map.scale, decay * map.shift + shift[k]};
+  return map;
+}
+
+// What the lanes before this one leave, and the whole warp.
+struct Carry {
+  double before, all;
+};
+__device__ __forceinline__ Carry carried_on(const Affine& map, double carried) {
+  const Affine here = warp_scan(map);
+  const double after = here.scale * carried + here.shift;
+  const double below = __shfl_up_sync(kAllLanes, after, 1u);
+  return {lane() == 0 ? carried : below, __shfl_sync(kAllLanes, after, kWarp - 1)};
+}
+
+// Windows from the trajectory's end, lane 0 at its last tokens; two more windows are loaded ahead.
 template <class T>
 __global__ void gae_kernel(const T* rewards, const T* values, Trajectories in, const T* bootstrap, double gamma,
                            double lam, T* advantages) {
@@ -39,25 +63,49 @@ __global__ void gae_kernel(const T* rewards, const T* values, Trajectories in, c
   if (n >= in.count) return;
   fill_uncovered(in, n, advantages);
   const int64_t begin = clamped(in.cu_seqlens[n], in.tokens), end = clamped(in.cu_seqlens[n + 1], in.tokens);
-  const auto load = [&](int64_t t) {
-    const bool active = t >= begin && in.active(t);
-    return Step{active, active ? double(rewards[t]) : 0, active && values != nullptr ? double(values[t]) : 0};
+  const auto load = [&](int64_t last) {
+    Steps<T> steps{};
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+      const int64_t t = last - k;
+      if (t < begin || !in.active(t)) continue;
+      steps.active |= 1u << k, steps.given[k] = rewards[t];
+      if (values != nullptr) steps.value[k] = values[t];
+    }
+    return steps;
   };
+  const double decay = gamma * lam;
   double advantage = 0, next_value = bootstrap == nullptr ? 0 : double(bootstrap[n]);
-  Step ahead = load(end - 1 - lane());
-  for (int64_t t = end - 1 - lane(); t + lane() >= begin; t -= kWarp) {
-    const Step step = ahead;
-    ahead = load(t - kWarp);
-    const unsigned lanes = __ballot_sync(kAllLanes, step.active);
+  int64_t last = end - 1 - kTokens * lane();
+  Steps<T> ahead = load(last), further = load(last - kWindow);
+  for (; last + kTokens * lane() >= begin; last -= kWindow) {
+    const Steps<T> steps = ahead;
+    ahead = further, further = load(last - 2 * kWindow);
+    T first_value = 0;  // of the lane's active token that is first in the trajectory
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k)
+      if (steps.active >> k & 1) first_value = steps.value[k];
+    const unsigned lanes = __ballot_sync(kAllLanes, steps.active != 0);
     const int later = previous_lane(lanes);
-    const double later_value = __shfl_sync(kAllLanes, step.value, later < 0 ? 0 : later);
-    const double delta = td_error(step.given, step.value, later < 0 ? next_value : later_value, gamma);
-    const Affine map = warp_scan(step.active ? Affine{gamma * lam, delta} : Affine{1, 0});
-    const double here = map.scale * advantage + map.shift;
-    if (t >= begin) advantages[t] = step.active ? T(here) : T(0);
-    advantage = __shfl_sync(kAllLanes, here, kWarp - 1);
-    const double first_value = __shfl_sync(kAllLanes, step.value, lanes == 0 ? 0 : last_lane(lanes));
-    if (lanes != 0) next_value = first_value;
+    const T later_value = __shfl_sync(kAllLanes, first_value, later < 0 ? 0 : later);
+    double value = later < 0 ? next_value : double(later_value), delta[kTokens] = {};
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+      if (!(steps.active >> k & 1)) continue;
+      delta[k] = td_error(double(steps.given[k]), double(steps.value[k]), value, gamma);
+      value = double(steps.value[k]);
+    }
+    const Carry carry = carried_on(composed(steps, delta, decay), advantage);
+    double here = carry.before;
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+      const bool active = steps.active >> k & 1;
+      if (active) here = decay * here + delta[k];
+      if (last - k >= begin) advantages[last - k] = active ? T(here) : T(0);
+    }
+    advantage = carry.all;
+    const T earliest = __shfl_sync(kAllLanes, first_value, lanes == 0 ? 0 : last_lane(lanes));
+    if (lanes != 0) next_value = double(earliest);
   }
 }
 
@@ -71,22 +119,35 @@ __global__ void gae_backward_kernel(const T* grads, Trajectories in, double gamm
   fill_uncovered(in, n, grad_rewards);
   if (grad_values != nullptr) fill_uncovered(in, n, grad_values);
   const int64_t begin = clamped(in.cu_seqlens[n], in.tokens), end = clamped(in.cu_seqlens[n + 1], in.tokens);
-  const auto load = [&](int64_t t) {
-    const bool active = t < end && in.active(t);
-    return Step{active, active ? double(grads[t]) : 0, 0};
+  const auto load = [&](int64_t first) {
+    Steps<T> steps{};
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k)
+      if (first + k < end && in.active(first + k)) steps.active |= 1u << k, steps.given[k] = grads[first + k];
+    return steps;
   };
+  const double decay = gamma * lam;
   double carried = 0;
-  Step ahead = load(begin + lane());
-  for (int64_t t = begin + lane(); t - lane() < end; t += kWarp) {
-    const Step step = ahead;
-    ahead = load(t + kWarp);
-    const Affine map = warp_scan(step.active ? Affine{gamma * lam, step.given} : Affine{1, 0});
-    const double here = map.scale * carried + map.shift;
-    const double below = __shfl_up_sync(kAllLanes, here, 1u);
-    const double previous = lane() == 0 ? carried : below;
-    if (t < end) grad_rewards[t] = step.active ? T(here) : T(0);
-    if (t < end && grad_values != nullptr) grad_values[t] = step.active ? T(gamma * previous - here) : T(0);
-    carried = __shfl_sync(kAllLanes, here, kWarp - 1);
+  int64_t first = begin + kTokens * lane();
+  Steps<T> ahead = load(first), further = load(first + kWindow);
+  for (; first - kTokens * lane() < end; first += kWindow) {
+    const Steps<T> steps = ahead;
+    ahead = further, further = load(first + 2 * kWindow);
+    double given[kTokens];
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) given[k] = double(steps.given[k]);
+    const Carry carry = carried_on(composed(steps, given, decay), carried);
+    double here = carry.before;
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+      const bool active = steps.active >> k & 1;
+      const double previous = here;
+      if (active) here = decay * previous + given[k];
+      if (first + k >= end) continue;
+      grad_rewards[first + k] = active ? T(here) : T(0);
+      if (grad_values != nullptr) grad_values[first + k] = active ? T(gamma * previous - here) : T(0);
+    }
+    carried = carry.all;
   }
   if (grad_bootstrap != nullptr && lane() == 0) grad_bootstrap[n] = T(gamma * carried);
 }
