@@ -11,19 +11,19 @@ from triton.compiler import ASTSource
 
 from trajkern._tiles.tiles import COLUMNS
 from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
+from trajkern._triton.policy_loss_options import BY_TRAJECTORY
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
-    " ref_logprobs sampler_logprobs inverses means normalizer weight mean_slopes partials loss metrics x scale"
+    " ref_logprobs sampler_logprobs normalizer mean_slopes loss metrics x scale"
     " z grad state student teacher state_s state_t divergence saved upstream picked residual common power mean_logit",
-    "*fp64": "columns totals sums",
+    "*fp64": "columns totals sums partials",
     "*i64": "targets cu_seqlens offsets order rank bounds peaks pair key",
-    "*i32": "counts",
     "*i1": "mask is_top1 selected shares idle",
     "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
-    " trajectories rollouts ddof steps programs size stride grad_stride first stride_s stride_t"
+    " trajectories rollouts ddof steps programs pieces share size stride grad_stride first stride_s stride_t"
     " width rows last vocabulary",
 }
 ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
@@ -92,26 +92,19 @@ def _slope(dtype: torch.dtype, length: int, kind: str, *absent: str) -> Variant:
     return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", absent, options, types, True)
 
 
-def _loss_options(form: str, sequence: bool, correction: str) -> dict[str, Any]:
-    return {"FORM": form, "SEQUENCE": sequence, "CORRECTION": correction, "PER_TOKEN": sequence}
-
-
-def _means(form: str, sequence: bool, correction: str, *absent: str) -> Variant:
-    options = _loss_options(form, sequence, correction) | policy_loss.ALONG
-    return Variant(policy_loss.means_kernel, f"{form}-{sequence}-{correction}", absent, options)
-
-
 def _tokens(
     form: str, sequence: bool, kl: str, correction: str, aggregate: str, *absent: str, branch: bool = False
 ) -> Variant:
-    options = _loss_options(form, sequence, correction) | {"KL": kl, "AGGREGATE": aggregate} | policy_loss.FLAT
+    """``absent`` has mean_slopes where no derivative in a mean is spread."""
+    options = {"FORM": form, "SEQUENCE": sequence, "KL": kl, "CORRECTION": correction, "PER_TOKEN": sequence}
+    options |= {"AGGREGATE": aggregate, "MEANS": sequence or form in BY_TRAJECTORY, "BRANCH": branch}
     name = f"{form}-{sequence}-{kl}-{correction}-{branch}"
-    return Variant(policy_loss.tokens_kernel, name, absent, options | {"BRANCH": branch})
+    return Variant(policy_loss.tokens_kernel, name, absent, options | configs.PIECES)
 
 
-def _weight(aggregate: str, *absent: str) -> Variant:
-    options = {"AGGREGATE": aggregate} | policy_loss.ALONE
-    return Variant(policy_loss.weight_kernel, f"{aggregate}-{len(absent)}", absent, options)
+def _finish(aggregate: str, *absent: str) -> Variant:
+    options = {"AGGREGATE": aggregate, "ROWS": configs.MOST_PROGRAMS} | configs.PIECES
+    return Variant(policy_loss.finish_kernel, f"{aggregate}-{len(absent)}", absent, options)
 
 
 def _reflection(name: str, dtype: torch.dtype, *absent: str, normalize: bool | None = None) -> Variant:
@@ -123,7 +116,7 @@ def _reflection(name: str, dtype: torch.dtype, *absent: str, normalize: bool | N
 
 PLAIN = ("temperatures", "mask", "entropy", "sum_sq_probs", "is_top1")
 NO_ENTROPY = ("temperatures", "mask", "grad_entropy", "entropy")
-BY_TOKEN = ("means", "mean_slopes", "shares")
+BY_TOKEN = ("mean_slopes", "shares")
 BARE = (*BY_TOKEN, "mask", "ref_logprobs", "sampler_logprobs", "entropy", "selected", "grad_entropy", "grad_logprobs")
 VARIANTS = (
     _stats(torch.bfloat16, 151936, *PLAIN),
@@ -160,16 +153,11 @@ VARIANTS = (
     _slope(torch.bfloat16, 32768, "forward", "power"),
     _slope(torch.float32, 32768, "reverse", "residual", "power"),
     _slope(torch.float16, 32768, "mixture"),
-    _means("clip", False, "none", "means", "mask", "sampler_logprobs"),
-    _means("clip", True, "sequence_mask"),
-    _means("vespo", False, "none", "sampler_logprobs"),
-    _means("gmpo", False, "none", "sampler_logprobs"),
-    _means("gmpo", True, "sequence_mask"),
-    _weight("token_mean", "normalizer"),
-    _weight("token_sum"),
-    _weight("seq_mean_token_sum"),
-    _weight("seq_mean_token_sum_norm"),
-    _weight("seq_mean_token_mean", "normalizer"),
+    _finish("token_mean", "normalizer", *BY_TOKEN),
+    _finish("token_sum", "normalizer", "grad_logprobs", "grad_entropy", *BY_TOKEN),
+    _finish("seq_mean_token_sum"),
+    _finish("seq_mean_token_sum_norm", *BY_TOKEN),
+    _finish("seq_mean_token_mean", "normalizer"),
     _tokens("reinforce", False, "none", "none", "token_sum", *BARE),
     _tokens("clip", False, "k3", "none", "seq_mean_token_mean", *BY_TOKEN, "selected"),
     _tokens("clip", True, "k3_corrected", "sequence_mask", "seq_mean_token_sum", "selected"),
@@ -193,9 +181,7 @@ VARIANTS = (
     _reflection("slope_kernel", torch.float64),
     _reflection("gradient_kernel", torch.float32, normalize=True),
     _reflection("gradient_kernel", torch.float64, "grad_scores", "grad_baseline", normalize=False),
-    Variant(policy_loss.spread_kernel, "", (), policy_loss.ALONG),
-    Variant(policy_loss.sum_kernel, "", (), policy_loss.SUMMING),
-    Variant(policy_loss.scale_kernel, "", (), policy_loss.FLAT),
+    Variant(policy_loss.scale_kernel, "", (), configs.FLAT),
 )
 
 

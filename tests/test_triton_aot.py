@@ -65,7 +65,7 @@ def test_every_member_is_compiled_and_every_name_is_one(switch: str) -> None:
 
 @pytest.mark.parametrize("switch", MEMBERS)
 def test_a_member_without_code_is_refused(switch: str) -> None:
-    names = {"AGGREGATE": "weight_kernel", "KIND": "divergence_kernel"}
+    names = {"AGGREGATE": "finish_kernel", "KIND": "divergence_kernel"}
     kernel = names.get(switch, "tokens_kernel")
     variant = next(v for v in VARIANTS if v.kernel.__name__ == kernel and v.options[switch] != "none")
     with pytest.raises(triton.CompilationError) as raised:

@@ -11,9 +11,8 @@ MAP_WARPS = 8  # at most, for a program that maps a part of a row: with more the
 MAP_STEPS = 8  # iterations of such a program
 
 FLAT = {"BLOCK": 512, "num_warps": 4}  # programs over the flat tokens
-ALONG = {"BLOCK": 2048, "num_warps": 8}  # programs that walk along a trajectory
-ALONE = {"BLOCK": 1024, "num_warps": 8}  # the one program over all trajectories
-SUMMING = {"BLOCK": 256, "num_warps": 8}  # the one program over the rows of partial sums
+PIECES = {"BLOCK": 512, "num_warps": 4}  # programs over pieces of one trajectory each
+MOST_PROGRAMS = 1024  # that leave a row of sums, all of which another program adds up at once
 ROLLOUTS = {"ROWS": 4, "BLOCK": 128, "num_warps": 4}  # programs that walk over the tokens of a group's rollouts
 STATES = {"BLOCK": 1024, "num_warps": 4}  # programs over a row's hidden state
 WRITING = {"BLOCK": 128, "num_warps": 4}  # programs over the rows of a block of the head

@@ -1,13 +1,14 @@
-"""The policy loss of packed trajectories: loss, gradient and metrics, in four launches without a host read.
+"""The policy loss of packed trajectories: loss, gradient and metrics, in two launches without a host read.
 
-The counts and means of each trajectory; what a token weighs; the tokens, as one flat range so that trajectories of any
-length fill the GPU; the sum of what their programs found. Where the loss depends on a trajectory's mean, a fifth
-launch sums its derivative over the trajectory and spreads it over the tokens.
+The tokens lie in pieces of one trajectory each, so that trajectories of any length fill the GPU, and programs take them
+by turns: at most MOST_PROGRAMS, each of which leaves a row of sums. A piece finds by itself what it needs of its whole
+trajectory. What the loss divides by is known when all rows are there: the second launch adds them up, in every program
+and in the same order, multiplies the gradients by it, and adds the derivative in a trajectory's mean to its tokens'.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,274 +18,198 @@ from torch import Tensor
 from trajkern.losses.inputs import LossInputs
 from trajkern.losses.kinds import METRICS
 
-from .configs import ALONE, ALONG, FLAT, SUMMING
-from .policy_loss_forms import bound_log_ratio
-from .policy_loss_options import Options, form_numbers
+from .configs import FLAT, MOST_PROGRAMS, PIECES
+from .policy_loss_options import Options, launch_numbers, switches
 from .policy_loss_terms import (
     Coefficients,
     Pack,
     Place,
-    clamp_log_ratio,
-    load_advantage,
-    load_log_ratio,
     load_mask,
     load_rollouts,
     token_loss,
 )
-from .primitives import KEEP_NAN, exp
+from .policy_loss_trajectories import falls_in_share, first_piece, span, trajectory, trajectory_of
+from .primitives import KEEP_NAN
 
-COLUMNS = tl.constexpr(4)  # of a trajectory's means: log-ratio; its sum or gmpo's ratio; gmpo's advantage; gmpo's slope
-
-
-class Trajectory(NamedTuple):
-    """One of the pack: its tokens start:end, of which ``length`` count, as float32 and at least 1."""
-
-    n: tl.tensor
-    start: tl.tensor
-    end: tl.tensor
-    length: tl.tensor
+COLUMNS = tl.constexpr(16)  # of a program's sums, as _row and tokens_kernel name them; the last five are 0
 
 
 @triton.jit
-def _span(cu_seqlens, n, tokens):
-    """Where trajectory n starts and ends, inside the pack whatever cu_seqlens holds."""
-    start = tl.maximum(tl.load(cu_seqlens + n), 0)
-    return start, tl.minimum(tl.load(cu_seqlens + n + 1), tokens)
+def _row(loss, w, keep, count, BRANCH: tl.constexpr):
+    """Sums over a piece: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
+    clipped, ratio = tl.where(keep, loss.clipped, 0.0), tl.where(keep, loss.ratio, 0.0)
+    largest = tl.max(ratio, 0)
+    log_ratio, entropy, kl = loss.log_ratio, loss.entropy, loss.kl
+    if BRANCH:
+        log_ratio, ratio, entropy, kl = log_ratio * count, ratio * count, entropy * count, kl * count
+    ratio_sum = tl.sum(ratio, 0)
+    column = tl.arange(0, COLUMNS)
+    row = tl.where(column == 0, tl.sum(tl.where(keep, loss.value, 0.0), 0) * w, 0.0)
+    row = tl.where(column == 1, tl.sum(clipped, 0), row)
+    row = tl.where(column == 2, -tl.sum(log_ratio, 0), row)
+    row = tl.where(column == 3, ratio_sum, row)
+    row = tl.where(column == 5, tl.sum(entropy, 0), row)
+    row = tl.where(column == 6, tl.sum(kl, 0), row)
+    row = tl.where(column == 7, tl.sum(count, 0), row)
+    return row.to(tl.float64), tl.where(ratio_sum == ratio_sum, largest, ratio_sum)
 
 
-@triton.jit
-def _gmpo_means(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
-    means,
-    trajectory,
-    log_ratio,
-    bounds,
-    SEQUENCE: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Stores exp(mean bounded log-ratio), the mean advantage, and the share of tokens that the bounds let through."""
-    bounded_sum, advantage_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    free_sum = tl.zeros([BLOCK], tl.float32)
-    for first in range(trajectory.start, trajectory.end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        keep = load_mask(mask, at, at < trajectory.end)
-        n = tl.full([BLOCK], 0, tl.int32) + trajectory.n
-        a = load_advantage(advantages, Place(at, n, keep), PER_TOKEN)
-        if SEQUENCE:
-            token_log_ratio = tl.zeros([BLOCK], tl.float32) + log_ratio
-        else:
-            token_log_ratio = load_log_ratio(logprobs, old_logprobs, at, keep)
-        bounded, free = bound_log_ratio(token_log_ratio, a, bounds[0], bounds[1])
-        bounded_sum += bounded
-        free_sum += free.to(tl.float32)
-        advantage_sum += a
-    tl.store(means + 1, exp(tl.div_rn(tl.sum(bounded_sum, 0), trajectory.length)))
-    tl.store(means + 2, tl.div_rn(tl.sum(advantage_sum, 0), trajectory.length))
-    tl.store(means + 3, tl.div_rn(tl.sum(free_sum, 0), trajectory.length))
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def means_kernel(
-    logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs,  # [T], cu_seqlens [N+1]
-    counts, inverses, means,  # [N], [N], [N, COLUMNS] or None
-    tokens, sampler_low, sampler_high, c0, c1,
-    FORM: tl.constexpr, SEQUENCE: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "trajectories", "pieces", "share", "steps", "stride"])
+def tokens_kernel(
+    logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, ref_logprobs, entropy, selected,
+    grad_logprobs, grad_entropy, shares, mean_slopes, partials,  # [T], [T], [T], [pieces], [programs, COLUMNS] float64
+    tokens, trajectories, pieces, share, steps, stride,
+    kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
+    FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
+    AGGREGATE: tl.constexpr, MEANS: tl.constexpr, BRANCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A trajectory's unmasked tokens, none if the correction removes it; 1 / their number, or 0; its means, if any."""
-    n = tl.program_id(0)
-    start, end = _span(cu_seqlens, n, tokens)
-    counted = tl.zeros([BLOCK], tl.int32)
-    sampler_sum, ratio_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for first in range(start, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        keep = load_mask(mask, at, at < end)
-        counted += keep.to(tl.int32)
+    """Gradients and sums of ``share`` pieces, but for what the whole batch divides them by."""
+    BY_TRAJECTORY: tl.constexpr = AGGREGATE != "token_mean" and AGGREGATE != "token_sum"
+    WALK: tl.constexpr = MEANS or CORRECTION == "sequence_mask" or (BY_TRAJECTORY and mask is not None)
+    numbers, coefficients = (c0, c1, c2, c3), Coefficients(kl_coef, entropy_coef, sampler_low, sampler_high)
+    stride = stride.to(tl.int64)
+    pack = Pack(logprobs, old_logprobs, advantages, stride, mask, ref_logprobs, sampler_logprobs, entropy, selected)
+    column = tl.arange(0, COLUMNS)
+    total, largest = tl.zeros([COLUMNS], tl.float64), tl.full([], 0.0, tl.float32)
+    first = tl.program_id(0) * share
+    n = trajectory_of(cu_seqlens, first, tokens, trajectories, steps, BLOCK)
+    for piece in range(first, tl.minimum(first + share, pieces)):
+        behind = (n + 1 < trajectories) & (first_piece(cu_seqlens, n + 1, tokens, BLOCK) <= piece)
+        n = tl.where(behind, n + 1, n)
+        of = trajectory(
+            pack, n, span(cu_seqlens, n, tokens), coefficients, numbers,
+            FORM, SEQUENCE, CORRECTION, PER_TOKEN, MEANS, WALK, BLOCK,
+        )  # fmt: skip
+        offset = piece - first_piece(cu_seqlens, n, tokens, BLOCK)
+        at = of.start + offset.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = (at >= of.start) & (at < of.end)
+        keep = load_mask(mask, at, inside)
         if CORRECTION == "sequence_mask":
-            sampler_sum += load_log_ratio(old_logprobs, sampler_logprobs, at, keep)
-        if means is not None:
-            ratio_sum += load_log_ratio(logprobs, old_logprobs, at, keep)
-    count = tl.sum(counted, 0)
-    length = tl.maximum(count, 1).to(tl.float32)
-    if CORRECTION == "sequence_mask":
-        w = exp(tl.div_rn(tl.sum(sampler_sum, 0), length))
-        count = tl.where((w >= sampler_low) & (w <= sampler_high), count, 0)
-    tl.store(counts + n, count)
-    tl.store(inverses + n, tl.where(count > 0, tl.div_rn(1.0, length), 0.0))
-    if means is not None:
-        means += n.to(tl.int64) * COLUMNS
-        log_ratio = tl.div_rn(tl.sum(ratio_sum, 0), length)
-        tl.store(means, log_ratio)
-        if FORM == "vespo":
-            tl.store(means + 1, clamp_log_ratio(tl.sum(ratio_sum, 0)))
-        if FORM == "gmpo":
-            trajectory = Trajectory(n, start, end, length)
-            _gmpo_means(
-                logprobs,
-                old_logprobs,
-                advantages,
-                mask,
-                means,
-                trajectory,
-                log_ratio,
-                (c0, c1),
-                SEQUENCE,
-                PER_TOKEN,
-                BLOCK,
-            )
+            keep = keep & (of.count > 0)
+        counted, count = tl.sum(keep.to(tl.int32), 0), tl.where(keep, 1.0, 0.0)
+        place = Place(at, tl.zeros([BLOCK], tl.int32) + n, keep)
+        if BRANCH:  # a token counts as often as it has rollouts
+            up, down, level = load_rollouts(advantages, stride, place, PER_TOKEN)
+            count = up + down + level
+            place = Place(at, place.n, keep & (count > 0))
+        loss = token_loss(
+            pack, place, of.means, coefficients, numbers, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN, BRANCH
+        )
+        keep, w = place.keep, tl.full([], 1.0, tl.float32)
+        if AGGREGATE == "seq_mean_token_mean":
+            w = of.inverse
+        if grad_logprobs is not None:
+            tl.store(grad_logprobs + at, tl.where(keep, w * loss.slope, 0.0), mask=inside)
+        if mean_slopes is not None:
+            tl.store(mean_slopes + piece, tl.sum(tl.where(keep, w * loss.mean_slope, 0.0), 0) * of.inverse)
+            tl.store(shares + at, keep & loss.share, mask=inside)
+        if grad_entropy is not None:
+            tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * loss.leaves * w, 0.0), mask=inside)
+        row, ratio = _row(loss, w, keep, count, BRANCH)
+        row = tl.where(column == 8, counted.to(tl.float64), row)
+        row = tl.where(column == 9, tl.where((of.count > 0) & (offset == 0), 1.0, 0.0), row)
+        total += row
+        largest = tl.maximum(largest, ratio, KEEP_NAN)
+    total = tl.where(column == 4, largest.to(tl.float64), total)
+    total = tl.where(column == 10, falls_in_share(cu_seqlens, trajectories, BLOCK).to(tl.float64), total)
+    tl.store(partials + tl.program_id(0) * COLUMNS + column, total)
 
 
 @triton.jit
-def _unit_weight(normalizer, units):
-    """1 / the normalizer, or / the sum of the units that are there where there is none."""
-    if normalizer is not None:
-        w = tl.div_rn(1.0, tl.load(normalizer))
+def _column(partials, column, programs, ROWS: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    return tl.load(partials + row * COLUMNS + column, mask=row < programs, other=0.0)
+
+
+@triton.jit
+def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: tl.constexpr):
+    """1 / the normalizer, or / the tokens or trajectories that there are where there is none."""
+    w = tl.full([], 1.0, tl.float32)
+    if AGGREGATE == "token_mean":
+        units = tl.sum(_column(partials, 8, programs, ROWS), 0)
     else:
-        w = tl.div_rn(1.0, tl.maximum(tl.sum(units, 0), 1).to(tl.float32))
+        units = tl.sum(_column(partials, 9, programs, ROWS), 0)
+    if AGGREGATE != "token_sum":
+        if normalizer is not None:
+            w = tl.div_rn(1.0, tl.load(normalizer))
+        else:
+            w = tl.div_rn(1.0, tl.maximum(units, 1.0).to(tl.float32))
     return w
 
 
-@triton.jit(do_not_specialize=["tokens", "trajectories"])
-def weight_kernel(
-    counts, cu_seqlens, normalizer, weight,  # [N], [N+1], [] or None, []
-    tokens, trajectories, divisor,
-    AGGREGATE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What a token weighs in the loss, up to its trajectory's length; NaN where cu_seqlens does not cut up the pack."""
-    counted, some = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-    falls = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, trajectories, BLOCK):
-        n = first + tl.arange(0, BLOCK)
-        count = tl.load(counts + n, mask=n < trajectories, other=0)
-        counted += count
-        some += (count > 0).to(tl.int64)
-        start = tl.load(cu_seqlens + n, mask=n < trajectories, other=0)
-        falls += (start > tl.load(cu_seqlens + n + 1, mask=n < trajectories, other=0)).to(tl.int32)
-    if AGGREGATE == "token_sum":
-        w = 1.0
-    elif AGGREGATE == "token_mean":
-        w = _unit_weight(normalizer, counted)
-    elif AGGREGATE == "seq_mean_token_sum_norm":
-        w = tl.div_rn(_unit_weight(normalizer, some), divisor)
-    elif AGGREGATE == "seq_mean_token_sum" or AGGREGATE == "seq_mean_token_mean":
-        w = _unit_weight(normalizer, some)
-    else:
-        tl.static_assert(False, f"no aggregate {AGGREGATE}")
-    ends = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + trajectories) == tokens)
-    tl.store(weight, tl.where(ends & (tl.sum(falls, 0) == 0), w, float("nan")))
+@triton.jit
+def _report(partials, w, loss, metrics, programs, ROWS: tl.constexpr):
+    """The loss, means of the metrics, the largest ratio, the tokens."""
+    tl.store(loss, (tl.sum(_column(partials, 0, programs, ROWS), 0) * w).to(tl.float32))
+    count = tl.sum(_column(partials, 7, programs, ROWS), 0)
+    for column in tl.static_range(1, 7):
+        found = _column(partials, column, programs, ROWS)
+        if column == 4:
+            total = tl.sum(found, 0)
+            result = tl.where(total == total, tl.max(found, 0), total)
+        else:
+            result = tl.sum(found, 0) / tl.maximum(count, 1.0)
+        tl.store(metrics + column - 1, result.to(tl.float32))
+    tl.store(metrics + 6, count.to(tl.float32))
 
 
 @triton.jit
-def _store_partial(partials, loss, w, keep, count, BRANCH: tl.constexpr):
-    """One row of sums over a program's tokens: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
-    clipped, largest = tl.where(keep, loss.clipped, 0.0), tl.where(keep, loss.ratio, 0.0)
-    log_ratio, ratio, entropy, kl = loss.log_ratio, largest, loss.entropy, loss.kl
-    if BRANCH:
-        log_ratio, ratio, entropy, kl = log_ratio * count, ratio * count, entropy * count, kl * count
-    partials += tl.program_id(0).to(tl.int64) * 8
-    value, ratio_sum = tl.where(keep, loss.value * w, 0.0), tl.sum(ratio, 0)
-    tl.store(partials, tl.sum(value, 0))
-    tl.store(partials + 1, tl.sum(clipped, 0))
-    tl.store(partials + 2, -tl.sum(log_ratio, 0))
-    tl.store(partials + 3, ratio_sum)
-    tl.store(partials + 4, tl.where(ratio_sum == ratio_sum, tl.max(largest, 0), ratio_sum))
-    tl.store(partials + 5, tl.sum(entropy, 0))
-    tl.store(partials + 6, tl.sum(kl, 0))
-    tl.store(partials + 7, tl.sum(count, 0))
+def _scale(x, w, at, inside):
+    tl.store(x + at, tl.load(x + at, mask=inside, other=0.0) * w, mask=inside)
 
 
 @triton.jit
-def _trajectory_of(cu_seqlens, at, trajectories, steps):
-    """The trajectory of each token, by bisection: the first that ends behind it."""
-    low = tl.zeros(at.shape, tl.int32)
-    high = low + (trajectories - 1)
-    for _ in range(steps):
-        middle = (low + high) // 2
-        behind = tl.load(cu_seqlens + middle + 1) <= at
-        low, high = tl.where(behind, middle + 1, low), tl.where(behind, high, middle)
-    return tl.minimum(low, trajectories - 1)
-
-
-@triton.jit(do_not_specialize=["tokens", "trajectories", "steps", "stride"])
-def tokens_kernel(
-    logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, ref_logprobs, entropy, selected,
-    inverses, means, weight,  # [N], [N, COLUMNS], []
-    grad_logprobs, grad_entropy, mean_slopes, shares, partials,  # [T] or None; partials [programs, 8]
-    tokens, trajectories, steps, stride, kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
-    FORM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, CORRECTION: tl.constexpr, PER_TOKEN: tl.constexpr,
-    AGGREGATE: tl.constexpr, BRANCH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    n = _trajectory_of(cu_seqlens, at, trajectories, steps)
-    keep = load_mask(mask, at, at < tokens)
-    if CORRECTION == "sequence_mask":
-        keep = keep & (tl.load(inverses + n) > 0)
-    count = tl.where(keep, 1.0, 0.0)
-    stride = stride.to(tl.int64)
-    if BRANCH:  # a token counts as often as it has rollouts
-        up, down, level = load_rollouts(advantages, stride, Place(at, n, keep), PER_TOKEN)
-        count = up + down + level
-        keep = keep & (count > 0)
-    if means is not None:
-        means += n.to(tl.int64) * COLUMNS
-    pack = Pack(logprobs, old_logprobs, advantages, stride, ref_logprobs, sampler_logprobs, entropy, selected)
-    place, numbers = Place(at, n, keep), (c0, c1, c2, c3)
-    coefficients = Coefficients(kl_coef, entropy_coef, sampler_low, sampler_high)
-    loss = token_loss(pack, place, means, coefficients, numbers, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN, BRANCH)
-    w, inside = tl.load(weight), at < tokens
-    if AGGREGATE == "seq_mean_token_mean":
-        w *= tl.load(inverses + n)
-    if grad_logprobs is not None:
-        tl.store(grad_logprobs + at, tl.where(keep, w * loss.slope, 0.0), mask=inside)
-    if mean_slopes is not None:
-        tl.store(mean_slopes + at, tl.where(keep, w * loss.mean_slope, 0.0), mask=inside)
-        tl.store(shares + at, keep & loss.share, mask=inside)
-    if grad_entropy is not None:
-        tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * loss.leaves * w, 0.0), mask=inside)
-    _store_partial(partials, loss, w, keep, count, BRANCH)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def spread_kernel(
-    grad_logprobs, mean_slopes, shares, cu_seqlens, inverses,  # [T], cu_seqlens [N+1], inverses [N]
-    tokens,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _spread(
+    grad_logprobs, shares, mean_slopes, cu_seqlens, w, tokens, trajectories, pieces, steps, BLOCK: tl.constexpr
+):
     """Adds the derivative of a trajectory's loss in its mean to the gradients of the tokens that make up the mean."""
-    n = tl.program_id(0)
-    start, end = _span(cu_seqlens, n, tokens)
+    piece = tl.program_id(0)
+    n = trajectory_of(cu_seqlens, piece, tokens, trajectories, steps, BLOCK)
+    start, end = span(cu_seqlens, n, tokens)
+    first = first_piece(cu_seqlens, n, tokens, BLOCK)
+    last = tl.minimum(first_piece(cu_seqlens, n + 1, tokens, BLOCK), pieces)
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(mean_slopes + at, mask=at < end, other=0.0)
-    each = tl.sum(total, 0) * tl.load(inverses + n)
-    for first in range(start, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        share = tl.load(shares + at, mask=at < end, other=0) != 0
-        grad = tl.load(grad_logprobs + at, mask=at < end, other=0.0)
-        tl.store(grad_logprobs + at, tl.where(share, grad + each, grad), mask=at < end)
+    for begin in range(first, last, BLOCK):
+        q = begin + tl.arange(0, BLOCK)
+        total += tl.load(mean_slopes + q, mask=q < last, other=0.0)
+    each = tl.sum(total, 0)
+    at = start + (piece - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (at >= start) & (at < end)
+    share = tl.load(shares + at, mask=inside, other=0) != 0
+    grad = tl.load(grad_logprobs + at, mask=inside, other=0.0)
+    tl.store(grad_logprobs + at, tl.where(share, grad + each, grad) * w, mask=inside)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def sum_kernel(partials, loss, metrics, programs, BLOCK: tl.constexpr):
-    """Adds up the programs' rows in a fixed order: the loss, means of the metrics, the largest ratio, the tokens."""
-    column = tl.arange(0, 8)[None, :]
-    total, largest = tl.zeros([BLOCK, 8], tl.float64), tl.zeros([BLOCK, 8], tl.float32)
-    for first in range(0, programs, BLOCK):
-        row = first + tl.arange(0, BLOCK)[:, None]
-        x = tl.load(partials + row.to(tl.int64) * 8 + column, mask=row < programs, other=0.0)
-        total += x
-        largest = tl.maximum(largest, x, KEEP_NAN)
-    total, largest = tl.sum(total, 0), tl.max(largest, 0)
-    column = tl.arange(0, 8)
-    count = tl.sum(tl.where(column == 7, total, 0.0), 0)
-    result = tl.where((column == 0) | (column == 7), total, total / tl.maximum(count, 1.0)).to(tl.float32)
-    result = tl.where((column == 4) & (total == total), largest, result)
-    tl.store(loss + column, result, mask=column == 0)
-    tl.store(metrics + column - 1, result, mask=column > 0)
+@triton.jit(do_not_specialize=["tokens", "trajectories", "pieces", "programs", "steps"])
+def finish_kernel(
+    partials, cu_seqlens, normalizer, loss, metrics, grad_logprobs, grad_entropy, shares, mean_slopes,
+    tokens, trajectories, pieces, programs, steps, divisor,
+    AGGREGATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rows' sums, and the gradients times what a token weighs: NaN where cu_seqlens does not cut up the pack."""
+    w = _unit_weight(partials, normalizer, programs, AGGREGATE, ROWS)
+    if AGGREGATE == "seq_mean_token_sum_norm":
+        w = tl.div_rn(w, divisor)
+    elif AGGREGATE == "token_mean" or AGGREGATE == "token_sum":
+        pass
+    else:
+        tl.static_assert(
+            AGGREGATE == "seq_mean_token_sum" or AGGREGATE == "seq_mean_token_mean", f"no aggregate {AGGREGATE}"
+        )
+    ends = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + trajectories) == tokens)
+    w = tl.where(ends & (tl.sum(_column(partials, 10, programs, ROWS), 0) == 0), w, float("nan"))
+    if tl.program_id(0) == 0:
+        _report(partials, w, loss, metrics, programs, ROWS)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tokens
+    if mean_slopes is not None:
+        _spread(grad_logprobs, shares, mean_slopes, cu_seqlens, w, tokens, trajectories, pieces, steps, BLOCK)
+        unfit = at < tl.where(w == w, 0, tokens)  # a piece may not be there then
+        tl.store(grad_logprobs + at, tl.full([BLOCK], float("nan"), tl.float32), mask=unfit)
+    elif grad_logprobs is not None:
+        _scale(grad_logprobs, w, at, inside)
+    if grad_entropy is not None:
+        _scale(grad_entropy, w, at, inside)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -304,54 +229,44 @@ def policy_loss(
     """``inputs``: those of :class:`LossInputs`, of which ``options`` has all of kinds.OPTIONS."""
     x = LossInputs(*inputs)
     wanted, (tokens, trajectories) = Options.of(tuple(x.options)), _check(logprobs, x.cu_seqlens)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=logprobs.device)
-
-    loss, metrics, partials = empty(), empty(len(METRICS)), empty(triton.cdiv(tokens, FLAT["BLOCK"]), 8)
-    gradients = [empty(tokens) if need else None for need in (wanted.need_logprobs, wanted.need_entropy)]
-    results = [loss, metrics, *(gradient for gradient in gradients if gradient is not None)]
+    new = logprobs.new_empty
+    loss, metrics = new(()), new(len(METRICS))
+    grad_logprobs = new(tokens) if wanted.need_logprobs else None
+    grad_entropy = new(tokens) if wanted.need_entropy else None
+    results = [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
     if tokens == 0:
         loss.zero_(), metrics.zero_()
         return results
-    counts, inverses, weight = empty(trajectories, dtype=torch.int32), empty(trajectories), empty()
-    means = empty(trajectories, COLUMNS.value) if wanted.reads_means else None
-    in_mean = (empty(tokens), empty(tokens, dtype=torch.bool)) if wanted.spreads else (None, None)
-    pack = (logprobs, x.old_logprobs, x.advantages, x.cu_seqlens, x.mask, x.sampler_logprobs)
-    numbers = [x.parameter("sampler_low"), x.parameter("sampler_high"), *form_numbers(wanted.form, x)]
-    switches = wanted.switches()
+    pieces = trajectories + tokens // PIECES["BLOCK"]
+    share = _ceil_div(pieces, MOST_PROGRAMS)
+    programs = _ceil_div(pieces, share)
+    partials, shares, mean_slopes = new(programs * COLUMNS.value, dtype=torch.float64), None, None
+    if wanted.spreads:
+        shares, mean_slopes = new(tokens, dtype=torch.bool), new(pieces)
+    steps, divisor, numbers = (
+        trajectories.bit_length(),
+        x.parameter("max_length"),
+        launch_numbers(wanted.form, tuple(x.params)),
+    )
+    blocks = 1 if len(results) == 2 else pieces if wanted.spreads else _ceil_div(tokens, PIECES["BLOCK"])
     with torch.cuda.device_of(logprobs):
-        means_kernel[(trajectories,)](*pack, counts, inverses, means, tokens, *numbers[:4], **switches, **ALONG)
-        sizes = (tokens, trajectories, x.parameter("max_length"))
-        weight_kernel[(1,)](counts, x.cu_seqlens, x.normalizer, weight, *sizes, AGGREGATE=wanted.aggregate, **ALONE)
-        tokens_kernel[(partials.shape[0],)](
-            *pack,
-            x.ref_logprobs,
-            entropy,
-            selected,
-            inverses,
-            means,
-            weight,
-            *gradients,
-            *in_mean,
-            partials,
-            tokens,
-            trajectories,
-            trajectories.bit_length(),
-            x.advantages.shape[-1],
-            x.parameter("kl_coef"),
-            x.parameter("entropy_coef"),
-            *numbers,
-            **switches,
-            KL=wanted.kl,
-            AGGREGATE=wanted.aggregate,
-            BRANCH=x.advantages.ndim == 2,
-            **FLAT,
-        )
-        if wanted.spreads:
-            spread_kernel[(trajectories,)](gradients[0], *in_mean, x.cu_seqlens, inverses, tokens, **ALONG)
-        sum_kernel[(1,)](partials, loss, metrics, partials.shape[0], **SUMMING)
+        tokens_kernel[(programs,)](
+            logprobs, x.old_logprobs, x.advantages, x.cu_seqlens, x.mask, x.sampler_logprobs, x.ref_logprobs, entropy,
+            selected, grad_logprobs, grad_entropy, shares, mean_slopes, partials,
+            tokens, trajectories, pieces, share, steps, x.advantages.shape[-1], *numbers,
+            BRANCH=x.advantages.ndim == 2, **switches(wanted), **PIECES,
+        )  # fmt: skip
+        finish_kernel[(blocks,)](
+            partials, x.cu_seqlens, x.normalizer, loss, metrics, grad_logprobs, grad_entropy, shares, mean_slopes,
+            tokens, trajectories, pieces, programs, steps, divisor,
+            AGGREGATE=wanted.aggregate, ROWS=MOST_PROGRAMS, **PIECES,
+        )  # fmt: skip
     return results
+
+
+def _ceil_div(x: int, y: int) -> int:
+    """triton.cdiv would take ten times as long."""
+    return -(-x // y)
 
 
 def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
@@ -369,4 +284,4 @@ def scale_gradient_(x: Tensor, scale: Tensor) -> None:
     """x *= scale; where scale is 1 nothing is read or written."""
     if x.numel():
         with torch.cuda.device_of(x):
-            scale_kernel[(triton.cdiv(x.numel(), FLAT["BLOCK"]),)](x, scale, x.numel(), **FLAT)
+            scale_kernel[(_ceil_div(x.numel(), FLAT["BLOCK"]),)](x, scale, x.numel(), **FLAT)

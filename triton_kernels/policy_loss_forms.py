@@ -16,6 +16,16 @@ from .primitives import KEEP_NAN, exp
 LARGEST_RATIO = tl.constexpr(20.0)  # of dppo
 
 
+class Means(NamedTuple):
+    """Of a trajectory, 0 where the loss does not read them; the last three are gmpo's."""
+
+    log_ratio: tl.tensor
+    log_sum: tl.tensor  # of its log-ratios, clamped
+    ratio: tl.tensor  # exp(mean bounded log-ratio)
+    advantage: tl.tensor
+    free: tl.tensor  # the share of tokens that the bounds let through
+
+
 class Token(NamedTuple):
     """What a form reads beside the advantages, [BLOCK]."""
 
@@ -24,7 +34,7 @@ class Token(NamedTuple):
     log_ratio: tl.tensor  # clamped; at ratio level "sequence" the trajectory's mean of them
     ratio: tl.tensor  # its exponential
     chosen: tl.tensor | None  # by their covariance, where the kind selects tokens
-    means: tl.tensor | None  # pointers to the trajectories' means, where the loss has them
+    means: Means  # of its trajectory
 
 
 class Term(NamedTuple):
@@ -127,7 +137,7 @@ def bound_log_ratio(log_ratio, a, low, high):
 def _gmpo(a, token, numbers):
     """-mean(A) exp(mean of the bounded log-ratios), both over the trajectory."""
     low, high = numbers[0], numbers[1]
-    value = -tl.load(token.means + 2) * tl.load(token.means + 1)
+    value = tl.zeros_like(a) - token.means.advantage * token.means.ratio
     clipped = ((a > 0) & (token.log_ratio > high)) | ((a < 0) & (token.log_ratio < -low))
     return Term(value, value, tl.zeros_like(a), clipped)
 
@@ -135,7 +145,7 @@ def _gmpo(a, token, numbers):
 @triton.jit
 def _vespo(a, token, numbers):
     """-exp(lambda + k log w - lambda w) A log p, log w the trajectory's, k and lambda by the sign of A."""
-    log_w, decay = tl.load(token.means + 1), tl.where(a >= 0, numbers[1], numbers[3])
+    log_w, decay = token.means.log_sum, tl.where(a >= 0, numbers[1], numbers[3])
     weight = -exp(decay + tl.where(a >= 0, numbers[0], numbers[2]) * log_w - decay * exp(log_w)) * a
     return _of_log_p(weight, token, tl.zeros_like(a) != 0)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from trajkern.losses.inputs import LossInputs
 from trajkern.losses.kinds import (
     AGGREGATES,
     FORMS,
     KINDS,
     KL_ESTIMATORS,
     OPTIONS,
+    PARAMETERS,
     RATIO_LEVELS,
     SAMPLER_CORRECTIONS,
 )
@@ -25,6 +25,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {  # of the options that are enumerations
 }
 BY_TRAJECTORY = {kind.form for kind in KINDS.values() if kind.by_trajectory}
 CLIPS_RATIO = {"clip", "cispo"}
+COEFFICIENTS = ("kl_coef", "entropy_coef", "sampler_low", "sampler_high")
 NUMBERS = 4  # that a form can read
 
 
@@ -61,20 +62,30 @@ class Options(NamedTuple):
         """Whether the loss has a derivative in a trajectory's mean, which is spread over its tokens."""
         return self.need_logprobs and (self.sequence or self.form == "gmpo")
 
-    def switches(self) -> dict[str, Any]:
-        """The compile-time options that the kernels over tokens share."""
-        return {
-            "FORM": self.form,
-            "SEQUENCE": self.sequence,
-            "CORRECTION": self.sampler_correction,
-            "PER_TOKEN": self.per_token,
-        }
+
+@cache
+def switches(wanted: Options) -> dict[str, Any]:
+    """The compile-time options of the kernel over tokens."""
+    return {
+        "FORM": wanted.form,
+        "SEQUENCE": wanted.sequence,
+        "KL": wanted.kl,
+        "CORRECTION": wanted.sampler_correction,
+        "PER_TOKEN": wanted.per_token,
+        "AGGREGATE": wanted.aggregate,
+        "MEANS": wanted.reads_means,
+    }
 
 
-def form_numbers(form: str, inputs: LossInputs) -> list[float]:
-    """What the form reads, in FORMS' order, filled up with 0; where it clips the ratio, the bounds of the ratio."""
-    bounds = {}
+@lru_cache(maxsize=64)  # a schedule may move them
+def launch_numbers(form: str, params: tuple[float, ...]) -> tuple[float, ...]:
+    """The numbers that the kernel over tokens takes: coefficients, the sampler's bounds, then the form's own.
+
+    Those are in FORMS' order, filled up with 0; where the form clips the ratio, its bounds are the ratio's.
+    """
+    values = dict(zip(PARAMETERS, params, strict=True))
+    coefficients = tuple(values[name] for name in COEFFICIENTS)
     if form in CLIPS_RATIO:
-        bounds = {"clip_low": 1 - inputs.parameter("clip_low"), "clip_high": 1 + inputs.parameter("clip_high")}
-    numbers = [bounds[name] if name in bounds else inputs.parameter(name) for name in FORMS[form]]
-    return numbers + [0.0] * (NUMBERS - len(numbers))
+        values |= {"clip_low": 1 - values["clip_low"], "clip_high": 1 + values["clip_high"]}
+    numbers = tuple(values[name] for name in FORMS[form])
+    return coefficients + numbers + (0.0,) * (NUMBERS - len(numbers))

@@ -25,6 +25,7 @@ class Pack(NamedTuple):
     old_logprobs: tl.tensor
     advantages: tl.tensor  # [N] or [T], or a branch's six rows of them
     stride: tl.tensor  # of those rows
+    mask: tl.tensor | None
     ref_logprobs: tl.tensor | None
     sampler_logprobs: tl.tensor | None
     entropy: tl.tensor | None
@@ -158,12 +159,12 @@ def token_loss(
     PER_TOKEN: tl.constexpr,
     BRANCH: tl.constexpr,
 ):
-    """``means``: [BLOCK] pointers to the trajectories' means; ``numbers``: the form's."""
+    """``means``: the trajectory's; ``numbers``: the form's."""
     at, keep = place.at, place.keep
     a = load_advantage(pack.advantages, place, PER_TOKEN)
     new, old = tl.load(pack.logprobs + at, mask=keep, other=0.0), tl.load(pack.old_logprobs + at, mask=keep, other=0.0)
     own_log_ratio, within = clamp_log_ratio(new - old), tl.abs(new - old) <= LOG_RATIO_BOUND
-    log_ratio = tl.where(keep, tl.load(means), 0.0) if SEQUENCE else own_log_ratio
+    log_ratio = tl.where(keep, means.log_ratio, 0.0) if SEQUENCE else own_log_ratio
     ratio = exp(log_ratio)
     chosen = None
     if pack.selected is not None:
@@ -180,7 +181,7 @@ def token_loss(
     if FORM == "gmpo":
         mean_slope, slope = slope, tl.zeros_like(a)
         if SEQUENCE:
-            mean_slope *= tl.load(means + 3)
+            mean_slope *= means.free
         else:
             share = within & (a != 0) & ~term.clipped
     kl, entropy, leaves = tl.zeros_like(a), tl.zeros_like(a), tl.full(a.shape, 1.0, tl.float32)
