@@ -28,7 +28,7 @@ def _work(ids: Tensor) -> int:
     """Instructions of all lanes, forward and backward."""
     n = ids.shape[0]
     rewards = torch.randn(n, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    with tk.use_backend("cuda"), ptx.compiled("sm_90") as execution:
+    with ptx.compiled("sm_90") as execution, tk.use_backend("cuda"):
         tk.group_advantages(rewards, ids).sum().backward()
     assert sum(execution.launches.values()) <= 4
     return execution.stats["lane instructions"]

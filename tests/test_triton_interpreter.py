@@ -24,6 +24,20 @@ with tk.use_backend("triton"):
 """
 
 
+SHARED = """
+import torch, trajkern as tk
+from trajkern._triton import policy_loss
+from trajkern.testing import SPECS, errors
+policy_loss.MOST_PROGRAMS = 2
+spec = next(s for s in SPECS if s.name == "policy_loss")
+for name in ("grpo_full", "dapo", "gspo_full", "gmpo", "sequence_mask_gspo"):
+    case = next(c for c in spec.cases if c.name == name)
+    with tk.use_backend("triton"):
+        shares = errors(spec, tk.policy_loss, spec.inputs(case, torch.float32))
+    assert max(shares.values()) <= 1, (name, shares)
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     ("module", "chosen"),
@@ -52,3 +66,12 @@ def test_a_form_without_code_is_refused() -> None:
         cwd=HERE.parent,
     )
     assert done.returncode == 1 and "no form novel" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_programs_share_many_pieces() -> None:
+    """As they do beyond MOST_PROGRAMS pieces, which takes minutes here."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", SHARED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
