@@ -12,6 +12,7 @@ import trajkern as tk
 
 ptx = pytest.importorskip("trajkern.testing.ptx")
 
+pytestmark = pytest.mark.slow
 ROWS = (2048, 16384)
 GROUP = 8
 
