@@ -125,6 +125,36 @@ def test_gradient_of_one_output(output: str, frozen: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("route")
+def test_the_number_of_groups_may_be_given() -> None:
+    arguments = good("reflection_rewards")
+    groups = int(arguments["group_ids"].unique().numel())
+    for plain, given in zip(
+        tk.reflection_rewards(**arguments), tk.reflection_rewards(**arguments, num_groups=groups), strict=True
+    ):
+        assert torch.equal(plain, given)
+    rollouts = arguments["group_ids"].numel()
+    for wrong in (0, rollouts + 1):
+        with pytest.raises(ValueError, match=rf"^num_groups must lie in \[1, {rollouts}\].*got {wrong}"):
+            tk.reflection_rewards(**arguments, num_groups=wrong)
+    with pytest.raises(ValueError, match=f"^num_groups must be {groups}, .*got {rollouts}"):
+        tk.reflection_rewards(**arguments, num_groups=rollouts)
+    for wrong in (True, 2.0):
+        with pytest.raises(TypeError, match="^num_groups must be an int"):
+            tk.reflection_rewards(**arguments, num_groups=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_number_of_groups_that_nobody_checked(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a wrong number gives NaN, and the number is not read."""
+    arguments = good("reflection_rewards")
+    expected = tk.reflection_rewards(**arguments)
+    monkeypatch.setattr("trajkern.ops.reflection.readable", lambda x: False)
+    found = tk.reflection_rewards(**arguments, num_groups=groups)
+    assert found.group_score.isnan().all() if groups == 3 else torch.equal(found.group_score, expected.group_score)
+    assert torch.equal(found.rewards, expected.rewards)
+
+
 def test_second_derivatives_are_refused() -> None:
     x = torch.randn(6, requires_grad=True)
     weights = tk.variance_weights(x, torch.tensor([0, 3, 6]), torch.tensor([0, 0]))

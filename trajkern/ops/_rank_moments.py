@@ -35,11 +35,12 @@ def group_advantages(
     groups, group = _numbered(group_ids, ranks)
 
     def added(*columns: Tensor) -> tuple[Tensor, ...]:
-        sums = r.new_zeros(groups, len(columns)).index_add(0, group, torch.stack(columns, 1))
+        # unlike index_add, index_put sorts on a GPU, so the order of a sum does not depend on the run
+        sums = r.new_zeros(groups, len(columns)).index_put((group,), torch.stack(columns, 1), accumulate=True)
         dist.all_reduce(sums, group=ranks)
         return sums[group].unbind(1)
 
-    origin = r.new_full((groups,), -torch.inf).scatter_reduce(0, group[counted], r[counted], "amax")
+    origin = r.new_full((groups,), -torch.inf).scatter_reduce(0, group, torch.where(counted, r, -torch.inf), "amax")
     dist.all_reduce(origin, dist.ReduceOp.MAX, group=ranks)
     d = torch.where(counted, r - origin[group], 0)
     total, sum_d = added(w, w * d)
@@ -62,14 +63,24 @@ def group_advantages(
 
 
 def _numbered(group_ids: Tensor, ranks: dist.ProcessGroup) -> tuple[int, Tensor]:
-    """How many groups there are on all ranks, and the number of each trajectory's among them, ``[N]``."""
-    local_ids = group_ids.long().unique()
-    counts = [local_ids.new_empty(1) for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather(counts, local_ids.new_tensor([local_ids.numel()]), group=ranks)
-    sizes = [int(count) for count in counts]
-    padded = local_ids.new_zeros(max(sizes))
-    padded[: local_ids.numel()] = local_ids
+    """A bound of the groups' numbers on all ranks, and the number of each trajectory's group, ``[N]``.
+
+    A group's number is its place among the sorted ids of all trajectories: how many groups there are, only a wait could
+    tell.
+    """
+    ids = group_ids.long()
+    sizes = _sizes(ids, ranks)
+    padded = torch.nn.functional.pad(ids, (0, max(sizes) - ids.shape[0]))
     of_ranks = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(of_ranks, padded, group=ranks)
-    every = torch.cat([ids[:size] for ids, size in zip(of_ranks, sizes, strict=True)]).unique()
-    return every.numel(), torch.searchsorted(every, group_ids.long())
+    every = torch.cat([x[:size] for x, size in zip(of_ranks, sizes, strict=True)]).sort().values
+    return every.shape[0], torch.searchsorted(every, ids)
+
+
+def _sizes(ids: Tensor, ranks: dist.ProcessGroup) -> list[int]:
+    """How many trajectories each rank has: from host to host where the group has a way, else by way of the GPU."""
+    device = "cpu" if "cpu:" in dist.get_backend_config(ranks) else ids.device
+    mine = torch.full((1,), ids.shape[0], device=device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(sizes, mine, group=ranks)
+    return torch.cat(sizes).tolist()

@@ -153,7 +153,9 @@ def group_advantages(
         weights: float ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a False gate.
         process_group: of torch.distributed, over whose ranks the groups' trajectories are spread, any number or none of
             them on a rank; equal ids are one group on all ranks. Every rank must make the call. Each group's count,
-            largest reward, sum and sum of squares travel, and the ids; no gradient.
+            largest reward, sum and sum of squares travel, and the ids; no gradient. A group with a backend for the CPU
+            (torch's default, gloo beside NCCL) exchanges the number of each rank's trajectories by it; one with NCCL
+            alone waits for the GPU, once.
 
     Returns:
         ``[N]`` float32 (float64 for float64 rewards). A constant group is exactly 0 with a baseline. Differentiable

@@ -125,6 +125,7 @@ def reflection_rewards(
     baseline: Tensor | None = None,  # [P]
     ddof: int = 0,
     normalize: bool = True,
+    num_groups: int | None = None,
 ) -> Reflection:
     """Reasoning reflection rewards (R3): a reference answer's log-probs, weighted by how much the rollouts disagree.
 
@@ -146,13 +147,16 @@ def reflection_rewards(
             masked reasoning; none is 0.
         ddof: 0 for the population's deviation, 1 for the unbiased variance; that of no more than ddof rollouts is 0.
         normalize: divide the weights by their sum. The paper asks only that they increase with s_j.
+        num_groups: G, the number of distinct ids in ``group_ids`` (``PackedBatch.num_groups``). Without it G is read
+            from the device, the one thing here that waits for a GPU. Another number than G is an error on the CPU; on a
+            GPU, group_score is then NaN.
 
     Returns:
         :class:`Reflection`, float32 (float64 for float64 log-probs): rewards ``[N]``; weights and std ``[P]``, the same
         for all rollouts of a group; group_score ``[G]``, each group's largest std (0 for an empty reference), in
         ascending group id, by which whole prompts are filtered. A group of one, or one whose log-probs agree, has
         weights of exactly 0. Differentiable once, in logprobs and baseline, through all four; a std of 0 counts as
-        constant. On a GPU, G is read from the device: one synchronisation, which :func:`variance_weights` does without.
+        constant.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -163,14 +167,25 @@ def reflection_rewards(
     if baseline is not None:
         check_tensor("baseline", baseline, dtypes=FLOATS, device=logprobs.device)
         check_shape("baseline", baseline, tuple(logprobs.shape), "one value a token")
+    if num_groups is not None:
+        _check_num_groups(num_groups, group_ids.shape[0])
     if _backends.wants_reference("reflection", logprobs):
         _check_values(logprobs, cu_seqlens, group_ids, baseline)
-        return _backends.reference().reflection_rewards(
+        found = _backends.reference().reflection_rewards(
             logprobs, cu_seqlens, group_ids, baseline=baseline, ddof=ddof, normalize=normalize
         )
+        _check_count(num_groups, found.group_score.shape[0])
+        return found
     (rewards, weights, std, scores), rank = _apply(logprobs, baseline, cu_seqlens, group_ids, ddof, normalize, True)
+    return Reflection(rewards, weights, std, _of_groups(scores, rank, num_groups))
+
+
+def _of_groups(scores: Tensor, rank: Tensor, num_groups: int | None) -> Tensor:  # [N], [N] -> [G]
+    if num_groups is not None and not readable(rank):
+        return torch.where(rank[-1:] + 1 == num_groups, scores[:num_groups], torch.nan)
     groups = int(rank[-1]) + 1 if rank.shape[0] else 0
-    return Reflection(rewards, weights, std, scores[:groups])
+    _check_count(num_groups, groups)
+    return scores[:groups]
 
 
 def _apply(
@@ -200,6 +215,21 @@ def _check(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, ddof: int, n
     check_choice("ddof", ddof, (0, 1))
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {describe(normalize)}")
+
+
+def _check_num_groups(num_groups: int, rollouts: int) -> None:
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
+        raise TypeError(f"num_groups must be an int, got {describe(num_groups)}")
+    if not min(rollouts, 1) <= num_groups <= rollouts:
+        raise ValueError(
+            f"num_groups must lie in [{min(rollouts, 1)}, {rollouts}], the groups that so many rollouts can be; "
+            f"got {num_groups}"
+        )
+
+
+def _check_count(num_groups: int | None, groups: int) -> None:
+    if num_groups is not None and num_groups != groups:
+        raise ValueError(f"num_groups must be {groups}, the number of distinct ids in group_ids; got {num_groups}")
 
 
 def _check_values(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, baseline: Tensor | None) -> None:

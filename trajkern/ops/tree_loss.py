@@ -80,8 +80,9 @@ def path_sums(
     """The sum of the values along each leaf's path, ``[L]``; those of node n are ``offsets[n]:offsets[n+1]``."""
     if _backends.wants_reference("tree", values):
         flat = Tree(tree.parent, offsets.diff())
-        leaf = torch.repeat_interleave(torch.arange(tree.num_leaves, device=values.device), flat.flat_lengths)
-        return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[flat.flat_index])
+        leaf, index = torch.arange(tree.num_leaves, device=values.device), flat.flat_index
+        leaf = torch.repeat_interleave(leaf, flat.flat_lengths, output_size=index.shape[0])
+        return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[index])
     sums = span.SpanReduce.apply(values, offsets[:-1], offsets[1:], span.SUM)
     return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), *tree.arrays)
 
