@@ -100,6 +100,10 @@ def test_against_plain_walks(seed: int, nodes: int, roots: int) -> None:
     paths = _paths(tree)
     assert tree.flat_index.tolist() == [t for path in paths for t in path]
     assert tree.flat_cu_seqlens.diff().tolist() == [len(path) for path in paths]
+    walks = _paths(tk.Tree(tree.parent, torch.ones_like(tree.parent)))  # node n has token n
+    leaf, node = tree.path_nodes
+    assert leaf.tolist() == [at for at, path in enumerate(walks) for _ in path]
+    assert node.tolist() == [n for path in walks for n in path]
     rows, seen = {}, torch.eye(tree.num_tokens, dtype=torch.bool)
     for path in paths:
         for place, token in enumerate(path):

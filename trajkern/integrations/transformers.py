@@ -101,7 +101,7 @@ def hidden_states(
     if isinstance(layout, Tree):
         return _run(inner, tokens, layout.positions, attention_mask=_tree_mask(inner, layout, attention))[0]
     if attention.startswith(_VARLEN):
-        bounds, longest = layout.cu_seqlens.int(), int(layout.lengths.max())
+        bounds, longest = layout.cu_seqlens.int(), layout.max_length
         spans = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
         return _run(inner, tokens, _positions(layout), **spans)[0]
     return _padded(inner, layout)
@@ -163,11 +163,12 @@ def _run(inner: Any, tokens: Tensor, positions: Tensor, **options: Any) -> Tenso
 
 
 def _padded(inner: Any, batch: PackedBatch) -> Tensor:
-    """A row for each trajectory that has tokens; the attention's own causal mask is faster than one of ours."""
-    lengths = batch.lengths[batch.lengths > 0].long()
-    real = torch.arange(int(lengths.max()), device=batch.device) < lengths[:, None]
-    tokens, positions = (x.new_zeros(real.shape).masked_scatter(real, x) for x in (batch.tokens, _positions(batch)))
-    return _run(inner, tokens, positions, attention_mask=real.long())[real]
+    """A row for each trajectory; the attention's own causal mask is faster than one of ours."""
+    tokens, positions = (batch.to_padded(x) for x in (batch.tokens, _positions(batch)))
+    # a trajectory without tokens gets one that nobody reads: attention over nothing is NaN
+    real = torch.arange(batch.max_length, device=batch.device) < batch.lengths.clamp_min(1)[:, None]
+    hidden = _run(inner, tokens, positions, attention_mask=real.long())
+    return hidden.flatten(0, 1)[batch.padded_index(batch.max_length)]
 
 
 def _tree_mask(inner: Any, tree: Tree, attention: str) -> Any:

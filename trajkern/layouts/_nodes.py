@@ -74,10 +74,27 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
         previous=previous,
         leaves=leaf,
         node_offsets=offsets_of(lengths),
-        token_node=torch.repeat_interleave(torch.arange(m), lengths),
+        token_node=torch.repeat_interleave(torch.arange(m), lengths, output_size=int(lengths.sum())),
         **short,
     )
     return Nodes(*(x.to(device) for x in nodes)), roots, levels
+
+
+def along_paths(
+    parent: Tensor,  # [M]
+    offsets: Tensor,  # [M+1]
+    leaves: Tensor,  # [L]
+    bounds: Tensor,  # [L+1]
+) -> Tensor:
+    """What each leaf's path passes from its root down, of which node n has ``offsets[n]:offsets[n+1]``; int64.
+
+    Found on the host, whatever the device.
+    """
+    up, first, ends, places = (x.cpu().long().contiguous() for x in (parent, offsets, leaves, bounds))
+    index = torch.empty(int(places[-1]), dtype=torch.int64)
+    arrays = up.data_ptr(), first.data_ptr(), ends.data_ptr()
+    _ext.cpu().tree_flat(*arrays, ends.shape[0], places.data_ptr(), index.data_ptr())
+    return index.to(parent.device)
 
 
 def _refuse_parent(parent: Tensor, node: int) -> None:

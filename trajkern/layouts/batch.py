@@ -48,7 +48,8 @@ class PackedBatch:
         old_logprobs, ref_logprobs, sampler_logprobs: float ``[T]``, read only where ``loss_mask`` is True (finite
             there); what stands elsewhere does not matter.
 
-    All tensors are on one device. Construction reads device values (one synchronisation); nothing later does.
+    All tensors are on one device. Construction reads values on the host, which waits for a GPU a few times, once a
+    batch; nothing later does.
 
     Raises:
         TypeError: a field that is no tensor or has the wrong dtype.
@@ -85,7 +86,8 @@ class PackedBatch:
                 check_finite(name, x, where=self.loss_mask)
         self._check_first_tokens()
         dense = torch.unique(self.group_ids, return_inverse=True)
-        object.__setattr__(self, "_derived", (dense[1], dense[0].numel(), self._pairs()))
+        longest = int(self.lengths.max()) if count else 0
+        object.__setattr__(self, "_derived", (dense[1], dense[0].numel(), longest, self._pairs()))
 
     def _check_first_tokens(self) -> None:
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
@@ -123,6 +125,11 @@ class PackedBatch:
         return self._derived[0]  # type: ignore[attr-defined]
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest trajectory, 0 without any."""
+        return self._derived[2]  # type: ignore[attr-defined]
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens of each trajectory, ``[N]``."""
         return self.cu_seqlens.diff()
@@ -133,7 +140,7 @@ class PackedBatch:
 
     def head_inputs(self) -> HeadInputs:
         """The rows and targets that carry loss; a target never belongs to another trajectory than its row."""
-        return self._derived[2]  # type: ignore[attr-defined]
+        return self._derived[3]  # type: ignore[attr-defined]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device, not validated again."""
@@ -141,9 +148,10 @@ class PackedBatch:
         for field in fields(self):
             x = getattr(self, field.name)
             object.__setattr__(moved, field.name, None if x is None else x.to(device, non_blocking=non_blocking))
-        index, groups, pairs = self._derived  # type: ignore[attr-defined]
+        index, groups, longest, pairs = self._derived  # type: ignore[attr-defined]
         pairs = HeadInputs(*(x.to(device, non_blocking=non_blocking) for x in pairs))
-        object.__setattr__(moved, "_derived", (index.to(device, non_blocking=non_blocking), groups, pairs))
+        index = index.to(device, non_blocking=non_blocking)
+        object.__setattr__(moved, "_derived", (index, groups, longest, pairs))
         return moved
 
     @classmethod
@@ -162,7 +170,8 @@ class PackedBatch:
         """Pack a left- or right-padded batch.
 
         ``attention_mask`` is nonzero on real tokens, which must be contiguous in each row; rows may be padded on
-        either side. ``loss_mask`` (any dtype, nonzero = scored) must be zero on padding.
+        either side. ``loss_mask`` (any dtype, nonzero = scored) must be zero on padding. Reads values on the host, as
+        construction does.
         """
         check_tensor("tokens", tokens, dtypes=INTEGERS, ndim=2)
         keep = _real_tokens(attention_mask, tokens)
@@ -179,23 +188,27 @@ class PackedBatch:
     def to_padded(self, x: Tensor, *, length: int | None = None, side: str = "right", value: float = 0) -> Tensor:
         """Pad a per-token tensor ``[T, ...]`` to ``[N, length, ...]``, the padding on ``side`` filled with ``value``.
 
-        ``length`` defaults to the longest trajectory's. The inverse of :meth:`from_padded`, bit for bit.
+        ``length`` defaults to :attr:`max_length`. The inverse of :meth:`from_padded`, bit for bit.
         """
         check_tensor("x", x, device=self.device)
         if x.ndim == 0 or x.shape[0] != self.num_tokens:
             raise ValueError(f"x must have {self.num_tokens} rows, one a token; got {describe(x)}")
         if side not in ("left", "right"):
             raise ValueError(f"side must be 'left' or 'right', got {side!r}")
-        lengths = self.lengths
-        longest = int(lengths.max()) if lengths.numel() else 0
-        length = longest if length is None else length
-        if length < longest:
-            raise ValueError(f"length must be at least the longest trajectory's {longest}, got {length}")
-        column = torch.arange(length, device=self.device)
-        filled = column < lengths[:, None] if side == "right" else column >= length - lengths[:, None]
-        out = x.new_full((self.num_trajectories, length, *x.shape[1:]), value)
-        out[filled] = x
-        return out
+        length = self.max_length if length is None else length
+        if length < self.max_length:
+            raise ValueError(f"length must be at least the longest trajectory's {self.max_length}, got {length}")
+        out = x.new_full((self.num_trajectories * length, *x.shape[1:]), value)
+        out = out.index_copy(0, self.padded_index(length, side), x)
+        return out.view(self.num_trajectories, length, *x.shape[1:])
+
+    def padded_index(self, length: int, side: str = "right") -> Tensor:
+        """Where each token stands in the flattened rows ``[N * length]`` of :meth:`to_padded`, int64 ``[T]``."""
+        lengths = self.lengths.long()
+        row = torch.arange(self.num_trajectories, device=self.device) * length
+        begin = row if side == "right" else row + length - lengths
+        shift = torch.repeat_interleave(begin - self.cu_seqlens[:-1], lengths, output_size=self.num_tokens)
+        return shift + torch.arange(self.num_tokens, device=self.device)
 
 
 def _real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class Spans:
         cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T; not kept. With it, a span that leaves its trajectory is an
             error.
 
-    All tensors are on one device. Construction reads device values (one synchronisation, and those of ``cu_seqlens``),
-    and so does :meth:`turns`; nothing later does.
+    All tensors are on one device. Construction and :meth:`turns` read values on the host, which waits for a GPU a few
+    times, once a batch; nothing later does.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

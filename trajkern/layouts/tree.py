@@ -17,7 +17,7 @@ from torch import Tensor
 from trajkern import _ext
 from trajkern._checks import check_choice, check_number, check_shape, check_tensor
 from trajkern._dtypes import INTEGERS
-from trajkern.layouts._nodes import Nodes, derive, offsets_of
+from trajkern.layouts._nodes import Nodes, along_paths, derive, offsets_of
 from trajkern.layouts.batch import HeadInputs, PackedBatch
 from trajkern.losses.kinds import AGGREGATES
 
@@ -54,8 +54,8 @@ class Tree:
             (``batch.tokens[tree.source]``), or None.
 
     Leaves are numbered in ascending order of their nodes, and every ``[L]`` argument follows them.
-    Construction reads device values (one synchronisation), and so do the first uses of :attr:`flat_index` and
-    :meth:`attention_mask`; nothing else does.
+    Construction waits for a GPU, once a batch, since it reads the tree on the host; so do the first uses of
+    :attr:`flat_index` and :attr:`path_nodes`, and each call of :meth:`pairs`; nothing else does.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -205,19 +205,16 @@ class Tree:
     @cached_property
     def flat_index(self) -> Tensor:
         """The packed token of every token of the flat, duplicated rollouts: ``x[tree.flat_index]`` repeats prefixes."""
-        parent, offsets, leaves, bounds = (
-            x.cpu().long().contiguous() for x in (self.parent, self.node_offsets, self.leaves, self.flat_cu_seqlens)
-        )
-        index = torch.empty(int(bounds[-1]), dtype=torch.int64)
-        _ext.cpu().tree_flat(
-            parent.data_ptr(),
-            offsets.data_ptr(),
-            leaves.data_ptr(),
-            leaves.shape[0],
-            bounds.data_ptr(),
-            index.data_ptr(),
-        )
-        return index.to(self.device)
+        return along_paths(self.parent, self.node_offsets, self.leaves, self.flat_cu_seqlens)
+
+    @cached_property
+    def path_nodes(self) -> tuple[Tensor, Tensor]:
+        """(leaf, node) of every step of every rollout, rollout after rollout from its root down, int64 ``[S]`` each."""
+        steps = self.depth[self.leaves] + 1
+        each = torch.arange(self.num_nodes + 1, device=self.device)
+        node = along_paths(self.parent, each, self.leaves, offsets_of(steps))
+        leaf = torch.arange(self.num_leaves, device=self.device)
+        return torch.repeat_interleave(leaf, steps, output_size=node.shape[0]), node
 
     def pairs(
         self,
@@ -228,7 +225,8 @@ class Tree:
 
         Its row is the token before it on its path: the one before it in its node, or the last token of the nearest
         ancestor that has one. A rollout's first token has none. ``loss_mask`` (bool) chooses among them; without it all
-        pairs are returned. ``cu_seqlens`` ``[M+1]`` counts the pairs of each node. Reads device values.
+        pairs are returned. ``cu_seqlens`` ``[M+1]`` counts the pairs of each node. How many there are is read from the
+        device: call it once a batch.
         """
         check_tensor("tokens", tokens, dtypes=INTEGERS, device=self.device)
         check_shape("tokens", tokens, (self.num_tokens,), "one id a token of the tree")

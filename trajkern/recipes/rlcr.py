@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,9 +113,10 @@ def calibration(
     check_number("bins", bins, low=1)
     if not isinstance(bins, int):
         raise TypeError(f"bins must be an int, got {bins!r}")
-    edges = torch.as_tensor(np.linspace(0, 1, bins + 1), device=q.device)
-    place = torch.bucketize(q, edges[1:-1].contiguous(), right=True)
-    member = (place[:, None] == torch.arange(bins, device=q.device)).double()  # [N, B]
+    place = torch.arange(bins + 1, dtype=torch.float64, device=q.device)
+    edges = torch.where(place == bins, 1.0, place * (1 / bins))  # as linspace multiplies, on the device
+    owner = torch.bucketize(q, edges[1:-1].contiguous(), right=True)
+    member = (owner[:, None] == torch.arange(bins, device=q.device)).double()  # [N, B]
     size, sum_q, sum_c = member.sum(0), q @ member, c @ member
     ece = (sum_c - sum_q).abs().sum() / q.shape[0]
     return Calibration(ece, (q - c).square().mean(), _auroc(c, q), edges, size, sum_q / size, sum_c / size)

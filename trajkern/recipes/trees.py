@@ -30,9 +30,7 @@ class TreeRecipe(NamedTuple):
 
 def path_nodes(tree: Tree) -> tuple[Tensor, Tensor]:
     """(leaf, node) of every step of every rollout, rollout after rollout from its root down, ``[S]`` each."""
-    steps = Tree(tree.parent, torch.ones_like(tree.parent))
-    leaf = torch.arange(tree.num_leaves, device=tree.device)
-    return torch.repeat_interleave(leaf, steps.flat_lengths), steps.flat_index
+    return tree.path_nodes
 
 
 def _tree_grpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
@@ -51,7 +49,7 @@ def _treepo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     ids[:, 0] = tree.leaf_group
     advantages = treepo.advantages(rewards, ids)
     index = tree.flat_index
-    each = torch.repeat_interleave(advantages, tree.flat_lengths)
+    each = torch.repeat_interleave(advantages, tree.flat_lengths, output_size=index.shape[0])
     whitened = whiten(each, mask=loss_mask[index])
     # the scored tokens of a rollout have one value, and its last token is scored
     return whitened[tree.flat_cu_seqlens[1:] - 1]
@@ -76,18 +74,24 @@ def _vineppo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
 
 def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     """A step's anchor is the node it starts from, the prompt's roots being one; its return is discounted by step."""
-    leaf, node = path_nodes(tree)
-    parent = tree.parent.long()
-    roots = (parent < 0).nonzero().squeeze(1)
+    every, node = path_nodes(tree)
+    parent, of_all = tree.parent.long(), torch.arange(tree.num_nodes, device=tree.device)
+    # the roots by the number of their tree; the other nodes write to a place that nobody reads
+    place = torch.where(parent < 0, tree.node_root, tree.num_roots)
+    roots = of_all.new_zeros(tree.num_roots + 1).scatter(0, place, of_all)[:-1]
     groups = tree.leaf_group.new_zeros(tree.num_roots).scatter(0, tree.leaf_root, tree.leaf_group)
     first = (groups[:, None] == groups).int().argmax(1)  # of the roots of its prompt
-    anchor = torch.arange(tree.num_nodes, device=tree.device).index_copy(0, roots, roots[first])
-    step = parent[node] >= 0
-    leaf, node = leaf[step], node[step]
+    anchor = torch.where(parent < 0, roots[first][tree.node_root], of_all)
+    # a rollout's first step is its root, from nowhere; the others move up by one for each rollout up to theirs
+    count = every.shape[0] - tree.num_leaves
+    number = torch.arange(tree.num_leaves, device=tree.device)
+    leaf = torch.repeat_interleave(number, tree.depth[tree.leaves], output_size=count)
+    step = torch.arange(count, device=tree.device) + leaf + 1
+    node = node[step]
     returns = rewards[leaf] * DISCOUNT ** (tree.depth[tree.leaves[leaf]] - tree.depth[node])
     anchor, group = anchor[parent[node]], tree.leaf_group[leaf]
     advantages = gigpo.step_advantages(returns, leaf, anchor, group, episode_rewards=rewards, weight=1.0, scale="none")
-    return advantages.new_zeros(step.shape).masked_scatter(step, advantages)
+    return advantages.new_zeros(every.shape).index_copy(0, step, advantages)
 
 
 TREE_RECIPES: dict[str, TreeRecipe] = {
