@@ -141,6 +141,24 @@ def test_enable_is_idempotent_and_disable_restores(grpo: Any) -> None:
     assert vars(grpo).keys() == attributes
 
 
+def test_what_is_logged_is_read_by_who_wants_numbers(grpo: Any, tmp_path: Path) -> None:
+    """The lists hold tensors until the trainer logs, or is given back."""
+    adapter.enable(grpo)
+
+    def kinds() -> set[type]:
+        return {type(x) for values in grpo._metrics["train"].values() for x in values}
+
+    grpo.compute_loss(grpo.model, batch())
+    assert Tensor in kinds()
+    logged: dict[str, float] = {}
+    grpo.log(logged)
+    assert {"entropy", "clip_ratio/low_min"} <= logged.keys()
+    assert {type(x) for x in logged.values()} <= {float, int} and not kinds()
+    grpo.compute_loss(grpo.model, batch())
+    adapter.disable(grpo)
+    assert kinds() == {float}
+
+
 def test_a_class_is_enabled_for_trainers_made_later(tmp_path: Path) -> None:
     class Mine(trl.GRPOTrainer):
         pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.integrations.trl_trainers import batch, trainer_of, trl
-from trajkern.integrations._trl_loss import grpo_loss, rloo_loss
+from trajkern.integrations._trl_loss import grpo_loss, read_logged, rloo_loss
 
 
 def compared(trainer: Any, ours: Any, inputs: dict[str, Tensor]) -> None:
@@ -24,6 +24,7 @@ def compared(trainer: Any, ours: Any, inputs: dict[str, Tensor]) -> None:
         trainer._metrics["eval"].clear()
         loss = function(trainer, trainer.model, dict(inputs))
         grads = torch.autograd.grad(loss, [x for x in trainer.model.parameters() if x.requires_grad])
+        read_logged(trainer)
         logged = {(mode, k): v for mode in ("train", "eval") for k, v in trainer._metrics[mode].items()}
         outcomes.append((loss.detach(), grads, logged))
     (loss, grads, logged), (our_loss, our_grads, our_logged) = outcomes
@@ -101,6 +102,24 @@ def test_evaluation_is_not_accumulated(grpo: Any, monkeypatch: pytest.MonkeyPatc
     for loss_type in ("grpo", "dapo"):
         changed(grpo, monkeypatch, {"current_gradient_accumulation_steps": 4, "loss_type": loss_type})
         compared(grpo, grpo_loss, batch())
+
+
+def test_an_adaptive_coefficient_moves_as_trl_s(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over three steps, with the bounds met, and read once at the end."""
+    changed(grpo, monkeypatch, {"loss_type": "grpo", "epsilon_high": 0.3, **OPTIONS["adaptive entropy"]})
+    start, moved = {name: getattr(grpo, name) for name in STATE}, []
+    for function in (trl.GRPOTrainer._compute_loss, grpo_loss):
+        vars(grpo).update(start)
+        grpo._metrics["train"].clear()
+        for target in (9.0, 0.0, 9.0):
+            monkeypatch.setattr(grpo.args, "entropy_target", target)
+            function(grpo, grpo.model, batch())
+        if function is grpo_loss:
+            assert isinstance(grpo.entropy_coef, Tensor)
+        read_logged(grpo)
+        moved.append((*grpo._metrics["train"]["entropy_coef"], grpo.entropy_coef, grpo._last_world_entropy))
+    assert moved[1] == pytest.approx(moved[0], rel=1e-6)
+    assert isinstance(grpo.entropy_coef, float) and len({*moved[0][:3]}) > 1
 
 
 def test_rloo_s_loss(tmp_path: Path) -> None:

@@ -71,8 +71,7 @@ def _compare(pair, mask, dtype) -> None:
     assert not our_grad[~mask].any()
     assert our_metrics.keys() == their_metrics.keys()
     for name, value in their_metrics.items():
-        assert isinstance(our_metrics[name], float)
-        assert our_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert float(our_metrics[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 COV = {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0, "kl_cov_ratio": 0.1, "ppo_kl_coef": 0.7}
@@ -142,13 +141,35 @@ def test_losses_that_verl_lacks(core, padded_batch) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_tokens_drawn_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there should be, candidates only, each as often as another."""
+    losses = importlib.import_module("trajkern.integrations._verl_losses")
+    torch.manual_seed(0)
+    candidates = torch.arange(12) % 3 > 0
+    for count in (1.0, 3.0, 8.0, 20.0):
+        drawn = losses._drawn(candidates, torch.tensor(count, dtype=torch.float64))
+        assert drawn.sum() == min(count, 8) and not (drawn & ~candidates).any()
+    share = sum(losses._drawn(candidates, torch.tensor(2.0)).double() for _ in range(2000)) / 2000
+    torch.testing.assert_close(share[candidates], torch.full((8,), 0.25).double(), rtol=0, atol=0.05)
+
+
+def test_metrics_stay_where_they_are_but_for_distillation(core, padded_batch) -> None:
+    """verl reads its actor's metrics itself, and averages those of a distillation loss as numbers."""
+    b, function = padded_batch(0), core.get_policy_loss_fn("trajkern_vanilla")
+    _, metrics = function(b.old, b.new, b.advantages, b.mask, config=_config())
+    assert {type(x) for x in metrics.values()} == {torch.Tensor} and not any(x.requires_grad for x in metrics.values())
+    options = vars(_config()) | {"policy_loss_mode": "vanilla", "get": lambda name, default: default}
+    _, numbers = function(b.old, b.new, b.advantages, b.mask, config=SimpleNamespace(**options))
+    assert numbers.keys() == metrics.keys() and {type(x) for x in numbers.values()} == {float}
+
+
 def test_empty_batch_is_zero(core, padded_batch) -> None:
     b = padded_batch(0)
     b.mask[:] = False
     new = b.new.requires_grad_()
     loss, metrics = core.get_policy_loss_fn("trajkern_vanilla")(b.old, new, b.advantages, b.mask, config=_config())
     loss.backward()
-    assert loss == 0 and not new.grad.any() and set(metrics.values()) == {0.0}
+    assert loss == 0 and not new.grad.any() and {float(x) for x in metrics.values()} == {0.0}
 
 
 def test_through_verls_trainer(core, padded_batch) -> None:

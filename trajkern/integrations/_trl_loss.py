@@ -1,8 +1,12 @@
-"""The losses of TRL's GRPOTrainer and RLOOTrainer on trajkern's, with what these trainers log."""
+"""The losses of TRL's GRPOTrainer and RLOOTrainer on trajkern's, with what these trainers log.
+
+What is logged stays on the device, in the lists where TRL keeps numbers, until :func:`read_logged` reads it at once.
+"""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +17,8 @@ import trajkern as tk
 from trajkern.integrations._adapter import GRPO_AGGREGATES, GRPOOptions, clipped, padded_rows
 
 _LEAST = -18.420680743952367  # log 1e-8, TRL's bound of a weight's logarithm
+_unread: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that hold tensors where TRL holds numbers
+_CONTROLLER = ("entropy_coef", "_last_world_entropy")  # numbers that an adaptive entropy bonus moves
 _PASSED = {
     "model",
     "input_ids",
@@ -88,11 +94,12 @@ def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = loss / accumulation
     mode = "train" if self.model.training else "eval"
     if self._entropy_bonus_enabled:
-        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy).nanmean().item())
+        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy).nanmean())
         loss = loss - _bonus(self, entropy, mask if high is None else mask * high, accumulation)
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * auxiliary / accumulation
-        self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).mean().item())
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).detach().mean())
+    _unread.add(self)
     with torch.no_grad():
         _log(self, mode, inputs, new.detach(), entropy, a, mask)
     return loss
@@ -111,17 +118,38 @@ def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     metrics = self._metrics["train" if self.model.training else "eval"]
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * auxiliary
-        metrics["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).mean().item())
+        metrics["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).detach().mean())
+    _unread.add(self)
     with torch.no_grad():
         metrics["entropy"].append(_mean(self, entropy, mask))
         low, high = clipped((new - old).exp(), a, config)
         for name, x in (("low", low), ("high", high), ("region", low | high)):
             gathered = self.accelerator.gather(x.float())
-            metrics[f"clip_ratio/{name}_mean"].append(gathered.nanmean().item())
+            metrics[f"clip_ratio/{name}_mean"].append(gathered.nanmean())
             if name != "region":
                 end = gathered.min() if name == "low" else gathered.max()
-                metrics[f"clip_ratio/{name}_{'min' if name == 'low' else 'max'}"].append(end.item())
+                metrics[f"clip_ratio/{name}_{'min' if name == 'low' else 'max'}"].append(end)
     return loss
+
+
+def read_logged(trainer: Any) -> None:
+    """Makes numbers of the tensors that a trainer's losses left in its metrics and its entropy's controller."""
+    lists = [values for of_mode in trainer._metrics.values() for values in of_mode.values()]
+    places: list[tuple[Any, Any]] = [(values, at) for values in lists for at in range(len(values))]
+    state = vars(trainer)
+    places += [(state, name) for name in _CONTROLLER if name in state]
+    places = [(owner, at) for owner, at in places if isinstance(owner[at], Tensor)]
+    if places:
+        numbers = torch.stack([owner[at].double() for owner, at in places]).tolist()
+        for (owner, at), number in zip(places, numbers, strict=True):
+            owner[at] = number
+    _unread.discard(trainer)
+
+
+def read_all_logged() -> None:
+    """:func:`read_logged` of every trainer that has something unread."""
+    for trainer in list(_unread):
+        read_logged(trainer)
 
 
 def _scored(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -170,7 +198,10 @@ def _bonus(self: Any, entropy: Tensor, mask: Tensor, accumulation: float) -> Ten
     """The coefficient times the mean entropy; an adaptive coefficient moves at the end of each optimizer step."""
     total, count = (entropy * mask).sum(), mask.sum()
     adaptive, args = self.use_adaptive_entropy, self.args
-    coefficient = self.entropy_coef if not adaptive or self._last_world_entropy <= args.entropy_target else 0.0
+    coefficient = self.entropy_coef
+    if adaptive:
+        low = _number(self._last_world_entropy, total) <= args.entropy_target
+        coefficient = torch.where(low, _number(coefficient, total), 0).to(total.dtype)
     if self.model.training:
         if adaptive:
             self._entropy_window_stats = torch.stack((total.detach(), count)) + (
@@ -185,10 +216,16 @@ def _bonus(self: Any, entropy: Tensor, mask: Tensor, accumulation: float) -> Ten
 
 def _adapt(self: Any) -> None:
     total, count = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
-    mean = (total / count.clamp(min=1.0)).item()
-    step = self.args.entropy_coef_delta if mean <= self.args.entropy_target else -self.args.entropy_coef_delta
-    self.entropy_coef = min(max(self.entropy_coef + step, self.args.entropy_coef_min), self.args.entropy_coef_max)
+    args, mean = self.args, (total / count.clamp(min=1.0)).double()
+    step = torch.where(mean <= args.entropy_target, args.entropy_coef_delta, -args.entropy_coef_delta)
+    moved = _number(self.entropy_coef, mean) + step
+    self.entropy_coef = moved.clamp(args.entropy_coef_min, args.entropy_coef_max)
     self._last_world_entropy, self._entropy_window_stats = mean, None
+
+
+def _number(x: Any, like: Tensor) -> Tensor:
+    """A number that may be on the device already, as float64 there, without a copy from the host."""
+    return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
 
 
 def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Tensor, a: Tensor, mask: Tensor) -> None:
@@ -209,9 +246,9 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
         for name, x in (("low", low), ("high", high), ("region", low | high)):
             metrics[f"clip_ratio/{name}_mean"].append(_mean(self, x.float(), mask))
         shares = [x.float()[:, 0] if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1) for x in (low, high)]
-        least, most = (x[~x.isnan()] for x in map(self.accelerator.gather, shares))
-        metrics["clip_ratio/low_min"].append(least.min().item() if least.numel() else float("nan"))
-        metrics["clip_ratio/high_max"].append(most.max().item() if most.numel() else float("nan"))
+        least, most = map(self.accelerator.gather, shares)
+        metrics["clip_ratio/low_min"].append(-_largest(-least))
+        metrics["clip_ratio/high_max"].append(_largest(most))
     elif self.loss_type == "cispo":
         metrics["cispo_clip_ratio"].append(_mean(self, high.float(), mask))
     elif self.loss_type == "vespo":
@@ -220,10 +257,17 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
         metrics["vespo/phi_seq_mean"].append(_mean(self, weight, mask))
 
 
-def _mean(self: Any, x: Tensor, mask: Tensor) -> float:
+def _largest(x: Tensor) -> Tensor:
+    """Of the numbers, or NaN where there are none."""
+    none = x.new_full((1,), -torch.inf)
+    largest = torch.cat((torch.where(x.isnan(), none, x), none)).max()
+    return torch.where(largest == -torch.inf, torch.nan, largest)
+
+
+def _mean(self: Any, x: Tensor, mask: Tensor) -> Tensor:
     """Over the tokens of all ranks, or over the completions for one value each."""
     whole = x.shape[1] == 1
     total = x.sum() if whole else (x * mask).sum()
     count = torch.full_like(total, x.shape[0]) if whole else mask.sum().to(total.dtype)
     total, count = self.accelerator.reduce(torch.stack((total, count)), reduction="sum")
-    return (total / count.clamp(min=1.0)).item()
+    return total / count.clamp(min=1.0)

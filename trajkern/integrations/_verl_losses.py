@@ -18,7 +18,7 @@ from torch import Tensor
 import trajkern as tk
 from trajkern.integrations._adapter import PaddedRows, padded_rows
 
-Result = tuple[Tensor, dict[str, float]]
+Result = tuple[Tensor, dict[str, Any]]
 LOSSES: dict[str, Callable[..., Result]] = {}
 AGGREGATES = {
     mode: mode.replace("-", "_")
@@ -89,12 +89,17 @@ class _Call:
         return self.rows.mask & (self.new.detach() - self.old > math.log(bound))
 
 
-def _floats(**metrics: Tensor | float) -> dict[str, float]:
-    """``actor/`` metrics as numbers, which is what verl collects, read with one wait for the device."""
-    tensors = {name: x for name, x in metrics.items() if isinstance(x, Tensor)}
+def _metrics(config: Any, **metrics: Tensor | float) -> dict[str, Any]:
+    """``actor/`` metrics, tensors where they are: verl's actor reads them, as it reads the loss, when it collects them.
+
+    Its distillation loss hands them on unread to who can average numbers only: there they are numbers, read here.
+    """
+    found = {f"actor/{name}": x.detach() if isinstance(x, Tensor) else x for name, x in metrics.items()}
+    if not hasattr(config, "policy_loss_mode"):
+        return found
+    tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
     values = torch.stack([x.double() for x in tensors.values()]).tolist() if tensors else []
-    read = metrics | dict(zip(tensors, values, strict=True))
-    return {f"actor/{name}": float(x) for name, x in read.items()}
+    return found | dict(zip(tensors, values, strict=True))
 
 
 def _entered(function: Callable[[_Call], Result]) -> Callable[[_Call], Result]:
@@ -128,7 +133,9 @@ def vanilla(call: _Call) -> Result:
     loss, m = call(tk.PolicyLoss("grpo", clip_dual=bound, **call.clip))
     over = call.truncated(bound) & (call.advantages < 0)
     lower = call.rows.mean(over.to(loss.dtype))
-    return loss, _floats(pg_clipfrac=m["clip_fraction"] - lower, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
+    return loss, _metrics(
+        call.config, pg_clipfrac=m["clip_fraction"] - lower, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower
+    )
 
 
 def _dppo(call: _Call, kind: str) -> Result:
@@ -143,7 +150,7 @@ def _dppo(call: _Call, kind: str) -> Result:
         call.new.detach(), call.old, call.advantages, call.rows.cu_seqlens, config=spec, mask=over, per_token=True
     )
     lower = of_over["num_tokens"] * (1 - of_over["clip_fraction"]) / m["num_tokens"].clamp_min(1)
-    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
+    return loss, _metrics(call.config, pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
 
 
 @_entered
@@ -162,7 +169,7 @@ def dppo_kl(call: _Call) -> Result:
 def cispo(call: _Call) -> Result:
     """As ``cispo``, whose ratio is clipped on both sides."""
     loss, m = call(tk.PolicyLoss("cispo", **call.clip))
-    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+    return loss, _metrics(call.config, pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
 
 
 @_entered
@@ -170,7 +177,7 @@ def sapo(call: _Call) -> Result:
     """As ``sapo``, which always takes the mean over rows of their token means, with ``tau_pos`` and ``tau_neg``."""
     spec = tk.PolicyLoss("sapo", sapo_tau_pos=float(call.config.tau_pos), sapo_tau_neg=float(call.config.tau_neg))
     loss, m = call(spec, mode="seq-mean-token-mean")
-    return loss, _floats(pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+    return loss, _metrics(call.config, pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
 
 
 @_entered
@@ -184,7 +191,9 @@ def gspo(call: _Call) -> Result:
     mean = log_ratio.sum(-1) / mask.sum(-1).clamp_min(1)
     log_ratios = call.rows.pack("log_prob", mean[:, None] + pad(call.new - call.new.detach())).clamp(max=10.0)
     loss, m = call(tk.PolicyLoss("dapo", **call.clip), new=log_ratios, old=torch.zeros_like(call.old))
-    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=-call.rows.mean(log_ratio), pg_clipfrac_lower=0.0)
+    return loss, _metrics(
+        call.config, pg_clipfrac=m["clip_fraction"], ppo_kl=-call.rows.mean(log_ratio), pg_clipfrac_lower=0.0
+    )
 
 
 @_entered
@@ -202,7 +211,7 @@ def geo_mean(call: _Call) -> Result:
     outside = (log_ratio < -low) | (log_ratio > high)
     signs = call.advantages > 0, call.advantages < 0
     upper, lower = (call.rows.mean((outside & sign).to(loss.dtype)) for sign in signs)
-    return loss, _floats(pg_clipfrac=upper, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
+    return loss, _metrics(call.config, pg_clipfrac=upper, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower)
 
 
 @_entered
@@ -220,7 +229,7 @@ def dro(call: _Call) -> Result:
     root = 1.0 if call.weights is None else call.weights.sqrt()  # w d^2 = (root new - root old)^2
     old, spec = call.old * root, tk.PolicyLoss("reinforce", kl="k2", kl_coef=float(beta))
     loss, _ = call(spec, new=call.new * root, old=old, ref_logprobs=old, advantages=call.advantages * root)
-    return loss, _floats(ppo_kl=call.rows.mean(call.old - call.new))
+    return loss, _metrics(call.config, ppo_kl=call.rows.mean(call.old - call.new))
 
 
 @_entered
@@ -235,18 +244,19 @@ def kl_cov(call: _Call) -> Result:
         tis["sampler_logprobs"] = call.old - call.weights.log()
         options |= {"sampler_correction": "tis", "sampler_high": math.exp(20)}
     loss, _ = call(tk.PolicyLoss("kl_cov", **options), advantages=call.advantages, **tis)
-    return loss, _floats(ppo_kl=call.rows.mean((call.new - call.old).abs()))
+    return loss, _metrics(call.config, ppo_kl=call.rows.mean((call.new - call.old).abs()))
 
 
 @_entered
 def clip_cov(call: _Call) -> Result:
-    """As ``clip_cov``: it drops tokens of the band at random, as verl draws them: by ``torch.randperm`` on the CPU.
+    """As ``clip_cov``: it drops tokens of the band at random, on the CPU those that verl draws (``torch.randperm``).
 
-    (trajkern's kind "clip_cov" drops those of largest covariance, without chance.)
+    On a GPU they are drawn there, as likely but others: verl's draw needs their number on the host. (trajkern's kind
+    "clip_cov" drops those of largest covariance, without chance.)
     """
     dropped = _dropped(call)
     loss, m = call(tk.PolicyLoss("dapo", **call.clip), advantages=torch.where(dropped, 0, call.weighted))
-    return loss, _floats(pg_clipfrac=call.rows.mean(dropped.to(loss.dtype)), ppo_kl=m["approx_kl"])
+    return loss, _metrics(call.config, pg_clipfrac=call.rows.mean(dropped.to(loss.dtype)), ppo_kl=m["approx_kl"])
 
 
 @torch.no_grad()
@@ -259,10 +269,19 @@ def _dropped(call: _Call) -> Tensor:
     clipped = ratio * a > ratio.clamp(1 - call.clip["clip_low"], 1 + call.clip["clip_high"]) * a
     covariance = (a - call.rows.mean(a)) * (new - call.rows.mean(new))
     inside = (covariance > _or_default(c.clip_cov_lb, 1.0)) & (covariance < _or_default(c.clip_cov_ub, 5.0))
-    candidates = torch.nonzero(mask & ~clipped & inside)[:, 0]
-    count = max(int(fraction * int(mask.sum())), 1)
-    chosen = candidates[torch.randperm(len(candidates))[:count].to(candidates.device)]
-    return torch.zeros_like(mask).index_fill(0, chosen, True)
+    candidates = mask & ~clipped & inside
+    if mask.is_cpu:
+        places = torch.nonzero(candidates)[:, 0]
+        count = max(int(fraction * int(mask.sum())), 1)
+        return torch.zeros_like(mask).index_fill(0, places[torch.randperm(len(places))[:count]], True)
+    return _drawn(candidates, (fraction * mask.sum().double()).floor().clamp_min(1))
+
+
+def _drawn(candidates: Tensor, count: Tensor) -> Tensor:
+    """``count`` of the candidates, or all if there are fewer, each choice as likely; nothing is read on the host."""
+    lots = torch.where(candidates, torch.rand(candidates.shape, device=candidates.device), 2.0)
+    place = torch.arange(lots.shape[0], device=lots.device)
+    return torch.zeros_like(candidates).scatter(0, lots.argsort(), place < count) & candidates
 
 
 def _or_default(x: float | None, default: float) -> float:
@@ -273,14 +292,14 @@ def _or_default(x: float | None, default: float) -> float:
 def luspo(call: _Call) -> Result:
     """trajkern's kind "luspo", which verl lacks: the sum over a row of gspo's loss, mean over rows, in any mode."""
     loss, m = call(tk.PolicyLoss("luspo", **call.clip), mode="seq-mean-token-sum")
-    return loss, _floats(pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+    return loss, _metrics(call.config, pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
 
 
 @_entered
 def vespo(call: _Call) -> Result:
     """trajkern's kind "vespo", which verl lacks, with the default k and lambda."""
     loss, m = call(tk.PolicyLoss("vespo"))
-    return loss, _floats(pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
+    return loss, _metrics(call.config, pg_clipfrac=0.0, ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
 
 
 def bypass_mode(
@@ -317,7 +336,7 @@ def bypass_mode(
     else:
         loss, _ = LOSSES["gpg"](*arguments, weights.batch["rollout_is_weights"] if weights else None)
         rows = padded_rows("response_mask", mask)
-        of_loss = _floats(ppo_kl=rows.mean(old_log_prob - log_prob))
+        of_loss = _metrics(config, ppo_kl=rows.mean(old_log_prob - log_prob))
     return loss, {**of_loss, **metrics}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import recipes
 from trajkern.integrations._adapter import Patches, check_version
-from trajkern.integrations._trl_loss import check_loss, grpo_loss, rloo_loss
+from trajkern.integrations._trl_loss import check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
 
 TESTED = ("1.15.0", "1.16.0")
 _LOSSES = {"GRPOTrainer": grpo_loss, "RLOOTrainer": rloo_loss}
@@ -72,7 +72,7 @@ def enable(trainer_or_class: Any, recipe: str | Recipe | None = None, *, any_ver
     if not a_class:
         _check(trainer_or_class, kind)
     disable(trainer_or_class)
-    put: dict[str, Any] = {"_compute_loss": _LOSSES[kind]}
+    put: dict[str, Any] = {"_compute_loss": _LOSSES[kind]} | _reading(trainer_or_class)
     if chosen is not None:
         put |= _credited(trainer_or_class, chosen)
     if a_class:
@@ -85,6 +85,7 @@ def enable(trainer_or_class: Any, recipe: str | Recipe | None = None, *, any_ver
 
 def disable(trainer_or_class: Any) -> None:
     """Takes back what :func:`enable` did to this trainer or class; where it did nothing, nothing happens."""
+    read_all_logged()
     _, before = _enabled.pop(id(trainer_or_class), (None, {}))
     for name, value in before.items():
         if value is _MISSING:
@@ -124,6 +125,21 @@ def _check(trainer: Any, kind: str) -> None:
     known = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= known:
         raise ValueError(f"processing_class must have tokens that the model has, {known} of them; it has id {largest}")
+
+
+def _reading(target: Any) -> dict[str, Callable[..., Any]]:
+    """The trainer's methods that want numbers of what the losses left on the device: they read it first."""
+    cls: Any = target if isinstance(target, type) else type(target)
+
+    def after_reading(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def read_first(self: Any, *args: Any, **options: Any) -> Any:
+            read_logged(self)
+            return method(self, *args, **options)
+
+        return read_first
+
+    return {name: after_reading(getattr(cls, name)) for name in ("log", "_save_checkpoint")}
 
 
 # the head
