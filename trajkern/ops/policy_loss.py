@@ -87,6 +87,7 @@ class _PolicyLoss(torch.autograd.Function):
         loss, metrics, *grads = _policy_loss(logprobs, entropy, selected, *tensors, options, params)
         formed = iter(grads)
         ctx.grads = [next(formed) if need else None for need in needs]
+        ctx.set_materialize_grads(False)  # the metrics have none
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 

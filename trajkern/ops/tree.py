@@ -113,6 +113,7 @@ class _SiblingAdvantages(torch.autograd.Function):
 class _BranchCoefficients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf_advantages, leaf_weights, *tree):
+        ctx.set_materialize_grads(False)  # four of the outputs have none
         ctx.save_for_backward(leaf_advantages, leaf_weights, *tree)
         out = _branch_coefficients(leaf_advantages, leaf_weights, list(tree))
         ctx.mark_non_differentiable(*out[2:])
@@ -122,7 +123,8 @@ class _BranchCoefficients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, positive, negative, *_):
         leaf_advantages, leaf_weights, *tree = ctx.saved_tensors
-        grads = positive.contiguous(), negative.contiguous()
+        none = leaf_advantages.new_zeros
+        grads = (none(tree[0].shape[0]) if g is None else g.contiguous() for g in (positive, negative))
         return _branch_coefficients_backward(*grads, leaf_advantages, leaf_weights, tree), *(None,) * 8
 
 
