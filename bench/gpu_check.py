@@ -1,8 +1,10 @@
-"""`make gpu-check`: on a machine with an NVIDIA GPU and no network, build in place, test, and measure.
+"""`make gpu-check`: on a machine with an NVIDIA GPU and no network, what it says of the kernels, most telling first.
 
-Everything goes into one JSON file, OUT/<gpu>/<date>.json, rewritten after every stage, so that a stage that fails or
-runs out of time costs nothing but itself; the benchmark's report stands beside it as .html. The GPU's copy bandwidth
-and GEMM rate are the benchmark's "ceilings". Exit status: 0 all stages passed, 1 some did not, 2 there is no GPU.
+Smoke of Triton's kernels, the native build, smoke of what it built, numerics, timings of each family, what is held
+besides, sanitizers, then the head's workspaces and the whole benchmark. Each stage has its own limit, so that one that
+fails or runs out of time costs nothing but itself. OUT/<gpu>/<date>.json is rewritten before and after every stage; the
+stages' own files stand in OUT/<gpu>/<date>/, which they fill as they go, and the benchmark's page beside them. Exit
+status: 0 all stages passed, 1 some did not, 2 there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +21,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +33,39 @@ GRACE = 10  # seconds between asking a stage to stop and killing it
 TAIL = 60  # lines of a stage's output that are kept
 
 
+TIMINGS = {  # family -> seconds, the most telling first
+    "head": 22,
+    "logprob": 16,
+    "advantage": 12,
+    "policy_loss": 10,
+    "tree": 8,
+    "span": 6,
+    "reflection": 6,
+}
+WORKERS = 12  # of pytest
+SANITIZED = (  # ops whose cases together launch every kernel
+    "linear_token_stats",
+    "linear_divergence",
+    "token_stats",
+    "policy_loss",
+    "reflection_rewards",
+    "group_advantages",
+    "gae",
+    "whiten",
+    "span_reduce",
+    "spread",
+    "subtree_reduce",
+    "sibling_advantages",
+    "branch_coefficients",
+)
+
+
 class Stage(NamedTuple):
     name: str
     command: list[str]
     limit: float  # seconds, less where less is left
-    report: Path | None = None  # the file it leaves
-    read: Callable[[Path], Any] | None = None
+    report: Path | None = None  # the file it leaves, .json, or .jsonl where it adds a line at a time
+    environment: dict[str, str] = {}
 
 
 def output_of(*command: str) -> str | None:
@@ -144,105 +171,124 @@ def run(command: list[str], limit: float, environment: dict[str, str]) -> dict[s
     }
 
 
-def read_junit(path: Path) -> list[dict[str, Any]]:
-    """Every test of a pytest run: its name, outcome, seconds, and why it did not pass."""
-    cases = []
-    for case in ET.parse(path).iter("testcase"):
-        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        cases.append(
-            {
-                "test": f"{case.get('classname')}::{case.get('name')}",
-                "outcome": "passed" if problem is None else problem.tag,
-                "seconds": float(case.get("time", 0)),
-                "why": None if problem is None else f"{problem.get('message')}\n{problem.text or ''}"[:2000],
-            }
-        )
-    return cases
-
-
-def tests(device: str, limit: float, folder: Path) -> Stage:
-    name = f"tests-{device}"
-    report = folder / f"{name}.xml"
-    command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "not slow", "--device", device]
-    if importlib.util.find_spec("xdist"):  # a broken GPU context then fails one worker's tests, not all
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    return Stage(name, [*command, f"--junitxml={report}"], limit, report, read_junit)
-
-
-def sanitizer(tool: str, limit: float) -> Stage:
-    """compute-sanitizer over the package's own CUDA kernels on the registry's cases in float32."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    ours = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=tk"]
-    code = (
-        "from trajkern.validate import main; import sys;"
-        " sys.exit(main(['--device', 'cuda', '--dtype', 'float32', '--op', 'group_advantages',"
-        " '--op', 'subtree_reduce', '--op', 'span_reduce', '--op', 'spread']))"
-    )
-    return Stage(tool, [program, *ours, sys.executable, "-c", code], limit)
-
-
-def stages(folder: Path, page: Path) -> list[Stage]:
-    """The most telling first, since a late one gets only the time that is left; ``page`` is the benchmark's report."""
-    build = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-v", "-e", "."]
-    cli = [sys.executable, "-m", "trajkern"]
-    report, validation = folder / "benchmark.json", folder / "validation.json"
-    validate = [*cli, "validate", "--device", "cuda", "--json", str(validation)]
-    benchmark = [*cli, "bench", "--device", "cuda", "--peers", "--growth", "--json", str(report)]
-    if importlib.util.find_spec("matplotlib"):
-        benchmark += ["--html", str(page)]
-    return [
-        Stage("build", build, 120),
-        tests("cuda", 180, folder),
-        Stage("validation", validate, 60, validation, read_json),
-        Stage("benchmark", benchmark, 200, report, read_json),
-        sanitizer("memcheck", 60),
-        sanitizer("racecheck", 60),
-        tests("cpu", 240, folder),
-    ]
+def read_lines(path: Path) -> list[Any]:
+    """What is whole of a file that gets a line of JSON at a time: whoever wrote it may have been stopped in one."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def module(name: str, *arguments: str) -> list[str]:
+    """A module of the checkout, installed or not."""
+    return [sys.executable, "-u", str(ROOT / "bench" / "checkout.py"), name, *arguments]
+
+
+def smoke(name: str, families: tuple[str, ...], limit: float, folder: Path) -> Stage:
+    lines = folder / f"{name}.jsonl"
+    return Stage(name, module("trajkern._bench.smoke", "--op", *families, "--results", str(lines)), limit, lines)
+
+
+def tests(name: str, arguments: list[str], limit: float, folder: Path) -> Stage:
+    """pytest on the GPU; with pytest-xdist a broken GPU context fails one worker's tests, not all."""
+    lines = folder / f"{name}.jsonl"
+    workers = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    chosen = ["-q", "-m", "not slow", "--device", "cuda", *workers, *arguments]
+    command = [sys.executable, "-u", str(ROOT / "bench" / "gpu_tests.py"), str(lines), *chosen]
+    return Stage(name, command, limit, lines)
+
+
+def timings(family: str, limit: float, folder: Path) -> Stage:
+    """Without peers and without the float64 gate, which takes longer than the timing; what is wrong, others find."""
+    report = folder / f"timings-{family}.json"
+    options = ["--device", "cuda", "--quick", "--ungated", "--op", family, "--json", str(report)]
+    return Stage(f"timings-{family}", module("trajkern._bench", *options), limit, report)
+
+
+def sanitizer(tool: str, limit: float) -> Stage:
+    """compute-sanitizer over every kernel that a registry's case in float32 launches, Triton's among them.
+
+    torch's caching allocator would hide small overruns in the blocks that it hands out.
+    """
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    watched = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    ops = [f"--op={name}" for name in SANITIZED]
+    command = [*watched, *module("trajkern", "validate", "--device", "cuda", "--dtype", "float32", *ops)]
+    return Stage(tool, command, limit, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def stages(folder: Path, page: Path) -> list[Stage]:
+    """The most telling first: a late one gets only the time that is left. ``page`` is the benchmark's report."""
+    build = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-v", "-e", "."]
+    report, sweep = folder / "benchmark.json", folder / "workspace.jsonl"
+    benchmark = module("trajkern._bench", "--device", "cuda", "--peers", "--growth", "--json", str(report))
+    if importlib.util.find_spec("matplotlib"):
+        benchmark += ["--html", str(page)]
+    held = ["tests/test_invariance.py", "tests/test_contract.py", "tests/test_launches.py"]
+    return [
+        smoke("smoke", ("head", "divergence", "logprob", "policy_loss", "reflection"), 20, folder),
+        Stage("build", build, 120),
+        smoke("smoke-native", ("advantage", "span", "tree"), 15, folder),
+        tests("numerics", ["tests/test_numerics.py"], 60, folder),
+        *(timings(family, limit, folder) for family, limit in TIMINGS.items()),
+        tests("held", held, 60, folder),
+        sanitizer("memcheck", 60),
+        sanitizer("racecheck", 40),
+        Stage("workspace", module("trajkern._bench.workspace", "--results", str(sweep)), 40, sweep),
+        Stage("benchmark", benchmark, 300, report),
+    ]
+
+
 def run_all(plan: list[Stage], deadline: float, environment: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, what came of it) of every stage; a report that is missing or broken is an ``error``."""
+    """(name, what came of it) of every stage, before it runs and after; a missing or broken report is an ``error``."""
     for stage in plan:
         print(f"\ngpu-check: {stage.name}", flush=True)
-        left = deadline - time.monotonic() - GRACE
-        done = run(stage.command, max(1, min(stage.limit, left)), environment)
-        if stage.read and stage.report:
+        left = max(1, deadline - time.monotonic() - GRACE)
+        yield stage.name, {"command": stage.command, "limit": min(stage.limit, left), "status": None}
+        done = run(stage.command, min(stage.limit, left), {**environment, **stage.environment})
+        if stage.report:
             try:
-                done["results"] = stage.read(stage.report)
-            except (OSError, ValueError, ET.ParseError) as error:
+                done["results"] = (read_lines if stage.report.suffix == ".jsonl" else read_json)(stage.report)
+            except (OSError, ValueError) as error:
                 done["error"] = f"no report: {error}"
         yield stage.name, done
 
 
+def succeeded(done: dict[str, Any]) -> bool:
+    return done["status"] == 0 and "error" not in done
+
+
 def passed(result: dict[str, Any]) -> bool:
-    return all(done["status"] == 0 and "error" not in done for done in result["stages"].values())
+    return all(map(succeeded, result["stages"].values()))
+
+
+def check(gpu: Any, out: Path, plan_of: Callable[[Path, Path], list[Stage]]) -> int:
+    """Run the stages that ``plan_of`` makes for a folder of their files and for the benchmark's page."""
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    path = out.absolute() / name / f"{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}.json"
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True)
+    print(f"gpu-check: results go to {path}, those of single stages to {folder}, as they come", flush=True)
+    deadline = time.monotonic() + SECONDS
+    result: dict[str, Any] = {"machine": describe_machine(gpu), "stages": {}}
+    plan = plan_of(folder, path.with_suffix(".html"))
+    for stage, done in run_all(plan, deadline, {"TRAJKERN_CUDA": f"{gpu.major}{gpu.minor}"}):
+        result["stages"][stage] = done
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
+    for stage, done in result["stages"].items():
+        print(f"gpu-check: {'ok  ' if succeeded(done) else 'FAIL'} {stage}, {done['seconds']:.0f} s")
+    print(f"\ngpu-check: {'passed' if passed(result) else 'FAILED'}; results in {path}")
+    return 0 if passed(result) else 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the JSON file")
-    out = parser.parse_args().out
-    gpu = find_gpu()
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    path = out / name / f"{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    deadline = time.monotonic() + SECONDS
-    result: dict[str, Any] = {"machine": describe_machine(gpu), "stages": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        plan = stages(Path(folder), path.with_suffix(".html"))
-        for stage, done in run_all(plan, deadline, {"TRAJKERN_CUDA": f"{gpu.major}{gpu.minor}"}):
-            result["stages"][stage] = done
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.replace(path)
-    print(f"\ngpu-check: {'passed' if passed(result) else 'FAILED'}; results in {path}")
-    return 0 if passed(result) else 1
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
+    return check(find_gpu(), parser.parse_args().out, stages)
 
 
 if __name__ == "__main__":

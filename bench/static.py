@@ -229,8 +229,9 @@ def measurements(folder: Path) -> dict[tuple[str, str, str], dict[str, float]]:
     medians: dict[tuple[str, str, str], dict[str, float]] = {}
     for path in sorted(folder.glob("*/*.json")):
         report = json.loads(path.read_text())
-        stage = report.get("stages", {}).get("benchmark", {}).get("results", {}) if isinstance(report, dict) else {}
-        for case in stage.get("cases", ()):
+        stages = report.get("stages", {}) if isinstance(report, dict) else {}
+        found = [stage.get("results") for name, stage in stages.items() if name.startswith(("timings", "benchmark"))]
+        for case in (case for results in found if isinstance(results, dict) for case in results.get("cases", ())):
             if ours := case["seconds"].get("trajkern"):
                 medians.setdefault((case["op"], case["work"], case["shape"]), {})[path.parent.name] = ours["median"]
     return medians

@@ -30,11 +30,13 @@ def heading(report: dict[str, Any]) -> str:
         for k, v in ceilings.items()
         if k.endswith("flop_per_second")
     )
+    ungated = "" if report.get("gated", True) else " Nothing was compared with float64 (--ungated)."
     return (
         f"{where}; torch {versions['torch']}, trajkern {versions['trajkern']}; {report['date']}; "
         f"load average before: {machine['load_average_before']:.1f}. "
         f"Measured here: copy {ceilings['copy_bytes_per_second'] / 1e9:.4g} GB/s, {rate}, "
         f"smallest call {seconds(ceilings['launch_seconds'])}, empty call {seconds(ceilings['empty_call_seconds'])}."
+        f"{ungated}"
     )
 
 
