@@ -14,6 +14,8 @@ from trajkern._triton import configs, divergence, head, logprob, policy_loss, re
 from trajkern._triton.policy_loss_options import BY_TRAJECTORY
 
 CAPABILITIES = (80, 90, 100)
+AMD = ("gfx942", "gfx950")  # MI300 and MI350, whose wavefronts have 64 lanes
+Arch = int | str  # a compute capability, or one of AMD
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
     " ref_logprobs sampler_logprobs normalizer mean_slopes loss metrics x scale"
@@ -185,15 +187,18 @@ VARIANTS = (
 )
 
 
-def compiled(variant: Variant, capability: int) -> Any:
-    """Triton's result for sm_<capability>: ``.asm`` holds the cubin and the PTX, ``.metadata`` its needs."""
+def compiled(variant: Variant, arch: Arch) -> Any:
+    """Triton's result: ``.asm`` holds the cubin and the PTX, or the hsaco and the amdgcn; ``.metadata`` its needs."""
     names = variant.kernel.arg_names
     constants = {k: v for k, v in variant.options.items() if k in names and k not in ARGUMENTS}
     constants |= dict.fromkeys(variant.absent)
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    warps = variant.options["num_warps"]
+    if "THREADS" in constants:
+        warps, constants["THREADS"] = configs.fitted(warps, target.warp_size)
     types = ARGUMENTS | variant.types
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     pointers = [i for i, name in enumerate(names) if signature[name].startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(variant.kernel, signature, constants, aligned)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": variant.options["num_warps"]})
+    return triton.compile(source, target=target, options={"num_warps": warps})

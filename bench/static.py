@@ -28,6 +28,7 @@ from trajkern._bench.text import WIDTH
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT.parent / "csrc" / "cuda"
 ARCHS = (80, 90, 100)
+AMD = ("gfx942", "gfx950")
 
 
 class GPU(NamedTuple):
@@ -53,9 +54,9 @@ class Kernel:
 
     family: str
     name: str
-    arch: int
-    registers: int
-    spilled: int
+    arch: int | str  # a compute capability, or AMD's target
+    registers: int  # AMD's vector registers
+    spilled: int  # of a thread, AMD's scratch among it
     shared: int
     loads: list[int]  # the widths that occur, ascending
     stores: list[int]
@@ -121,7 +122,7 @@ def _head_cases(rows: int, width: int, vocabulary: int) -> Iterator[Case]:
     yield Case("linear_policy_loss", "forward + backward", shape, 2 * (hidden + weight), loss, 3 * product)
 
 
-def triton_kernels(archs: list[int], families: set[str], folder: Path) -> Iterator[Kernel]:
+def triton_kernels(archs: list[int | str], families: set[str], folder: Path) -> Iterator[Kernel]:
     import triton
 
     from trajkern._bench import kernels
@@ -131,9 +132,12 @@ def triton_kernels(archs: list[int], families: set[str], folder: Path) -> Iterat
         _progress(f"triton {number + 1}/{len(chosen)} {variant.kernel.__name__}")
         for arch in archs:
             compiled = kernels.compiled(variant, arch)
-            cubin = folder / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            (code,) = read_cubin(cubin, str(triton.knobs.nvidia.cuobjdump.path))
+            if isinstance(arch, int):
+                cubin = folder / "kernel.cubin"
+                cubin.write_bytes(compiled.asm["cubin"])
+                (code,) = read_cubin(cubin, str(triton.knobs.nvidia.cuobjdump.path))
+            else:
+                code = read_amdgcn(compiled.asm["amdgcn"])
             name = f"{variant.kernel.__name__} {variant.name}".strip()
             shared = compiled.metadata.shared
             yield Kernel(
@@ -196,6 +200,20 @@ def read_code(usage: str, sass: str) -> list[Code]:
     ]
 
 
+def read_amdgcn(text: str) -> Code:
+    """From the assembly that becomes an hsaco: its metadata, and the widths of its accesses to global memory."""
+    numbers = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)}
+    # a spilled scalar register that found a lane of a vector register has no scratch
+    spilled = max(numbers["private_segment_fixed_size"], 4 * numbers["vgpr_spill_count"])
+    name = re.findall(r"^\s+\.name:\s+(\w+_kernel)$", text, re.M)[-1]
+    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16}
+    widths = (
+        sorted({sizes.get(kind, 8) for kind in re.findall(rf"\b(?:global|buffer)_{way}_([a-z0-9]+)", text)})
+        for way in ("load", "store")
+    )
+    return Code(name, numbers["vgpr_count"], spilled, numbers["group_segment_fixed_size"], *widths)
+
+
 def _widths(sass: str, kind: str) -> list[int]:
     """Bits of one thread's global loads or stores: LDG.E.128, LDG.E.64, LDG.E (32), LDG.E.U16, LDG.E.U8."""
     suffixes = re.findall(rf"\b{kind}G((?:\.\w+)*)", sass)
@@ -239,14 +257,14 @@ def measurements(folder: Path) -> dict[tuple[str, str, str], dict[str, float]]:
 
 def text(kernels: list[Kernel], chosen: list[Case], measured: dict[tuple[str, str, str], dict[str, float]]) -> str:
     """For a terminal of 80 columns."""
-    lines = [f"{'kernel':<44}{'sm':>4}{'regs':>6}{'spill':>6}{'shared':>8}{'load':>6}{'store':>6}"]
+    lines = [f"{'kernel':<40}{'arch':>8}{'regs':>6}{'spill':>6}{'shared':>8}{'load':>6}{'store':>6}"]
     family = None
     for k in kernels:
         if k.family != family:
             family = k.family
             lines += ["", family]
         widths = "".join(f"{max(x):>6}" if x else "     –" for x in (k.loads, k.stores))
-        lines.append(f"  {k.name[:42]:<42}{k.arch:>4}{k.registers:>6}{k.spilled:>6}{k.shared:>8}{widths}")
+        lines.append(f"  {k.name[:38]:<38}{k.arch:>8}{k.registers:>6}{k.spilled:>6}{k.shared:>8}{widths}")
     lines += ["", "load, store: bits of a thread's widest access; spill, shared: bytes"]
     lines += ["", "cases: bytes of all launches, in times of what no program avoids, and the times"]
     lines += ["that the data sheets' bandwidth and bfloat16 rate allow for them"]
@@ -265,7 +283,7 @@ def _progress(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    archs, families = args.arch or list(ARCHS), set(args.op or _FAMILIES)
+    archs, families = args.arch or [*ARCHS, *AMD], set(args.op or _FAMILIES)
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as name:
         try:
@@ -274,14 +292,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"trajkern bench --static: no Triton kernels: {error}", file=sys.stderr)
         nvcc, dump = shutil.which("nvcc"), shutil.which("cuobjdump") or _tritons_dump()
         if nvcc and dump and SOURCES.is_dir():
-            kernels += cuda_kernels(archs, families, Path(name), nvcc, dump)
+            kernels += cuda_kernels([x for x in archs if isinstance(x, int)], families, Path(name), nvcc, dump)
         else:
             missing = "a checkout of the sources" if nvcc and dump else "nvcc" if dump else "cuobjdump"
             print(f"trajkern bench --static: no CUDA kernels without {missing}", file=sys.stderr)
     _progress("")
     chosen = [case for case in cases() if _owner(case.op) in families]
     measured = measurements(ROOT / "results")
-    kernels.sort(key=lambda k: (_FAMILIES.index(k.family), k.name, k.arch))
+    kernels.sort(key=lambda k: (_FAMILIES.index(k.family), k.name, isinstance(k.arch, str), k.arch))
     print(text(kernels, chosen, measured), end="")
     if args.json:
         rows = [case._asdict() | {name: case.predicted(gpu) for name, gpu in GPUS.items()} for case in chosen]
@@ -316,7 +334,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FAMILY",
         help=f"only these: {', '.join(_FAMILIES)}",
     )
-    parser.add_argument("--arch", type=int, choices=ARCHS, action="extend", nargs="+", help="default: all")
+    parser.add_argument(
+        "--arch",
+        type=lambda x: int(x) if x.isdigit() else x,
+        choices=(*ARCHS, *AMD),
+        action="extend",
+        nargs="+",
+        help="default: all",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     return parser
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import trajkern as tk
-from trajkern import _backends, _ext
+from trajkern import _backends, _ext, cli
+from trajkern._native import _args
 
 TOKENS, CU_SEQLENS = torch.zeros(4), torch.tensor([0, 4])
 ARGUMENTS = {
@@ -89,3 +92,57 @@ def test_the_choice_ends_with_the_block() -> None:
         assert _backends._asked == "reference"
         raise KeyError
     assert _backends._asked is before
+
+
+def _gpu(monkeypatch: pytest.MonkeyPatch, hip: str | None, **properties: object) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    monkeypatch.setattr(_backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(_ext, "problem", lambda module: None)
+
+
+def test_what_a_rocm_machine_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's families; what is CUDA C++ runs as the reference, whatever was built."""
+    _gpu(monkeypatch, "7.0", name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", warp_size=64)
+    assert tk.backends()["triton"] == "available" and "ROCm" in tk.backends()["cuda"]
+    on_gpu = SimpleNamespace(is_cpu=False, device=torch.device("cuda"))
+    runs = {family: _backends.wants_reference(family, on_gpu) for family in _backends.OWNERS}
+    assert {family for family, reference in runs.items() if reference} == {"advantage", "span", "tree"}
+    report = "\n".join(cli.report())
+    assert "on an AMD GPU" in report and "reference, not yet run on a GPU" in report and "gfx950" in report
+    assert max(map(len, report.splitlines())) <= cli.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("hip", "properties", "says"),
+    [
+        ("7.0", {"name": "AMD Radeon VII", "gcnArchName": "gfx906:sramecc-"}, "one of gfx942, gfx950.* VII is gfx906"),
+        (
+            None,
+            {"name": "Tesla V100", "major": 7, "minor": 0},
+            "8.0 or more, and Tesla V100 has compute capability 7.0",
+        ),
+    ],
+)
+def test_a_gpu_that_no_kernel_is_made_for(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, properties: dict[str, object], says: str
+) -> None:
+    _gpu(monkeypatch, hip, **properties)
+    assert re.search(says, tk.backends()["triton"])
+    with pytest.raises(RuntimeError, match=f"logprob: .*{says}.*use_backend"):
+        _backends._kernels.__wrapped__("logprob", "cuda", None)
+
+
+def test_a_build_without_the_gpu_s_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gae(*args: object) -> None:
+        raise RuntimeError("CUDA: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(_ext, "cuda", lambda: SimpleNamespace(gae=gae))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA RTX")
+    with pytest.raises(RuntimeError, match="no kernels for NVIDIA RTX, compute capability 12.0: .*TRAJKERN_CUDA=120"):
+        _args.call("gae", torch.empty(3, device="meta"))

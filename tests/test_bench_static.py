@@ -10,7 +10,7 @@ import pytest
 
 from trajkern._bench import __main__ as program
 from trajkern._bench import static
-from trajkern._bench.static import ARCHS, GPUS, Case, Code, cases, measurements, plain, read_code
+from trajkern._bench.static import ARCHS, GPUS, Case, Code, cases, measurements, plain, read_amdgcn, read_code
 
 USAGE = """
 Resource usage:
@@ -43,6 +43,28 @@ def test_machine_code_is_read() -> None:
         Code("first", 40, 0, 64, [16, 128], [32]),
         Code("second", 255, 24, 0, [8, 64], []),
     ]
+
+
+AMDGCN = """
+        global_load_dwordx4 v[4:7], v[2:3], off
+        global_load_ushort v4, v[2:3], off
+        buffer_store_dword v4, v1, s[0:3], 0 offen
+        ds_read_b128 v[0:3], v9
+amdhsa.kernels:
+  - .args:
+      - .address_space:  global
+        .name:           logits
+    .group_segment_fixed_size: 32
+    .name:           stats_kernel
+    .private_segment_fixed_size: 12
+    .sgpr_spill_count: 3
+    .vgpr_count:     128
+    .vgpr_spill_count: 2
+"""
+
+
+def test_amd_s_machine_code_is_read() -> None:
+    assert read_amdgcn(AMDGCN) == Code("stats_kernel", 128, 12, 32, [16, 128], [32])
 
 
 @pytest.mark.parametrize(

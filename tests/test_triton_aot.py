@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,10 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on, and it compiles nothing", allow_module_level=True)
 
-from trajkern._bench.kernels import CAPABILITIES, VARIANTS, Variant, compiled  # noqa: E402
+from trajkern._backends import AMD_TARGETS  # noqa: E402
+from trajkern._bench import static  # noqa: E402
+from trajkern._bench.kernels import AMD, CAPABILITIES, VARIANTS, Variant, compiled  # noqa: E402
+from trajkern._bench.static import read_amdgcn  # noqa: E402
 from trajkern._triton import configs  # noqa: E402
 from trajkern.losses.kinds import AGGREGATES, FORMS, KL_ESTIMATORS, SAMPLER_CORRECTIONS  # noqa: E402
 
@@ -33,6 +37,10 @@ def _launched() -> set[str]:
     return {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
 
 
+def test_the_targets_are_the_same_everywhere() -> None:
+    assert AMD == static.AMD == AMD_TARGETS and static.ARCHS == CAPABILITIES
+
+
 def test_every_kernel_is_listed() -> None:
     assert _launched() == {v.kernel.__name__ for v in VARIANTS}
 
@@ -48,6 +56,37 @@ def test_compiles_without_spilling(variant: Variant, capability: int, tmp_path: 
     assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")], usage
     if variant.wide_loads:
         assert re.search(r"ld\.global\S*\.v[48]\.b32", kernel.asm["ptx"]), "no 16-byte loads"
+
+
+FIRST = {v.kernel.__name__: v for v in reversed(VARIANTS)}
+
+
+def _amd(variants: list[Variant], marks: Any = ()) -> list[Any]:
+    return [
+        pytest.param(v, arch, id=f"{v.kernel.__name__}-{v.name}-{arch}", marks=marks) for v in variants for arch in AMD
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch"),
+    _amd([*FIRST.values()]) + _amd([v for v in VARIANTS if v not in FIRST.values()], pytest.mark.slow),
+)
+def test_compiles_for_amd_s_gpus_without_scratch(variant: Variant, arch: str) -> None:
+    """64 lanes a wavefront, and no register leaves for the memory."""
+    kernel = compiled(variant, arch)
+    assert kernel.asm["hsaco"][:4] == b"\x7fELF" and kernel.metadata.target.warp_size == 64
+    assert f"amdgcn-amd-amdhsa--{arch}" in kernel.asm["amdgcn"]
+    code = read_amdgcn(kernel.asm["amdgcn"])
+    assert code.name == variant.kernel.__name__ and 0 < code.registers <= 512 and code.spilled == 0
+    if variant.wide_loads:
+        assert 128 in code.loads
+
+
+@pytest.mark.parametrize("path", sorted(Path(configs.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_no_kernel_and_no_launcher_counts_on_32_lanes(path: Path) -> None:
+    """A warp's lanes come from configs.lanes_of; the shuffles and votes that need their number are Triton's."""
+    text = path.read_text()
+    assert not re.search(r"\b32 \*|\* 32\b|// 32\b|\bwarpSize\b|inline_asm|libdevice", text)
 
 
 @pytest.mark.parametrize("switch", MEMBERS)

@@ -29,6 +29,8 @@ OWNERS = {  # family -> device -> backend
 }
 _PACKAGE = {"native": "trajkern._native", "cuda": "trajkern._native", "triton": "trajkern._triton"}
 _DEVICE = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
+LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, and the AMD targets, that Triton's kernels are compiled for in the tests
+AMD_TARGETS = ("gfx942", "gfx950")
 
 _asked: str | None = None
 
@@ -64,6 +66,8 @@ def _unavailable(name: str) -> str | None:
     if name == "native" and (why := _ext.problem("_C")):
         return f"trajkern._C is not built ({why}); run `pip install .` with a C++17 compiler"
     if name == "cuda":
+        if torch.version.hip is not None:
+            return _ON_ROCM
         if why := _ext.problem("_C_cuda"):
             return f"trajkern._C_cuda is not built ({why}); install nvcc, then `TRAJKERN_CUDA=1 pip install .`"
         if not torch.cuda.is_available():
@@ -71,9 +75,29 @@ def _unavailable(name: str) -> str | None:
     if name == "triton":
         if not _has_triton():
             return "triton is not installed; run `pip install triton` (Linux)"
-        if not torch.cuda.is_available() and not _interpreted():
+        if torch.cuda.is_available():
+            return _unfit_gpu()
+        if not _interpreted():
             return "no CUDA device; Triton runs without one only in its interpreter (TRITON_INTERPRET=1 from the start)"
     return None
+
+
+_ON_ROCM = "torch is built for ROCm, where CUDA C++ does not run; its families run as the reference's torch there"
+
+
+def _unfit_gpu() -> str | None:
+    """Why no Triton kernel is made for the current GPU, or None."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip is not None:
+        target = gpu.gcnArchName.partition(":")[0]
+        known, needed = target in AMD_TARGETS, f"one of {', '.join(AMD_TARGETS)}"
+        found = f"is {target}"
+    else:
+        known, needed = (gpu.major, gpu.minor) >= LEAST_CAPABILITY, "compute capability 8.0 or more"
+        found = f"has compute capability {gpu.major}.{gpu.minor}"
+    if known:
+        return None
+    return f"the kernels need {needed}, and {gpu.name} {found}; use_backend('reference') runs there"
 
 
 @cache
@@ -93,7 +117,9 @@ def wants_reference(family: str, x: Tensor) -> bool:
     if _asked is not None:
         return _asked == "reference"
     owner = OWNERS[family].get("cpu" if x.is_cpu else x.device.type)
-    return owner is None or (owner == "cuda" and _ext.problem("_C_cuda") is not None)
+    if owner != "cuda":
+        return owner is None
+    return torch.version.hip is not None or _ext.problem("_C_cuda") is not None
 
 
 def reference() -> ModuleType:
@@ -107,6 +133,8 @@ def _kernels(family: str, device: str, asked: str | None) -> ModuleType:
         raise RuntimeError(f"backend {name!r} has no {family} kernels; it is one of {sorted(OWNERS[family].values())}")
     if device != _DEVICE[name] and not (name == "triton" and _interpreted()):
         raise RuntimeError(f"backend {name!r} runs on {_DEVICE[name]} tensors, got {device} tensors")
+    if name == "triton" and device == "cuda" and torch.cuda.is_available() and (why := _unfit_gpu()):
+        raise RuntimeError(f"{family}: {why}")
     return importlib.import_module(f"{_PACKAGE[name]}.{family}")
 
 

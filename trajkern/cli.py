@@ -15,7 +15,7 @@ import torch
 
 import trajkern as tk
 from trajkern import _ext
-from trajkern._backends import OWNERS
+from trajkern._backends import AMD_TARGETS, OWNERS
 
 WIDTH = 80
 COMMANDS = {
@@ -111,13 +111,19 @@ def cpu_name() -> str:
 def _ops() -> Iterator[str]:
     from trajkern.testing import SPECS
 
-    yield f"{'ops':<25}{'on a CPU':<12}on an NVIDIA GPU"
+    on_rocm = torch.version.hip is not None
+    yield f"{'ops':<25}{'on a CPU':<12}on an {'AMD' if on_rocm else 'NVIDIA'} GPU"
     for family, owner in OWNERS.items():
         yield f"  {family}"
         for spec in (s for s in SPECS if s.family == family):
             seen = f"run on {RUN_ON_GPU[spec.name]}" if spec.name in RUN_ON_GPU else "not yet run on a GPU"
-            yield f"    {spec.name:<21}{owner['cpu']:<12}{owner['cuda']}, {seen}"
-    if _ext.problem("_C_cuda"):
+            runs = "reference" if on_rocm and owner["cuda"] == "cuda" else owner["cuda"]
+            yield f"    {spec.name:<21}{owner['cpu']:<12}{runs}, {seen}"
+    if on_rocm:
+        yield from _entry("", "CUDA C++ does not run on ROCm: its families run as the reference's torch, gae and", 2)
+        yield from _entry("", "discounted_returns one token at a time. Triton's kernels are compiled for", 2)
+        yield from _entry("", f"{' and '.join(AMD_TARGETS)} in the tests, and have not run there.", 2)
+    elif _ext.problem("_C_cuda"):
         yield "  On a GPU, the ops of a cuda that is not built run as the reference."
 
 

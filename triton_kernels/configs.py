@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+LANES = 32  # of the warps that are counted here
 VECTOR_BYTES = 16  # the widest load of one thread
 
 # the longest row, and the warps of the program that reduces it; a row's bits depend on its own length and dtype only
@@ -17,6 +20,17 @@ ROLLOUTS = {"ROWS": 4, "BLOCK": 128, "num_warps": 4}  # programs that walk over 
 STATES = {"BLOCK": 1024, "num_warps": 4}  # programs over a row's hidden state
 WRITING = {"BLOCK": 128, "num_warps": 4}  # programs over the rows of a block of the head
 TOKENS = {"BLOCK": 512, "num_warps": 4}  # programs that walk along the tokens of one rollout
+
+
+def fitted(warps: int, lanes: int) -> tuple[int, int]:
+    """(warps, threads): as many threads as so many warps of LANES have, in warps of ``lanes``."""
+    warps = max(1, warps * LANES // lanes)
+    return warps, warps * lanes
+
+
+def lanes_of(x: torch.Tensor) -> int:
+    """Threads of a warp where ``x`` is: AMD's data-centre GPUs have wavefronts of 64."""
+    return LANES if torch.version.hip is None else torch.cuda.get_device_properties(x.device).warp_size
 
 
 def row_warps(length: int) -> int:

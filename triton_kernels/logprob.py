@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import MAP_STEPS, MAP_WARPS, VECTOR_BYTES, row_warps
+from .configs import MAP_STEPS, MAP_WARPS, VECTOR_BYTES, fitted, lanes_of, row_warps
 from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, exp2, expm1, log1p
 
 MAP_LOADS = tl.constexpr(2)  # in flight at once per thread of the backward; the forward has four
@@ -335,11 +335,12 @@ def _launch(warps: int, x: Tensor, *others: Tensor) -> dict[str, int]:
         y.data_ptr() % VECTOR_BYTES == 0 and not any(stride % width for stride in y.stride()[:-1]) for y in (x, *others)
     )
     vector = width if aligned else 1
+    warps, threads = fitted(warps, lanes_of(x))
     return {
         "vectors": length // vector,
         "VECTOR": vector,
         "WIDTH": width,
-        "THREADS": 32 * warps,
+        "THREADS": threads,
         "num_warps": warps,
     }
 

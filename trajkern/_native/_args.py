@@ -22,7 +22,16 @@ def call(name: str, x: Tensor, *args: Any, scratch: tuple[Any, ...] = ()) -> Any
     if x.is_cpu:
         return _run(_ext.cpu(), 0, name, x, args, scratch)
     with torch.cuda.device(x.device):
-        return _run(_ext.cuda(), torch.cuda.current_stream().cuda_stream, name, x, args, scratch)
+        try:
+            return _run(_ext.cuda(), torch.cuda.current_stream().cuda_stream, name, x, args, scratch)
+        except RuntimeError as error:
+            if "no kernel image" not in str(error):
+                raise
+            major, minor = torch.cuda.get_device_capability()
+            raise RuntimeError(
+                f"trajkern._C_cuda has no kernels for {torch.cuda.get_device_name()}, compute capability "
+                f"{major}.{minor}: build it there, or with `TRAJKERN_CUDA={major}{minor} pip install .`"
+            ) from error
 
 
 def _run(module: ModuleType, stream: int, name: str, x: Tensor, args: Any, scratch: tuple[Any, ...]) -> Any:
