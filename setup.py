@@ -123,7 +123,7 @@ setup(
         "trajkern._triton",
     ],
     package_dir={"trajkern._bench": "bench", "trajkern._triton": "triton_kernels"},
-    package_data={"trajkern": ["py.typed"]},
+    package_data={"trajkern": ["py.typed"], "trajkern.testing.ptx": ["cudart.cpp"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
 )

@@ -37,7 +37,7 @@ ARROWS = {
     "ops": {"_backends", "_checks", "_dtypes", "_results", "_tiles", "layouts", "losses"},
     "recipes": {"_checks", "_dtypes", "_ext", "_results", "layouts", "ops", *PUBLIC},
     "integrations": {"_checks", "layouts", "losses", "ops", "recipes", *PUBLIC},
-    "testing": {"_backends", "_checks", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
+    "testing": {"_backends", "_checks", "_native", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
     "trainer": {"recipes", *PUBLIC},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},

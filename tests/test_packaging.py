@@ -49,6 +49,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     bench = ROOT / "bench"
     benchmark = {f"trajkern/_bench/{p.relative_to(bench)}" for p in bench.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == ours | kernels | benchmark
+    assert "trajkern/testing/ptx/cudart.cpp" in names
     # one native module: no CUDA without nvcc, and no runtime library of its own beside it
     (native,) = (name for name in names if ".so" in name)
     assert native.startswith("trajkern/_C.")

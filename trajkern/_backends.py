@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +28,37 @@ OWNERS = {  # family -> device -> backend
     "tree": {"cpu": "native", "cuda": "cuda"},
 }
 _PACKAGE = {"native": "trajkern._native", "cuda": "trajkern._native", "triton": "trajkern._triton"}
-_DEVICE = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
+_DEVICE = {"reference": "any", "native": "cpu", "cuda": "cuda", "triton": "cuda"}
 LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, and the AMD targets, that Triton's kernels are compiled for in the tests
 AMD_TARGETS = ("gfx942", "gfx950")
 
 _asked: str | None = None
+
+
+class Executor(Protocol):
+    """What runs GPU kernels on CPU tensors: see :func:`executed_by`."""
+
+    def problem(self, backend: str) -> str | None:
+        """Why it cannot run the kernels of "triton" or "cuda", or None."""
+
+    def launchers(self, backend: str, family: ModuleType) -> Any:
+        """What has the functions of the family's module, to be called with CPU tensors."""
+
+
+_executor: Executor | None = None
+
+
+@contextmanager
+def executed_by(executor: Executor) -> Iterator[None]:
+    """Inside the block ``executor`` stands for the GPU: CPU tensors may be given to the backends of one."""
+    global _executor
+    before, _executor = _executor, executor
+    _kernels.cache_clear()  # it is asked when kernels are looked up, not when they are called
+    try:
+        yield
+    finally:
+        _executor = before
+        _kernels.cache_clear()
 
 
 @contextmanager
@@ -41,7 +67,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain torch, any device), "native" (C++, CPU tensors), "triton" (GPU tensors; CPU tensors
-            under Triton's interpreter) or "cuda" (GPU tensors; the families written in CUDA C++).
+            under Triton's interpreter) or "cuda" (GPU tensors; the families written in CUDA C++). Inside
+            ``trajkern.testing.compiled`` the last two take CPU tensors.
 
     The choice is per process, not per thread. An op that the backend does not have, or cannot run on the tensors'
     device, raises; nothing falls back.
@@ -65,6 +92,8 @@ def backends() -> dict[str, str]:
 def _unavailable(name: str) -> str | None:
     if name == "native" and (why := _ext.problem("_C")):
         return f"trajkern._C is not built ({why}); run `pip install .` with a C++17 compiler"
+    if _executor is not None and _DEVICE[name] == "cuda":
+        return _executor.problem(name)
     if name == "cuda":
         if torch.version.hip is not None:
             return _ON_ROCM
@@ -131,11 +160,13 @@ def _kernels(family: str, device: str, asked: str | None) -> ModuleType:
     name = asked or OWNERS[family][device]
     if name not in (*OWNERS[family].values(), "native"):
         raise RuntimeError(f"backend {name!r} has no {family} kernels; it is one of {sorted(OWNERS[family].values())}")
-    if device != _DEVICE[name] and not (name == "triton" and _interpreted()):
+    executed = _executor is not None and device == "cpu" and _DEVICE[name] == "cuda"
+    if device != _DEVICE[name] and not executed and not (name == "triton" and _interpreted()):
         raise RuntimeError(f"backend {name!r} runs on {_DEVICE[name]} tensors, got {device} tensors")
     if name == "triton" and device == "cuda" and torch.cuda.is_available() and (why := _unfit_gpu()):
         raise RuntimeError(f"{family}: {why}")
-    return importlib.import_module(f"{_PACKAGE[name]}.{family}")
+    module = importlib.import_module(f"{_PACKAGE[name]}.{family}")
+    return _executor.launchers(name, module) if executed and _executor else module
 
 
 def launcher(family: str, device: str, op: str) -> Callable[..., Any]:

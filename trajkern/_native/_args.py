@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +14,19 @@ from trajkern import _ext
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
+_of_cpu_tensors: Callable[[], ModuleType] = _ext.cpu
+
+
+@contextmanager
+def kernels_from(module: Any) -> Iterator[None]:
+    """Inside the block, kernels of CPU tensors are ``module``'s: the CUDA ones, where a CPU executes them."""
+    global _of_cpu_tensors
+    before, _of_cpu_tensors = _of_cpu_tensors, lambda: module
+    try:
+        yield
+    finally:
+        _of_cpu_tensors = before
+
 
 def call(name: str, x: Tensor, *args: Any, scratch: tuple[Any, ...] = ()) -> Any:
     """The kernel of x's device and dtype; a CUDA kernel runs on torch's current stream there.
@@ -20,7 +35,7 @@ def call(name: str, x: Tensor, *args: Any, scratch: tuple[Any, ...] = ()) -> Any
     function's arguments.
     """
     if x.is_cpu:
-        return _run(_ext.cpu(), 0, name, x, args, scratch)
+        return _run(_of_cpu_tensors(), 0, name, x, args, scratch)
     with torch.cuda.device(x.device):
         try:
             return _run(_ext.cuda(), torch.cuda.current_stream().cuda_stream, name, x, args, scratch)

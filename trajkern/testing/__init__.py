@@ -2,6 +2,7 @@
 
 from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, span, tree
 from trajkern.testing.numerics import budget_share, errors, oracle, run
+from trajkern.testing.ptx import KernelFault, compiled
 from trajkern.testing.registry import Case, OpSpec, Variant
 from trajkern.testing.validation import check, spec_of
 
@@ -16,4 +17,17 @@ SPECS = (
     *tree.SPECS,
 )
 
-__all__ = ["SPECS", "Case", "OpSpec", "Variant", "budget_share", "check", "errors", "oracle", "run", "spec_of"]
+__all__ = [
+    "SPECS",
+    "Case",
+    "KernelFault",
+    "OpSpec",
+    "Variant",
+    "budget_share",
+    "check",
+    "compiled",
+    "errors",
+    "oracle",
+    "run",
+    "spec_of",
+]
