@@ -16,6 +16,7 @@ from trajkern.testing.ptx.memory import Global, Shared
 from trajkern.testing.ptx.parser import SIZE, Kernel, Operand
 
 FLOAT = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+SPECIAL = {"%laneid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")}
 POISON = {"pred": True, "f32": np.nan, "f64": np.nan}  # what a register holds before it is set; else 0xa5a5...
 
 
@@ -36,8 +37,6 @@ class Registers(dict[str, np.ndarray]):
 
     def __missing__(self, name: str) -> np.ndarray:
         kind = self.kernel.type_of(name)
-        if "." in name:
-            raise NotImplementedError(f"no execution on a CPU has the special register {name}")
         poison = POISON.get(kind, 0xA5A5A5A5A5A5A5A5 & (1 << 8 * SIZE[kind]) - 1)
         self[name] = values = np.full(self.count, poison, dtype(kind))
         return values
@@ -124,6 +123,8 @@ def source(operand: Operand, kind: str, kernel: Kernel) -> Source:
     if not kernel.is_register(name):
         value = immediate(name, kind, kernel.shared)
         return lambda lanes: value
+    if name not in SPECIAL and name.rstrip("0123456789") not in kernel.types:
+        raise NotImplementedError(f"no execution on a CPU has the special register {name}")
     have = dtype(kernel.type_of(name))
     if kind == "bf16":
         return lambda lanes: (lanes[name].view(UNSIGNED[have.itemsize]).astype(np.uint32) << np.uint32(16)).view(
