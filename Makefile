@@ -7,10 +7,10 @@ OUT ?= bench/results/
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/cuda_host/*.*)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu trajkern/testing/ptx/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench reproduce readme gpu-check clean
+.PHONY: help setup train test ptx lint format bench reproduce readme gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -23,6 +23,9 @@ train: .venv/.built ## train the small model with GRPO and print what it learned
 
 test: lint ## the whole test suite; ARGS="-k tree" runs a part
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+ptx: .venv/.built ## every case on the compiled GPU kernels, executed on this CPU (needs nvcc and triton, no GPU)
+	$(BIN)/python -m pytest -n 2 tests/ptx --every-case $(ARGS)
 
 lint: .venv/.built ## ruff, clang-format and mypy; nothing is rewritten
 	$(BIN)/ruff check

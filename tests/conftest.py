@@ -16,6 +16,7 @@ from trajkern.testing import SPECS
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="only this device")
     parser.addoption("--backend", choices=("native", "triton", "cuda"), default=None, help="not the device's own")
+    parser.addoption("--every-case", action="store_true", help="all of the registry's small cases in tests/ptx")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +50,8 @@ def _dtypes(spec, device: str, backend: str | None):
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fill ``spec``, ``case``, ``dtype`` and ``device`` as far as a test asks for them."""
+    if metafunc.definition.path.parent.name == "ptx":
+        return  # has its own
     names = [n for n in ("spec", "case", "dtype", "device") if n in metafunc.fixturenames]
     if "spec" not in names:
         if names == ["device"]:

@@ -117,8 +117,39 @@ class TestCheck:
     def test_unknown_op_gets_the_list(self) -> None:
         with pytest.raises(ValueError, match="op must be one of .*'token_logprobs'.*; got 'tokens'"):
             check(tk.whiten, like="tokens")
-        with pytest.raises(ValueError, match="intensity must be one of 1, 2, 3; got 4"):
+        with pytest.raises(ValueError, match="intensity must be one of 0, 1, 2, 3; got 4"):
             check(tk.whiten, like="whiten", intensity=4)
+
+
+class TestCompiled:
+    def test_the_same_report_of_compiled_kernels(self, capsys, tmp_path) -> None:
+        pytest.importorskip("triton")
+        args = ["--compiled", "sm_90", "--op", "linear_logprobs", "--json", str(tmp_path / "out.json")]
+        assert validate.main(args) == 0
+        shown = capsys.readouterr().out
+        assert re.search(r"^linear_logprobs +triton +float32 +\d+ +0\.\d\d +same +same", shown, re.M)
+        assert re.search(r"^kernels for sm_90: \d+ launches, .* instructions of threads$", shown, re.M)
+        assert json.loads((tmp_path / "out.json").read_text())["compiled"] == "sm_90"
+
+    def test_a_failure_is_shown_with_its_context(self, monkeypatch, capsys) -> None:
+        pytest.importorskip("triton")
+        logprobs = tk.linear_logprobs
+        monkeypatch.setattr(tk, "linear_logprobs", lambda *args, **options: logprobs(*args, **options) * 1.01)
+        assert validate.main(["--compiled", "sm_90", "--op", "linear_logprobs"]) == 1
+        shown = capsys.readouterr().out
+        assert 'with compiled("sm_90"), tk.use_backend("triton"):' in shown and "import compiled, errors" in shown
+
+    def test_what_does_not_go_together(self, capsys) -> None:
+        assert validate.main(["--compiled", "sm_90", "--device", "cpu"]) == 2
+        assert "--compiled goes with neither --device nor --inputs" in capsys.readouterr().err
+
+    def test_a_missing_compiler(self, monkeypatch, capsys) -> None:
+        def missing(capability: int) -> None:
+            raise RuntimeError("there is no nvcc on the PATH; install the CUDA toolkit")
+
+        monkeypatch.setattr("trajkern.testing.ptx.context._library", missing)
+        assert validate.main(["--compiled", "sm_90", "--op", "whiten"]) == 2
+        assert "install the CUDA toolkit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -126,6 +157,7 @@ class TestCheck:
     [
         (["--op", "tokens"], "invalid choice: 'tokens'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--compiled", "sm_42"], "invalid choice: 'sm_42'"),
         (["--intensity", "9"], "invalid choice: 9"),
     ],
 )

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 import trajkern as tk
-from trajkern.testing import SPECS, spec_of
+from trajkern.testing import SPECS, compiled, spec_of
 from trajkern.testing.numerics import budget_shares, run
-from trajkern.testing.validation import FRESH, Result, cases_of, plan, validate
+from trajkern.testing.ptx.context import ARCHITECTURES
+from trajkern.testing.registry import OpSpec
+from trajkern.testing.validation import FRESH, Result, cases_of, plan, plan_compiled, validate
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = f"{'op':<21}{'backend':<8}{'dtype':<10}{'cases':>5}{'worst':>8}  {'twice':<6}{'packed':<8}{'time':>9}"
@@ -29,31 +31,68 @@ def main(argv: list[str]) -> int:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         print(f"trajkern validate: --json must name a file in an existing folder; got {args.json}", file=sys.stderr)
         return 2
+    if args.compiled and (args.device or args.inputs):
+        print("trajkern validate: --compiled goes with neither --device nor --inputs", file=sys.stderr)
+        return 2
     if args.inputs is not None:
         return _own_inputs(args)
-    results = _run(args)
+    try:
+        results = _run_compiled(args) if args.compiled else _run(args)
+    except RuntimeError as error:  # a compiler that is missing
+        print(f"trajkern validate: {error}", file=sys.stderr)
+        return 2
     failed = [result for result in results if not result.passed]
     for result in failed:
-        print("\n" + _report(result))
+        print("\n" + _report(result, args.compiled))
     total, cases = sum(r.seconds for r in results), sum(r.cases for r in results)
     verdict = f"{len(failed)} of {len(results)} rows failed" if failed else "all within budget"
     print(f"\n{cases:,} cases, seed {args.seed}: {verdict}; {total:.1f} s in the ops")
     if args.json is not None:
         report: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
-        report["intensity"], report["results"] = args.intensity, [asdict(r) | {"passed": r.passed} for r in results]
+        report["compiled"], report["intensity"] = args.compiled, _intensity(args)
+        report["results"] = [asdict(r) | {"passed": r.passed} for r in results]
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if failed else 0
 
 
+def _intensity(args: argparse.Namespace) -> int:
+    return (0 if args.compiled else 1) if args.intensity is None else args.intensity
+
+
 def _run(args: argparse.Namespace) -> list[Result]:
-    """The table, a line as soon as it is known."""
-    ops = args.op or [spec.name for spec in SPECS]
+    """The table of what this machine can run."""
     devices = [args.device] if args.device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    planned = plan(ops, devices, [DTYPES[name] for name in args.dtype or DTYPES])
-    total, done = sum(len(cases_of(s, r.backend, args.intensity, args.seed)) for s, r in planned), 0
+    return _table(plan(_ops(args), devices, _dtypes(args)), args)
+
+
+def _run_compiled(args: argparse.Namespace) -> list[Result]:
+    """The table of the GPU's kernels, compiled for an architecture and executed on this CPU."""
+    planned = plan_compiled(_ops(args), _dtypes(args))
+    with compiled(args.compiled, seed=args.seed) as execution:
+        for backend in dict.fromkeys(result.backend for _, result in planned):
+            with tk.use_backend(backend):  # raises where what compiles it is missing
+                pass
+        results = _table(planned, args)
+    launches, instructions = execution.stats["launches"], execution.stats["lane instructions"]
+    print(f"\nkernels for {args.compiled}: {launches:,} launches, {instructions:.3g} instructions of threads")
+    return results
+
+
+def _ops(args: argparse.Namespace) -> list[str]:
+    return args.op or [spec.name for spec in SPECS]
+
+
+def _dtypes(args: argparse.Namespace) -> list[torch.dtype]:
+    return [DTYPES[name] for name in args.dtype or DTYPES]
+
+
+def _table(planned: list[tuple[OpSpec, Result]], args: argparse.Namespace) -> list[Result]:
+    """A line as soon as it is known."""
+    intensity, done = _intensity(args), 0
+    total = sum(len(cases_of(spec, result, intensity, args.seed)) for spec, result in planned)
     print(f"worst error as a share of its budget (at most 1), on {total:,} cases; seed {args.seed}\n\n{COLUMNS}")
     for spec, result in planned:
-        for _ in validate(result, spec, args.intensity, args.seed):
+        for _ in validate(result, spec, intensity, args.seed):
             done += 1
             _progress(done, total, f"{result.op} {result.dtype}")
         _progress(0, 0, "")
@@ -78,20 +117,21 @@ def _bits(same: bool) -> str:
     return "same" if same else "DIFFER"
 
 
-def _report(result: Result) -> str:
+def _report(result: Result, arch: str | None) -> str:
     """The smallest failure, and how to see it again."""
     failure = result.smallest
+    context = f'compiled("{arch}"), ' if arch else ""
     lines = [
         f"{result.op}, {result.backend}, {result.dtype}: {len(result.failures)} of {result.cases} cases fail",
         f"  the smallest, {failure.case}: {failure.why}",
         "",
         "  import torch, trajkern as tk",
-        "  from trajkern.testing import errors, spec_of",
+        f"  from trajkern.testing import {'compiled, ' * bool(arch)}errors, spec_of",
         "  from trajkern.testing.validation import dependent",
         f'  op = spec_of("{result.op}")',
         f'  case = next(c for c in op.cases if c.name == "{failure.case}")',
         f'  inputs = op.inputs(case, torch.{result.dtype}, "{result.device}", seed={failure.seed})',
-        f'  with tk.use_backend("{result.backend}"):',
+        f'  with {context}tk.use_backend("{result.backend}"):',
         f"      print(errors(op, tk.{result.op}, inputs))",
         f"      print(dependent(op, tk.{result.op}, inputs))",
     ]
@@ -140,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--op", action="append", choices=[s.name for s in SPECS], metavar="OP", help="only this op (repeatable)")
     add("--device", choices=("cpu", "cuda"), help="default: every device there is")
     add("--dtype", action="append", choices=DTYPES, help="only this precision (repeatable)")
-    add("--intensity", type=int, choices=FRESH, default=1, help="how many fresh draws of each case; default: 1")
+    add("--intensity", type=int, choices=FRESH, help="how many fresh draws of each case; default: 1, 0 if compiled")
+    compiling = "execute the GPU's kernels on this CPU, compiled for this architecture, such as sm_90"
+    add("--compiled", choices=ARCHITECTURES, metavar="ARCH", help=compiling)
     add("--seed", type=int, default=0, help="of the fresh draws; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write every result there")
     add("--inputs", type=Path, metavar="FILE", help="a safetensors file with the arguments of the one --op given")

@@ -19,7 +19,7 @@ from trajkern.testing.numerics import Outcome, budget_shares, run
 from trajkern.testing.registry import Case, Inputs, OpSpec
 
 Function = Callable[..., Any]
-FRESH = {1: 1, 2: 4, 3: 20}  # intensity -> draws of each small case besides the registry's own
+FRESH = {0: 0, 1: 1, 2: 4, 3: 20}  # intensity -> draws of each small case besides the registry's own
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check(
         like: the name of an op, as in ``trajkern.token_logprobs``.
         dtypes: of the inputs; by default all that the op takes.
         device: where the inputs are.
-        intensity: 1, 2 or 3; how many fresh draws of each case there are.
+        intensity: 0 to 3; how many fresh draws of each case there are.
         seed: of these draws.
 
     Returns:
@@ -99,6 +99,15 @@ def spec_of(name: str) -> OpSpec:
 
     check_choice("op", name, [spec.name for spec in SPECS])
     return next(spec for spec in SPECS if spec.name == name)
+
+
+def plan_compiled(ops: Iterable[str], dtypes: Iterable[torch.dtype]) -> list[tuple[OpSpec, Result]]:
+    """A result to fill for every op and precision of a GPU kernel, on CPU tensors: see trajkern.testing.compiled."""
+    dtypes, planned = list(dtypes), []
+    for spec in map(spec_of, ops):
+        precisions = [d for d in spec.triton_dtypes or spec.dtypes if d in dtypes]
+        planned += [(spec, Result(spec.name, OWNERS[spec.family]["cuda"], "cpu", _name(d))) for d in precisions]
+    return planned
 
 
 def plan(ops: Iterable[str], devices: Iterable[str], dtypes: Iterable[torch.dtype]) -> list[tuple[OpSpec, Result]]:
@@ -129,9 +138,10 @@ def validate(result: Result, spec: OpSpec, intensity: int, seed: int) -> Iterato
         yield from examine(result, spec, getattr(tk, spec.name), dtype, intensity, seed)
 
 
-def cases_of(spec: OpSpec, backend: str, intensity: int, seed: int) -> list[tuple[Case, int]]:
+def cases_of(spec: OpSpec, result: Result, intensity: int, seed: int) -> list[tuple[Case, int]]:
     """(case, seed) pairs: the registry's own draw, then fresh ones of the small cases."""
-    cases = [c for c in spec.cases if backend != "triton" or not (c.mixed or c.large)]
+    slow = result.device == "cpu" and result.backend in ("triton", "cuda")  # a GPU's kernels, on a CPU
+    cases = [c for c in spec.cases if not (slow or result.backend == "triton") or not (c.mixed or c.large)]
     fresh = [(c, seed + k) for k in range(1, FRESH[intensity] + 1) for c in cases if not c.large]
     return [(c, 0) for c in cases] + fresh
 
@@ -140,7 +150,7 @@ def examine(
     result: Result, spec: OpSpec, function: Function, dtype: torch.dtype, intensity: int, seed: int, bits: bool = True
 ) -> Iterator[None]:
     """Fill ``result``; with ``bits``, results that differ from run to run or with the batch are failures, too."""
-    for case, draw in cases_of(spec, result.backend, intensity, seed):
+    for case, draw in cases_of(spec, result, intensity, seed):
         inputs, why = spec.inputs(case, dtype, result.device, draw), ""
         try:
             began = time.perf_counter()

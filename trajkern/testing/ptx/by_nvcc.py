@@ -54,10 +54,10 @@ def nvcc() -> str:
     return path
 
 
-def _object(source: Path, capability: int, folder: Path, includes: Sequence[Path]) -> Path:
+def _object(source: Path, capability: int, folder: Path, headers: Sequence[Path]) -> Path:
     """``source`` compiled, a .cu's PTX beside it; a name that bears its content's hash is compiled once."""
-    headers = sorted(p for i in includes for p in i.rglob("*") if p.suffix in (".h", ".cuh"))
-    made_from = b"".join(p.read_bytes() for p in [source, *headers])
+    included = sorted(p for path in headers for p in path.iterdir() if p.suffix in (".h", ".cuh"))
+    made_from = b"".join(p.read_bytes() for p in [source, *included])
     digest = hashlib.sha256(made_from + repr((FLAGS, OPTIMISED, capability)).encode()).hexdigest()[:16]
     target = folder / f"{source.parent.name}-{source.stem}-{digest}.o"
     if target.exists():
@@ -66,7 +66,7 @@ def _object(source: Path, capability: int, folder: Path, includes: Sequence[Path
         built, kept = Path(name) / "built.o", Path(name)
         command = [nvcc(), *FLAGS, "-gencode", f"arch=compute_{capability},code=compute_{capability}"]
         command += [*OPTIMISED, "--keep", "--keep-dir", name] if source.suffix == ".cu" else ["-O0"]
-        command += [f"-I{path}" for path in (*includes, *_python_headers())]
+        command += [f"-I{path}" for path in _python_headers()]
         _run([*command, "-c", str(source), "-o", str(built)])
         if source.suffix == ".cu":
             os.replace(kept / f"{source.stem}.ptx", target.with_suffix(".ptx"))
@@ -94,15 +94,15 @@ def _run(command: list[str]) -> None:
 class CudaLibrary:
     """A Python module of CUDA sources, ``name``, whose kernels ``execution`` runs when a function of it launches them.
 
-    ``folder`` keeps what was compiled for the next time.
+    ``folder`` keeps what was compiled for the next time, ``headers`` are the folders of what the sources include.
     """
 
     def __init__(
-        self, name: str, sources: Sequence[Path], capability: int, folder: Path, includes: Sequence[Path] = ()
+        self, name: str, sources: Sequence[Path], capability: int, folder: Path, headers: Sequence[Path] = ()
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda s: _object(s, capability, folder, includes), [*sources, RUNTIME]))
+            objects = list(pool.map(lambda s: _object(s, capability, folder, headers), [*sources, RUNTIME]))
         self.kernels: dict[str, Kernel] = {}
         for path in objects:
             if path.with_suffix(".ptx").exists():
@@ -200,4 +200,4 @@ def trajkern_library(capability: int, csrc: Path | None = None, folder: Path | N
             f"there are no CUDA sources in {csrc}: an installed package has none; run this from a checkout of trajkern"
         )
     folder = root / "build" / "ptx" if folder is None else folder
-    return CudaLibrary("_C_cuda", sources, capability, folder, [csrc])
+    return CudaLibrary("_C_cuda", sources, capability, folder, [csrc / name for name in ("bind", "common", "cuda")])

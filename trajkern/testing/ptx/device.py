@@ -18,7 +18,7 @@ from trajkern.testing.ptx.memory import REGION, Buffer, Global
 
 # of an element, by its bytes: as a float a NaN that no arithmetic makes, as an integer nothing likely
 POISON = {1: 0xA5, 2: 0x7FA5, 4: 0x7FE5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
-ALIGNMENT = 512  # of what torch allocates on a GPU; an address keeps its place within so many bytes
+ALIGNMENT = 16  # a storage keeps its place within so many bytes, of which compilers make use; on a GPU it is 0
 ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,

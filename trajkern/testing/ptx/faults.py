@@ -56,6 +56,9 @@ class KernelFault(RuntimeError):
         super().__init__("\n".join(lines))
 
 
+KernelFault.__module__ = "trajkern.testing"  # where users find it, for tracebacks
+
+
 def _corner(x: tuple[int, int, int]) -> str:
     """(5, 0, 0) as 5."""
     return str(x[0]) if x[1:] == (0, 0) else str(x)

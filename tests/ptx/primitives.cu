@@ -1,4 +1,4 @@
-// Kernels for the tests of block.cuh's primitives and of what the host execution refuses.
+// Kernels for the tests of block.cuh's primitives and of what their execution on a CPU refuses.
 #include "../../csrc/cuda/block.cuh"
 #include "primitives.h"
 
