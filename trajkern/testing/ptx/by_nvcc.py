@@ -116,7 +116,7 @@ class CudaLibrary:
             # -Bsymbolic: a CUDA runtime that torch has loaded stays out
             _run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(partial)])
             os.replace(partial, library)
-        self.module = _loaded(name, library)
+        self.module = _loaded(f"{digest}.{name}", library)  # pybind11 keeps modules by their full names
         self.execution: Execution | None = None
         self._programs: dict[str, Program] = {}
         self._error: BaseException | None = None
