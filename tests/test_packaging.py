@@ -70,6 +70,7 @@ def test_sdist_can_be_built(tmp_path: Path) -> None:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     native = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.is_file()}
     assert native | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "triton_kernels/__init__.py"} <= names
+    assert "trajkern/testing/ptx/cudart.cpp" in names
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's mappings from /proc")
