@@ -25,8 +25,8 @@ TYPES = {
     "*i1": "mask is_top1 selected shares idle",
     "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
-    " trajectories rollouts ddof steps programs pieces share size stride grad_stride first stride_s stride_t"
-    " width rows last vocabulary",
+    " trajectories rollouts ddof steps programs pieces share size second_size stride grad_stride first stride_s"
+    " stride_t width rows last vocabulary",
 }
 ARGUMENTS = {name: kind for kind, names in TYPES.items() for name in names.split()}
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -183,7 +183,7 @@ VARIANTS = (
     _reflection("slope_kernel", torch.float64),
     _reflection("gradient_kernel", torch.float32, normalize=True),
     _reflection("gradient_kernel", torch.float64, "grad_scores", "grad_baseline", normalize=False),
-    Variant(policy_loss.scale_kernel, "", (), configs.FLAT),
+    Variant(policy_loss.scale_kernel, "", (), configs.FLAT, {"first": "*fp32", "second": "*fp32"}),
 )
 
 

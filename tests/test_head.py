@@ -162,69 +162,6 @@ def test_many_blocks_do_not_drift() -> None:
     assert error <= 2 * usual + torch.finfo(torch.float32).eps * exact.grad.abs().max()
 
 
-class TestBatchInvariant:
-    """A row's log-prob, entropy and d hidden, whatever else is in the call and wherever the row stands."""
-
-    WIDTH, VOCABULARY, TOKENS = 96, 20_001, 150  # more rows than two blocks, more columns than a tile
-
-    def _results(self, chosen: Tensor, dtype: torch.dtype, **options) -> tuple[Tensor, ...]:
-        hidden, weight, targets = _inputs(self.TOKENS, self.WIDTH, self.VOCABULARY)
-        hidden = hidden.detach()[chosen].to(dtype).requires_grad_()
-        weight = weight.detach().to(dtype).requires_grad_()
-        stats = tk.linear_token_stats(hidden, weight, targets[chosen], batch_invariant=True, **options)
-        (stats.logprobs.sum() + stats.entropy.sum()).backward()
-        return stats.logprobs.detach(), stats.entropy.detach(), hidden.grad
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("name", ["one", "subset", "prefix", "reversed", "shuffled", "twice"])
-    def test_same_bits(self, name: str, dtype: torch.dtype) -> None:
-        everything = torch.arange(self.TOKENS)
-        chosen = {
-            "one": everything[77:78],
-            "subset": everything[1::3],
-            "prefix": everything[:65],
-            "reversed": everything.flip(0),
-            "shuffled": torch.randperm(self.TOKENS, generator=torch.Generator().manual_seed(3)),
-            "twice": everything.repeat(2),
-        }[name]
-        whole, part = self._results(everything, dtype), self._results(chosen, dtype)
-        for x, y in zip(whole, part, strict=True):
-            assert torch.equal(x[chosen], y)
-
-    def test_a_mask_changes_no_other_row(self) -> None:
-        everything, mask = torch.arange(self.TOKENS), torch.arange(self.TOKENS) % 4 != 1
-        whole, part = (self._results(everything, torch.float32, mask=m) for m in (None, mask))
-        for x, y in zip(whole, part, strict=True):
-            assert torch.equal(x[mask], y[mask]) and not y[~mask].any()
-
-    @pytest.mark.parametrize("weight_is_trained", [True, False])
-    def test_policy_loss(self, weight_is_trained: bool) -> None:
-        """With a normaliser of its own a token's gradient knows no other token either."""
-        hidden, weight, targets = _inputs(self.TOKENS, self.WIDTH, self.VOCABULARY)
-        advantages = torch.arange(self.TOKENS).sin() * (torch.arange(self.TOKENS) % 5 > 0)
-        config = tk.PolicyLoss("dapo", kl_coef=0.1)
-        results = []
-        for chosen in (torch.arange(self.TOKENS), torch.arange(self.TOKENS).flip(0)[:71]):
-            h = hidden.detach()[chosen].requires_grad_()
-            count, old = len(chosen), torch.full((len(chosen),), -10.0)
-            loss, metrics = tk.linear_policy_loss(
-                h, weight.detach().requires_grad_(weight_is_trained), targets[chosen], old, advantages[chosen],
-                torch.tensor([0, count]), config=config, ref_logprobs=old, normalizer=100.0, per_token=True,
-                with_logprobs=True, batch_invariant=True,
-            )  # fmt: skip
-            loss.backward()
-            results.append((metrics["logprobs"], h.grad))
-        for x, y in zip(*results, strict=True):
-            assert torch.equal(x.flip(0)[:71], y)
-
-    def test_bad_input(self) -> None:
-        hidden, weight, targets = _inputs()
-        with pytest.raises(ValueError, match="workspace_bytes must hold the 64 rows of a batch-invariant block"):
-            tk.linear_logprobs(hidden, weight, targets, batch_invariant=True, workspace_bytes=64 * 130 * 4 - 1)
-        with pytest.raises(TypeError, match="batch_invariant must be True or False, got 1"):
-            tk.linear_logprobs(hidden, weight, targets, batch_invariant=1)
-
-
 def test_stride_zero_upstream() -> None:
     hidden, weight, targets = _inputs()
     tk.linear_logprobs(hidden, weight, targets).sum().backward()
@@ -244,9 +181,15 @@ def test_a_loss_scaler_saves_gradients_below_fp16(kind: str) -> None:
         h, w = (x.detach().half().to(dtype).requires_grad_() for x in (hidden, weight))
         loss_of = tk.linear_policy_loss if dtype == torch.float16 else reference.linear_policy_loss
         loss, _ = loss_of(
-            h, w, targets, old.to(dtype), torch.ones(1, dtype=dtype), torch.tensor([0, 24]),
-            config=tk.PolicyLoss(kind), normalizer=2.0**20,
-        )  # fmt: skip
+            h,
+            w,
+            targets,
+            old.to(dtype),
+            torch.ones(1, dtype=dtype),
+            torch.tensor([0, 24]),
+            config=tk.PolicyLoss(kind),
+            normalizer=2.0**20,
+        )
         (loss * 2**16).backward()
         grads.append(torch.cat([h.grad.flatten(), w.grad.flatten()]).double())
     got, expected = grads

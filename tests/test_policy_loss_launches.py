@@ -44,7 +44,7 @@ def test_three_launches(kind: str, tokens: int, trajectories: int, launches: lis
     arguments = check_loss(logprobs, None, LossArguments(PolicyLoss(kind, max_length=tokens), *given))
     *tensors, options, params = arguments.laid_out(torch.float32).inputs()
     _, _, grad = policy_loss.policy_loss(logprobs, None, logprobs > 0, *tensors, [*options, 1, 0], params)
-    policy_loss.scale_gradient_(grad, torch.ones(()))
+    policy_loss.scale_gradients_(grad, None, torch.ones(()))
     assert [name for name, _ in launches] == ["tokens_kernel", "finish_kernel", "scale_kernel"]
     assert launches[0][1] <= MOST_PROGRAMS
     assert launches[1][1] * PIECES["BLOCK"] >= tokens

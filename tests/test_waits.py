@@ -117,17 +117,36 @@ def _trainer(loss_type: str, level: str) -> Any:
 
     return Trainer(
         args=SimpleNamespace(
-            **args, delta=None, use_bias_correction_kl=False, steps_per_generation=1, sapo_temperature_pos=1.0,
+            **args,
+            delta=None,
+            use_bias_correction_kl=False,
+            steps_per_generation=1,
+            sapo_temperature_pos=1.0,
             sapo_temperature_neg=1.05,
-        ),  # fmt: skip
-        accelerator=_Accelerator(), model=SimpleNamespace(training=True), _metrics={"train": mode},
-        loss_type=loss_type, importance_sampling_level=level, epsilon_low=0.2, epsilon_high=3.0, beta=0.1,
-        max_completion_length=length, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        current_gradient_accumulation_steps=2, _entropy_bonus_enabled=True, use_adaptive_entropy=True,
-        entropy_coef=0.01, _last_world_entropy=float("inf"), _entropy_window_stats=None, aux_loss_enabled=True,
-        router_aux_loss_coef=0.1, _get_per_token_logps_and_entropies=score,
+        ),
+        accelerator=_Accelerator(),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": mode},
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_low=0.2,
+        epsilon_high=3.0,
+        beta=0.1,
+        max_completion_length=length,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        current_gradient_accumulation_steps=2,
+        _entropy_bonus_enabled=True,
+        use_adaptive_entropy=True,
+        entropy_coef=0.01,
+        _last_world_entropy=float("inf"),
+        _entropy_window_stats=None,
+        aux_loss_enabled=True,
+        router_aux_loss_coef=0.1,
+        _get_per_token_logps_and_entropies=score,
         get_gamma_weights=lambda a, difference, *x, **y: difference.exp(),
-    )  # fmt: skip
+    )
 
 
 def _of_trl() -> dict[str, Callable[[], Any]]:
@@ -202,11 +221,7 @@ GROUPS = {
 }
 
 
-# the head's pairs are marked by index_put_ of a number
-MENDING = {"transformers": pytest.mark.xfail(raises=AssertionError, strict=True, reason="the head waits at its pairs")}
-
-
-@pytest.mark.parametrize("group", [pytest.param(name, marks=MENDING.get(name, ())) for name in GROUPS])
+@pytest.mark.parametrize("group", GROUPS)
 def test_what_stands_on_the_ops_waits_for_nothing(group: str) -> None:
     waits = {}
     for name, call in GROUPS[group]().items():

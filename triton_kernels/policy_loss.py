@@ -212,12 +212,15 @@ def finish_kernel(
         _scale(grad_entropy, w, at, inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def scale_kernel(x, scale, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "second_size"])
+def scale_kernel(first, second, scale, size, second_size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(scale)
     changed = at < tl.where(factor == 1, 0, size)
-    tl.store(x + at, tl.load(x + at, mask=changed, other=0.0) * factor, mask=changed)
+    tl.store(first + at, tl.load(first + at, mask=changed, other=0.0) * factor, mask=changed)
+    if second is not None:
+        changed = at < tl.where(factor == 1, 0, second_size)
+        tl.store(second + at, tl.load(second + at, mask=changed, other=0.0) * factor, mask=changed)
 
 
 def policy_loss(
@@ -280,8 +283,9 @@ def _check(logprobs: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
     return tokens, trajectories
 
 
-def scale_gradient_(x: Tensor, scale: Tensor) -> None:
-    """x *= scale; where scale is 1 nothing is read or written."""
-    if x.numel():
-        with torch.cuda.device_of(x):
-            scale_kernel[(_ceil_div(x.numel(), FLAT["BLOCK"]),)](x, scale, x.numel(), **FLAT)
+def scale_gradients_(first: Tensor, second: Tensor | None, scale: Tensor) -> None:
+    """x *= scale for each; where scale is 1 nothing is read or written."""
+    sizes = first.numel(), 0 if second is None else second.numel()
+    if longest := max(sizes):
+        with torch.cuda.device_of(first):
+            scale_kernel[(_ceil_div(longest, FLAT["BLOCK"]),)](first, second, scale, *sizes, **FLAT)

@@ -48,8 +48,9 @@ def trajectory_of(cu_seqlens, piece, tokens, trajectories, steps, BLOCK: tl.cons
 
 
 @triton.jit
-def _gmpo_means(pack, n, bounds, length, log_ratio, numbers, SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+def _gmpo_means(
+    pack, n, bounds, length, log_ratio, numbers, SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
+):
     """exp(mean bounded log-ratio), the mean advantage, and the share of tokens that the bounds let through."""
     start, end = bounds
     bounded_sum, advantage_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)

@@ -50,8 +50,29 @@ class Mutant(NamedTuple):
 
 
 CUDA = {
-    "no __syncwarp in the list": Mutant(
-        "advantage", "cuda/advantage.cu", "        __syncwarp();\n", "", "nothing orders them"
+    "a sort without its first barrier": Mutant(
+        "advantage",
+        "cuda/advantage_runs.cuh",
+        "place[k] = merged_place(runs, i, width, count);\n    }\n    __syncthreads();\n",
+        "place[k] = merged_place(runs, i, width, count);\n    }\n",
+        "nothing orders them",
+    ),
+    "rows not counted stay unwritten": Mutant(
+        "advantage", "cuda/advantage_runs.cuh", "    else\n      out[row] = 0;\n", "", "left unwritten"
+    ),
+    "a run begins where its neighbour's ids end": Mutant(
+        "advantage",
+        "cuda/advantage_runs.cuh",
+        "in.ids[row - 1] == in.ids[row] && in.counted",
+        "in.ids[row] == in.ids[row] && in.counted",
+        "of its budget",
+    ),
+    "a summary past the leaves": Mutant(
+        "tree",
+        "cuda/tree_range.cuh",
+        "if (begin + size > tree.leaves) return;",
+        "if (begin + size > tree.leaves + 1) return;",
+        "reads bytes",
     ),
     "block_sum without its first barrier": Mutant(
         "advantage",
@@ -75,21 +96,12 @@ CUDA = {
         "",
         sample=True,
     ),
-    "a vote without the lanes that are done": Mutant(
-        "advantage", "cuda/advantage.cu", "t + lane() >= begin; t -= kWarp", "t >= begin; t -= kWarp", ""
-    ),
     "too little shared memory": Mutant(
         "advantage",
         "cuda/advantage.cu",
         "kWhitenThreads / kWarp * sizeof(double)",
         "kWhitenThreads / kWarp * sizeof(float)",
         "of shared memory, of which the launch has",
-    ),
-    "rows not counted stay unwritten": Mutant(
-        "advantage", "cuda/advantage.cu", "  if (lane() == 0) out[i] = 0;\n", "", "left unwritten"
-    ),
-    "every row leads its group": Mutant(
-        "advantage", "cuda/advantage.cu", "return !has_earlier_member(in, i);", "return true;", "nothing orders them"
     ),
     "block_sum over one warp too many": Mutant(
         "advantage",
@@ -140,6 +152,7 @@ class TritonMutant(NamedTuple):
     old: str
     new: str
     says: str
+    dtype: torch.dtype = torch.float32
 
 
 TRITON = {
@@ -159,7 +172,17 @@ TRITON = {
         "pass",
         "",
     ),
-    "a sum over a program too many": TritonMutant("policy_loss", "sum_kernel", "< programs", "<= programs", ""),
+    "gradients stored without their mask": TritonMutant(
+        "policy_loss", "tokens_kernel", "tl.where(keep, w * loss.slope, 0.0), mask=inside)", "w * loss.slope)", ""
+    ),
+    "narrowed in place without a barrier": TritonMutant(
+        "head",
+        "gradient_kernel",
+        "            tl.debug_barrier()\n",
+        "            pass\n",
+        "nothing orders them",
+        torch.bfloat16,
+    ),
     "every program writes the first group's": TritonMutant(
         "reflection", "deviation_kernel", "tl.store(totals + g, total)", "tl.store(totals, total)", ""
     ),
@@ -187,5 +210,5 @@ def _kernels(family: str) -> ModuleType:
 def test_faults_in_triton_are_found(mutant: TritonMutant) -> None:
     kernel = getattr(_kernels(mutant.family), mutant.kernel)
     with _mutated(kernel, mutant.old, mutant.new):
-        found = next(wrong_cases(mutant.family), None)
+        found = next(wrong_cases(mutant.family, mutant.dtype), None)
     assert found is not None and mutant.says in found, found

@@ -17,13 +17,6 @@ from trajkern._backends import OWNERS
 from trajkern.testing import SPECS, Case, OpSpec, compiled, run
 from trajkern.testing.numerics import Outcome, budget_shares
 
-# what a kernel still gets wrong: (op, case, dtype) -> why
-WRONG: dict[tuple[str, str, str], str] = {
-    ("whiten", "one", "float64"): "nvcc contracts a product whose offset is rounded already",
-    ("token_stats", "four_dimensions", "float32"): "sum_sq_probs has no room for the error of ex2.approx",
-    ("policy_loss", "sapo_full", "float32"): "the loss has no room for the error of approximate functions",
-    ("policy_loss", "far", "float32"): "the loss has no room for the error of approximate functions",
-}
 SEED = 0  # of the approximations' errors and of the random order
 
 
@@ -44,10 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if not every and number > 0 and not cheap:
                     continue
                 names = spec.name, case.name, str(dtype).removeprefix("torch.")
-                marks = [_needs(spec)]
-                if names in WRONG:
-                    marks.append(pytest.mark.xfail(reason=WRONG[names], strict=True))
-                rows.append(pytest.param(spec, case, dtype, id="-".join(names), marks=marks))
+                rows.append(pytest.param(spec, case, dtype, id="-".join(names), marks=_needs(spec)))
     metafunc.parametrize(("spec", "case", "dtype"), rows)
 
 

@@ -47,5 +47,7 @@ def policy_loss(
     return [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
 
 
-def scale_gradient_(x: Tensor, scale: Tensor) -> None:
-    _ext.cpu().scale_gradient_(DTYPE[x.dtype], x.data_ptr(), x.shape[0], scale.data_ptr())
+def scale_gradients_(first: Tensor, second: Tensor | None, scale: Tensor) -> None:
+    for x in (first, second):
+        if x is not None:
+            _ext.cpu().scale_gradient_(DTYPE[x.dtype], x.data_ptr(), x.shape[0], scale.data_ptr())

@@ -7,6 +7,7 @@ A tile is the logits of some rows and a slice of the vocabulary. ``fold`` adds o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ WORKSPACE = {True: 64 << 20, False: 256 << 20}  # bytes for logits, the least by
 SLICE = 65536  # columns at a time of whole rows on a CPU: products of fewer are slow, a tile of more leaves the cache
 FOLD_ROWS = 2048  # at most, of tiles that are only folded
 ROW_MULTIPLE = 8  # rows of a tile of whole rows, where the workspace holds more
-FEW_ROWS = 64  # below, a product's rows are filled up on a CPU, see ``_filled``
+FEW_ROWS, FEW_COLUMNS = 64, 8192  # below, a product's rows are filled up on a CPU, so many columns at a time
 FIXED_ROWS = {True: 64, False: 256}  # of every tile, where a row's bits may not depend on how many there are
 
 
@@ -182,8 +183,12 @@ class Tiles:
                 largest = largest * offsets.diff().amax()
             gain = _power_of_two(largest * scale.amax() * abs(self.logit_scale))
         residual = weight.new_empty(scale.shape, dtype=torch.float32)
-        sample = weight[:: max(1, self.size // COMMON_ROWS)]
-        return Narrowing(residual, sample.mean(0, dtype=torch.float32), gain)
+        return Narrowing(residual, self._common, gain)
+
+    @cached_property
+    def _common(self) -> Tensor:
+        sample = self.head.weight[:: max(1, self.size // COMMON_ROWS)]
+        return sample.mean(0, dtype=torch.float32)
 
     def chain(
         self,
@@ -198,13 +203,11 @@ class Tiles:
         """Adds a tile of d logits to the gradients of what the logits were made of."""
         weight = self.head.weight[columns]
         if grad_hidden is not None:
-            few = self.host and grad.shape[0] < FEW_ROWS
-            if few and columns.start == 0:
-                grad_hidden.zero_()
-            if few:
-                grad_hidden += _filled(grad, weight, grad_hidden.dtype)
+            is_first = columns.start == 0
+            if self.host and grad.shape[0] < FEW_ROWS:
+                _add_few(grad, weight, grad_hidden.zero_() if is_first else grad_hidden)
             else:
-                _product(grad, weight, grad_hidden, fresh=columns.start == 0)
+                _product(grad, weight, grad_hidden, fresh=is_first)
         gain = None if narrowing is None else narrowing.gain
         if into.weight is not None:
             total = into.weight[columns]
@@ -241,16 +244,18 @@ def _product(a: Tensor, b: Tensor, out: Tensor, fresh: bool = True) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
 
-def _filled(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with as many rows as give every thread a whole block of them.
+def _add_few(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b with as many rows as give every thread a whole block of them.
 
     MKL adds up one by one, onto what is there already, where a thread has fewer than four (seen on AMD's processors):
     ten times the error for sums as long as a vocabulary.
     """
-    multiple = 8 * torch.get_num_threads()
-    rows = torch.zeros(-(-a.shape[0] // multiple) * multiple, a.shape[1], dtype=dtype)
-    rows[: a.shape[0]] = a
-    return (rows @ b.to(dtype))[: a.shape[0]]
+    count, multiple = a.shape[0], 8 * torch.get_num_threads()
+    filled = torch.zeros(-(-count // multiple) * multiple, FEW_COLUMNS, dtype=out.dtype)
+    for part in slices(a.shape[1], FEW_COLUMNS):
+        rows = filled[:, : part.stop - part.start]
+        rows[:count] = a[:, part]
+        out += torch.mm(rows, b[part].to(out.dtype))[:count]
 
 
 class Grads(NamedTuple):

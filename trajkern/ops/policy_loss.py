@@ -7,6 +7,7 @@ scales it, in place, by the upstream number.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -58,25 +59,31 @@ _policy_loss = define(
     f"policy_loss(Tensor logprobs, Tensor? entropy, Tensor? selected, Tensor {LOSS_INPUTS}) -> Tensor[]",
     _policy_loss_fake,
 )
-_scale_gradient_ = define("policy_loss", "scale_gradient_(Tensor(a!) x, Tensor scale) -> ()", lambda x, scale: None)
+_scale_gradients_ = define(
+    "policy_loss",
+    "scale_gradients_(Tensor(a!) first, Tensor(b!)? second, Tensor scale) -> ()",
+    lambda first, second, scale: None,
+)
 
 
 def scaled_once(ctx: Any, op: str, grad_loss: Tensor) -> list[Tensor | None]:
-    """The gradients that ``op`` formed in its forward, ``ctx.grads``, times the upstream number."""
+    """The gradients that ``op`` formed in its forward, ``ctx.grads``, times the upstream number.
+
+    In place where no graph is traced.
+    """
     if ctx.grads is None:
         raise RuntimeError(f"{op}: a second backward; the gradient was formed in the forward and scaled once")
     grads, ctx.grads = ctx.grads, None
-    return [None if grad is None else _scaled(grad, grad_loss) for grad in grads]
-
-
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """``grad`` times the upstream number, in place where no graph is traced."""
+    formed = [grad for grad in grads if grad is not None]
     if torch.compiler.is_compiling():
-        return (grad * scale).to(grad.dtype)
-    if grad.dtype not in (torch.float32, torch.float64):
-        return grad.mul_(scale)
-    _scale_gradient_(grad.view(-1), scale)
-    return grad
+        return [None if grad is None else (grad * grad_loss).to(grad.dtype) for grad in grads]
+    wide = [grad.view(-1) for grad in formed if grad.dtype in (torch.float32, torch.float64)]
+    for first, second in zip_longest(wide[::2], wide[1::2]):
+        _scale_gradients_(first, second, grad_loss)
+    for grad in formed:
+        if grad.dtype not in (torch.float32, torch.float64):
+            grad.mul_(grad_loss)
+    return grads
 
 
 class _PolicyLoss(torch.autograd.Function):

@@ -19,6 +19,7 @@ from trajkern.testing.ptx.memory import REGION, Buffer, Global
 # of an element, by its bytes: as a float a NaN that no arithmetic makes, as an integer nothing likely
 POISON = {1: 0xA5, 2: 0x7FA5, 4: 0x7FE5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
 ALIGNMENT = 16  # a storage keeps its place within so many bytes, of which compilers make use; on a GPU it is 0
+MIDDLE = 1 << (REGION - 1)  # of a region, where storages begin: an access before one is still the storage's
 ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -96,7 +97,7 @@ class Device:
             extent = _Extent(len(self._extents) + 1, storage, begin, end, described)
             self._extents[storage._cdata] = extent
         extent.begin, extent.end = min(begin, extent.begin), max(end, extent.end)
-        return (extent.number << REGION) + start % ALIGNMENT + int(begin)
+        return (extent.number << REGION) + MIDDLE + start % ALIGNMENT + int(begin)
 
     def memory(self) -> Global:
         """What the launch may touch."""
@@ -108,7 +109,7 @@ class Device:
             if fresh is not None:
                 fresh.update(whole)
                 written = None if fresh.written[part].all() else fresh.written[part]
-            begin = extent.storage.data_ptr() % ALIGNMENT + extent.begin
+            begin = MIDDLE + extent.storage.data_ptr() % ALIGNMENT + extent.begin
             self._buffers[extent.number] = Buffer(extent.name, whole[part], begin, written)
         return Global(self._buffers)
 

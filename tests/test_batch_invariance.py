@@ -1,0 +1,89 @@
+"""``batch_invariant``: a row's log-prob, entropy and d hidden, whatever else is in the call and wherever it stands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import trajkern as tk
+
+WIDTH, VOCABULARY, TOKENS = 96, 20_001, 150  # more rows than two blocks, more columns than a tile
+
+
+def _inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator) / 4
+    return hidden, weight, torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+
+
+def _results(chosen: Tensor, dtype: torch.dtype, **options) -> tuple[Tensor, ...]:
+    hidden, weight, targets = _inputs()
+    hidden = hidden.detach()[chosen].to(dtype).requires_grad_()
+    weight = weight.detach().to(dtype).requires_grad_()
+    stats = tk.linear_token_stats(hidden, weight, targets[chosen], batch_invariant=True, **options)
+    (stats.logprobs.sum() + stats.entropy.sum()).backward()
+    return stats.logprobs.detach(), stats.entropy.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["one", "subset", "prefix", "reversed", "shuffled", "twice"])
+def test_same_bits(name: str, dtype: torch.dtype) -> None:
+    everything = torch.arange(TOKENS)
+    chosen = {
+        "one": everything[77:78],
+        "subset": everything[1::3],
+        "prefix": everything[:65],
+        "reversed": everything.flip(0),
+        "shuffled": torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3)),
+        "twice": everything.repeat(2),
+    }[name]
+    whole, part = _results(everything, dtype), _results(chosen, dtype)
+    for x, y in zip(whole, part, strict=True):
+        assert torch.equal(x[chosen], y)
+
+
+def test_a_mask_changes_no_other_row() -> None:
+    everything, mask = torch.arange(TOKENS), torch.arange(TOKENS) % 4 != 1
+    whole, part = (_results(everything, torch.float32, mask=m) for m in (None, mask))
+    for x, y in zip(whole, part, strict=True):
+        assert torch.equal(x[mask], y[mask]) and not y[~mask].any()
+
+
+@pytest.mark.parametrize("weight_is_trained", [True, False])
+def test_policy_loss(weight_is_trained: bool) -> None:
+    """With a normaliser of its own a token's gradient knows no other token either."""
+    hidden, weight, targets = _inputs()
+    advantages = torch.arange(TOKENS).sin() * (torch.arange(TOKENS) % 5 > 0)
+    config = tk.PolicyLoss("dapo", kl_coef=0.1)
+    results = []
+    for chosen in (torch.arange(TOKENS), torch.arange(TOKENS).flip(0)[:71]):
+        h = hidden.detach()[chosen].requires_grad_()
+        count, old = len(chosen), torch.full((len(chosen),), -10.0)
+        loss, metrics = tk.linear_policy_loss(
+            h,
+            weight.detach().requires_grad_(weight_is_trained),
+            targets[chosen],
+            old,
+            advantages[chosen],
+            torch.tensor([0, count]),
+            config=config,
+            ref_logprobs=old,
+            normalizer=100.0,
+            per_token=True,
+            with_logprobs=True,
+            batch_invariant=True,
+        )
+        loss.backward()
+        results.append((metrics["logprobs"], h.grad))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x.flip(0)[:71], y)
+
+
+def test_bad_input() -> None:
+    hidden, weight, targets = _inputs()
+    with pytest.raises(ValueError, match="workspace_bytes must hold the 64 rows of a batch-invariant block"):
+        tk.linear_logprobs(hidden, weight, targets, batch_invariant=True, workspace_bytes=64 * VOCABULARY * 4 - 1)
+    with pytest.raises(TypeError, match="batch_invariant must be True or False, got 1"):
+        tk.linear_logprobs(hidden, weight, targets, batch_invariant=1)
