@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from trajkern._bench import head_model
 from trajkern._bench.table import seconds
 from trajkern._bench.text import WIDTH
 
@@ -107,7 +108,7 @@ def cases() -> Iterator[Case]:
 
 
 def _head_cases(rows: int, width: int, vocabulary: int) -> Iterator[Case]:
-    """Tiles of float32 logits in the default workspace; the weight is read once for every block of rows."""
+    """Float32 logits in the default workspace; the weight is read once for every block of rows."""
     shape = f"{rows:,} × {width:,} × {vocabulary:,} bfloat16"
     hidden, weight, logits = 2 * rows * width, 2 * vocabulary * width, 4 * rows * vocabulary
     product = 2 * rows * width * vocabulary
@@ -115,11 +116,9 @@ def _head_cases(rows: int, width: int, vocabulary: int) -> Iterator[Case]:
     blocks = -(-rows // (workspace // (4 * columns)))
     forward = blocks * weight + -(-vocabulary // columns) * hidden + 2 * logits
     yield Case("linear_logprobs", "forward", shape, hidden + weight, forward, product)
-    blocks = -(-rows // (workspace // (4 * vocabulary)))
-    # a block: logits written and read twice, their 16-bit gradient written and read by two products, the weight read by
-    # two, the weight's float32 gradient read and written
-    loss = hidden * 3 + 3 * logits + 3 * logits / 2 + blocks * (2 * weight + 4 * weight)
-    yield Case("linear_policy_loss", "forward + backward", shape, 2 * (hidden + weight), loss, 3 * product)
+    step = head_model.default_step(rows, width, vocabulary)
+    fewest = 2 * (hidden + weight)
+    yield Case("linear_policy_loss", "forward + backward", shape, fewest, step.moved, step.flops)
 
 
 def triton_kernels(archs: list[int | str], families: set[str], folder: Path) -> Iterator[Kernel]:
@@ -273,6 +272,8 @@ def text(kernels: list[Kernel], chosen: list[Case], measured: dict[tuple[str, st
         times = "".join(f"  {name} {seconds(case.predicted(gpu))}" for name, gpu in GPUS.items())
         lines.append(f"  {case.moved / 1e9:.3g} GB  {case.moved / case.fewest:.2f} ×{times}")
         lines += [f"  measured, {name}: {seconds(median)}" for name, median in measured.get(case[:3], {}).items()]
+    if any(case.op == "linear_policy_loss" for case in chosen):
+        lines += ["", *head_model.lines()]
     return "\n".join(lines) + "\n"
 
 

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from trajkern._bench import __main__ as program
-from trajkern._bench import static
+from trajkern._bench import head_model, static
 from trajkern._bench.static import ARCHS, GPUS, Case, Code, cases, measurements, plain, read_amdgcn, read_code
+from trajkern._tiles.arguments import Head
+from trajkern._tiles.tiles import Kernels, Tiles
 
 USAGE = """
 Resource usage:
@@ -95,6 +98,27 @@ def test_prediction_is_the_larger_of_the_two_times() -> None:
     gpu = GPUS["H100"]
     assert Case("", "", "", 1, gpu.bandwidth, 0.5 * gpu.rate).predicted(gpu) == 1
     assert Case("", "", "", 1, gpu.bandwidth, 2.0 * gpu.rate).predicted(gpu) == 2
+
+
+@pytest.mark.parametrize(("logit_bytes", "ratio", "peak"), [(4, 1.10, 5.5), (2, 1.05, 3.3)])
+def test_the_head_is_predicted_within_its_bounds(logit_bytes: int, ratio: float, peak: float) -> None:
+    """At 8,192 × 4,096 × 131,072: times three bare products, GiB beyond the inputs."""
+    step = head_model.default_step(8192, 4096, 131_072, logit_bytes)
+    assert step.seconds(head_model.H200) <= ratio * step.bare(head_model.H200)
+    assert step.peak() <= peak * 2**30
+
+
+@pytest.mark.parametrize("rows", [100, 4096, 8192, 8193, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_s_blocks_are_those_that_are_predicted(rows: int, dtype: torch.dtype) -> None:
+    hidden = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(131_072, 4096, dtype=torch.bfloat16, device="meta")
+    none = torch.empty(0, dtype=torch.int64, device="meta")
+    options = [int(dtype == torch.bfloat16), 0, 0]
+    head = Head(hidden, weight, None, none, None, None, None, None, None, [1.0, 0.0, 1.0], options, "")
+    block, _ = Tiles(head, Kernels(False, *(None,) * 8)).whole_rows(rows, writes_weight=True)
+    step = head_model.default_step(rows, 4096, 131_072, dtype.itemsize)
+    assert -(-rows // block) == step.blocks and block <= step.block
 
 
 def test_measurements_stand_beside(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     live = _live(head, loss_inputs, tiles.host)
     pairs = tiles.pairs(live)
     slots = pairs.row.shape[0]
-    rows, columns = tiles.whole_rows(slots, writes_weight=needs[1], keeps_wide=True)
+    rows, columns = tiles.whole_rows(slots, writes_weight=needs[1])
     z, count = tiles.empty(rows, tiles.size), -(-slots // rows)
     grads = Grads.of(tiles, needs, count, keeps_wide=True, writes_rows_once=pairs.distinct_rows)
     for block in blocks(tiles, pairs, rows):

@@ -106,12 +106,17 @@ class Tiles:
     def empty(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.kernels.empty(self.head.hidden, (rows, columns), dtype or self.dtype)
 
-    def _bytes(self, slots: int, writes_weight: bool, keeps_wide: bool) -> int:
+    @property
+    def writes_weight_itself(self) -> bool:
+        """Whether a product may write d weight in its own precision; float16 would lose what a loss scaler saves."""
+        return self.narrows and self.head.weight.dtype == torch.bfloat16
+
+    def _bytes(self, slots: int, writes_weight: bool) -> int:
         """For logits: as asked for; else as many as d weight's sum over blocks takes, which one block does without."""
         if self.workspace or not writes_weight:
             return self.workspace or WORKSPACE[self.host]
         total = self.shard.widest * self.head.weight.shape[1] * self.head.accumulator.itemsize
-        if self.narrows and not keeps_wide and slots * self.shard.widest * self.dtype.itemsize <= 2 * total:
+        if self.writes_weight_itself and slots * self.shard.widest * self.dtype.itemsize <= 2 * total:
             total *= 2
         return max(total, WORKSPACE[self.host])
 
@@ -120,15 +125,15 @@ class Tiles:
         columns = min(COLUMNS[self.host], self.size)
         if self.fixed_rows is not None:
             return self.fixed_rows, columns
-        rows = self._bytes(slots, writes_weight, False) // (columns * self.dtype.itemsize)
+        rows = self._bytes(slots, writes_weight) // (columns * self.dtype.itemsize)
         return max(1, min(slots, rows if writes_weight else min(rows, FOLD_ROWS))), columns
 
-    def whole_rows(self, slots: int, writes_weight: bool = False, keeps_wide: bool = False) -> tuple[int, int]:
+    def whole_rows(self, slots: int, writes_weight: bool = False) -> tuple[int, int]:
         """(rows, columns of a slice) of a tile of whole rows. The widest shard decides, so that ranks keep step."""
         columns = min(SLICE, self.size) if self.host else self.size
         if self.fixed_rows is not None:
             return self.fixed_rows, columns
-        rows = self._bytes(slots, writes_weight, keeps_wide) // (self.shard.widest * self.dtype.itemsize)
+        rows = self._bytes(slots, writes_weight) // (self.shard.widest * self.dtype.itemsize)
         if ROW_MULTIPLE <= rows < slots:  # as many in every block
             each = -(-slots // -(-slots // (rows // ROW_MULTIPLE * ROW_MULTIPLE)))
             rows = -(-each // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -280,7 +285,7 @@ class Grads(NamedTuple):
         new, into_weight = head.hidden.new_zeros, None
         narrow = tiles.narrows and writes_rows_once and tiles.shard.group is None and not keeps_wide
         if weight:
-            direct = tiles.narrows and blocks == 1 and head.weight.dtype == torch.bfloat16
+            direct = tiles.writes_weight_itself and blocks == 1
             into_weight = tiles.empty(head.weight.shape[0], width, head.weight.dtype if direct else head.accumulator)
             if not blocks:
                 into_weight.zero_()
