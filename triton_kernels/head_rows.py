@@ -69,11 +69,14 @@ def write_kernel(
         if entropy is not None:
             tl.store(entropy + at, log_sum - tl.div_rn(eu, 1 + rest), mask=mine)
         if sum_sq_probs is not None:
-            tl.store(sum_sq_probs + at, tl.div_rn(1 + ee, (1 + rest) * (1 + rest)), mask=mine)
+            exact = 1 + rest.to(tl.float64)
+            square = (1 + ee.to(tl.float64)) / (exact * exact)
+            tl.store(sum_sq_probs + at, square.to(tl.float32), mask=mine)
         if is_top1 is not None:
             tl.store(is_top1 + at, (z >= m) & (rest >= 0), mask=mine)
         if mean_logit is not None:
-            tl.store(mean_logit + at, tl.load(total + row, mask=mine, other=0.0) / vocabulary, mask=mine)
+            mean = tl.div_rn(tl.load(total + row, mask=mine, other=0.0), vocabulary.to(tl.float32))
+            tl.store(mean_logit + at, mean, mask=mine)
 
 
 @triton.jit(do_not_specialize=["width"])

@@ -80,8 +80,8 @@ def _sapo(a, token, numbers):
     tau = tl.where(a > 0, numbers[0], numbers[1])
     y = tau * (token.ratio - 1)
     e = exp(-tl.abs(y))
-    sigmoid = tl.where(y >= 0, 1.0, e) / (1 + e)
-    value, slope = -a * (4 / tau) * sigmoid, -4 * a * token.ratio * e / ((1 + e) * (1 + e))
+    sigmoid = tl.div_rn(tl.where(y >= 0, 1.0, e), 1 + e)
+    value, slope = -a * tl.div_rn(4.0, tau) * sigmoid, tl.div_rn(-4 * a * token.ratio * e, (1 + e) * (1 + e))
     return Term(value, slope, tl.zeros_like(a), tl.zeros_like(a) != 0)
 
 

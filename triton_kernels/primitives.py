@@ -43,16 +43,16 @@ def exp(x):
 
 
 @triton.jit
-def exp2(x):
-    """2^x for x <= 0 to about one unit in the last place, 0 below the smallest normal number."""
-    x = tl.maximum(x, -127.0, KEEP_NAN)
-    exponent = tl.floor(x + 0.5)
-    rest = x - exponent
-    series = 1.5353362211232777e-4 * rest + 1.339887494142357e-3
-    series = series * rest + 9.618437360797968e-3
-    series = series * rest + 5.550332469814803e-2
-    series = series * rest + 2.402264791356721e-1
-    series = series * rest + 6.931472028556643e-1
+def exp_below(x):
+    """e^x for x <= 0 to about one unit in the last place, 0 below the smallest normal number; half of exp."""
+    x = tl.maximum(x, -88.0, KEEP_NAN)
+    exponent = tl.floor(x * LOG2_E + 0.5)
+    rest = (x - exponent * LN_2_HIGH) - exponent * LN_2_LOW
+    series = 0.0013843653784349347 * rest + 0.008374155641901073
+    series = series * rest + 0.04166800204924663
+    series = series * rest + 0.1666643125866643
+    series = series * rest + 0.4999999420891788
+    series = series * rest + 1.0000000321659233
     return (series * rest + 1) * _power_of_two(exponent)
 
 
