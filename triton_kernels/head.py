@@ -66,8 +66,8 @@ def fold_kernel(
         z1 = _load(z + start, columns + TILE, size - start)
         z2 = _load(z + start, columns + 2 * TILE, size - start)
         z3 = _load(z + start, columns + 3 * TILE, size - start)
-        m, rest, moment, square = _fold(z0, z1, z2, z3, s, s2, m, rest, moment, square, MOMENTS, MOMENTS)
-    m, rest, moment, square = _merge(s, s2, m, rest, moment, square, MOMENTS)
+        m, rest, moment, square = _fold(z0, z1, z2, z3, s2, m, rest, moment, square, MOMENTS, MOMENTS)
+    m, rest, moment, square = _merge(s, s2, m, rest, moment, square)
     state += 4 * row.to(tl.int64)
     old_m, old_rest, old_eu, old_ee = float("-inf"), 0.0, 0.0, 0.0
     if not FIRST:

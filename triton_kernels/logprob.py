@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MAP_STEPS, MAP_WARPS, VECTOR_BYTES, fitted, lanes_of, row_warps
-from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, exp_below, expm1, log1p
+from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, expm1, log1p
 
 MAP_LOADS = tl.constexpr(2)  # in flight at once per thread of the backward; the forward has four
 NEGLIGIBLE = tl.constexpr(-1000.0)  # a power of two that is 0, and whose product with that 0 is not NaN
@@ -50,16 +50,11 @@ def _load(logits, columns, size):
 
 
 @triton.jit
-def _power(x, reference, s, scale, FINITE: tl.constexpr, EXACT: tl.constexpr):
-    """EXACT: where few terms decide, such as squares, the 2^-22.5 by which the hardware may err is seen."""
+def _power(x, reference, scale, FINITE: tl.constexpr):
     t = (x - reference) * scale
     if FINITE:
         t = tl.maximum(t, NEGLIGIBLE, KEEP_NAN)
-    if EXACT:
-        p = exp_below((x - reference) * s)
-    else:
-        p = tl.exp2(t)
-    return p, t
+    return tl.exp2(t), t
 
 
 @triton.jit
@@ -76,7 +71,7 @@ def _sum_but_largest(x, largest, p, largest_p):
 
 
 @triton.jit
-def _fold(z0, z1, z2, z3, s, scale, m, rest, moment, square, MOMENT: tl.constexpr, SQUARE: tl.constexpr):
+def _fold(z0, z1, z2, z3, scale, m, rest, moment, square, MOMENT: tl.constexpr, SQUARE: tl.constexpr):
     """Add four tiles to each thread's sums relative to m: of p but the largest, of p t, of p^2."""
     # a tournament: what loses a comparison is certainly not the one element to leave out
     first, second = tl.maximum(z0, z1), tl.maximum(z2, z3)
@@ -86,12 +81,12 @@ def _fold(z0, z1, z2, z3, s, scale, m, rest, moment, square, MOMENT: tl.constexp
     winner_m = tl.max(winner, 1)
     new_m = tl.maximum(m, winner_m, KEEP_NAN)
     reference = _finite(new_m)
-    p, t = _power(winner, reference[:, None], s, scale, MOMENT, SQUARE)
-    p0, t0 = _power(lost0, reference[:, None], s, scale, MOMENT, SQUARE)
-    p1, t1 = _power(lost1, reference[:, None], s, scale, MOMENT, SQUARE)
-    p2, t2 = _power(lost2, reference[:, None], s, scale, MOMENT, SQUARE)
-    old_p, old_t = _power(m, reference, s, scale, True, SQUARE)
-    winner_p, _ = _power(winner_m, reference, s, scale, True, SQUARE)
+    p, t = _power(winner, reference[:, None], scale, MOMENT)
+    p0, t0 = _power(lost0, reference[:, None], scale, MOMENT)
+    p1, t1 = _power(lost1, reference[:, None], scale, MOMENT)
+    p2, t2 = _power(lost2, reference[:, None], scale, MOMENT)
+    old_p, old_t = _power(m, reference, scale, True)
+    winner_p, _ = _power(winner_m, reference, scale, True)
     if MOMENT:
         moment = old_p * (moment + old_t * (1 + rest)) + tl.sum(p * t + p0 * t0 + (p1 * t1 + p2 * t2), 1)
     if SQUARE:
@@ -101,20 +96,14 @@ def _fold(z0, z1, z2, z3, s, scale, m, rest, moment, square, MOMENT: tl.constexp
 
 
 @triton.jit
-def _merge(s, scale, m, rest, moment, square, SQUARE: tl.constexpr):
-    """The sums of all threads, relative to the row's maximum; a sum of squares is divided by the square of the rest."""
+def _merge(s, scale, m, rest, moment, square):
+    """The sums of all threads, relative to the row's maximum."""
     row_m = tl.max(m, 0)
     p, t = exp((m - _finite(row_m)) * s), tl.maximum((m - _finite(row_m)) * scale, NEGLIGIBLE, KEEP_NAN)
     moment = tl.sum(p * (moment + t * (1 + rest)), 0)
-    others = tl.sum(_sum_but_largest(m[None, :], tl.full([1], 0.0, tl.float32) + row_m, p[None, :], 1.0), 0)
-    if SQUARE:
-        wide = p.to(tl.float64)
-        square = tl.sum(wide * wide * square, 0).to(tl.float32)
-        rest = (tl.sum(wide * rest, 0) + others).to(tl.float32)
-    else:
-        square = tl.sum(square, 0)
-        rest = tl.sum(p * rest, 0) + others
-    return row_m, rest, moment, square
+    square = tl.sum(p * p * square, 0)
+    others = _sum_but_largest(m[None, :], tl.full([1], 0.0, tl.float32) + row_m, p[None, :], 1.0)
+    return row_m, tl.sum(p * rest, 0) + tl.sum(others, 0), moment, square
 
 
 @triton.jit(do_not_specialize=["inner", "stride_outer", "stride_inner", "vectors"])
@@ -142,9 +131,9 @@ def stats_kernel(
         z2 = _load(logits + start, columns + 2 * TILE, size - start)
         z3 = _load(logits + start, columns + 3 * TILE, size - start)
         m, rest, moment, square = _fold(
-            z0, z1, z2, z3, s, scale, m, rest, moment, square, entropy is not None, sum_sq_probs is not None
+            z0, z1, z2, z3, scale, m, rest, moment, square, entropy is not None, sum_sq_probs is not None
         )
-    m, rest, moment, square = _merge(s, scale, m, rest, moment, square, sum_sq_probs is not None)
+    m, rest, moment, square = _merge(s, scale, m, rest, moment, square)
 
     target = tl.load(targets + row)
     inside = keep & (target >= 0) & (target < size)
@@ -160,8 +149,8 @@ def stats_kernel(
     if entropy is not None:
         tl.store(entropy + row, tl.where(keep, log_sum - LN_2 * tl.div_rn(moment, total), 0.0))
     if sum_sq_probs is not None:
-        exact = 1 + rest.to(tl.float64)
-        tl.store(sum_sq_probs + row, tl.where(keep, (square.to(tl.float64) / (exact * exact)).to(tl.float32), 0.0))
+        lost = rest - (total - 1)  # in the rounding of the total
+        tl.store(sum_sq_probs + row, tl.where(keep, tl.div_rn(square, total * total + 2 * total * lost), 0.0))
     if is_top1 is not None:
         tl.store(is_top1 + row, keep & top1)
 

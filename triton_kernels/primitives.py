@@ -28,7 +28,7 @@ def _series(x):
 
 @triton.jit
 def _power_of_two(exponent):
-    """2^exponent from its bits, for whole numbers in [-126, 127], 0 for -127; the hardware's exp2 need not be exact."""
+    """2^exponent from its bits, for whole numbers in [-126, 127]; the hardware's exp2 need not be exact."""
     return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -40,20 +40,6 @@ def exp(x):
     rest = (x - exponent * LN_2_HIGH) - exponent * LN_2_LOW
     half = tl.floor(0.5 * exponent)
     return (1 + (rest + _series(rest))) * _power_of_two(half) * _power_of_two(exponent - half)
-
-
-@triton.jit
-def exp_below(x):
-    """e^x for x <= 0 to about one unit in the last place, 0 below the smallest normal number; half of exp."""
-    x = tl.maximum(x, -88.0, KEEP_NAN)
-    exponent = tl.floor(x * LOG2_E + 0.5)
-    rest = (x - exponent * LN_2_HIGH) - exponent * LN_2_LOW
-    series = 0.0013843653784349347 * rest + 0.008374155641901073
-    series = series * rest + 0.04166800204924663
-    series = series * rest + 0.1666643125866643
-    series = series * rest + 0.4999999420891788
-    series = series * rest + 1.0000000321659233
-    return (series * rest + 1) * _power_of_two(exponent)
 
 
 @triton.jit
