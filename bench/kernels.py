@@ -13,9 +13,7 @@ from trajkern._tiles.tiles import COLUMNS
 from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
 from trajkern._triton.policy_loss_options import BY_TRAJECTORY
 
-CAPABILITIES = (80, 90, 100)
-AMD = ("gfx942", "gfx950")  # MI300 and MI350, whose wavefronts have 64 lanes
-Arch = int | str  # a compute capability, or one of AMD
+Arch = int | str  # a compute capability, or one of AMD's targets
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
     " ref_logprobs sampler_logprobs normalizer mean_slopes loss metrics x scale"

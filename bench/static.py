@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from trajkern._backends import AMD_TARGETS
 from trajkern._bench import head_model
 from trajkern._bench.table import seconds
 from trajkern._bench.text import WIDTH
@@ -29,7 +30,6 @@ from trajkern._bench.text import WIDTH
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT.parent / "csrc" / "cuda"
 ARCHS = (80, 90, 100)
-AMD = ("gfx942", "gfx950")
 
 
 class GPU(NamedTuple):
@@ -126,7 +126,7 @@ def triton_kernels(archs: list[int | str], families: set[str], folder: Path) -> 
 
     from trajkern._bench import kernels
 
-    chosen = [v for v in kernels.VARIANTS if _family(v.kernel.fn.__module__) in families]
+    chosen = [v for v in kernels.VARIANTS if family_of(v.kernel.fn.__module__) in families]
     for number, variant in enumerate(chosen):
         _progress(f"triton {number + 1}/{len(chosen)} {variant.kernel.__name__}")
         for arch in archs:
@@ -140,7 +140,7 @@ def triton_kernels(archs: list[int | str], families: set[str], folder: Path) -> 
             name = f"{variant.kernel.__name__} {variant.name}".strip()
             shared = compiled.metadata.shared
             yield Kernel(
-                _family(variant.kernel.fn.__module__),
+                family_of(variant.kernel.fn.__module__),
                 name,
                 arch,
                 code.registers,
@@ -220,8 +220,10 @@ def _widths(sass: str, kind: str) -> list[int]:
     return sorted({int(size[1]) if size else 32 for size in sizes})
 
 
-def _family(module: str) -> str:
-    return module.rpartition(".")[2]
+def family_of(module: str) -> str:
+    """The family of a kernel's module, which bears its name or begins with it."""
+    name = module.rpartition(".")[2]
+    return next(family for family in _FAMILIES if name == family or name.startswith(f"{family}_"))
 
 
 def _plain(mangled: str) -> str:
@@ -284,7 +286,7 @@ def _progress(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    archs, families = args.arch or [*ARCHS, *AMD], set(args.op or _FAMILIES)
+    archs, families = args.arch or [*ARCHS, *AMD_TARGETS], set(args.op or _FAMILIES)
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as name:
         try:
@@ -338,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arch",
         type=lambda x: int(x) if x.isdigit() else x,
-        choices=(*ARCHS, *AMD),
+        choices=(*ARCHS, *AMD_TARGETS),
         action="extend",
         nargs="+",
         help="default: all",

@@ -18,6 +18,7 @@ from trajkern._tiles.tiles import Narrowing
 
 from . import head
 from .configs import row_warps
+from .head_rows import add_residual
 from .logprob import MAP_LOADS, _columns, _launch, _load, _map_launch
 from .primitives import _series, exp, log1p
 
@@ -185,10 +186,7 @@ def slope_kernel(
             tl.debug_barrier()
         tl.store(grad + start + columns, rounded, mask=columns < size - start)
     if residual is not None:
-        before = 0.0
-        if not FIRST:
-            before = tl.load(residual + row)
-        tl.store(residual + row, before + tl.sum(tl.sum(tl.sum(added, 2), 1), 0))
+        add_residual(residual + row, added, FIRST)
 
 
 def rows(

@@ -19,7 +19,7 @@ from trajkern._tiles.pairs import Pairs
 from trajkern._tiles.tiles import Block, BlockTerms, Kernels, Narrowing
 
 from .configs import STATES, WRITING, row_warps
-from .head_rows import gather_kernel, pick_kernel, scatter_kernel, write_kernel
+from .head_rows import add_residual, gather_kernel, pick_kernel, scatter_kernel, write_kernel
 from .logprob import MAP_LOADS, NEGLIGIBLE, _columns, _fold, _launch, _load, _map_launch, _merge
 from .policy_loss import policy_loss
 from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, expm1, log1p
@@ -184,10 +184,7 @@ def gradient_kernel(
             tl.debug_barrier()
         tl.store(grad + start + columns, rounded, mask=columns < size - start)
     if residual is not None:
-        before = 0.0
-        if not FIRST:
-            before = tl.load(residual + row)
-        tl.store(residual + row, before + tl.sum(tl.sum(tl.sum(added, 2), 1), 0))
+        add_residual(residual + row, added, FIRST)
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

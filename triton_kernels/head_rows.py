@@ -8,6 +8,15 @@ import triton.language as tl
 from .primitives import log1p
 
 
+@triton.jit
+def add_residual(residual, added, FIRST: tl.constexpr):
+    """To a row's residual what rounding added to its d logits; FIRST: of the first slice of the vocabulary."""
+    before = 0.0
+    if not FIRST:
+        before = tl.load(residual)
+    tl.store(residual, before + tl.sum(tl.sum(tl.sum(added, 2), 1), 0))
+
+
 @triton.jit(do_not_specialize=["width", "stride"])
 def gather_kernel(
     states, hidden,  # [rows, width], [T, width]

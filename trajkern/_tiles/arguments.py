@@ -23,9 +23,7 @@ class Head(NamedTuple):
     support_ids: Tensor | None  # [E]
     support_offsets: Tensor | None  # [P+1]
     scales: list[float]  # temperature, softcap (0: none), logit_scale
-    options: list[
-        int
-    ]  # whether logits keep the inputs' 16 bits; bytes of the workspace, 0: the default; batch_invariant
+    options: list[int]  # whether logits keep the inputs' 16 bits, bytes of the workspace or 0, batch_invariant
     group: str
 
     @property

@@ -238,7 +238,6 @@ def _power_of_two(largest: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, out: Tensor, fresh: bool = True) -> None:
     """out (+)= a @ b, added up in out's precision or better; narrower matrices are multiplied as they are."""
-    beta = 0 if fresh else 1
     if a.is_cpu and a.dtype != out.dtype or a.dtype != b.dtype:
         a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
@@ -246,7 +245,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, fresh: bool = True) -> None:
     elif fresh:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_few(a: Tensor, b: Tensor, out: Tensor) -> None:
