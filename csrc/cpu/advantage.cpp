@@ -47,12 +47,14 @@ void each_trajectory(const Trajectories& in, F f) {
   });
 }
 
-// f(chunk, begin, end) for every chunk, compiled for this machine's vectors.
+// f(width, chunk, begin, end) for every chunk, compiled for this machine's vectors, which hold `width` doubles.
 template <class F>
 void each_chunk(int64_t n, const F& f) {
   parallel_for(chunks_of(n), 1, [&](int64_t first, int64_t last) {
-    dispatch([&](auto) TK_INLINE_LAMBDA {
-      for (int64_t chunk = first; chunk < last; ++chunk) f(chunk, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
+    dispatch([&](auto width) TK_INLINE_LAMBDA {
+      constexpr std::integral_constant<int, width() / 2> doubles{};
+      for (int64_t chunk = first; chunk < last; ++chunk)
+        f(doubles, chunk, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
     });
   });
 }
@@ -152,16 +154,17 @@ void AdvantageKernels<T>::whiten(const Masked<T>& in, bool shift_mean, double dd
     double mean() const { return count > 0 ? sum / count : 0; }
   };
   const auto moments = uninitialised<Moments>(chunks_of(in.n));
-  each_chunk(in.n, [&](int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
-    Lanes8 counts{}, sums{}, squares{};
-    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
-      counts += keep(kept, Lanes8{} + 1);
-      sums += keep(kept, read(in.x + i, count));
+  each_chunk(in.n, [&](auto width, int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    constexpr int W = width();
+    Lanes8<W> counts{}, sums{}, squares{};
+    each_kept_step<W>(in.mask, begin, end, [&](int64_t i, const auto& kept, auto count) TK_INLINE_LAMBDA {
+      counts += keep(kept, Lanes8<W>(1));
+      sums += keep(kept, read<W>(in.x + i, count));
     });
     Moments found{in.mask == nullptr ? double(end - begin) : fold(counts), fold(sums), 0};
     const double mean = found.mean();
-    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
-      const Lanes8 centred = keep(kept, read(in.x + i, count) - mean);
+    each_kept_step<W>(in.mask, begin, end, [&](int64_t i, const auto& kept, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> centred = keep(kept, read<W>(in.x + i, count) - mean);
       squares += centred * centred;
     });
     found.squares = fold(squares);
@@ -177,9 +180,10 @@ void AdvantageKernels<T>::whiten(const Masked<T>& in, bool shift_mean, double dd
     all.squares += moments[chunk].count * apart * apart;
   }
   const double rstd = whiten_rstd(all.count, all.squares, ddof, eps);
-  each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
-    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
-      const Lanes8 y = (read(in.x + i, count) - mean) * rstd + (shift_mean ? 0 : mean);
+  each_chunk(in.n, [&](auto width, int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    constexpr int W = width();
+    each_kept_step<W>(in.mask, begin, end, [&](int64_t i, const auto& kept, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> y = (read<W>(in.x + i, count) - mean) * rstd + (shift_mean ? 0 : mean);
       write(out + i, count, keep(kept, y));
     });
   });
@@ -194,13 +198,14 @@ void AdvantageKernels<T>::whiten_backward(const T* grads, const Masked<T>& in, c
   };
   const double mean = stats[0];
   const auto sums = uninitialised<Sums>(chunks_of(in.n));
-  each_chunk(in.n, [&](int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
-    Lanes8 counts{}, sum_g{}, sum_gc{};
-    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
-      const Lanes8 g = read(grads + i, count);
-      counts += keep(kept, Lanes8{} + 1);
+  each_chunk(in.n, [&](auto width, int64_t chunk, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    constexpr int W = width();
+    Lanes8<W> counts{}, sum_g{}, sum_gc{};
+    each_kept_step<W>(in.mask, begin, end, [&](int64_t i, const auto& kept, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> g = read<W>(grads + i, count);
+      counts += keep(kept, Lanes8<W>(1));
       sum_g += keep(kept, g);
-      sum_gc += keep(kept, g * (read(in.x + i, count) - mean));
+      sum_gc += keep(kept, g * (read<W>(in.x + i, count) - mean));
     });
     sums[chunk] = {in.mask == nullptr ? double(end - begin) : fold(counts), fold(sum_g), fold(sum_gc)};
   });
@@ -209,10 +214,11 @@ void AdvantageKernels<T>::whiten_backward(const T* grads, const Masked<T>& in, c
     all.count += sums[chunk].count, all.g += sums[chunk].g, all.gc += sums[chunk].gc;
   }
   const WhitenGradient map = whiten_gradient(mean, stats[1], all.count, all.g, all.gc, shift_mean, ddof);
-  each_chunk(in.n, [&](int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
-    each_kept_step(in.mask, begin, end, [&](int64_t i, const Kept& kept, auto count) TK_INLINE_LAMBDA {
-      const Lanes8 centred = read(in.x + i, count) - map.mean;
-      const Lanes8 y = map.rstd * (read(grads + i, count) - map.mean_g) + map.kept + map.slope * centred;
+  each_chunk(in.n, [&](auto width, int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    constexpr int W = width();
+    each_kept_step<W>(in.mask, begin, end, [&](int64_t i, const auto& kept, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> centred = read<W>(in.x + i, count) - map.mean;
+      const Lanes8<W> y = map.rstd * (read<W>(grads + i, count) - map.mean_g) + map.kept + map.slope * centred;
       write(grad_x + i, count, keep(kept, y));
     });
   });

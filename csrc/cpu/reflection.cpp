@@ -103,28 +103,27 @@ struct Group {
 };
 
 // Of eight columns, measured from the first rollout's x: a constant column is exactly 0, a common offset costs nothing.
+template <int W>
 struct Columns {
-  Lanes8 first, mean, std;
+  Lanes8<W> first, mean, std;
 };
 
 // Leaves x - first of the k-th rollout at d[8 k]: to widen a float again takes longer than to read a double.
-template <class T, class Count>
-TK_INLINE Columns columns(const Problem<T>& in, const Group& group, int64_t j, Count count, double* d) {
-  const Lanes8 first = read(in.x + group.at[0] + j, count);
-  Lanes8 sum{}, squares{};
+template <int W, class T, class Count>
+TK_INLINE Columns<W> columns(const Problem<T>& in, const Group& group, int64_t j, Count count, double* d) {
+  const Lanes8<W> first = read<W>(in.x + group.at[0] + j, count);
+  Lanes8<W> sum{}, squares{};
   for (int64_t k = 0; k < group.members; ++k) {
-    const Lanes8 apart = read(in.x + group.at[k] + j, count) - first;
+    const Lanes8<W> apart = read<W>(in.x + group.at[k] + j, count) - first;
     sum += apart;
-    store<kLanes>(d + k * kLanes, apart);
+    write(d + k * kLanes, kLanes, apart);
   }
-  const Lanes8 mean = sum * (1 / double(group.members));
+  const Lanes8<W> mean = sum * (1 / double(group.members));
   for (int64_t k = 0; k < group.members; ++k) {
-    const Lanes8 centred = load<kLanes>(d + k * kLanes) - mean;
+    const Lanes8<W> centred = read<W>(d + k * kLanes, kLanes) - mean;
     squares += centred * centred;
   }
-  Lanes8 std = squares * (1 / in.freedom(group.members));
-  for (int l = 0; l < kLanes; ++l) std[l] = std::sqrt(std[l]);
-  return {first, mean, std};
+  return {first, mean, vsqrt(squares * (1 / in.freedom(group.members)))};
 }
 
 // What a thread needs of a group, reused from one to the next.
@@ -136,47 +135,47 @@ struct Scratch {
 };
 
 // Adds s_j (x_nj - b_nj) of eight columns to each rollout's eight partial sums.
-template <class T, class Count>
-TK_INLINE void add_dots(const Problem<T>& in, const Group& group, int64_t j, Count count, const Columns& found,
+template <int W, class T, class Count>
+TK_INLINE void add_dots(const Problem<T>& in, const Group& group, int64_t j, Count count, const Columns<W>& found,
                         Scratch<T>& scratch) {
   for (int64_t k = 0; k < group.members; ++k) {
-    Lanes8 value = load<kLanes>(&scratch.d[k * kLanes]) + found.first;
-    if (in.baseline != nullptr) value -= read(in.baseline + group.at[k] + j, count);
+    Lanes8<W> value = read<W>(&scratch.d[k * kLanes], kLanes) + found.first;
+    if (in.baseline != nullptr) value -= read<W>(in.baseline + group.at[k] + j, count);
     double* dot = &scratch.dots[k * kLanes];
-    store<kLanes>(dot, load<kLanes>(dot) + found.std * value);
+    write(dot, kLanes, read<W>(dot, kLanes) + found.std * value);
   }
 }
 
-template <class T>
+template <int W, class T>
 TK_INLINE void write_rows(const Group& group, const double* s, double divisor, T* row, T* out) {
   each_step(0, group.length,
-            [&](int64_t j, auto count) TK_INLINE_LAMBDA { write(row + j, count, read(s + j, count) / divisor); });
+            [&](int64_t j, auto count) TK_INLINE_LAMBDA { write(row + j, count, read<W>(s + j, count) / divisor); });
   for (const int64_t at : group.at) std::memcpy(out + at, row, group.length * sizeof(T));
 }
 
 // False where a log-prob or a baseline is not finite: its results are not, either.
-template <class T>
+template <int W, class T>
 TK_INLINE bool reward_group(const Problem<T>& in, const Results<T>& out, int64_t g, Scratch<T>& scratch) {
   const Group group(in, g);
   scratch.std.resize(group.length), scratch.row.resize(group.length);
   scratch.d.resize(group.members * kLanes), scratch.dots.assign(group.members * kLanes, 0.0);
   double* s = scratch.std.data();
-  Lanes8 totals{}, largest{};
+  Lanes8<W> totals{}, largest{};
   each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
-    const Columns found = columns(in, group, j, count, scratch.d.data());
+    const Columns<W> found = columns<W>(in, group, j, count, scratch.d.data());
     write(s + j, count, found.std);
     totals += found.std;
     largest = vmax(found.std, largest);
     if (out.rewards != nullptr) add_dots(in, group, j, count, found, scratch);
   });
   const double total = fold(totals), divisor = in.divisor(total);
-  write_rows(group, s, divisor, scratch.row.data(), out.weights);
+  write_rows<W>(group, s, divisor, scratch.row.data(), out.weights);
   bool finite = total - total == 0;
   if (out.rewards == nullptr) return finite;
-  write_rows(group, s, 1, scratch.row.data(), out.std);
-  out.scores[g] = T(fold_max<kLanes>(largest));
+  write_rows<W>(group, s, 1, scratch.row.data(), out.std);
+  out.scores[g] = T(fold_max(largest));
   for (int64_t k = 0; k < group.members; ++k) {
-    const double reward = fold(load<kLanes>(&scratch.dots[k * kLanes])) / divisor;
+    const double reward = fold(read<W>(&scratch.dots[k * kLanes], kLanes)) / divisor;
     out.rewards[group.order[k]] = T(reward);
     finite &= reward - reward == 0;
   }
@@ -184,23 +183,24 @@ TK_INLINE bool reward_group(const Problem<T>& in, const Results<T>& out, int64_t
 }
 
 // Of eight columns: A_j, what reaches the standard deviation by way of the weights, and what reaches it directly.
+template <int W>
 struct Upstream {
-  Lanes8 weighed, direct;
+  Lanes8<W> weighed, direct;
 };
 
-template <class T, class Count>
-TK_INLINE Upstream upstream(const Problem<T>& in, const Gradients<T>& grads, const Group& group, int64_t j, Count count,
-                            const Lanes8& first, const double* d) {
-  Upstream up{};
+template <int W, class T, class Count>
+TK_INLINE Upstream<W> upstream(const Problem<T>& in, const Gradients<T>& grads, const Group& group, int64_t j,
+                               Count count, const Lanes8<W>& first, const double* d) {
+  Upstream<W> up{};
   for (int64_t k = 0; k < group.members; ++k) {
     const int64_t at = group.at[k] + j;
     if (grads.rewards != nullptr) {
-      Lanes8 value = load<kLanes>(d + k * kLanes) + first;
-      if (in.baseline != nullptr) value -= read(in.baseline + at, count);
+      Lanes8<W> value = read<W>(d + k * kLanes, kLanes) + first;
+      if (in.baseline != nullptr) value -= read<W>(in.baseline + at, count);
       up.weighed += double(grads.rewards[group.order[k]]) * value;
     }
-    if (grads.weights != nullptr) up.weighed += read(grads.weights + at, count);
-    if (grads.std != nullptr) up.direct += read(grads.std + at, count);
+    if (grads.weights != nullptr) up.weighed += read<W>(grads.weights + at, count);
+    if (grads.std != nullptr) up.direct += read<W>(grads.std + at, count);
   }
   return up;
 }
@@ -221,42 +221,43 @@ TK_INLINE void settle(const Problem<T>& in, const Gradients<T>& grads, const Gro
   }
 }
 
-template <class T>
+template <int W, class T>
 TK_INLINE void write_gradients(const Problem<T>& in, const Gradients<T>& grads, const Group& group,
                                const Scratch<T>& scratch) {
   for (int64_t k = 0; k < group.members; ++k) {
     const int64_t at = group.at[k];
     const double g = grads.rewards == nullptr ? 0 : double(grads.rewards[group.order[k]]);
     each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
-      const Lanes8 direct = g * read(&scratch.std[j], count);
+      const Lanes8<W> direct = g * read<W>(&scratch.std[j], count);
       if (grads.baseline != nullptr) write(grads.baseline + at + j, count, -direct);
       if (grads.x == nullptr) return;
-      const Lanes8 d = read(in.x + at + j, count) - read(in.x + group.at[0] + j, count);
-      const Lanes8 centred = d - read(&scratch.mean[j], count);
-      write(grads.x + at + j, count, direct + read(&scratch.slope[j], count) * centred);
+      const Lanes8<W> d = read<W>(in.x + at + j, count) - read<W>(in.x + group.at[0] + j, count);
+      const Lanes8<W> centred = d - read<W>(&scratch.mean[j], count);
+      write(grads.x + at + j, count, direct + read<W>(&scratch.slope[j], count) * centred);
     });
   }
 }
 
-template <class T>
+template <int W, class T>
 TK_INLINE void differentiate_group(const Problem<T>& in, const Gradients<T>& grads, int64_t g, Scratch<T>& scratch) {
   const Group group(in, g);
   for (auto* column : {&scratch.std, &scratch.mean, &scratch.slope, &scratch.direct}) column->resize(group.length);
   scratch.d.resize(group.members * kLanes);
-  Lanes8 totals{}, weighed{};
+  Lanes8<W> totals{}, weighed{};
   each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
-    const Columns found = columns(in, group, j, count, scratch.d.data());
-    const Upstream up = upstream(in, grads, group, j, count, found.first, scratch.d.data());
+    const Columns<W> found = columns<W>(in, group, j, count, scratch.d.data());
+    const Upstream<W> up = upstream<W>(in, grads, group, j, count, found.first, scratch.d.data());
     totals += found.std;
     weighed += up.weighed * found.std;
     write(&scratch.std[j], count, found.std), write(&scratch.mean[j], count, found.mean);
     write(&scratch.slope[j], count, up.weighed), write(&scratch.direct[j], count, up.direct);
   });
   settle(in, grads, group, g, fold(totals), fold(weighed), scratch);
-  write_gradients(in, grads, group, scratch);
+  write_gradients<W>(in, grads, group, scratch);
 }
 
-// f(g, scratch) for every group, compiled for this machine's vectors; the threads share the tokens, not the groups.
+// f(width, g, scratch) for every group, compiled for this machine's vectors, which hold `width` doubles; the threads
+// share the tokens, not the groups.
 template <class T, class F>
 void each_group(const Problem<T>& in, const F& f) {
   std::vector<int64_t> work(in.groups() + 1);
@@ -266,10 +267,11 @@ void each_group(const Problem<T>& in, const F& f) {
   }
   const auto group_at = [&](int64_t at) { return std::lower_bound(work.begin(), work.end(), at) - work.begin(); };
   parallel_for(work.back(), 16384, [&](int64_t begin, int64_t end) {
-    dispatch([&](auto) TK_INLINE_LAMBDA {
+    dispatch([&](auto width) TK_INLINE_LAMBDA {
+      constexpr std::integral_constant<int, width() / 2> doubles{};
       Scratch<T> scratch;
       const int64_t last = group_at(end);
-      for (int64_t g = group_at(begin); g < last; ++g) f(g, scratch);
+      for (int64_t g = group_at(begin); g < last; ++g) f(doubles, g, scratch);
     });
   });
 }
@@ -304,8 +306,8 @@ bool bound_rewards(int dtype, const Arguments& arguments, const std::array<uintp
     const auto [rewards, weights, std, scores] = results;
     const Results<T> out{as<T>(rewards), as<T>(weights), as<T>(std), as<T>(scores)};
     if (out.scores != nullptr) std::fill(out.scores + in.groups(), out.scores + in.rollouts, T(0));
-    each_group(in, [&](int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA {
-      if (!reward_group(in, out, g, scratch)) finite = false;
+    each_group(in, [&](auto width, int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA {
+      if (!reward_group<width()>(in, out, g, scratch)) finite = false;
     });
   });
   return finite;
@@ -319,8 +321,8 @@ void bound_rewards_backward(int dtype, const Arguments& arguments, const std::ar
     const auto [rewards, weights, std, scores] = upstreams;
     const Gradients<T> grads{as<const T>(rewards), as<const T>(weights), as<const T>(std),
                              as<const T>(scores),  as<T>(gradients[0]),  as<T>(gradients[1])};
-    each_group(in,
-               [&](int64_t g, Scratch<T>& scratch) TK_INLINE_LAMBDA { differentiate_group(in, grads, g, scratch); });
+    each_group(in, [&](auto width, int64_t g, Scratch<T>& scratch)
+                       TK_INLINE_LAMBDA { differentiate_group<width()>(in, grads, g, scratch); });
   });
 }
 
