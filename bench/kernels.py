@@ -21,7 +21,8 @@ TYPES = {
     "*fp64": "columns totals sums partials",
     "*i64": "targets cu_seqlens offsets order rank bounds peaks pair key",
     "*i1": "mask is_top1 selected shares idle",
-    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t",
+    "fp32": "temperature kl_coef entropy_coef sampler_low sampler_high divisor c0 c1 c2 c3 softcap gain of_s of_t"
+    " logit_scale",
     "i32": "inner stride_outer stride_inner out_outer out_inner vectors stride_grad_logprobs stride_grad_entropy tokens"
     " trajectories rollouts ddof steps programs pieces share size second_size stride grad_stride first stride_s"
     " stride_t width rows last vocabulary",
@@ -85,9 +86,10 @@ def _write(*absent: str) -> Variant:
     return Variant(head.write_kernel, str(len(absent)), absent, configs.WRITING, types)
 
 
-def _slope(dtype: torch.dtype, length: int, kind: str, *absent: str) -> Variant:
+def _slope(dtype: torch.dtype, length: int, kind: str, *absent: str, softcap: bool = False) -> Variant:
     narrow = dtype != torch.float32
     options = logprob._map_launch(torch.empty(2, length)) | {"KIND": kind, "NARROW": narrow, "FIRST": narrow}
+    options["SOFTCAP"] = softcap
     types = {"grad": f"*{NAMES[dtype]}"}
     return Variant(divergence.slope_kernel, f"{NAMES[dtype]}-{length}-{kind}", absent, options, types, True)
 
@@ -152,7 +154,7 @@ VARIANTS = (
     _divergence(131072, "mixture"),
     _slope(torch.bfloat16, 32768, "forward", "power"),
     _slope(torch.float32, 32768, "reverse", "residual", "power"),
-    _slope(torch.float16, 32768, "mixture"),
+    _slope(torch.float16, 32768, "mixture", softcap=True),
     _finish("token_mean", "normalizer", *BY_TOKEN),
     _finish("token_sum", "normalizer", "grad_logprobs", "grad_entropy", *BY_TOKEN),
     _finish("seq_mean_token_sum"),

@@ -1,12 +1,16 @@
-"""``batch_invariant``: a row's log-prob, entropy and d hidden, whatever else is in the call and wherever it stands."""
+"""``batch_invariant``: a row's results and its d hidden, whatever else is in the call and wherever it stands."""
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.testing import compiled
 
 WIDTH, VOCABULARY, TOKENS = 96, 20_001, 150  # more rows than two blocks, more columns than a tile
 
@@ -27,9 +31,31 @@ def _results(chosen: Tensor, dtype: torch.dtype, **options) -> tuple[Tensor, ...
     return stats.logprobs.detach(), stats.entropy.detach(), hidden.grad
 
 
+def _divergence(chosen: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """From a teacher that is narrower and has more tokens, of which some do not count."""
+    hidden, weight, _ = (x.to(dtype) for x in _inputs())
+    states = hidden[chosen].requires_grad_()
+    values = tk.linear_divergence(
+        states,
+        weight.requires_grad_(),
+        hidden[chosen, :40],
+        torch.cat((weight, weight[:7])).detach()[:, :40],
+        bias=weight.detach()[:, 0],
+        softcap=5.0,
+        vocabulary=VOCABULARY - 3,
+        beta=0.3,
+        mask=mask,
+        batch_invariant=True,
+    )
+    (values * (chosen % 5 > 0)).sum().backward()
+    assert states.grad is not None
+    return values.detach(), states.grad
+
+
+@pytest.mark.parametrize("results", [_results, _divergence])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["one", "subset", "prefix", "reversed", "shuffled", "twice"])
-def test_same_bits(name: str, dtype: torch.dtype) -> None:
+def test_same_bits(name: str, dtype: torch.dtype, results: Callable[..., tuple[Tensor, ...]]) -> None:
     everything = torch.arange(TOKENS)
     chosen = {
         "one": everything[77:78],
@@ -39,16 +65,35 @@ def test_same_bits(name: str, dtype: torch.dtype) -> None:
         "shuffled": torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3)),
         "twice": everything.repeat(2),
     }[name]
-    whole, part = _results(everything, dtype), _results(chosen, dtype)
+    whole, part = results(everything, dtype), results(chosen, dtype)
     for x, y in zip(whole, part, strict=True):
         assert torch.equal(x[chosen], y)
 
 
-def test_a_mask_changes_no_other_row() -> None:
+@pytest.mark.parametrize("results", [_results, _divergence])
+def test_a_mask_changes_no_other_row(results: Callable[..., tuple[Tensor, ...]]) -> None:
     everything, mask = torch.arange(TOKENS), torch.arange(TOKENS) % 4 != 1
-    whole, part = (_results(everything, torch.float32, mask=m) for m in (None, mask))
+    whole, part = (results(everything, torch.float32, mask=m) for m in (None, mask))
     for x, y in zip(whole, part, strict=True):
         assert torch.equal(x[mask], y[mask]) and not y[~mask].any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_divergence"])
+def test_float16_on_a_gpu(op: str) -> None:
+    """Beside a row whose gradient is a million times larger, which decides how narrow d logits would be scaled."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 8, generator=generator).half() for rows in (2, 33))
+    grads = []
+    for count in (1, 2):
+        states = hidden[:count].clone().requires_grad_()
+        others = (hidden[:count].flip(1), weight.flip(0)) if op == "linear_divergence" else (torch.arange(count),)
+        with compiled("sm_90"), tk.use_backend("triton"):
+            values = getattr(tk, op)(states, weight.clone().requires_grad_(), *others, batch_invariant=True)
+            (values * torch.tensor([1e-3, 1e3])[:count]).sum().backward()
+        grads.append(states.grad)
+    alone, beside = grads
+    assert torch.equal(alone, beside[:1])
 
 
 @pytest.mark.parametrize("weight_is_trained", [True, False])

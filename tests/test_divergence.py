@@ -29,7 +29,7 @@ def _rows(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor
     scale, saved = torch.ones(rows, dtype=torch.float64), torch.empty(rows, 6, dtype=torch.float64)
     values, grad = student.new_empty(rows), student.clone()
     divergence.rows(student, teacher, scale, beta, values, saved)
-    divergence.gradient(grad, grad, teacher, scale, beta, saved, torch.ones_like(values), 0, None)
+    divergence.gradient(grad, grad, teacher, scale, beta, saved, torch.ones_like(values), 0, 0.0, 1.0, None)
     return values, grad
 
 
@@ -84,18 +84,56 @@ def test_gradient_where_a_token_is_certain(beta: float) -> None:
     assert float(grad[0, 7]) == pytest.approx(-float(others), rel=1e-5) and float(grad[0, 7]) != 0
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_frozen_part(frozen: str) -> None:
     """It has no gradient, and changes nobody else's."""
     grads = []
     for needed in (True, False):
         hidden, weight, *teacher = _heads()
-        {"hidden": hidden, "weight": weight}[frozen].requires_grad_(needed)
-        tk.linear_divergence(hidden, weight, *teacher, beta=0.5).sum().backward()
-        grads.append((hidden.grad, weight.grad))
-    (hidden_grad, weight_grad), (kept_hidden, kept_weight) = grads
-    assert (kept_hidden if frozen == "hidden" else kept_weight) is None
-    assert torch.equal(*((weight_grad, kept_weight) if frozen == "hidden" else (hidden_grad, kept_hidden)))
+        leaves = {"hidden": hidden, "weight": weight, "bias": torch.linspace(-1, 1, 70, requires_grad=True)}
+        leaves[frozen].requires_grad_(needed)
+        tk.linear_divergence(**leaves, teacher_hidden=teacher[0], teacher_weight=teacher[1], beta=0.5).sum().backward()
+        grads.append({name: x.grad for name, x in leaves.items()})
+    every, some = grads
+    assert some.pop(frozen) is None
+    assert all(torch.equal(every[name], x) for name, x in some.items())
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_rest_of_a_weight_is_cut_off(beta: float) -> None:
+    """Of both, however many rows they have: the bits of the weights cut before, and a gradient of 0 behind."""
+    hidden, weight, teacher_hidden, teacher_weight = _heads()
+    bias, more = torch.linspace(-1, 1, 70), torch.full((9, 5), 100.0)
+    outcomes = []
+    for cut in (None, 61):
+        leaves = [x.detach()[:61].clone() if cut is None else x.detach().clone() for x in (weight, bias)]
+        leaves = [hidden.detach().clone(), *leaves]
+        for x in leaves:
+            x.requires_grad_()
+        of_teacher = teacher_weight[:61] if cut is None else torch.cat((teacher_weight, more))
+        values = tk.linear_divergence(
+            *leaves[:2], teacher_hidden, of_teacher, bias=leaves[2], vocabulary=cut, beta=beta
+        )
+        outcomes.append([values.detach(), *torch.autograd.grad(values.sum(), leaves)])
+    before, within = outcomes
+    assert all(torch.equal(x, y[: len(x)]) for x, y in zip(before, within, strict=True))
+    assert not any(bool(y[len(x) :].any()) for x, y in zip(before, within, strict=True))
+
+
+def test_the_teacher_has_no_gradient() -> None:
+    hidden, weight, teacher_hidden, teacher_weight = _heads()
+    teacher = [x.requires_grad_() for x in (teacher_hidden, teacher_weight, torch.zeros(70))]
+    tk.linear_divergence(hidden, weight, *teacher[:2], teacher_bias=teacher[2]).sum().backward()
+    assert hidden.grad is not None and [x.grad for x in teacher] == [None] * 3
+
+
+@pytest.mark.parametrize("softcap", [1e-15, 1e30])
+def test_softcaps_whose_squares_float32_cannot_hold(softcap: float) -> None:
+    leaves, options = _heads(), {"softcap": softcap, "logit_scale": softcap if softcap < 1 else 1.0}
+    (actual,) = torch.autograd.grad(tk.linear_divergence(*leaves, **options).sum(), leaves[1])
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    (expected,) = torch.autograd.grad(reference.linear_divergence(*exact, **options).sum(), exact[1])
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_tokens_without_upstream_need_no_gradient() -> None:
@@ -171,7 +209,7 @@ class TestBadInput:
         self._bad(TypeError, "weight must have dtype float32", 1, torch.zeros(70, 16).double())
         self._bad(ValueError, r"teacher_hidden must have shape \[12, H'\]", 2, torch.zeros(11, 5))
         self._bad(TypeError, "teacher_hidden must have dtype", 2, torch.zeros(12, 5).double())
-        self._bad(ValueError, "teacher_weight must have shape", 3, torch.zeros(71, 5))
+        self._bad(ValueError, "teacher_weight must have shape", 3, torch.zeros(70, 6))
         self._bad(TypeError, "teacher_weight must have dtype", 3, torch.zeros(70, 5).half())
 
     def test_options(self) -> None:
@@ -182,6 +220,28 @@ class TestBadInput:
         self._bad(ValueError, "mask must have shape", mask=torch.ones(11, dtype=torch.bool))
         self._bad(TypeError, "mask must have dtype bool", mask=torch.ones(12))
         self._bad(ValueError, "workspace_bytes must hold one row of both logits, 560 bytes", workspace_bytes=559)
+
+    def test_heads(self) -> None:
+        for prefix, size in (("", 70), ("teacher_", 70)):
+            narrow, wide = torch.zeros(size - 1), torch.zeros(size).double()
+            self._bad(ValueError, rf"^{prefix}bias must have shape \[{size}\]", **{f"{prefix}bias": narrow})
+            self._bad(TypeError, f"^{prefix}bias must have dtype float32", **{f"{prefix}bias": wide})
+            self._bad(TypeError, f"^{prefix}bias must be a tensor", **{f"{prefix}bias": 0.0})
+            self._bad(ValueError, f"^{prefix}softcap must be greater than 0", **{f"{prefix}softcap": 0.0})
+            self._bad(ValueError, f"^{prefix}logit_scale must be finite", **{f"{prefix}logit_scale": INF})
+
+    def test_vocabulary(self) -> None:
+        unequal = "teacher_weight must have the 70 rows of weight, got 71; .* vocabulary= .* at most 70"
+        self._bad(ValueError, unequal, 3, torch.zeros(71, 5))
+        for bad in (0, -1, 71):
+            self._bad(ValueError, f"vocabulary must be 1 to 70, .* got {bad}", vocabulary=bad)
+        for bad in (True, 70.0, "70", torch.tensor(70)):
+            self._bad(TypeError, "vocabulary must be an integer", vocabulary=bad)
+
+    def test_batch_invariant(self) -> None:
+        what = "workspace_bytes must hold the 64 rows of a batch-invariant block of both logits, 35840 bytes"
+        self._bad(ValueError, what, workspace_bytes=35839, batch_invariant=True)
+        self._bad(TypeError, "batch_invariant must be True or False, got 1", batch_invariant=1)
 
     def test_topk(self) -> None:
         logprobs = torch.full((2, 3), math.log(1 / 3))

@@ -145,13 +145,20 @@ def divergence_kernel(
     tl.store(saved + 5, tl.sum(center, 0))
 
 
+@triton.jit
+def _bend(x, softcap):
+    """The softcap's slope; the square of a large softcap would overflow."""
+    inverse = tl.div_rn(1.0, softcap)
+    return ((softcap - x) * inverse) * ((softcap + x) * inverse)
+
+
 @triton.jit(do_not_specialize=["grad_stride", "stride_s", "stride_t", "vectors"])
 def slope_kernel(
     grad, student, teacher,  # [rows, columns], the first two may be the same
     scale, saved, upstream,  # [rows], saved [rows, SAVED]
     residual, power,  # [rows], [], None where grad is not narrow; power in fp16 only
-    of_s, of_t, grad_stride, stride_s, stride_t, vectors,
-    KIND: tl.constexpr, NARROW: tl.constexpr, FIRST: tl.constexpr,
+    of_s, of_t, softcap, logit_scale, grad_stride, stride_s, stride_t, vectors,
+    KIND: tl.constexpr, SOFTCAP: tl.constexpr, NARROW: tl.constexpr, FIRST: tl.constexpr,
     VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """See the head's gradient_kernel for how a narrow gradient lies."""
@@ -163,7 +170,7 @@ def slope_kernel(
     saved += SAVED * row
     m_s, m_t, unit, share_s, share_t, shift = _row(scale + row, saved, saved + 2)
     anchor, center = tl.load(saved + 4).to(tl.float32), tl.load(saved + 5).to(tl.float32)
-    gain = tl.load(upstream + row).to(tl.float32) * unit
+    gain = tl.load(upstream + row).to(tl.float32) * unit * logit_scale
     if KIND == "mixture":
         gain *= of_s
     if power is not None:
@@ -178,6 +185,8 @@ def slope_kernel(
             slope = tl.where(tl.abs(d) < 1, t * (d + _series(d)), s - t)
         else:
             slope = tl.where(s == 0, 0.0, s * ((_log_ratio(s, t, d, of_s, of_t, KIND) - anchor) - center))
+        if SOFTCAP:
+            slope *= _bend(x_s, softcap)
         values = tl.where(gain == 0, 0.0, gain * slope)
         rounded = values.to(grad.dtype.element_ty)
         if residual is not None:
@@ -227,6 +236,8 @@ def gradient(
     saved: Tensor,  # [R, 6]
     upstream: Tensor,  # [R]
     first: int,
+    softcap: float,
+    logit_scale: float,
     narrowing: Narrowing | None,
 ) -> None:
     launch = _map_launch(student, teacher, grad)
@@ -242,10 +253,13 @@ def gradient(
             None if narrowing is None else narrowing.gain,
             1 - beta,
             beta,
+            softcap,
+            logit_scale,
             grad.stride(0),
             student.stride(0),
             teacher.stride(0),
             KIND=_kind(beta),
+            SOFTCAP=bool(softcap),
             NARROW=grad.element_size() < student.element_size(),
             FIRST=first == 0,
             **launch,

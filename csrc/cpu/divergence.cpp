@@ -4,8 +4,10 @@
 // zero where s = t and of second order in d near it, so neither the roundings of the log-sums nor those of d show:
 //   beta 0: s - t - t d           beta 1: t - s + s d           between: beta t log(t / m) + (1 - beta) s log(s / m)
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -251,13 +253,29 @@ TK_INLINE Vec<A, W> slope(const Place<W, A>& x, const Row<A>& row, A anchor, A c
     return x.s == 0 ? Vec<A, W>{} : x.s * ((log_ratio<W, kKind>(x, row) - anchor) - center);
 }
 
-// z_s becomes gain times the slope.
-template <int W, Kind kKind, class A>
-TK_INLINE void row_gradient(A* z_s, const A* z_t, int64_t V, const Row<A>& row, const Saved& saved, A gain) {
+// What a row's gradient is multiplied with: gain, and with a softcap 1 - (z / softcap)^2.
+template <class A>
+struct Chain {
+  A gain, softcap, inverse;
+
+  template <int W>
+  TK_INLINE Vec<A, W> bend(const A* z) const {
+    const auto x = vmax(load<W>(z), broadcast<W>(-softcap));  // a tail is filled up with -inf
+    return ((softcap - x) * inverse) * ((softcap + x) * inverse);
+  }
+};
+
+// z_s becomes the slope in what the student's logits were made of.
+template <int W, Kind kKind, bool kBends, class A>
+TK_INLINE void row_gradient(A* z_s, const A* z_t, int64_t V, const Row<A>& row, const Saved& saved,
+                            const Chain<A>& chain) {
   const A anchor = saved.anchor, center = saved.center;
   const auto group = [&](A* to, const A* from_s, const A* from_t) TK_INLINE_LAMBDA {
-    for (int k = 0; k < kLanes; k += W)
-      store<W>(to + k, gain * slope<W, kKind>(row.template at<W>(from_s + k, from_t + k), row, anchor, center));
+    for (int k = 0; k < kLanes; k += W) {
+      auto y = chain.gain * slope<W, kKind>(row.template at<W>(from_s + k, from_t + k), row, anchor, center);
+      if constexpr (kBends) y *= chain.template bend<W>(from_s + k);
+      store<W>(to + k, y);
+    }
   };
   int64_t i = 0;
   for (; i + kLanes <= V; i += kLanes) group(z_s + i, z_s + i, z_t + i);
@@ -304,12 +322,18 @@ void rows(const Tile<A>& tile, const double* scale, double beta, A* divergence, 
   });
 }
 
+// softcap 0: none
 template <class A>
-void gradient(const Tile<A>& tile, const double* scale, double beta, const Saved* saved, const A* upstream) {
+void gradient(const Tile<A>& tile, const double* scale, double beta, const Saved* saved, const A* upstream,
+              double softcap, double logit_scale) {
   tile.each_row(beta, [&](auto width, auto kind, int64_t r, A* z_s, const A* z_t) TK_INLINE_LAMBDA {
     const Row<A> row(saved[r], scale[r], beta);
-    const A gain = (kind() == kMixture ? 1 - beta : 1) * scale[r] * upstream[r];
-    row_gradient<width(), kind()>(z_s, z_t, tile.columns, row, saved[r], gain);
+    const double gain = (kind() == kMixture ? 1 - beta : 1) * scale[r] * upstream[r] * logit_scale;
+    const Chain<A> chain{A(gain), A(softcap), A(1 / softcap)};
+    if (softcap > 0)
+      row_gradient<width(), kind(), true>(z_s, z_t, tile.columns, row, saved[r], chain);
+    else
+      row_gradient<width(), kind(), false>(z_s, z_t, tile.columns, row, saved[r], chain);
   });
 }
 
@@ -328,11 +352,13 @@ void bound_rows(uintptr_t student, uintptr_t teacher, bool is_double, int64_t st
   });
 }
 
+// chain: softcap, logit_scale.
 void bound_gradient(uintptr_t student, uintptr_t teacher, bool is_double, int64_t stride_s, int64_t stride_t,
-                    int64_t rows_, int64_t columns, uintptr_t scale, double beta, uintptr_t saved, uintptr_t upstream) {
+                    int64_t rows_, int64_t columns, uintptr_t scale, double beta, uintptr_t saved, uintptr_t upstream,
+                    const std::array<double, 2>& chain) {
   with_tile(is_double, student, teacher, stride_s, stride_t, rows_, columns, [&](const auto& tile) {
     using A = std::remove_pointer_t<decltype(tile.student)>;
-    gradient(tile, as<double>(scale), beta, as<Saved>(saved), as<A>(upstream));
+    gradient(tile, as<double>(scale), beta, as<Saved>(saved), as<A>(upstream), chain[0], chain[1]);
   });
 }
 

@@ -69,6 +69,59 @@ def test_exact(beta: float, temperature: float) -> None:
     assert float(actual) == pytest.approx(exact(student, teacher, beta, temperature), rel=1e-13)
 
 
+class TestLogits:
+    """Of one side at a time: logits (0, ln 2), so that p is (1/3, 2/3), or (1/5, 4/5) at half the temperature."""
+
+    LOG_2 = math.log(2)
+    SIDES = ("", "teacher_")
+
+    def _of(self, prefix: str, logits: list[float], shared: dict[str, float] | None = None, **options) -> float:
+        """KL(teacher || student), the other one even."""
+        options = {f"{prefix}{name}": value for name, value in options.items()} | (shared or {})
+        pair = (logits, [0.0, 0.0]) if prefix == "" else ([0.0, 0.0], logits)
+        return float(of_logprobs(*pair, **options))
+
+    def _expected(self, prefix: str, p: float) -> float:
+        one, other = ((0.5, p), (0.5, 1 - p)) if prefix == "" else ((p, 0.5), (1 - p, 0.5))
+        return sum(a * math.log(a / b) for a, b in (one, other))
+
+    @pytest.mark.parametrize("prefix", SIDES)
+    def test_bias_is_scaled(self, prefix: str) -> None:
+        bias = torch.tensor([0.25, self.LOG_2], dtype=torch.float64)
+        actual = self._of(prefix, [-0.25, -self.LOG_2 / 2], bias=bias, logit_scale=2.0)
+        assert actual == pytest.approx(self._expected(prefix, 1 / 3), rel=1e-13)
+
+    @pytest.mark.parametrize("prefix", SIDES)
+    def test_softcap_is_behind_the_scale_and_before_the_temperature(self, prefix: str) -> None:
+        bent = 3 * math.atanh(self.LOG_2 / 3)  # 3 tanh(bent / 3) = ln 2
+        actual = self._of(prefix, [0.0, bent / 4], {"temperature": 0.5}, softcap=3.0, logit_scale=4.0)
+        assert actual == pytest.approx(self._expected(prefix, 1 / 5), rel=1e-13)
+
+    @pytest.mark.parametrize("prefix", SIDES)
+    def test_ids_from_the_vocabulary_on_are_in_no_softmax(self, prefix: str) -> None:
+        """Whatever they hold, and with them however many rows the two weights have."""
+        actual = self._of(prefix, [0.0, self.LOG_2, 9.0, math.nan], {"vocabulary": 2})
+        assert actual == pytest.approx(self._expected(prefix, 1 / 3), rel=1e-13)
+
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_a_bias_of_minus_infinity_takes_an_id_out(self, beta: float) -> None:
+        student, teacher = [0.3, -1.0, 2.0, 0.0], [1.0, 0.5, -0.5, 0.2]
+        out = torch.tensor([0, -INF, 0, 0], dtype=torch.float64)
+        actual = of_logprobs(student, teacher, bias=out, teacher_bias=out, beta=beta)
+        without = of_logprobs([student[i] for i in (0, 2, 3)], [teacher[i] for i in (0, 2, 3)], beta=beta)
+        assert float(actual) == pytest.approx(float(without), rel=1e-13)
+
+    def test_what_only_one_side_takes_out(self) -> None:
+        """Student (1/2, 1/2, 0), teacher (1/3, 1/3, 1/3), and the other way round."""
+        out = torch.tensor([0, 0, -INF], dtype=torch.float64)
+        of = {
+            beta: [of_logprobs([0.0] * 3, [0.0] * 3, beta=beta, **{s: out}) for s in ("bias", "teacher_bias")]
+            for beta in (0, 1)
+        }
+        assert [float(x) for x in of[0]] == [INF, pytest.approx(math.log(3 / 2))]
+        assert [float(x) for x in of[1]] == [pytest.approx(math.log(3 / 2)), INF]
+
+
 def test_ends_of_the_mixture() -> None:
     """Divided by beta it tends to KL(teacher || student), by 1 - beta to KL(student || teacher)."""
     student, teacher = [0.0, 1.0, -2.0], [1.5, 0.0, 0.5]
@@ -80,15 +133,18 @@ def test_ends_of_the_mixture() -> None:
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradcheck(beta: float) -> None:
     g = torch.Generator().manual_seed(0)
-    hidden, weight, teacher, teacher_weight = (
-        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((4, 3), (6, 3), (4, 2), (6, 2))
+    hidden, weight, bias, teacher, teacher_weight, teacher_bias = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((4, 3), (7, 3), (7,), (4, 2), (8, 2), (8,))
     )
+    options = {"softcap": 1.5, "logit_scale": 1.3, "teacher_softcap": 2.0, "teacher_logit_scale": 0.8, "vocabulary": 6}
     mask = torch.tensor([True, False, True, True])
 
-    def of(h: Tensor, w: Tensor) -> Tensor:
-        return reference.linear_divergence(h, w, teacher, teacher_weight, beta=beta, temperature=0.7, mask=mask)
+    def of(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        biases = {"bias": b, "teacher_bias": teacher_bias}
+        options_ = options | biases | {"beta": beta, "temperature": 0.7, "mask": mask}
+        return reference.linear_divergence(h, w, teacher, teacher_weight, **options_)
 
-    assert torch.autograd.gradcheck(of, (hidden.requires_grad_(), weight.requires_grad_()))
+    assert torch.autograd.gradcheck(of, (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()))
 
 
 class TestTopK:

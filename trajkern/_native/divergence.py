@@ -35,11 +35,18 @@ def gradient(
     saved: Tensor,  # [R, 6]
     upstream: Tensor,  # [R]
     first: int,  # column
+    softcap: float,  # of the student's logits; 0: none
+    logit_scale: float,  # likewise
     narrowing: Narrowing | None,
 ) -> None:
     assert grad.data_ptr() == student.data_ptr() and narrowing is None
     _ext.cpu().divergence_gradient(
-        *_tile(student, teacher), scale.data_ptr(), beta, saved.data_ptr(), upstream.data_ptr()
+        *_tile(student, teacher),
+        scale.data_ptr(),
+        beta,
+        saved.data_ptr(),
+        upstream.data_ptr(),
+        (softcap, logit_scale),
     )
 
 

@@ -26,6 +26,20 @@ class Head(NamedTuple):
     options: list[int]  # whether logits keep the inputs' 16 bits, bytes of the workspace or 0, batch_invariant
     group: str
 
+    @classmethod
+    def of_states(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        scales: list[float],
+        options: list[int],
+    ) -> Head:
+        """Of an op without targets, about the whole softmax of every hidden state; ``mask`` [T]."""
+        none = torch.empty(0, dtype=torch.int64, device=hidden.device)
+        return cls(hidden, weight, bias, none, None, mask, None, None, None, scales, options, "")
+
     @property
     def keys(self) -> int:
         """What the rows of ``norm`` stand for: hidden states, or pairs where each has a support of its own."""

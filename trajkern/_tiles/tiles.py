@@ -77,22 +77,22 @@ class Narrowing(NamedTuple):
 
 
 class Tiles:
-    """Tiles of one call: their sizes, the products that fill and use them, the kernels on them."""
+    """Tiles of one call: their sizes, the products that fill and use them, the kernels on them.
 
-    def __init__(self, head: Head, kernels: Kernels) -> None:
+    ``size``: of the vocabulary, where the weight's rows from there on stand for no token.
+    """
+
+    def __init__(self, head: Head, kernels: Kernels, size: int | None = None) -> None:
         self.head, self.kernels, self.host = head, kernels, kernels.host
         self.temperature, self.softcap, self.logit_scale = head.scales
         narrow, self.workspace, invariant = head.options
         self.fixed_rows = FIXED_ROWS[self.host] if invariant else None
         half = head.hidden.dtype in (torch.bfloat16, torch.float16)
         self.dtype = head.hidden.dtype if half and narrow else head.accumulator
-        self.shard: Shard = shard(head.group, head.weight)
+        self.size = head.weight.shape[0] if size is None else size
+        self.shard: Shard = shard(head.group, head.weight[: self.size])
         self.local = head.targets - self.shard.first
         self.state_dtype = torch.float64 if self.host else head.accumulator
-
-    @property
-    def size(self) -> int:
-        return self.head.weight.shape[0]
 
     def pairs(self, keep: Tensor | None) -> Pairs:
         """Those that are kept, in slots that fill the tiles."""
@@ -100,8 +100,9 @@ class Tiles:
 
     @property
     def narrows(self) -> bool:
-        """Whether the products take d logits in the weight's 16 bits."""
-        return not self.host and self.head.weight.dtype.itemsize < self.head.accumulator.itemsize
+        """Whether the products take d logits in the weight's 16 bits; float16's gain would depend on other rows."""
+        invariant = self.fixed_rows is not None and self.head.weight.dtype == torch.float16
+        return not self.host and not invariant and self.head.weight.dtype.itemsize < self.head.accumulator.itemsize
 
     def empty(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.kernels.empty(self.head.hidden, (rows, columns), dtype or self.dtype)
@@ -192,7 +193,7 @@ class Tiles:
 
     @cached_property
     def _common(self) -> Tensor:
-        sample = self.head.weight[:: max(1, self.size // COMMON_ROWS)]
+        sample = self.head.weight[: self.size : max(1, self.size // COMMON_ROWS)]
         return sample.mean(0, dtype=torch.float32)
 
     def chain(
@@ -286,8 +287,9 @@ class Grads(NamedTuple):
         if weight:
             direct = tiles.writes_weight_itself and blocks == 1
             into_weight = tiles.empty(head.weight.shape[0], width, head.weight.dtype if direct else head.accumulator)
-            if not blocks:
-                into_weight.zero_()
+            written = tiles.size if blocks else 0
+            if written < into_weight.shape[0]:
+                into_weight[written:].zero_()
         return cls(
             new((tokens + 1, width), dtype=head.hidden.dtype if narrow else head.accumulator) if hidden else None,
             into_weight,

@@ -81,11 +81,8 @@ def check_head(arguments: HeadArguments) -> Head:
 
 def _check_tensors(arguments: HeadArguments) -> None:
     hidden, weight, targets, rows, bias, *_ = arguments
-    check_tensor("hidden", hidden, dtypes=FLOATS, ndim=2)
+    check_projection(hidden, weight, bias)
     device, tokens = hidden.device, hidden.shape[0]
-    check_tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2, device=device)
-    if weight.shape[1] != hidden.shape[1] or 0 in weight.shape:
-        raise ValueError(f"weight must have shape [V, {hidden.shape[1]}] with V at least 1; got {describe(weight)}")
     check_tensor("targets", targets, dtypes=INTEGERS, ndim=1, device=device)
     pairs = tuple(targets.shape)
     if rows is not None:
@@ -96,13 +93,38 @@ def _check_tensors(arguments: HeadArguments) -> None:
     if arguments.mask is not None:
         check_tensor("mask", arguments.mask, dtypes=(torch.bool,), device=device)
         check_shape("mask", arguments.mask, pairs, "one flag a target")
+
+
+def check_projection(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    *,
+    prefix: str = "",
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """What logits are made from, under names that begin with ``prefix``; hidden states of one of ``dtypes``."""
+    check_tensor(f"{prefix}hidden", hidden, dtypes=dtypes, ndim=2, device=device)
+    name, width = f"{prefix}weight", hidden.shape[1]
+    check_tensor(name, weight, dtypes=(hidden.dtype,), ndim=2, device=hidden.device)
+    if weight.shape[1] != width or 0 in weight.shape:
+        raise ValueError(f"{name} must have shape [V, {width}] with V at least 1; got {describe(weight)}")
     if bias is not None:
-        check_tensor("bias", bias, dtypes=(hidden.dtype,), device=device)
-        check_shape("bias", bias, tuple(weight.shape[:1]), "one number a row of weight")
+        check_tensor(f"{prefix}bias", bias, dtypes=(hidden.dtype,), device=hidden.device)
+        check_shape(f"{prefix}bias", bias, tuple(weight.shape[:1]), f"one number a row of {name}")
+
+
+def check_logit_scales(softcap: float | None, logit_scale: float, prefix: str = "") -> list[float]:
+    """[softcap, or 0 for none, logit_scale]."""
+    if softcap is not None:
+        check_number(f"{prefix}softcap", softcap, above=0)
+    check_number(f"{prefix}logit_scale", logit_scale)
+    return [float(softcap or 0), float(logit_scale)]
 
 
 def _check_scales(arguments: HeadArguments) -> tuple[Tensor | None, list[float]]:
-    hidden, temperature, softcap = arguments.hidden, arguments.temperature, arguments.softcap
+    hidden, temperature = arguments.hidden, arguments.temperature
     temperatures = None
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, dtypes=FLOATS, device=hidden.device)
@@ -112,10 +134,8 @@ def _check_scales(arguments: HeadArguments) -> tuple[Tensor | None, list[float]]
         temperatures, temperature = laid_out(temperature, accumulator(hidden)), 1.0
     else:
         check_number("temperature", temperature, above=0)
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    check_number("logit_scale", arguments.logit_scale)
-    return temperatures, [float(temperature), float(softcap or 0), float(arguments.logit_scale)]
+    scales = check_logit_scales(arguments.softcap, arguments.logit_scale)
+    return temperatures, [float(temperature), *scales]
 
 
 def _check_workspace(arguments: HeadArguments, vocabulary: int) -> int:

@@ -15,7 +15,9 @@ backward computes slices of them again (2 T V (H + H') FLOP forward, 2 T V (3 H 
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+import re
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -24,21 +26,20 @@ from torch.autograd.function import once_differentiable
 from trajkern import _backends
 from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
 from trajkern._dtypes import FLOATS, accumulator
-from trajkern._tiles.tiles import WORKSPACE
+from trajkern._tiles.arguments import Head
+from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
+from trajkern.ops._head_arguments import check_logit_scales, check_projection
 from trajkern.ops._library import define, recorded
+from trajkern.ops.head import HEAD, grads_fake
 
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor? mask, float temperature,"
-    " float beta, int workspace"
-)
+_ARGUMENTS = f"{HEAD}, {re.sub(r'(?<= )(?=[a-z_]+(,|$))', 'teacher_', HEAD)}, float beta, int? vocabulary"
 
 
-def _fake(hidden, *_):
-    saved = torch.float64 if hidden.device.type == "cpu" else accumulator(hidden)
-    return [
-        hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden)),
-        hidden.new_empty((hidden.shape[0], 6), dtype=saved),
-    ]
+def _fake(*args):
+    student, _ = Head.split(args)
+    new, tokens = student.hidden.new_empty, student.hidden.shape[0]
+    saved = torch.float64 if student.hidden.device.type == "cpu" else student.accumulator
+    return [new(tokens, dtype=student.accumulator), new((tokens, 6), dtype=saved)]
 
 
 # -> [divergence, saved = a row's (max z, sum_j exp u_j without the maximum's 1) of the student and of the teacher, log
@@ -47,9 +48,7 @@ _linear_divergence = define("divergence", f"linear_divergence({_ARGUMENTS}) -> T
 _linear_divergence_backward = define(
     "divergence",
     f"linear_divergence_backward({_ARGUMENTS}, Tensor grad, Tensor saved, bool[] needs) -> Tensor[]",
-    lambda hidden, weight, *rest: [
-        x.new_empty(x.shape) for need, x in zip(rest[-1], (hidden, weight), strict=True) if need
-    ],
+    grads_fake,
 )
 
 
@@ -57,17 +56,21 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args):
         divergence, saved = _linear_divergence(*args)
-        ctx.save_for_backward(*args[:5], saved)
-        ctx.options = args[5:]
+        student, rest = Head.split(args)
+        teacher, ctx.options = Head.split(rest)
+        ctx.save_for_backward(*student.tensors, *teacher.tensors, saved)
+        ctx.numbers = student.numbers, teacher.numbers
         return divergence
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
         *tensors, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        grads = iter(_linear_divergence_backward(*tensors, *ctx.options, grad.contiguous(), saved, [*needs]))
-        return *(next(grads) if need else None for need in needs), *(None,) * 6
+        half = len(tensors) // 2
+        heads = (*tensors[:half], *ctx.numbers[0], *tensors[half:], *ctx.numbers[1])
+        needs = ctx.needs_input_grad[:3]
+        grads = iter(_linear_divergence_backward(*heads, *ctx.options, grad.contiguous(), saved, [*needs]))
+        return *(next(grads) if need else None for need in needs), *(None,) * (len(heads) + 2 - len(needs))
 
 
 @recorded
@@ -75,79 +78,135 @@ def linear_divergence(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
     teacher_hidden: Tensor,  # [T, H']
-    teacher_weight: Tensor,  # [V, H']
+    teacher_weight: Tensor,  # [V', H']
     *,
+    # how each makes its logits
+    bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_bias: Tensor | None = None,  # [V']
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    vocabulary: int | None = None,
+    # what is measured, and how it is computed
     beta: float = 0.0,
     temperature: float = 1.0,
     mask: Tensor | None = None,  # [T]
     workspace_bytes: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """Divergence of each token's student softmax(h w^T / temperature) from the teacher's, both in nats and head-fused.
+    """Divergence of each token's student softmax(z / temperature) from the teacher's, both in nats and head-fused.
 
-    beta 0 is KL(teacher || student), beta 1 KL(student || teacher), and between lies the generalised Jensen-Shannon
-    divergence beta KL(teacher || m) + (1 - beta) KL(student || m), m = (1 - beta) student + beta teacher: what
-    GKD (arXiv:2306.13649) and TRL's ``generalized_jsd_loss`` call so. The mixture's divergence tends to 0 at both ends;
+    Each one's logits are z = softcap(logit_scale (h w^T + bias)), as in :func:`linear_logprobs`. beta 0 is
+    KL(teacher || student), beta 1 KL(student || teacher), and between lies the generalised Jensen-Shannon divergence
+    beta KL(teacher || m) + (1 - beta) KL(student || m), m = (1 - beta) student + beta teacher: what GKD
+    (arXiv:2306.13649) and TRL's ``generalized_jsd_loss`` call so. The mixture's divergence tends to 0 at both ends;
     divided by beta or by 1 - beta it tends to the KL that stands there.
 
     Args:
         hidden: float32, bfloat16, float16 or float64 (CPU) ``[T, H]``.
         weight: ``[V, H]`` of the same dtype.
         teacher_hidden: ``[T, H']`` of any of these dtypes (float64 where and only where the student is); H' may differ.
-        teacher_weight: ``[V, H']`` of the teacher's dtype, the same vocabulary.
+        teacher_weight: ``[V', H']`` of the teacher's dtype, the same tokens in the same order.
+        bias, softcap, logit_scale: of the student's logits, as in :func:`linear_logprobs`. A bias of -inf takes a token
+            out of the softmax; it adds nothing where the teacher's does the same.
+        teacher_bias, teacher_softcap, teacher_logit_scale: of the teacher's.
+        vocabulary: the number of leading ids that count, at most V and V'. The rows from there on are in neither
+            softmax, as if both models' logits were cut off; they are not read, and their gradient is 0. None: all of V,
+            which must be V'. Models whose weights are padded to unequal sizes (Qwen2.5: 151,936 and 152,064 rows) need
+            it: the tokenizer's own number of ids, or the smaller V, which keeps the padding that both have.
         beta: in [0, 1].
         temperature: a positive number, which divides both logits. The divergence is not multiplied by its square.
         mask: bool ``[T]``; a False token gives 0 and has gradient 0, and on a CPU is not computed.
         workspace_bytes: bound of the memory for both logits, at least one row of each; 64 MiB on a CPU and 256 MiB on a
             GPU if None. The bits change only where the number of rows that fit does.
+        batch_invariant: whether a token's divergence and its d hidden have the same bits whatever other tokens are in
+            the call and wherever it stands, as in :func:`linear_logprobs`: blocks of 64 rows on a CPU and 256 on a GPU.
 
     Returns:
-        The divergence ``[T]``, never negative; float32 (float64 for float64 inputs). Differentiable once, in hidden and
-        weight; the teacher gets no gradient.
+        The divergence ``[T]``, never negative; float32 (float64 for float64 inputs). Differentiable once, in hidden,
+        weight and bias; the teacher gets no gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    arguments = _check(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, beta, workspace_bytes)
-    if _backends.wants_reference("divergence", hidden):
-        return _backends.reference().linear_divergence(
-            hidden, weight, teacher_hidden, teacher_weight, beta=beta, temperature=temperature, mask=mask
-        )
-    return _LinearDivergence.apply(*arguments)
-
-
-def _check(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, beta, workspace_bytes):
-    check_tensor("hidden", hidden, dtypes=FLOATS, ndim=2)
-    device, tokens = hidden.device, hidden.shape[0]
-    check_tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2, device=device)
-    if weight.shape[1] != hidden.shape[1] or 0 in weight.shape:
-        raise ValueError(f"weight must have shape [V, {hidden.shape[1]}] with V at least 1; got {describe(weight)}")
-    dtypes = tuple(x for x in FLOATS if (x == torch.float64) == (hidden.dtype == torch.float64))
-    check_tensor("teacher_hidden", teacher_hidden, dtypes=dtypes, ndim=2, device=device)
-    if teacher_hidden.shape[0] != tokens or teacher_hidden.shape[1] == 0:
-        shape = f"[{tokens}, H'] with H' at least 1"
-        raise ValueError(f"teacher_hidden must have shape {shape}; got {describe(teacher_hidden)}")
-    check_tensor("teacher_weight", teacher_weight, dtypes=(teacher_hidden.dtype,), device=device)
-    expected = (weight.shape[0], teacher_hidden.shape[1])
-    check_shape("teacher_weight", teacher_weight, expected, "the student's vocabulary, the teacher's H")
+    student = _Side(hidden, weight, bias, softcap, logit_scale)
+    teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    vocabulary = _check_sides(student, teacher, vocabulary)
     _check_beta(beta)
     check_number("temperature", temperature, above=0)
     _check_mask(mask, hidden)
-    row = 2 * weight.shape[0] * accumulator(hidden).itemsize
+    options = _check_options(student, vocabulary, workspace_bytes, batch_invariant)
+    heads = student.head("", mask, temperature, options), teacher.head("teacher_", None, temperature, options)
+    if _backends.wants_reference("divergence", hidden):
+        return _backends.reference().linear_divergence(
+            **student.named(""),
+            **teacher.named("teacher_"),
+            vocabulary=vocabulary,
+            beta=beta,
+            temperature=temperature,
+            mask=mask,
+        )
+    return _LinearDivergence.apply(*heads[0], *heads[1], float(beta), vocabulary)
+
+
+class _Side(NamedTuple):
+    """What one of the two models makes its logits from, by the names of the head's arguments."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def named(self, prefix: str) -> dict[str, Any]:
+        return {f"{prefix}{name}": value for name, value in self._asdict().items()}
+
+    def head(self, prefix: str, mask: Tensor | None, temperature: float, options: list[int]) -> Head:
+        scales = [float(temperature), *check_logit_scales(self.softcap, self.logit_scale, prefix)]
+        return Head.of_states(*self[:3], laid_out(mask, torch.bool), scales, options)
+
+
+def _check_sides(student: _Side, teacher: _Side, vocabulary: int | None) -> int | None:
+    """Raises, or returns the number of ids that count."""
+    hidden, weight = student[:2]
+    check_projection(*student[:3])
+    dtypes = tuple(x for x in FLOATS if (x == torch.float64) == (hidden.dtype == torch.float64))
+    check_projection(*teacher[:3], prefix="teacher_", dtypes=dtypes, device=hidden.device)
+    if teacher.hidden.shape[0] != hidden.shape[0]:
+        shape = f"[{hidden.shape[0]}, H'], the student's tokens"
+        raise ValueError(f"teacher_hidden must have shape {shape}; got {describe(teacher.hidden)}")
+    sizes = weight.shape[0], teacher.weight.shape[0]
+    if vocabulary is None:
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"teacher_weight must have the {sizes[0]} rows of weight, got {sizes[1]}; if their leading ids are the "
+                f"same tokens and the rest is padding, vocabulary= says how many they are, at most {min(sizes)}"
+            )
+        return None
+    if isinstance(vocabulary, bool | Tensor) or not isinstance(vocabulary, SupportsIndex):
+        raise TypeError(f"vocabulary must be an integer, got {describe(vocabulary)}")
+    if not 1 <= operator.index(vocabulary) <= min(sizes):
+        raise ValueError(f"vocabulary must be 1 to {min(sizes)}, the ids that both weights have; got {vocabulary}")
+    return operator.index(vocabulary)
+
+
+def _check_options(
+    student: _Side, vocabulary: int | None, workspace_bytes: int | None, batch_invariant: bool
+) -> list[int]:
+    """As a head's: what it keeps, half of the workspace, and whether its blocks are of one size."""
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant must be True or False, got {describe(batch_invariant)}")
+    hidden = student.hidden
+    rows = FIXED_ROWS[hidden.is_cpu] if batch_invariant else 1
+    least = rows * 2 * (vocabulary or student.weight.shape[0]) * accumulator(hidden).itemsize
     if workspace_bytes is None:
-        workspace_bytes = max(row, WORKSPACE[hidden.is_cpu])
+        workspace_bytes = max(least, WORKSPACE[hidden.is_cpu])
     check_number("workspace_bytes", workspace_bytes)
-    if workspace_bytes < row:
-        raise ValueError(f"workspace_bytes must hold one row of both logits, {row} bytes; got {workspace_bytes}")
-    return (
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
-        laid_out(mask, torch.bool),
-        float(temperature),
-        float(beta),
-        int(workspace_bytes),
-    )
+    if workspace_bytes < least:
+        what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
+        raise ValueError(f"workspace_bytes must hold {what} of both logits, {least} bytes; got {workspace_bytes}")
+    return [0, int(workspace_bytes) // 2, int(batch_invariant)]
 
 
 def _check_beta(beta: float) -> None:

@@ -9,26 +9,37 @@ import torch
 from torch import Tensor
 
 from trajkern._dtypes import accumulator
+from trajkern.reference.head import logits
 
 
 def linear_divergence(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
     teacher_hidden: Tensor,  # [T, H']
-    teacher_weight: Tensor,  # [V, H']
+    teacher_weight: Tensor,  # [V', H']
     *,
+    bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_bias: Tensor | None = None,  # [V']
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    vocabulary: int | None = None,
     beta: float = 0.0,
     temperature: float = 1.0,
     mask: Tensor | None = None,  # [T]
     **_: Any,
 ) -> Tensor:
     """See :func:`trajkern.linear_divergence`; the workspace has no meaning here."""
-    dtype = accumulator(hidden)
     if mask is not None:
         hidden, teacher_hidden = (torch.where(mask[:, None], h, 0) for h in (hidden, teacher_hidden))
-    student = torch.log_softmax(hidden.to(dtype) @ weight.to(dtype).t() / temperature, -1)
+    weight, teacher_weight = weight[:vocabulary], teacher_weight[:vocabulary]
+    bias, teacher_bias = (None if b is None else b[:vocabulary] for b in (bias, teacher_bias))
+    z = logits(hidden, weight, bias, softcap, logit_scale)
+    student = torch.log_softmax(z / temperature, -1)
     with torch.no_grad():
-        teacher = torch.log_softmax(teacher_hidden.to(dtype) @ teacher_weight.to(dtype).t() / temperature, -1)
+        z = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+        teacher = torch.log_softmax(z / temperature, -1)
     divergence = _divergence(student, teacher, beta)
     return divergence if mask is None else torch.where(mask, divergence, 0)
 

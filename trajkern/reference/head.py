@@ -40,19 +40,10 @@ def linear_token_stats(
     rows = torch.arange(targets.shape[0], device=targets.device) if rows is None else rows.long()
     if mask is not None:
         rows, targets = torch.where(mask, rows, 0), torch.where(mask, targets, 0)
-    dtype = accumulator(hidden)
     h = hidden[rows] if hidden.shape[0] else hidden[:0]
     if mask is not None:
         h = torch.where(mask[:, None], h, 0)
-    if logits_dtype == hidden.dtype:
-        z = (h @ weight.t()).to(dtype)
-    else:
-        z = h.to(dtype) @ weight.to(dtype).t()
-    if bias is not None:
-        z = z + bias.to(dtype)
-    z = logit_scale * z
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = logits(h, weight, bias, softcap, logit_scale, rounded=logits_dtype == hidden.dtype)
     t = temperature[rows] if isinstance(temperature, Tensor) else temperature
     mean = (z.detach() / (t[:, None] if isinstance(t, Tensor) else t)).mean(1)
     if sampling_support is not None:
@@ -62,6 +53,24 @@ def linear_token_stats(
     if "mean_logit" not in outputs:
         return stats
     return stats._replace(mean_logit=mean if mask is None else torch.where(mask, mean, 0))
+
+
+def logits(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    softcap: float | None,
+    logit_scale: float,
+    *,
+    rounded: bool = False,
+) -> Tensor:
+    """softcap(logit_scale (h w^T + bias)), the product in the accumulator's dtype, or ``rounded`` to the inputs'."""
+    dtype = accumulator(hidden)
+    z = (hidden @ weight.t()).to(dtype) if rounded else hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = logit_scale * z
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def _supported(support: tuple[Tensor, Tensor], z: Tensor) -> Tensor:

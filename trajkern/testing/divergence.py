@@ -16,14 +16,19 @@ def _randn(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def _heads(tokens: int, width: int, vocabulary: int, scale: float = 1.0, teacher: int | None = None, **options):
-    """A student and a teacher of another width, logits of about this spread; options are values or functions."""
+def _heads(
+    tokens: int, width: int, size: int, scale: float = 1.0, teacher: int | None = None, padding: int = 0, **options
+):
+    """A student and a teacher of another width, logits of about this spread; options are values or functions.
+
+    ``padding``: more rows of the teacher's weight.
+    """
 
     def make(g: torch.Generator) -> Inputs:
         inputs = {}
-        for prefix, size in (("", width), ("teacher_", teacher or width + 3)):
-            inputs[f"{prefix}hidden"] = _randn(g, tokens, size)
-            inputs[f"{prefix}weight"] = _randn(g, vocabulary, size) * (scale / size**0.5)
+        for prefix, count, rows in (("", width, size), ("teacher_", teacher or width + 3, size + padding)):
+            inputs[f"{prefix}hidden"] = _randn(g, tokens, count)
+            inputs[f"{prefix}weight"] = _randn(g, rows, count) * (scale / count**0.5)
         for name, value in options.items():
             inputs[name] = value(g, inputs) if callable(value) else value
         return inputs
@@ -37,6 +42,12 @@ def _mask(g: torch.Generator, inputs: Inputs) -> Tensor:
 
 def _none(g: torch.Generator, inputs: Inputs) -> Tensor:
     return torch.zeros(inputs["hidden"].shape[0], dtype=torch.bool)
+
+
+def _biases(g: torch.Generator, inputs: Inputs) -> Tensor:
+    """The student's, after the teacher's."""
+    inputs["teacher_bias"] = _randn(g, inputs["teacher_weight"].shape[0])
+    return _randn(g, inputs["weight"].shape[0])
 
 
 def _edited(make: Callable[[torch.Generator], Inputs], edit: Callable[[Inputs], None]):
@@ -84,6 +95,20 @@ def _masked_rubbish(x: Inputs) -> None:
     x["teacher_hidden"][~x["mask"]] = torch.inf
 
 
+def _rubbish_behind(x: Inputs) -> None:
+    for name in ("weight", "bias", "teacher_weight", "teacher_bias"):
+        x[name][x["vocabulary"] :] = torch.nan
+
+
+def _impossible(x: Inputs) -> None:
+    """Tokens that neither can sample, some that only the teacher cannot, some that only the student cannot."""
+    x["bias"][20:30] = x["teacher_bias"][20:30] = -torch.inf
+    if x["beta"] < 1:
+        x["teacher_bias"][30:40] = -torch.inf
+    if x["beta"] > 0:
+        x["bias"][40:50] = -torch.inf
+
+
 def _grid(name: str, make: Callable[..., Callable[[torch.Generator], Inputs]], reason: str, edit=None, large=False):
     """The case at both ends and between."""
     for kind, beta in (("", 0.0), ("_reverse", 1.0), ("_mixture", 0.3)):
@@ -91,6 +116,7 @@ def _grid(name: str, make: Callable[..., Callable[[torch.Generator], Inputs]], r
         yield Case(name + kind, _edited(maker, edit) if edit else maker, reason, large)
 
 
+_BENT = {"softcap": 4.0, "logit_scale": 0.5, "teacher_softcap": 3.0, "teacher_logit_scale": -0.8, "temperature": 0.7}
 CASES = (
     *_grid("typical", lambda **o: _heads(17, 64, 257, **o), "the plain case: no size is a multiple of a tile's"),
     *_grid("one_row", lambda **o: _heads(1, 24, 257, 3.0, **o), "a product with one row takes other paths"),
@@ -112,6 +138,18 @@ CASES = (
     *_grid("close", lambda **o: _heads(5, 16, 70, **o), "a divergence of second order in a small difference", _close),
     *_grid("certain", lambda **o: _heads(3, 8, 50, teacher=8, **o), "float32 rounds both p to 1", _certain),
     *_grid("opposed", lambda **o: _heads(3, 8, 50, teacher=8, **o), "each is certain of another token", _opposed),
+    *_grid(
+        "everything",
+        lambda **o: _heads(6, 16, 70, 3.0, padding=5, vocabulary=67, bias=_biases, mask=_mask, **_BENT, **o),
+        "bias, scale and softcap on both sides, weights padded unequally, a temperature and a mask",
+        _rubbish_behind,
+    ),
+    Case("softcap", _heads(5, 16, 130, 20.0, softcap=5.0, beta=0.3), "logits deep inside the student's bend"),
+    Case("unlike", _heads(5, 16, 66, bias=_biases, logit_scale=1.7, teacher_softcap=0.5), "a softcap on one side"),
+    *_grid(
+        "impossible", lambda **o: _heads(5, 16, 70, bias=_biases, **o), "a bias of -inf, on both sides", _impossible
+    ),
+    Case("batch_invariant", _heads(6, 8, 33, batch_invariant=True, bias=_biases, mask=_mask), "blocks filled up"),
     Case("very_negative", _edited(_heads(4, 16, 300), _common_offset(-1e4)), "the student's logits near -1e4"),
     Case("common_offset", _edited(_heads(4, 16, 300, beta=0.5), _common_offset(1e4)), "an offset of 1e4"),
     Case("near_fp16_limit", _heads(3, 16, 64, 2e4, beta=1.0), "logits that overflow fp16"),
@@ -119,17 +157,20 @@ CASES = (
 
 
 def _reordered(inputs: Inputs) -> Inputs:
-    """The vocabulary backwards, and the hidden dimensions."""
+    """The vocabulary backwards, without what is cut off, and the hidden dimensions."""
+    size = inputs.get("vocabulary")
     turned = {k: inputs[k].flip(-1) for k in ("hidden", "teacher_hidden")}
-    return inputs | turned | {k: inputs[k].flip(0, 1) for k in ("weight", "teacher_weight")}
+    turned |= {k: inputs[k][:size].flip(0, 1) for k in ("weight", "teacher_weight")}
+    turned |= {k: inputs[k][:size].flip(0) for k in ("bias", "teacher_bias") if k in inputs}
+    return inputs | turned
 
 
 LINEAR_DIVERGENCE = OpSpec(
     name="linear_divergence",
     family="divergence",
     outputs=lambda x: {"divergence": x},
-    differentiable=("hidden", "weight"),
-    typed=("hidden", "weight", "teacher_hidden", "teacher_weight"),
+    differentiable=("hidden", "weight", "bias"),
+    typed=("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias"),
     dtypes=DTYPES,
     triton_dtypes=DTYPES[:3],
     cases=CASES,
