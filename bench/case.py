@@ -96,7 +96,10 @@ class Problem:
         if not self.grad:
             return inputs
         names = [k for k in OPS[self.op].differentiable if isinstance(inputs.get(k), Tensor)]
-        return inputs | {k: inputs[k].detach().clone().requires_grad_() for k in names}
+        leaves = {k: inputs[k].detach().clone().requires_grad_() for k in names}
+        if inputs.get("inplace_backward"):  # a leaf may not be overwritten
+            leaves = {k: x * 1 for k, x in leaves.items()}
+        return inputs | leaves
 
     def _gradients(self, outputs: Outcome, inputs: Inputs, upstream: dict[str, Tensor]) -> Outcome:
         leaves = {k: inputs[k] for k in OPS[self.op].differentiable if isinstance(inputs.get(k), Tensor)}

@@ -71,47 +71,6 @@ def test_inputs_are_not_written(spec, case, device) -> None:
         assert torch.equal(x.nan_to_num(9.0), inputs[name].detach().nan_to_num(9.0)), name
 
 
-class TestInplaceBackward:
-    def _logits(self, dtype=torch.float32, shape=(4, 6, 50)):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("cut", [slice(None), slice(None, -1)], ids=["whole", "shifted"])
-    def test_equals_out_of_place(self, dtype, cut) -> None:
-        grads = []
-        for inplace in (False, True):
-            leaf = self._logits(dtype)
-            logits = (leaf * 1.0)[:, cut]
-            targets = torch.arange(logits.shape[0] * logits.shape[1]).reshape(logits.shape[:2]) % 50
-            tk.token_logprobs(logits, targets, inplace_backward=inplace).square().sum().backward()
-            grads.append(leaf.grad)
-        assert torch.equal(*grads)
-
-    def test_writes_over_the_logits(self) -> None:
-        logits = self._logits().detach() * 1.0
-        memory = logits.requires_grad_() * 1.0
-        address, seen = memory.data_ptr(), []
-        memory.register_hook(lambda g: seen.append(g.data_ptr()))
-        tk.token_logprobs(memory, torch.zeros(4, 6, dtype=torch.int64), inplace_backward=True).sum().backward()
-        assert seen == [address]
-
-    def test_second_backward_raises(self) -> None:
-        logprobs = tk.token_logprobs(self._logits() * 1.0, torch.zeros(4, 6, dtype=torch.int64), inplace_backward=True)
-        logprobs.sum().backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="inplace_backward"):
-            logprobs.sum().backward()
-
-
-def test_policy_loss_second_backward_raises() -> None:
-    logprobs = torch.randn(4, requires_grad=True)
-    loss, _ = tk.policy_loss(
-        logprobs, torch.randn(4), torch.ones(1), torch.tensor([0, 4]), config=tk.PolicyLoss("reinforce")
-    )
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
-        loss.backward()
-
-
 def test_zero_coefficients_save_and_read_nothing() -> None:
     """kl_coef 0: ref_logprobs is not read; entropy_coef 0: no gradient is formed for it."""
     args = (torch.randn(4, requires_grad=True), torch.randn(4), torch.ones(1), torch.tensor([0, 4]))

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from trajkern import _backends
+from trajkern.ops._autograd import is_transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("trajkern", "DEF")
@@ -28,14 +31,35 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
     for device, launch in launchers.items():
         LIBRARY.impl(name, launch, device.upper())
     op = getattr(torch.ops.trajkern, name).default
+    written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
+    if written:
+        _count_writes(name, op, written)
 
     def call(*args: Any) -> Any:
         x = args[0]
-        if torch.compiler.is_dynamo_compiling() or type(x) is not torch.Tensor or _is_watched() or x.is_meta:
+        if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or _is_watched() or x.is_meta:
             return op(*args)
+        _increment_versions(args, written)
         return launchers["cpu" if x.is_cpu else x.device.type](*args)
 
     return call
+
+
+def _increment_versions(args: tuple[Any, ...], written: list[int]) -> None:
+    """Tells autograd that these arguments change, so that whoever saved one of them for a backward raises."""
+    for i in written:
+        if args[i] is not None:
+            increment_version(args[i])
+
+
+def _count_writes(name: str, op: Any, written: list[int]) -> None:
+    """The same for calls through torch's dispatcher, which leaves it to the op."""
+
+    def counted(keyset: Any, *args: Any) -> Any:
+        _increment_versions(args, written)
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIBRARY.impl(name, counted, "ADInplaceOrView", with_keyset=True)
 
 
 def _is_watched() -> bool:
@@ -48,14 +72,30 @@ def _is_watched() -> bool:
 
 
 def recorded(function: Function) -> Function:
-    """Shows a public function's name to a running profiler, and as an NVTX range under ``emit_nvtx``."""
+    """What every public function has around it: a name for profilers, and for what torch cannot do with its kernels.
+
+    The name is shown to a running profiler, and as an NVTX range under ``emit_nvtx``.
+    """
     name = f"trajkern.{function.__name__}"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or not torch.autograd._profiler_enabled():
+        if torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        if is_transformed():
+            return _transformed(name, function, args, kwargs)
+        if not torch.autograd._profiler_enabled():
             return function(*args, **kwargs)
         with torch.profiler.record_function(name):
             return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _transformed(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Inside transforms of torch.func and levels of forward-mode AD plain torch runs, and kernels raise."""
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:  # torch's, which says nothing of the op
+        why = "runs in no transform of torch.func (grad, vmap, jvp, ...) and has no forward-mode derivative"
+        raise RuntimeError(f"{name} {why}; torch.autograd differentiates it once") from error

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import (
@@ -30,6 +29,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import GAE
 from trajkern.ops import _rank_moments
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 
 BASELINES = ("mean", "leave_one_out", "none")
@@ -85,7 +85,7 @@ class _GroupAdvantages(torch.autograd.Function):
         return _group_advantages(rewards, group_ids, gate, weights, *options)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("group_advantages")
     def backward(ctx: Any, grad):
         return _group_advantages_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *(None,) * 8
 
@@ -98,7 +98,7 @@ class _GAE(torch.autograd.Function):
         return _gae(rewards, values, cu_seqlens, bootstrap, mask, gamma, lam)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("discounted_returns", "gae", linear=True)
     def backward(ctx: Any, grad):
         needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         grads = _gae_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.decay, *needs)
@@ -115,7 +115,7 @@ class _Whiten(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("whiten")
     def backward(ctx: Any, grad):
         return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
 
@@ -159,7 +159,7 @@ def group_advantages(
 
     Returns:
         ``[N]`` float32 (float64 for float64 rewards). A constant group is exactly 0 with a baseline. Differentiable
-        once, in the rewards; a constant group's standard deviation counts as constant.
+        once, in the rewards alone; a constant group's standard deviation counts as constant.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

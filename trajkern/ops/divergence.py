@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
 from trajkern._dtypes import FLOATS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._head_arguments import check_logit_scales, check_projection
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
@@ -63,7 +63,7 @@ class _LinearDivergence(torch.autograd.Function):
         return divergence
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_divergence")
     def backward(ctx: Any, grad):
         *tensors, saved = ctx.saved_tensors
         half = len(tensors) // 2
@@ -243,7 +243,7 @@ def topk_divergence(
 
     Returns:
         The divergence ``[T]``; float32 (float64 for float64 log-probs of the student), differentiable in
-        student_logprobs. It is at most that of the whole distributions.
+        student_logprobs alone. It is at most that of the whole distributions.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was; on a CPU also where a row's

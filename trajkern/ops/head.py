@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_choice, describe, readable
 from trajkern._results import TokenStats
 from trajkern._tiles.arguments import Head
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head
 from trajkern.ops._library import define, recorded
 
@@ -77,7 +77,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return logprobs, *rest
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_logprobs", "linear_token_stats")
     def backward(ctx: Any, grad_logprobs, *grad_rest):
         none = (None,) * (len(Head._fields) + 1)
         if ctx.unit:
@@ -152,8 +152,9 @@ def linear_logprobs(
             d weight keeps its sum over blocks in float32.
 
     Returns:
-        log p ``[P]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight and bias; with only
-        hidden requiring a gradient, it is formed in the forward.
+        log p ``[P]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight and bias, and in no
+        other argument, a tensor of temperatures neither; with only hidden requiring a gradient, it is formed in the
+        forward.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._dtypes import accumulator
@@ -19,6 +18,7 @@ from trajkern._tiles.arguments import Head
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import METRICS
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
@@ -59,7 +59,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, metrics, logprobs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_policy_loss")
     def backward(ctx: Any, grad_loss, *_):
         grads = scaled_once(ctx, "linear_policy_loss", grad_loss)
         return *(None if grad is None else grad.to(ctx.dtype) for grad in grads), *(None,) * ctx.others
@@ -123,7 +123,8 @@ def linear_policy_loss(
             update on the batch.
 
     Returns:
-        (loss, metrics) as :func:`policy_loss`, the loss differentiable once in hidden, weight and bias.
+        (loss, metrics) as :func:`policy_loss`, the loss differentiable once in hidden, weight and bias; no other
+        argument gets a gradient, a tensor of temperatures neither.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import (
@@ -29,6 +28,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 
 OUTPUTS = ("entropy", "sum_sq_probs", "is_top1")  # bit i of the op's ``outputs``
@@ -78,8 +78,10 @@ class _TokenStats(torch.autograd.Function):
         return logprobs, *rest
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("token_logprobs", "token_stats")
     def backward(ctx: Any, grad_logprobs, *grad_rest):
+        if ctx.inplace == "spent":
+            raise RuntimeError("inplace_backward: the first backward has overwritten the logits; run the forward again")
         logits, targets, temperatures, mask, logprobs, norm, entropy = ctx.saved_tensors
         grad_entropy = None if entropy is None else grad_rest[0]
         if grad_logprobs is None and grad_entropy is None:
@@ -89,8 +91,6 @@ class _TokenStats(torch.autograd.Function):
         args = (logits, targets, temperatures, ctx.temperature, mask, logprobs, norm, entropy)
         if not ctx.inplace:
             return _token_stats_backward(grad_logprobs, grad_entropy, *args), *(None,) * 6
-        if ctx.inplace == "spent":
-            raise RuntimeError("inplace_backward: the first backward has overwritten the logits; run the forward again")
         ctx.inplace = "spent"
         _token_stats_backward_(grad_logprobs, grad_entropy, *args)
         return logits.detach(), *(None,) * 6
@@ -114,10 +114,14 @@ def token_logprobs(
         temperature: a positive number, or positive floats of the leading shape.
         mask: bool of the leading shape; a False row is not read, gives 0 and has gradient 0.
         inplace_backward: write the gradient over the logits' memory and return it, so that no second tensor of that
-            size exists. The logits are lost; a second backward raises. Under ``torch.compile`` a new tensor is made.
+            size exists. The logits are lost: a second backward raises, and so does the backward of any other op that
+            saved them and comes later. As for torch's own in-place ops the logits must not share memory among
+            themselves, nor be a leaf that requires a gradient or a view of one. Under ``torch.compile`` a new tensor is
+            made.
 
     Returns:
-        log p, the leading shape; float32 (float64 for float64 logits). Differentiable once, in the logits.
+        log p, the leading shape; float32 (float64 for float64 logits). Differentiable once, in the logits;
+        no other argument gets a gradient, a tensor of temperatures neither.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -169,6 +173,8 @@ def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Seq
         dtype = accumulator(logits)
         temperatures, temperature = laid_out(temperature, dtype), 1.0
     inplace = inplace_backward and not torch.compiler.is_compiling()
+    if inplace and logits.requires_grad and torch.is_grad_enabled():
+        _check_overwritten(logits)
     bits = sum(1 << i for i, name in enumerate(OUTPUTS) if name in outputs) if outputs else 0
     return _TokenStats.apply(
         logits,
@@ -200,3 +206,29 @@ def _check(logits, targets, temperature, mask) -> None:
                 raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
     else:
         check_number("temperature", temperature, above=0)
+
+
+def _check_overwritten(logits: Tensor) -> None:
+    """Raises where torch would not let an in-place op write into the logits."""
+    if _may_overlap(logits):
+        raise ValueError(
+            "logits must not overlap themselves in memory where inplace_backward is True; "
+            f"got {describe(logits)} with strides {logits.stride()}"
+        )
+    base = logits if logits._base is None else logits._base
+    if logits.is_leaf or base.is_leaf and base.requires_grad:
+        raise ValueError(
+            "logits must not be a leaf that requires a gradient, or a view of one, where inplace_backward is True, "
+            f"which would write the leaf's gradient over its values; got {describe(logits)}"
+        )
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether two places of x may be one in memory: False where each stride steps over all of the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return x.numel() > 0
+            reach += (size - 1) * stride
+    return False

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import laid_out
@@ -23,6 +22,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.inputs import LossInputs
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.tree import branch_coefficients
@@ -99,7 +99,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("policy_loss")
     def backward(ctx: Any, grad_loss, _):
         return *scaled_once(ctx, "policy_loss", grad_loss), *(None,) * (1 + len(LossInputs._fields))
 
@@ -182,10 +182,10 @@ def policy_loss(
         per_token: whether advantages are per token; None: by their length, per trajectory where N = T.
 
     Returns:
-        (loss, metrics): a float32 scalar (float64 for float64 logprobs), differentiable once in logprobs and entropy,
-        and a dict of scalars on the device over the unmasked tokens: "clip_fraction" (ratio clipped, or token
-        dropped), "approx_kl" (mean of old - new), "ratio_mean", "ratio_max", "entropy", "kl" (0 where not computed),
-        "num_tokens".
+        (loss, metrics): a float32 scalar (float64 for float64 logprobs), differentiable once in logprobs and entropy
+        (no other argument gets a gradient), and a dict of scalars on the device over the unmasked tokens:
+        "clip_fraction" (ratio clipped, or token dropped), "approx_kl" (mean of old - new), "ratio_mean", "ratio_max",
+        "entropy", "kl" (0 where not computed), "num_tokens".
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import (
@@ -38,6 +37,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Reflection
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 
 
@@ -80,7 +80,7 @@ class _Reflection(torch.autograd.Function):
         return tuple(_reflection_rewards(logprobs, cu_seqlens, order, rank, bounds, baseline, *options))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("variance_weights", "reflection_rewards")
     def backward(ctx: Any, *grads):
         ddof, normalize, rewarded = ctx.options
         upstream = [None if g is None else g.contiguous() for g in grads]

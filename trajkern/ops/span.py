@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_choice, check_shape, check_tensor, laid_out
@@ -22,6 +21,7 @@ from trajkern._results import Branch
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 
 REDUCTIONS = ("sum", "mean", "max", "min")
@@ -65,7 +65,7 @@ class SpanReduce(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("span_reduce", linear=True)
     def backward(ctx: Any, grad):
         start, end, *extreme = ctx.saved_tensors
         if _is_extreme(ctx.op):
@@ -82,7 +82,7 @@ class _Spread(torch.autograd.Function):
         return _spread(values, start, end, tokens)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("spread", linear=True)
     def backward(ctx: Any, grad):
         return _span_reduce(grad.contiguous(), *ctx.saved_tensors, SUM), None, None, None
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import (
@@ -34,6 +33,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.tree import Tree
+from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 
 REDUCTIONS = ("sum", "mean", "max", "min", "var")
@@ -90,7 +90,7 @@ class _SubtreeReduce(torch.autograd.Function):
         return _subtree_reduce(leaf_values, list(tree), op)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("subtree_reduce")
     def backward(ctx: Any, grad):
         leaf_values, *tree = ctx.saved_tensors
         return _subtree_reduce_backward(grad.contiguous(), leaf_values, tree, ctx.op), *(None,) * 8
@@ -104,7 +104,7 @@ class _SiblingAdvantages(torch.autograd.Function):
         return _sibling_advantages(node_values, list(tree), *rule)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("sibling_advantages")
     def backward(ctx: Any, grad):
         node_values, *tree = ctx.saved_tensors
         return _sibling_advantages_backward(grad.contiguous(), node_values, tree, *ctx.rule), *(None,) * 8
@@ -120,7 +120,7 @@ class _BranchCoefficients(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("branch_coefficients", linear=True)
     def backward(ctx: Any, positive, negative, *_):
         leaf_advantages, leaf_weights, *tree = ctx.saved_tensors
         none = leaf_advantages.new_zeros

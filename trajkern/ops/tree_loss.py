@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trajkern import _backends
 from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
@@ -20,6 +19,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 from trajkern.ops import span
 from trajkern.ops import tree as ops
+from trajkern.ops._autograd import differentiable_once
 
 _SUM = ops.REDUCTIONS.index("sum")
 
@@ -67,7 +67,7 @@ class _PathSums(torch.autograd.Function):
         return ops._subtree_reduce_backward(values, leaves, list(tree), _SUM)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("policy_loss", linear=True)
     def backward(ctx: Any, grad):
         return ops._subtree_reduce(grad.contiguous(), list(ctx.saved_tensors), _SUM), *(None,) * 8
 

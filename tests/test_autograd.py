@@ -1,0 +1,238 @@
+"""What autograd does with every differentiable op: right, or an error with the op's public name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import trajkern as tk
+from trajkern.testing import SPECS, OpSpec
+
+LINEAR = {"discounted_returns", "gae", "span_reduce", "spread", "branch_coefficients"}  # in what they differentiate
+FORMED = {"policy_loss", "linear_policy_loss"}  # their gradients exist once, from the forward
+NAMED = {"linear_policy_loss": "full", "policy_loss": "tis_grpo", "linear_token_stats": "everything"}
+OPS = [spec.name for spec in SPECS]
+VERSION = "modified by an inplace operation"
+
+
+class Problem:
+    """An op on one small case: its arguments, those with a gradient apart, and a fixed number made of its results."""
+
+    def __init__(self, name: str) -> None:
+        self.spec: OpSpec = next(spec for spec in SPECS if spec.name == name)
+        case = next(c for c in self.spec.cases if not c.large and c.name == NAMED.get(name, c.name))
+        self.inputs: dict[str, Any] = self.spec.inputs(case, torch.float32)
+        given = (k for k in self.spec.differentiable if isinstance(self.inputs.get(k), Tensor))
+        self.leaves = {k: self.inputs[k].detach().requires_grad_() for k in given}
+
+    def results(self, **arguments: Any) -> list[Tensor]:
+        """Those with a gradient."""
+        outputs = self.spec.outputs(getattr(tk, self.spec.name)(**self.inputs | self.leaves | arguments))
+        recorded = {name: x for name, x in outputs.items() if x.requires_grad or not torch.is_grad_enabled()}
+        return [x for name, x in recorded.items() if name not in self.spec.no_grad_outputs]
+
+    def loss(self, **arguments: Any) -> Tensor:
+        return self.weighted_sum(self.results(**arguments))
+
+    @classmethod
+    def weighted_sum(cls, results: list[Tensor]) -> Tensor:
+        return torch.stack([(x * weight).sum() for x, weight in cls.weighted(results)]).sum()
+
+    @staticmethod
+    def weighted(results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        g = torch.Generator().manual_seed(0)
+        return [(x, torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)) for x in results]
+
+    def gradients(self, loss: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, list(self.leaves.values()), **options)
+
+    @property
+    def expected(self) -> tuple[Tensor, ...]:
+        return self.gradients(self.loss())
+
+
+def same(left: Any, right: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_backward(op: str) -> None:
+    problem = Problem(op)
+    loss = problem.loss()
+    first = [g.clone() for g in problem.gradients(loss, retain_graph=True)]
+    if op in FORMED:
+        with pytest.raises(RuntimeError, match=f"{op}: a second backward"):
+            problem.gradients(loss)
+    else:
+        assert same(problem.gradients(loss), first)
+    assert same(problem.expected, first)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives(op: str) -> None:
+    """None is left out without a word: not where the upstream is a constant, and not where another path has one."""
+    problem = Problem(op)
+    penalty = sum(x.square().sum() for x in problem.leaves.values())
+    if op not in LINEAR:
+        for loss in (problem.loss(), problem.loss() + penalty):
+            with pytest.raises(RuntimeError, match=f"trajkern.{op}.*differentiable once"):
+                problem.gradients(loss, create_graph=True)
+        return
+    gradients = problem.gradients(problem.loss() + penalty, create_graph=True)
+    second = problem.gradients(sum(g.square().sum() for g in gradients))
+    for gradient, x in zip(gradients, second, strict=True):
+        assert torch.equal(x, 4 * gradient.detach())
+    with pytest.raises(RuntimeError, match=f"trajkern.{op}.*differentiable once"):
+        problem.gradients(problem.loss().square(), create_graph=True)
+
+
+def _dual(problem: Problem, name: str, function: Callable[..., Any]) -> None:
+    with forward_ad.dual_level():
+        x = problem.leaves[name].detach()
+        function(**{name: forward_ad.make_dual(x, torch.ones_like(x))})
+
+
+TRANSFORMS: dict[str, Callable[[Problem, str, Callable[..., Any]], Any]] = {
+    "grad": lambda problem, name, f: torch.func.grad(lambda x: f(**{name: x}))(problem.leaves[name].detach()),
+    "jvp": lambda problem, name, f: torch.func.jvp(
+        lambda x: f(**{name: x}), (problem.leaves[name].detach(),), (problem.leaves[name].detach(),)
+    ),
+    "vmap": lambda problem, name, f: torch.func.vmap(lambda x: f(**{name: x}))(problem.leaves[name].detach()[None]),
+    "forward_ad": _dual,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_are_refused_by_name(op: str, transform: str) -> None:
+    problem = Problem(op)
+    for name in problem.leaves:
+        with pytest.raises(RuntimeError, match=f"trajkern.{op} runs in no transform"):
+            TRANSFORMS[transform](problem, name, problem.loss)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_reference_has_what_torch_has(op: str) -> None:
+    """Plain torch is refused nothing: the second derivative of one of its losses exists."""
+    problem = Problem(op)
+    with tk.use_backend("reference"):
+        gradients = problem.gradients(problem.loss(), create_graph=True, allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_transformed_upstreams_are_refused_by_name(op: str) -> None:
+    problem = Problem(op)
+    loss = problem.loss()
+    with pytest.raises(RuntimeError, match=f"trajkern.{op}.*batched gradients"):
+        problem.gradients(loss, grad_outputs=torch.ones(2), is_grads_batched=True, retain_graph=True)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"trajkern.{op}.*no forward-mode derivative"):
+        problem.gradients(loss, grad_outputs=forward_ad.make_dual(torch.ones(()), torch.ones(())))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_upstreams_of_any_layout(op: str) -> None:
+    """Expanded, strided and negative-bit gradients are the numbers that they stand for."""
+    problem = Problem(op)
+    layouts: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: torch.stack((x, -x), -1)[..., 0],
+        lambda x: torch._neg_view(-x),
+        lambda x: x.reshape(-1)[:1].expand(x.numel()).reshape(x.shape),
+    )
+    for layout in layouts:
+        upstream = [layout(weight) for _, weight in problem.weighted(problem.results())]
+        plain = [x.resolve_neg().clone() for x in upstream]
+        leaves = list(problem.leaves.values())
+        found = torch.autograd.grad(problem.results(), leaves, upstream)
+        assert same(found, torch.autograd.grad(problem.results(), leaves, plain))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_checkpoint(op: str, reentrant: bool) -> None:
+    problem = Problem(op)
+    names = list(problem.leaves)
+
+    def loss(*xs: Tensor) -> Tensor:
+        return problem.loss(**dict(zip(names, xs, strict=True)))
+
+    checkpoint(loss, *problem.leaves.values(), use_reentrant=reentrant).backward()
+    assert same([x.grad for x in problem.leaves.values()], problem.expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_anomaly_mode_and_hooks(op: str) -> None:
+    problem = Problem(op)
+    expected, seen = problem.expected, []
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss = problem.loss()
+        for x in problem.leaves.values():
+            x.register_hook(seen.append)
+        loss.backward()
+    assert same([x.grad for x in problem.leaves.values()], expected)
+    assert len(seen) == len(expected)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, tuple):
+        return [t for part in x for t in _tensors(part)]
+    return [x] if isinstance(x, Tensor) and x.numel() else []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_changes_before_the_backward(op: str) -> None:
+    """An argument or a result that is written between forward and backward raises, or the gradients are the same."""
+    problem = Problem(op)
+    expected, checked = problem.expected, 0
+    for name in problem.inputs:
+        for x in _tensors(problem.leaves.get(name, problem.inputs[name])):
+            loss, before = problem.loss(), x.detach().clone()
+            with torch.no_grad():
+                x.copy_(~x if x.dtype == torch.bool else 0 * x)
+            checked += _raises_or_same(problem, loss, expected)
+            with torch.no_grad():
+                x.copy_(before)
+    results = problem.results()
+    loss = problem.weighted_sum(results)
+    for x in results:
+        x.detach().zero_()
+    _raises_or_same(problem, loss, expected)
+    assert checked or op in FORMED | {"gae", "discounted_returns", "span_reduce", "spread"}
+
+
+def _raises_or_same(problem: Problem, loss: Tensor, expected: tuple[Tensor, ...]) -> bool:
+    """Whether torch noticed."""
+    try:
+        found = problem.gradients(loss)
+    except RuntimeError as error:
+        assert VERSION in str(error)
+        return True
+    assert same(found, expected)
+    return False
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_without_a_gradient(op: str, backend: str) -> None:
+    """They may require one, and get none whatever runs; where there are any, the docstring says so."""
+    problem = Problem(op)
+    others = {
+        name: x.detach().requires_grad_()
+        for name, x in problem.inputs.items()
+        if name not in problem.leaves and isinstance(x, Tensor) and x.is_floating_point()
+    }
+    with tk.use_backend(backend):
+        problem.loss(**others).backward()
+    assert all(x.grad is None for x in others.values())
+    assert all(x.grad is not None for x in problem.leaves.values())
+    text = " ".join(str(getattr(tk, op).__doc__).split())
+    if op == "linear_token_stats":
+        text = " ".join(str(tk.linear_logprobs.__doc__).split())
+    assert not others or re.search("no gradient|no other argument|differentiable once.*alone|rewards alone", text)

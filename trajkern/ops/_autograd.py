@@ -1,0 +1,55 @@
+"""What the ops' autograd.Functions share: gradients that can be taken once, and errors with an op's public name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Backward = Callable[..., Any]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode AD is active, neither of which the kernels have."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiable_once(*ops: str, linear: bool = False) -> Callable[[Backward], Backward]:
+    """Decorates the backward of these public ops' Function: where a second derivative could follow, it names them.
+
+    torch's ``once_differentiable`` raises only where an upstream gradient requires one. Elsewhere it leaves out,
+    in silence, the part of a second derivative that goes through the op. ``linear``: that part is 0, because the
+    gradient does not depend on the inputs.
+    """
+    names = " and ".join(f"trajkern.{op}" for op in ops)
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def call(ctx: Any, *grads: Tensor | None) -> Any:
+            if torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            _refuse_transformed(names, grads)
+            grads = tuple(g if g is None else g.resolve_neg() for g in grads)
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            if not linear or any(g is not None and g.requires_grad for g in grads):
+                raise RuntimeError(f"{names}: differentiable once; there is no gradient with create_graph=True")
+            with torch.no_grad():
+                return backward(ctx, *grads)
+
+        return call
+
+    return decorate
+
+
+def _refuse_transformed(names: str, grads: tuple[Tensor | None, ...]) -> None:
+    batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    if batched or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{names}: the backward runs in no transform of torch.func, nor with batched gradients")
+    if forward_ad._current_level >= 0:
+        if any(g is not None and forward_ad.unpack_dual(g).tangent is not None for g in grads):
+            raise RuntimeError(f"{names}: the backward has no forward-mode derivative")
