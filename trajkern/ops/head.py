@@ -139,7 +139,8 @@ def linear_logprobs(
         sampling_support: (ids ``[E]``, offsets ``[P+1]``), int64: the softmax of pair i runs over the tokens
             ids[offsets[i]:offsets[i+1]] only, the top-k or top-p set it was sampled from, which must hold its target.
         logits_dtype: float32 keeps 32 bits between the product and the softmax (float64 for float64 inputs); the
-            inputs' own 16-bit dtype rounds the logits to it, as a plain ``nn.Linear`` does, and halves the workspace.
+            inputs' own 16-bit dtype rounds the logits to it, as a plain ``nn.Linear`` does, and again after the bias,
+            the scale and the softcap, and halves the workspace.
         workspace_bytes: bound of the memory for logits, at least one row of them. None: 64 MiB on a CPU and 256 MiB on
             a GPU, and where d weight is wanted at least 4 V H, see :func:`linear_policy_loss`. The bits change only
             where the number of rows that fit does.

@@ -64,13 +64,17 @@ def logits(
     *,
     rounded: bool = False,
 ) -> Tensor:
-    """softcap(logit_scale (h w^T + bias)), the product in the accumulator's dtype, or ``rounded`` to the inputs'."""
+    """softcap(logit_scale (h w^T + bias)), in the accumulator's dtype, or each step ``rounded`` to the inputs'."""
     dtype = accumulator(hidden)
-    z = (hidden @ weight.t()).to(dtype) if rounded else hidden.to(dtype) @ weight.to(dtype).t()
+    if not rounded:
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    z = hidden @ weight.t()
     if bias is not None:
-        z = z + bias.to(dtype)
+        z = z + bias
     z = logit_scale * z
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z.to(dtype)
 
 
 def _supported(support: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
