@@ -190,7 +190,7 @@ def test_an_attention_over_boundaries_gets_them(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(model.model), "forward", forward)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(InterruptedError):
-        log_probs(model, batch)
+        log_probs(model, batch, check=False)
     assert seen["cu_seq_lens_q"].tolist() == seen["cu_seq_lens_k"].tolist() == [0, 9, 10, 10, 24, 29]
     assert seen["max_length_q"] == seen["max_length_k"] == 14
     assert seen["positions"][0, 9:12].tolist() == [0, 0, 1]

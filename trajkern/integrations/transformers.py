@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from trajkern import PackedBatch, TokenStats, Tree, linear_token_stats
 from trajkern._checks import check_shape, check_tensor, readable
-
-Layout = PackedBatch | Tree
-_VARLEN = "flash_attention"  # what the names of attention implementations over cu_seqlens begin with
-_MASKED = ("eager", "sdpa", "flex_attention")  # those that take a mask of who sees whom
+from trajkern.integrations._adapted_head import embedding_count, head_tensors
+from trajkern.integrations._model_head import measured_form, measured_route, named_form
+from trajkern.integrations._model_run import Layout, Route, check_tree, layout_kind, run_layout
+from trajkern.integrations._own_forward import some_tokens
 
 
 class Head(NamedTuple):
@@ -38,6 +38,8 @@ def log_probs(
     layout: Layout,
     tokens: Tensor | None = None,  # [T]
     loss_mask: Tensor | None = None,  # [T]
+    *,
+    check: bool = True,
     **head: Any,
 ) -> Tensor:
     """The log-prob of every scored token, 0 elsewhere; float32 ``[T]``, differentiable in all of the model.
@@ -49,13 +51,17 @@ def log_probs(
         layout: a batch, or a tree of rollouts with each shared prefix once.
         tokens, loss_mask: of a tree's tokens; int64 or int32 ``[T]``, and bool ``[T]``, by default every token that has
             one before it. A batch has its own.
+        check: whether the model runs a few tokens, once for a state of it (its head, dtype, adapters, attention), so
+            that its scale and its cap are measured and its own logits confirm the head and the layout; else the names
+            in its config are believed.
         head: more of :func:`trajkern.linear_logprobs`' arguments, such as ``temperature`` or ``process_group``.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was; among them token ids that the model
-            does not have (on the CPU), and an attention that cannot run a tree.
+            does not have (on the CPU), an attention that cannot run a tree, and a model whose own logits are others,
+            with both values and what its config has that could say why.
     """
-    return token_stats(model, layout, tokens, loss_mask, outputs=(), **head).logprobs
+    return token_stats(model, layout, tokens, loss_mask, outputs=(), check=check, **head).logprobs
 
 
 def token_stats(
@@ -65,13 +71,15 @@ def token_stats(
     loss_mask: Tensor | None = None,  # [T]
     *,
     outputs: tuple[str, ...] = ("entropy",),
+    check: bool = True,
     **head: Any,
 ) -> TokenStats:
     """:func:`log_probs` with :func:`trajkern.linear_token_stats`' other statistics, ``[T]``, 0 where not scored."""
     tokens, loss_mask = _tokens(layout, tokens, loss_mask)
     pairs = layout.pairs(tokens, loss_mask) if isinstance(layout, Tree) else layout.head_inputs()
-    arguments: dict[str, Any] = {**head_arguments(model), **head, "rows": pairs.rows, "outputs": outputs}
-    hidden, weight = _common(hidden_states(model, layout, tokens), arguments.pop("weight"))
+    hidden = hidden_states(model, layout, tokens, check=check)
+    arguments: dict[str, Any] = {**head_arguments(model, check=check), **head, "rows": pairs.rows, "outputs": outputs}
+    hidden, weight = _common(hidden, arguments.pop("weight"))
     stats = linear_token_stats(hidden, weight, pairs.targets, **arguments)
 
     def spread(x: Tensor) -> Tensor:  # [P] -> [T]
@@ -84,57 +92,69 @@ def hidden_states(
     model: nn.Module,
     layout: Layout,
     tokens: Tensor | None = None,  # [T]
+    *,
+    check: bool = True,
 ) -> Tensor:
     """The last hidden state of every token, ``[T, H]``: what the head is applied to. Arguments as in `log_probs`."""
     tokens, _ = _tokens(layout, tokens, None)
-    inner = causal_model(model)
-    count = inner.get_input_embeddings().num_embeddings
-    if readable(tokens) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
+    owner, inner = _called(model), causal_model(model)
+    count = embedding_count(inner)
+    if count and readable(tokens) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
         at = int(((tokens < 0) | (tokens >= count)).nonzero()[0, 0])
         raise ValueError(
             f"tokens must lie in [0, {count}), the model's vocabulary; token {at} is {int(tokens[at])}: "
             "were they made by this model's tokenizer?"
         )
+    weight = inner.get_output_embeddings().weight
     if not tokens.numel():
-        return inner.get_output_embeddings().weight.new_zeros(0, inner.get_output_embeddings().weight.shape[1])
-    attention = inner.config._attn_implementation
-    if isinstance(layout, Tree):
-        return _run(inner, tokens, layout.positions, attention_mask=_tree_mask(inner, layout, attention))[0]
-    if attention.startswith(_VARLEN):
-        bounds, longest = layout.cu_seqlens.int(), layout.max_length
-        spans = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-        return _run(inner, tokens, _positions(layout), **spans)[0]
-    return _padded(inner, layout)
+        return weight.new_zeros(0, weight.shape[1])
+    route = _route(owner, inner, layout_kind(inner, layout)) if check else Route(named_form(inner).from_head)
+    return run_layout(inner, layout, tokens, route)
 
 
-def head_arguments(model: nn.Module) -> dict[str, Any]:
-    """The model's :class:`Head` by the names of :func:`trajkern.linear_logprobs`' arguments."""
+def head_arguments(model: nn.Module, *, check: bool = True) -> dict[str, Any]:
+    """The model's :class:`Head` by :func:`trajkern.linear_logprobs`' names; ``check`` as in :func:`log_probs`."""
     inner = causal_model(model)
-    layer, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        scale *= 1.0 if (value := getattr(config, name, None)) is None else value
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        scale /= divisor
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(_weight(layer), getattr(layer, "bias", None), softcap, scale)._asdict()
+    form = measured_form(_called(model), inner) if check else named_form(inner)
+    weight, bias = head_tensors(inner.get_output_embeddings())
+    if form.vocabulary is not None:
+        weight, bias = weight[: form.vocabulary], None if bias is None else bias[: form.vocabulary]
+    return Head(weight, bias, form.softcap, form.logit_scale)._asdict()
 
 
 def causal_model(model: nn.Module) -> Any:
     """The causal language model inside PEFT's, DistributedDataParallel's and the like."""
-    inner: Any = model
-    while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "peft_config"):
-        if any(config.is_prompt_learning for config in getattr(inner, "peft_config", {}).values()):
-            raise ValueError("model must have no learned prompt, which a packed batch has no place for")
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-            break
-        if not hasattr(inner, "module"):
-            raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
-        inner = inner.module
+    inner: Any = _called(model)
+    _check_adapters(inner)
+    while not hasattr(type(inner), "get_output_embeddings"):
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
     if inner.get_output_embeddings() is None:
         raise TypeError(f"model must have a language-model head; {type(inner).__name__} has none")
     return inner
+
+
+def _called(model: nn.Module) -> Any:
+    """What a user calls inside of parallel wrappers: PEFT's model, or the causal model."""
+    owner: Any = model
+    while not (hasattr(type(owner), "get_output_embeddings") or hasattr(owner, "peft_config")):
+        if not hasattr(owner, "module"):
+            raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+        owner = owner.module
+    return owner
+
+
+def _check_adapters(owner: Any) -> None:
+    """Refuses adapters that act between a user's call and the causal model's."""
+    configs = getattr(owner, "peft_config", None) or {}
+    active = getattr(owner, "active_adapter", None)  # a method of transformers' models, which have no such adapters
+    names = [active] if isinstance(active, str) else active if isinstance(active, list) else list(configs)
+    for config in () if getattr(owner, "_adapters_disabled", False) else (configs[x] for x in names if x in configs):
+        if config.is_prompt_learning:
+            raise ValueError("model must have no learned prompt, which a packed batch has no place for")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                "model must have no alora_invocation_tokens: where a LoRA begins to act is not the head's to know"
+            )
 
 
 def _tokens(layout: Layout, tokens: Tensor | None, loss_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -151,55 +171,26 @@ def _tokens(layout: Layout, tokens: Tensor | None, loss_mask: Tensor | None) -> 
     return tokens, loss_mask
 
 
-def _positions(batch: PackedBatch) -> Tensor:  # [T]
-    begin = torch.repeat_interleave(batch.cu_seqlens[:-1].long(), batch.lengths, output_size=batch.num_tokens)
-    return torch.arange(batch.num_tokens, device=batch.device) - begin
+def _route(owner: Any, inner: Any, kind: str) -> Route:
+    """How layouts of this kind run, found on one of two small sequences."""
+    if kind == "tree":
+        check_tree(inner)
+    form = measured_form(owner, inner)
+    tokens, device = some_tokens(inner, 7), inner.get_output_embeddings().weight.device
+    layout: Layout
+    if kind == "tree":
+        layout = Tree(torch.tensor([-1, 0, 0], device=device), torch.tensor([2, 2, 3], device=device))
+        paths = [torch.tensor([0, 1, 2, 3], device=device), torch.tensor([0, 1, 4, 5, 6], device=device)]
+    else:
+        bounds = torch.tensor([0, 3, 7], device=device)
+        layout = PackedBatch(tokens, bounds, torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(bounds[1:]))
+        paths = list(torch.arange(7, device=device).split([3, 4]))
 
+    def hidden(route: Route) -> list[Tensor]:
+        h = run_layout(inner, layout, tokens, route)
+        return [h[path] for path in paths]
 
-def _run(inner: Any, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
-    """The backbone on rows of tokens, or on one row; ``[rows, length, H]``."""
-    tokens, positions = (x if x.ndim == 2 else x[None] for x in (tokens, positions))
-    return inner.base_model(input_ids=tokens, position_ids=positions, use_cache=False, **options).last_hidden_state
-
-
-def _padded(inner: Any, batch: PackedBatch) -> Tensor:
-    """A row for each trajectory; the attention's own causal mask is faster than one of ours."""
-    tokens, positions = (batch.to_padded(x) for x in (batch.tokens, _positions(batch)))
-    # a trajectory without tokens gets one that nobody reads: attention over nothing is NaN
-    real = torch.arange(batch.max_length, device=batch.device) < batch.lengths.clamp_min(1)[:, None]
-    hidden = _run(inner, tokens, positions, attention_mask=real.long())
-    return hidden.flatten(0, 1)[batch.padded_index(batch.max_length)]
-
-
-def _tree_mask(inner: Any, tree: Tree, attention: str) -> Any:
-    """Who sees whom, for each kind of the model's layers."""
-    if attention not in _MASKED:
-        raise ValueError(
-            f"model must have one of the attentions {', '.join(_MASKED)} to run a Tree, got {attention!r}; "
-            "load it with attn_implementation="
-        )
-    config = inner.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"model must attend fully or through a window to run a Tree; it has {sorted(unknown)} layers")
-    if attention == "flex_attention" and kinds == {"full_attention"}:
-        return tree.attention_mask(dense=False)
-    visible = tree.attention_mask(dense=True)
-    least = torch.finfo(inner.dtype).min
-    masks = {kind: torch.zeros(visible.shape, dtype=inner.dtype, device=tree.device) for kind in kinds}
-    for kind, mask in masks.items():
-        near = tree.positions[:, None] - tree.positions < window if kind == "sliding_attention" and window else True
-        mask.masked_fill_(~(visible & near), least)
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def _weight(layer: Any) -> Tensor:
-    """The head's weight, with what LoRA adds where it adapts the head itself."""
-    if not hasattr(layer, "get_delta_weight"):
-        return layer.weight
-    weight = layer.get_base_layer().weight
-    return weight if layer.disable_adapters else weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+    return measured_route(owner, inner, kind, form, [tokens[path] for path in paths], hidden)
 
 
 def _common(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

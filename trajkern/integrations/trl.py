@@ -22,6 +22,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import recipes
+from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Patches, check_version
 from trajkern.integrations._trl_loss import check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
 
@@ -122,8 +123,8 @@ def _check(trainer: Any, kind: str) -> None:
     if kind == "GRPOTrainer":
         check_loss(trainer)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    known = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings
-    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= known:
+    known = embedding_count(trainer.accelerator.unwrap_model(trainer.model))
+    if known is not None and (largest := max(tokenizer.get_vocab().values(), default=0)) >= known:
         raise ValueError(f"processing_class must have tokens that the model has, {known} of them; it has id {largest}")
 
 

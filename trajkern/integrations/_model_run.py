@@ -1,0 +1,153 @@
+"""A causal language model of transformers on a layout, up to what its head is applied to."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trajkern import PackedBatch, Tree
+
+Layout = PackedBatch | Tree
+_VARLEN = "flash_attention"  # what the names of attention implementations over cu_seqlens begin with
+_MASKED = ("eager", "sdpa", "flex_attention")  # those that take a mask of who sees whom
+_UNDERSTOOD = ("sliding_window", "use_sliding_window", "max_window_layers")
+_REACHES = re.compile(r"window|local_att|chunk|block_size|landmark")  # what configs call an attention's limited reach
+
+
+def layout_kind(inner: Any, layout: Layout) -> str:
+    """How ``layout`` runs on this model: "tree", "pack" over cu_seqlens, or "rows", padded."""
+    if isinstance(layout, Tree):
+        return "tree"
+    return "pack" if attention_of(inner).startswith(_VARLEN) else "rows"
+
+
+def attention_of(inner: Any) -> str:
+    """The name of the model's attention implementation."""
+    return getattr(inner.config, "_attn_implementation", None) or "eager"
+
+
+class Route(NamedTuple):
+    """How a model runs on a layout up to its head."""
+
+    from_head: bool  # what it hands to its head layer is read, and kept from being multiplied; else its backbone runs
+    positions: bool = True  # it is given position ids; else it makes its own, which a padded row leaves right
+
+
+def run_layout(inner: Any, layout: Layout, tokens: Tensor, route: Route) -> Tensor:
+    """What the head is applied to for every token, ``[T, H]``."""
+    if isinstance(layout, Tree):
+        return _run(inner, route, tokens, layout.positions, attention_mask=_tree_mask(inner, layout))[0]
+    if layout_kind(inner, layout) == "rows":
+        return _padded(inner, layout, route)
+    bounds, longest = layout.cu_seqlens.int(), layout.max_length
+    spans = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return _run(inner, route, tokens, _positions(layout), **spans)[0]
+
+
+def accepted(forward: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that ``forward`` takes."""
+    taken = inspect.signature(forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        return options
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def first(output: Any, name: str) -> Any:
+    """The field ``name`` of a model's output, or the first of what came without names."""
+    found = getattr(output, name, None)
+    return output[0] if found is None and isinstance(output, tuple) else found
+
+
+def _positions(batch: PackedBatch) -> Tensor:  # [T]
+    begin = torch.repeat_interleave(batch.cu_seqlens[:-1].long(), batch.lengths, output_size=batch.num_tokens)
+    return torch.arange(batch.num_tokens, device=batch.device) - begin
+
+
+def _run(inner: Any, route: Route, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    """The model on rows of tokens, or on one row; ``[rows, length, H]``."""
+    tokens, positions = (x if x.ndim == 2 else x[None] for x in (tokens, positions))
+    options |= {"use_cache": False} | ({"position_ids": positions} if route.positions else {})
+    if route.from_head:
+        return _head_input(inner, tokens, options)
+    backbone = inner.base_model
+    return first(backbone(input_ids=tokens, **accepted(backbone.forward, options)), "last_hidden_state")
+
+
+def _head_input(inner: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    seen: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0])
+        return (inputs[0].detach()[..., :0, :], *inputs[1:])  # no rows: the head's product costs nothing
+
+    handle = inner.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        inner(input_ids=tokens, **accepted(inner.forward, options))
+    finally:
+        handle.remove()
+    return seen[0].reshape(*tokens.shape, -1)
+
+
+def _padded(inner: Any, batch: PackedBatch, route: Route) -> Tensor:
+    """A row for each trajectory; the attention's own causal mask is faster than one of ours."""
+    tokens, positions = (batch.to_padded(x) for x in (batch.tokens, _positions(batch)))
+    # a trajectory without tokens gets one that nobody reads: attention over nothing is NaN
+    real = torch.arange(batch.max_length, device=batch.device) < batch.lengths.clamp_min(1)[:, None]
+    hidden = _run(inner, route, tokens, positions, attention_mask=real.long())
+    return hidden.flatten(0, 1)[batch.padded_index(batch.max_length)]
+
+
+def check_tree(inner: Any) -> None:
+    """Refuses a model that has no place for a mask of who sees whom, by what its config says."""
+    attention = attention_of(inner)
+    if attention not in _MASKED:
+        raise ValueError(
+            f"model must have one of the attentions {', '.join(_MASKED)} to run a Tree, got {attention!r}; "
+            "load it with attn_implementation="
+        )
+    config = inner.config.get_text_config()
+    if unknown := _layer_kinds(config) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"model must attend fully or through a window to run a Tree; it has {sorted(unknown)} layers")
+    if limits := _limits(config):
+        raise ValueError(
+            f"model must limit its attention by sliding_window alone to run a Tree; its config has {limits}"
+        )
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    window = getattr(config, "sliding_window", None)
+    return set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+
+
+def _tree_mask(inner: Any, tree: Tree) -> Any:
+    """Who sees whom, for each kind of the model's layers."""
+    check_tree(inner)
+    config, attention = inner.config.get_text_config(), attention_of(inner)
+    kinds, window = _layer_kinds(config), getattr(config, "sliding_window", None)
+    if attention == "flex_attention" and kinds == {"full_attention"}:
+        return tree.attention_mask(dense=False)
+    visible = tree.attention_mask(dense=True)
+    least = torch.finfo(inner.dtype).min
+    masks = {kind: torch.zeros(visible.shape, dtype=inner.dtype, device=tree.device) for kind in kinds}
+    for kind, mask in masks.items():
+        near = tree.positions[:, None] - tree.positions < window if kind == "sliding_attention" and window else True
+        mask.masked_fill_(~(visible & near), least)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _limits(config: Any) -> str:
+    """What the config has for an attention of limited reach, beside the window that a tree's mask has."""
+    found = {
+        name: value
+        for name, value in vars(config).items()
+        if _REACHES.search(name)
+        and name not in _UNDERSTOOD
+        and "pattern" not in name
+        and isinstance(value, int)
+        and value > 1
+    }
+    return ", ".join(f"{name}={value}" for name, value in found.items())

@@ -1,0 +1,130 @@
+"""A causal model's own forward on a few tokens, with what its head layer is given and gives, leaving nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trajkern.integrations._adapted_head import adapter_state, embedding_count
+from trajkern.integrations._model_run import accepted, first
+
+_EXPLAINS = re.compile(r"logit|soft_?cap|scal(e|ing)|multiplier|(^|_)cap($|_)|dim_model_base|unpadded|tie_word")
+_NUMBERS = (int, float, bool)
+
+
+class OwnRun(NamedTuple):
+    logits: Tensor  # [1, n, V]
+    into: list[Tensor]  # what reached the head layer, a tensor a call
+    out: list[Tensor]  # what it gave
+    backbone: Tensor | None  # [1, n, H]
+
+
+def state_of(owner: Any, inner: Any) -> tuple[Any, ...]:
+    """What decides a model's form, but for the values of its parameters."""
+    layer = inner.get_output_embeddings()
+    device = layer.weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    numbers = tuple((k, v) for k, v in vars(inner.config.get_text_config()).items() if _says(k) and type(v) in _NUMBERS)
+    own = tuple(v for part in (inner, inner.base_model) for v in vars(part).values() if type(v) is float)
+    adapters = getattr(owner, "active_adapters", None) if owner is not inner else None
+    active = tuple(adapters) if isinstance(adapters, list | tuple) else adapters
+    attention = getattr(inner.config, "_attn_implementation", None)
+    return (
+        weakref.ref(layer),
+        layer.weight.dtype,
+        device,
+        autocast,
+        numbers,
+        own,
+        active,
+        attention,
+        adapter_state(layer),
+    )
+
+
+@functools.cache
+def _says(name: str) -> bool:
+    """Whether a config's entry of this name could say what a model does to its logits."""
+    return _EXPLAINS.search(name) is not None
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout, and leaving modes, random states and autocast's cache as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {x.device for x in model.parameters()}
+    cuda = sorted({x.index or 0 for x in devices if x.type == "cuda"})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.no_grad())
+        for kind in {x.type for x in devices}:
+            if torch.is_autocast_enabled(kind):  # a weight cast without gradients must not be found by the next forward
+                stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def some_tokens(inner: Any, count: int, start: int = 0) -> Tensor:
+    """Ids that stand for text: none that the config gives a meaning to."""
+    size = embedding_count(inner) or inner.get_output_embeddings().weight.shape[0]
+    special = {v for k, v in vars(inner.config.get_text_config()).items() if "token" in k and isinstance(v, int)}
+    special |= {v for k, v in vars(inner.config).items() if "token" in k and isinstance(v, int)}
+    ordinary = [x for x in range(min(size, 4096)) if x not in special] or list(range(size))
+    ids = [ordinary[(3 + 7 * (start + i)) % len(ordinary)] for i in range(count)]
+    return torch.tensor(ids, device=inner.get_output_embeddings().weight.device)
+
+
+def own_run(owner: Any, inner: Any, tokens: Tensor, instead: Callable[[Tensor], Tensor] | None = None) -> OwnRun:
+    """The model's own forward of one sequence, with what its head layer is given; ``instead`` changes what it gives."""
+    into: list[Tensor] = []
+    out: list[Tensor] = []
+    backbone: list[Any] = []
+
+    def at_head(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        into.append(inputs[0])
+        out.append(output)
+        return None if instead is None else instead(output)
+
+    handles = [inner.get_output_embeddings().register_forward_hook(at_head)]
+    if inner.base_model is not inner:
+        handles.append(inner.base_model.register_forward_hook(lambda m, i, output: backbone.append(output)))
+    try:
+        result = owner(input_ids=tokens[None], **accepted(inner.forward, {"use_cache": False}))
+    except Exception as error:
+        raise ValueError(
+            f"model must run on token ids alone; {type(inner).__name__} raised {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    logits = first(result, "logits")
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (1, len(tokens)):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"model must give logits of shape [1, {len(tokens)}, V] for one sequence; {model_name(inner)} gives {shape}"
+        )
+    last = first(backbone[-1], "last_hidden_state") if backbone else None
+    return OwnRun(logits, into, out, last if isinstance(last, Tensor) else None)
+
+
+def model_name(inner: Any) -> str:
+    return type(inner).__name__
+
+
+def explain(inner: Any) -> str:
+    """The config's entries that could say what a model does to its logits."""
+    config = inner.config.get_text_config()
+    found = {k: v for k, v in vars(config).items() if _says(k) and type(v) in (*_NUMBERS, str)}
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(found.items())) or "nothing that says why"
