@@ -22,6 +22,7 @@ _MULTIPLY, _DIVIDE = ("logit_scale", "lm_head_multiplier", "output_multiplier"),
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SPREAD = 512  # columns of the vocabulary that are compared
 _TOKENS = 4
+_ADAPTERS = [torch.float32]  # in which some compute a part of themselves, whatever the model has
 
 
 class Form(NamedTuple):
@@ -200,7 +201,8 @@ def _exact(measured: float, numbers: list[float], near: float) -> float:
 
 def _compare(inner: Any, form: Form, h: Tensor, logits: Tensor, *, loose: bool = False, what: str = "") -> None:
     """``h`` ``[n, H]`` through the rebuilt head, beside the model's own logits ``[1, n, V]``."""
-    weight, bias = head_tensors(inner.get_output_embeddings())
+    layer = inner.get_output_embeddings()
+    weight, bias = head_tensors(layer)
     own = logits[0].double()
     columns = torch.linspace(0, own.shape[-1] - 1, min(_SPREAD, own.shape[-1]), device=own.device).long()
     own = own[:, columns]
@@ -215,7 +217,7 @@ def _compare(inner: Any, form: Form, h: Tensor, logits: Tensor, *, loose: bool =
     if form.softcap is not None:
         z = form.softcap * (z / form.softcap).tanh()
     device = own.device.type
-    dtypes = [h.dtype, weight.dtype, logits.dtype]
+    dtypes = [h.dtype, weight.dtype, logits.dtype, *_ADAPTERS * is_adapted(layer)]
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
     if not own.isfinite().all():
@@ -228,6 +230,7 @@ def _compare(inner: Any, form: Form, h: Tensor, logits: Tensor, *, loose: bool =
             f"model must have logits softcap(logit_scale (h w^T + bias)); {model_name(inner)} gives token "
             f"{int(columns[column])} {float(own[row, column]):.6g}, rebuilt {float(z[row, column]):.6g} {what}".rstrip()
             + f" with softcap {form.softcap}, logit_scale {form.logit_scale:.6g}; its config has {explain(inner)}"
+            + (f", its head an adapter, {type(layer).__module__}.{type(layer).__name__}" if is_adapted(layer) else "")
         )
 
 
@@ -256,7 +259,7 @@ def _check_layer(layer: Any) -> None:
             raise ValueError(f"model must have a head layer that runs alone; {what} raised {error!r}") from error
         ours = x[0].to(weight.dtype) @ weight.t()
         ours = ours if bias is None else ours + bias
-        close = _tolerance([base.dtype, out.dtype], base.device.type, loose=True)
+        close = _tolerance([base.dtype, out.dtype, *_ADAPTERS], base.device.type, loose=True)
         _same(f"model must have an affine head, in training without dropout; {what}", "gives", out, ours, close)
         if trained and out.requires_grad:
             g = torch.randn(out.shape, generator=generator).to(out)
