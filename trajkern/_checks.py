@@ -8,6 +8,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def describe(x: Any) -> str:
@@ -33,6 +36,19 @@ def laid_out(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype).contiguous()
 
 
+def check_plain(name: str, x: Any) -> None:
+    """Refuses the subclasses of which the values lie elsewhere: sharded, quantised and nested tensors."""
+    if type(x) in _PLAIN or not is_traceable_wrapper_subclass(x):
+        return
+    kind, placed = type(x).__name__, getattr(x, "placements", None)
+    if placed is None:
+        raise TypeError(f"{name} must be a plain tensor, not a {kind}; got {describe(x)}")
+    raise TypeError(
+        f"{name} must be a plain tensor, not a {kind} with placements {tuple(placed)}: {name}.full_tensor() is one, "
+        "and its grad_placements= says how the ranks' gradients are reduced"
+    )
+
+
 def check_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -49,6 +65,7 @@ def check_tensor(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    check_plain(name, x)
     if dtypes is not None and x.dtype not in dtypes:
         check_dtype(name, x, dtypes)
     if ndim is not None and x.ndim != ndim:

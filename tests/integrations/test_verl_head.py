@@ -47,6 +47,26 @@ def test_torch_head(heads, dims: int, temperature: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_verls(heads, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """verl's torch head under autocast multiplies in autocast's dtype whatever the two have."""
+    hidden, weight, labels = _inputs()
+    hidden, weight = hidden.detach().to(hidden_dtype), weight.detach().to(weight_dtype)
+    outcomes = []
+    for enabled in (True, False):
+        if not enabled:
+            adapter.disable_head()
+        with torch.autocast("cpu", torch.bfloat16):
+            outcomes.append(heads[0].FusedLinearForPPO().forward(hidden, weight, labels, temperature=0.9))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0].float(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1].float(), rtol=0.02, atol=0.02)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter.linear_cross_entropy(hidden, weight, labels)[0].sum().backward()
+    assert [x.grad.dtype for x in leaves] == [hidden_dtype, weight_dtype]
+
+
 def test_triton_head_is_flat_and_float32(heads) -> None:
     hidden, weight, labels = _inputs(torch.bfloat16)
     logprobs, entropy = heads[1].linear_cross_entropy(hidden, weight, labels, 0.8, "none")

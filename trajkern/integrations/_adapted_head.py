@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern.integrations._wrapped import linear_weight
+
 _UNIT = 256.0  # the identity's size: in 16 bits its products are not lost beside a bias, nor do they overflow
 
 
@@ -21,7 +23,7 @@ def head_tensors(layer: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(layer, "token_adapter"):
         layer = layer.token_adapter
     if not hasattr(layer, "base_layer"):  # also in modules_to_save, whose wrapper has the active copy's tensors
-        return layer.weight, getattr(layer, "bias", None)
+        return linear_weight(layer), getattr(layer, "bias", None)
     if layer.disable_adapters or not layer.active_adapters:
         if layer.merged:
             layer.unmerge()  # as the layer's own forward does

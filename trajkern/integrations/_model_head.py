@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trajkern.integrations._adapted_head import head_tensors, is_adapted
 from trajkern.integrations._model_run import Route
-from trajkern.integrations._own_forward import explain, model_name, own_run, some_tokens, state_of, undisturbed
+from trajkern.integrations._own_forward import Parts, explain, model_name, own_run, some_tokens, state_of, undisturbed
 
 _MULTIPLY, _DIVIDE = ("logit_scale", "lm_head_multiplier", "output_multiplier"), ("logits_scaling",)
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -50,91 +50,93 @@ def named_form(inner: Any) -> Form:
 
 
 @torch.compiler.disable
-def measured_form(owner: Any, inner: Any) -> Form:
+def measured_form(parts: Parts) -> Form:
     """The model's form, confirmed by its own logits; measured once for a state of the model.
-
-    Args:
-        owner: what a user calls, peft's model or the causal model itself.
-        inner: the causal model in it.
 
     Raises:
         ValueError: its logits are not of this form, with the values that disagree and what in the config could say why.
     """
-    layer = inner.get_output_embeddings()
-    weight = layer.weight
-    if weight.device.type == "meta":  # nothing to measure, nor any number that could be wrong
+    inner, layer = parts.causal, parts.head
+    if _is_empty(layer):
         return named_form(inner)
-    known, key = _known.setdefault(inner, {}), (*state_of(owner, inner), "form")
+    known, key = _known.setdefault(inner, {}), (*state_of(parts), "form")
     if key not in known:
-        with undisturbed(owner):
-            form = _measure(owner, inner, layer)
+        parts.head_tensors()  # refused by its own name where it has none, before anything runs
+        with undisturbed(parts.whole):
+            form = _measure(parts)
         if is_adapted(layer) or type(layer).forward is not nn.Linear.forward:
-            _check_layer(layer)
+            parts.inside_head(lambda: (_check_layer(layer), None))
         known[key] = form
     return known[key]
 
 
 @torch.compiler.disable
 def measured_route(
-    owner: Any, inner: Any, kind: str, form: Form, sequences: list[Tensor], hidden: Callable[[Route], list[Tensor]]
+    parts: Parts, kind: str, form: Form, sequences: list[Tensor], hidden: Callable[[Route], list[Tensor]]
 ) -> Route:
     """How a layout of this kind gives each sequence its own logits; found on a small one, once for a model's state.
 
     ``hidden(route)`` is its hidden states, ``[n, H]`` a sequence. Raises as :func:`measured_form` does.
     """
     route = Route(form.from_head)
-    if inner.get_output_embeddings().weight.device.type == "meta":
+    if _is_empty(parts.head):
         return route
-    known, key = _known.setdefault(inner, {}), (*state_of(owner, inner), kind)
+    known, key = _known.setdefault(parts.causal, {}), (*state_of(parts), kind)
     if key not in known:
-        with undisturbed(owner):
-            own = [own_run(owner, inner, tokens).logits for tokens in sequences]
+        with undisturbed(parts.whole):
+            own = [own_run(parts, tokens).logits for tokens in sequences]
             try:
-                _compare_layout(inner, kind, form, route, own, hidden)
+                _compare_layout(parts, kind, form, route, own, hidden)
             except ValueError:
                 if kind != "rows":
                     raise
                 route = route._replace(positions=False)
-                _compare_layout(inner, kind, form, route, own, hidden)
+                _compare_layout(parts, kind, form, route, own, hidden)
         known[key] = route
     return known[key]
 
 
+def _is_empty(layer: Any) -> bool:
+    """Whether there is nothing to measure, nor any number that could be wrong."""
+    return getattr(getattr(layer, "weight", None), "is_meta", False)
+
+
 def _compare_layout(
-    inner: Any, kind: str, form: Form, route: Route, own: list[Tensor], hidden: Callable[[Route], list[Tensor]]
+    parts: Parts, kind: str, form: Form, route: Route, own: list[Tensor], hidden: Callable[[Route], list[Tensor]]
 ) -> None:
     try:
         ours = hidden(route)
     except Exception as error:
         raise ValueError(
-            f"model must run {_WORDS[kind]}; {model_name(inner)} raised {type(error).__name__}: {error}"
+            f"model must run {_WORDS[kind]}; {model_name(parts.causal)} raised {type(error).__name__}: {error}"
         ) from error
     for h, logits in zip(ours, own, strict=True):
-        _compare(inner, form, h, logits, loose=True, what=f"as part of {_WORDS[kind]}")
+        _compare(parts, form, h, logits, loose=True, what=f"as part of {_WORDS[kind]}")
 
 
 _WORDS = {"rows": "padded rows", "pack": "a pack over cu_seqlens", "tree": "a Tree"}
 
 
-def _measure(owner: Any, inner: Any, layer: Any) -> Form:
+def _measure(parts: Parts) -> Form:
+    inner = parts.causal
     tokens = some_tokens(inner, _TOKENS)
-    own = own_run(owner, inner, tokens)
+    own = own_run(parts, tokens)
     if not own.into:  # a product with the layer's weight, without the layer
         if own.backbone is None:
             raise ValueError(
                 f"model must apply its output embeddings to its hidden states; {model_name(inner)} does not"
             )
         form = named_form(inner)._replace(from_head=False)
-        _compare(inner, form, own.backbone[0], own.logits)
+        _compare(parts, form, own.backbone[0], own.logits)
         return form
     if len(own.into) > 1:
         raise ValueError(f"model must apply its head once; {model_name(inner)} applies it {len(own.into)} times")
     into = own.into[0]
     if into.numel() != _TOKENS * into.shape[-1]:
         raise ValueError(f"model must apply its head to every token; {model_name(inner)} gives it {list(into.shape)}")
-    softcap, scale, size = _behind(owner, inner, tokens)
+    softcap, scale, size = _behind(parts, tokens)
     form = Form(softcap, scale, None if size == own.out[0].shape[-1] else size, not _same_memory(own.backbone, into))
-    _compare(inner, form, into.reshape(_TOKENS, -1), own.logits)
+    _compare(parts, form, into.reshape(_TOKENS, -1), own.logits)
     return form
 
 
@@ -147,7 +149,7 @@ def _same_memory(backbone: Tensor | None, into: Tensor) -> bool:
     )
 
 
-def _behind(owner: Any, inner: Any, tokens: Tensor) -> tuple[float | None, float, int]:
+def _behind(parts: Parts, tokens: Tensor) -> tuple[float | None, float, int]:
     """softcap, scale and the number of logits, from known values in the place of what the head layer gives."""
     put: list[Tensor] = []
 
@@ -158,8 +160,9 @@ def _behind(owner: Any, inner: Any, tokens: Tensor) -> tuple[float | None, float
         put.append(ladder[torch.arange(output.numel(), device=output.device) % len(ladder)].reshape(output.shape))
         return put[0].clone()
 
+    inner = parts.causal
     with torch.enable_grad():
-        logits = own_run(owner, inner, tokens, known).logits
+        logits = own_run(parts, tokens, known).logits
     if logits.requires_grad:
         raise ValueError(f"model must have no trained parameters behind its head; {model_name(inner)} has some")
     values, got = put[0].reshape(_TOKENS, -1), logits.reshape(_TOKENS, -1)
@@ -199,10 +202,10 @@ def _exact(measured: float, numbers: list[float], near: float) -> float:
     return best if abs(best - measured) <= near * abs(measured) else measured
 
 
-def _compare(inner: Any, form: Form, h: Tensor, logits: Tensor, *, loose: bool = False, what: str = "") -> None:
+def _compare(parts: Parts, form: Form, h: Tensor, logits: Tensor, *, loose: bool = False, what: str = "") -> None:
     """``h`` ``[n, H]`` through the rebuilt head, beside the model's own logits ``[1, n, V]``."""
-    layer = inner.get_output_embeddings()
-    weight, bias = head_tensors(layer)
+    inner, layer = parts.causal, parts.head
+    weight, bias = parts.head_tensors()
     own = logits[0].double()
     columns = torch.linspace(0, own.shape[-1] - 1, min(_SPREAD, own.shape[-1]), device=own.device).long()
     own = own[:, columns]
@@ -243,8 +246,11 @@ def _tolerance(dtypes: list[torch.dtype], device: str, loose: bool) -> float:
     return 2.0**-6 if shortened else eps * (1024 if loose else 64)
 
 
-def _check_layer(layer: Any) -> None:
-    """A head that is no plain one, training or not as it is now, beside its weight and bias: values and gradients."""
+def _check_layer(layer: Any) -> Tensor:
+    """A head that is no plain one, training or not as it is now, beside its weight and bias: values and gradients.
+
+    Returns what it gives for a few random states.
+    """
     base = layer.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TOKENS, base.shape[1], generator=generator).to(base)
@@ -270,6 +276,7 @@ def _check_layer(layer: Any) -> None:
                 _same(
                     f"model must have a head whose gradients are its own; {what}", f"has at {names[id(p)]}", a, b, close
                 )
+    return out.detach()
 
 
 def _same(must: str, verb: str, own: Tensor, rebuilt: Tensor, close: float) -> None:

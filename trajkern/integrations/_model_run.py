@@ -37,15 +37,15 @@ class Route(NamedTuple):
     positions: bool = True  # it is given position ids; else it makes its own, which a padded row leaves right
 
 
-def run_layout(inner: Any, layout: Layout, tokens: Tensor, route: Route) -> Tensor:
-    """What the head is applied to for every token, ``[T, H]``."""
+def run_layout(inner: Any, call: Any, layout: Layout, tokens: Tensor, route: Route) -> Tensor:
+    """What the head is applied to for every token, ``[T, H]``; ``call`` runs all of ``inner``."""
     if isinstance(layout, Tree):
-        return _run(inner, route, tokens, layout.positions, attention_mask=_tree_mask(inner, layout))[0]
+        return run_model(inner, call, route, tokens, layout.positions, attention_mask=_tree_mask(inner, layout))[0]
     if layout_kind(inner, layout) == "rows":
-        return _padded(inner, layout, route)
+        return _padded(inner, call, layout, route)
     bounds, longest = layout.cu_seqlens.int(), layout.max_length
     spans = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    return _run(inner, route, tokens, _positions(layout), **spans)[0]
+    return run_model(inner, call, route, tokens, _positions(layout), **spans)[0]
 
 
 def accepted(forward: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -67,17 +67,17 @@ def _positions(batch: PackedBatch) -> Tensor:  # [T]
     return torch.arange(batch.num_tokens, device=batch.device) - begin
 
 
-def _run(inner: Any, route: Route, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
+def run_model(inner: Any, call: Any, route: Route, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
     """The model on rows of tokens, or on one row; ``[rows, length, H]``."""
     tokens, positions = (x if x.ndim == 2 else x[None] for x in (tokens, positions))
     options |= {"use_cache": False} | ({"position_ids": positions} if route.positions else {})
     if route.from_head:
-        return _head_input(inner, tokens, options)
+        return _head_input(inner, call, tokens, options)
     backbone = inner.base_model
     return first(backbone(input_ids=tokens, **accepted(backbone.forward, options)), "last_hidden_state")
 
 
-def _head_input(inner: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+def _head_input(inner: Any, call: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
     seen: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -86,18 +86,18 @@ def _head_input(inner: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
 
     handle = inner.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        inner(input_ids=tokens, **accepted(inner.forward, options))
+        call(input_ids=tokens, **accepted(inner.forward, options))
     finally:
         handle.remove()
     return seen[0].reshape(*tokens.shape, -1)
 
 
-def _padded(inner: Any, batch: PackedBatch, route: Route) -> Tensor:
+def _padded(inner: Any, call: Any, batch: PackedBatch, route: Route) -> Tensor:
     """A row for each trajectory; the attention's own causal mask is faster than one of ours."""
     tokens, positions = (batch.to_padded(x) for x in (batch.tokens, _positions(batch)))
     # a trajectory without tokens gets one that nobody reads: attention over nothing is NaN
     real = torch.arange(batch.max_length, device=batch.device) < batch.lengths.clamp_min(1)[:, None]
-    hidden = _run(inner, route, tokens, positions, attention_mask=real.long())
+    hidden = run_model(inner, call, route, tokens, positions, attention_mask=real.long())
     return hidden.flatten(0, 1)[batch.padded_index(batch.max_length)]
 
 

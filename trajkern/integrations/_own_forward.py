@@ -12,11 +12,52 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trajkern.integrations._adapted_head import adapter_state, embedding_count
-from trajkern.integrations._model_run import accepted, first
+from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors
+from trajkern.integrations._model_run import Layout, Route, accepted, first, run_layout, run_model
+from trajkern.integrations._wrapped import body_inside, head_inside, is_wrapped
 
 _EXPLAINS = re.compile(r"logit|soft_?cap|scal(e|ing)|multiplier|(^|_)cap($|_)|dim_model_base|unpadded|tie_word")
 _NUMBERS = (int, float, bool)
+
+
+class Parts(NamedTuple):
+    """A user's model, taken apart."""
+
+    whole: Any  # with its parallel wrappers
+    owner: Any  # in them: peft's model, or the causal model
+    causal: Any
+
+    @property
+    def head(self) -> Any:
+        """The layer."""
+        return self.causal.get_output_embeddings()
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's, as it lies there."""
+        weight = getattr(self.head, "weight", None)
+        return weight if isinstance(weight, Tensor) else self.head_tensors()[0]
+
+    def head_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias, whole."""
+        return self.inside_head(lambda: head_tensors(self.head))
+
+    def inside_head(self, function: Callable[[], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+        """``function()`` where the head's parameters are whole."""
+        return head_inside(self.whole, self.causal, self.head, function)
+
+    def states(self, layout: Layout, tokens: Tensor, route: Route) -> Tensor:
+        """What the head is applied to for every token, ``[T, H]``."""
+        call = self.causal.forward if is_wrapped(self.whole, self.causal) else self.causal
+        some = tokens if tokens.numel() else tokens.new_zeros(1)
+
+        def run() -> Tensor:
+            if tokens.numel():
+                return run_layout(self.causal, call, layout, tokens, route)
+            # a rank that has nothing takes part all the same in what wrappers exchange
+            return run_model(self.causal, call, route, some, some)[0, :0]
+
+        return body_inside(self.whole, self.causal, self.head, run)
 
 
 class OwnRun(NamedTuple):
@@ -26,10 +67,11 @@ class OwnRun(NamedTuple):
     backbone: Tensor | None  # [1, n, H]
 
 
-def state_of(owner: Any, inner: Any) -> tuple[Any, ...]:
+def state_of(parts: Parts) -> tuple[Any, ...]:
     """What decides a model's form, but for the values of its parameters."""
-    layer = inner.get_output_embeddings()
-    device = layer.weight.device.type
+    _, owner, inner = parts
+    layer = parts.head
+    device = parts.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     numbers = tuple((k, v) for k, v in vars(inner.config.get_text_config()).items() if _says(k) and type(v) in _NUMBERS)
     own = tuple(v for part in (inner, inner.base_model) for v in vars(part).values() if type(v) is float)
@@ -38,7 +80,7 @@ def state_of(owner: Any, inner: Any) -> tuple[Any, ...]:
     attention = getattr(inner.config, "_attn_implementation", None)
     return (
         weakref.ref(layer),
-        layer.weight.dtype,
+        parts.weight.dtype,
         device,
         autocast,
         numbers,
@@ -59,6 +101,7 @@ def _says(name: str) -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients and dropout, and leaving modes, random states and autocast's cache as they were."""
     modes = [(module, module.training) for module in model.modules()]
+    compiled = [(module, module._compiled_call_impl) for module, _ in modes if module._compiled_call_impl is not None]
     devices = {x.device for x in model.parameters()}
     cuda = sorted({x.index or 0 for x in devices if x.type == "cuda"})
     with contextlib.ExitStack() as stack:
@@ -70,10 +113,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         try:
             for module, _ in modes:
                 module.training = False
+            for module, _ in compiled:
+                module._compiled_call_impl = None  # two sequences are not worth their graphs
             yield
         finally:
             for module, training in modes:
                 module.training = training
+            for module, implementation in compiled:
+                module._compiled_call_impl = implementation
 
 
 def some_tokens(inner: Any, count: int, start: int = 0) -> Tensor:
@@ -86,8 +133,9 @@ def some_tokens(inner: Any, count: int, start: int = 0) -> Tensor:
     return torch.tensor(ids, device=inner.get_output_embeddings().weight.device)
 
 
-def own_run(owner: Any, inner: Any, tokens: Tensor, instead: Callable[[Tensor], Tensor] | None = None) -> OwnRun:
+def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | None = None) -> OwnRun:
     """The model's own forward of one sequence, with what its head layer is given; ``instead`` changes what it gives."""
+    inner = parts.causal
     into: list[Tensor] = []
     out: list[Tensor] = []
     backbone: list[Any] = []
@@ -97,11 +145,11 @@ def own_run(owner: Any, inner: Any, tokens: Tensor, instead: Callable[[Tensor], 
         out.append(output)
         return None if instead is None else instead(output)
 
-    handles = [inner.get_output_embeddings().register_forward_hook(at_head)]
+    handles = [parts.head.register_forward_hook(at_head)]
     if inner.base_model is not inner:
         handles.append(inner.base_model.register_forward_hook(lambda m, i, output: backbone.append(output)))
     try:
-        result = owner(input_ids=tokens[None], **accepted(inner.forward, {"use_cache": False}))
+        result = parts.whole(input_ids=tokens[None], **accepted(inner.forward, {"use_cache": False}))
     except Exception as error:
         raise ValueError(
             f"model must run on token ids alone; {type(inner).__name__} raised {type(error).__name__}: {error}"

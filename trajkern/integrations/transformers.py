@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from trajkern import PackedBatch, TokenStats, Tree, linear_token_stats
 from trajkern._checks import check_shape, check_tensor, readable
-from trajkern.integrations._adapted_head import embedding_count, head_tensors
+from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._model_head import measured_form, measured_route, named_form
-from trajkern.integrations._model_run import Layout, Route, check_tree, layout_kind, run_layout
-from trajkern.integrations._own_forward import some_tokens
+from trajkern.integrations._model_run import Layout, Route, check_tree, layout_kind
+from trajkern.integrations._own_forward import Parts, some_tokens
+from trajkern.integrations._wrapped import autocasted, not_compiled, unwrapped
 
 
 class Head(NamedTuple):
@@ -79,8 +80,8 @@ def token_stats(
     pairs = layout.pairs(tokens, loss_mask) if isinstance(layout, Tree) else layout.head_inputs()
     hidden = hidden_states(model, layout, tokens, check=check)
     arguments: dict[str, Any] = {**head_arguments(model, check=check), **head, "rows": pairs.rows, "outputs": outputs}
-    hidden, weight = _common(hidden, arguments.pop("weight"))
-    stats = linear_token_stats(hidden, weight, pairs.targets, **arguments)
+    hidden, weight, bias = _common(hidden, arguments.pop("weight"), arguments.pop("bias"))
+    stats = linear_token_stats(hidden, weight, pairs.targets, bias=bias, **arguments)
 
     def spread(x: Tensor) -> Tensor:  # [P] -> [T]
         return x.new_zeros(layout.num_tokens).index_copy(0, pairs.tokens, x)
@@ -97,7 +98,8 @@ def hidden_states(
 ) -> Tensor:
     """The last hidden state of every token, ``[T, H]``: what the head is applied to. Arguments as in `log_probs`."""
     tokens, _ = _tokens(layout, tokens, None)
-    owner, inner = _called(model), causal_model(model)
+    parts = _parts(model)
+    inner = parts.causal
     count = embedding_count(inner)
     if count and readable(tokens) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
         at = int(((tokens < 0) | (tokens >= count)).nonzero()[0, 0])
@@ -105,18 +107,15 @@ def hidden_states(
             f"tokens must lie in [0, {count}), the model's vocabulary; token {at} is {int(tokens[at])}: "
             "were they made by this model's tokenizer?"
         )
-    weight = inner.get_output_embeddings().weight
-    if not tokens.numel():
-        return weight.new_zeros(0, weight.shape[1])
-    route = _route(owner, inner, layout_kind(inner, layout)) if check else Route(named_form(inner).from_head)
-    return run_layout(inner, layout, tokens, route)
+    route = _route(parts, layout_kind(inner, layout)) if check else Route(named_form(inner).from_head)
+    return parts.states(layout, tokens, route)
 
 
 def head_arguments(model: nn.Module, *, check: bool = True) -> dict[str, Any]:
     """The model's :class:`Head` by :func:`trajkern.linear_logprobs`' names; ``check`` as in :func:`log_probs`."""
-    inner = causal_model(model)
-    form = measured_form(_called(model), inner) if check else named_form(inner)
-    weight, bias = head_tensors(inner.get_output_embeddings())
+    parts = _parts(model)
+    form = measured_form(parts) if check else named_form(parts.causal)
+    weight, bias = parts.head_tensors()
     if form.vocabulary is not None:
         weight, bias = weight[: form.vocabulary], None if bias is None else bias[: form.vocabulary]
     return Head(weight, bias, form.softcap, form.logit_scale)._asdict()
@@ -127,7 +126,7 @@ def causal_model(model: nn.Module) -> Any:
     inner: Any = _called(model)
     _check_adapters(inner)
     while not hasattr(type(inner), "get_output_embeddings"):
-        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
+        inner = unwrapped(inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model)
     if inner.get_output_embeddings() is None:
         raise TypeError(f"model must have a language-model head; {type(inner).__name__} has none")
     return inner
@@ -135,12 +134,16 @@ def causal_model(model: nn.Module) -> Any:
 
 def _called(model: nn.Module) -> Any:
     """What a user calls inside of parallel wrappers: PEFT's model, or the causal model."""
-    owner: Any = model
+    owner: Any = unwrapped(model)
     while not (hasattr(type(owner), "get_output_embeddings") or hasattr(owner, "peft_config")):
         if not hasattr(owner, "module"):
             raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
-        owner = owner.module
+        owner = unwrapped(owner.module)
     return owner
+
+
+def _parts(model: nn.Module) -> Parts:
+    return Parts(not_compiled(model), _called(model), causal_model(model))
 
 
 def _check_adapters(owner: Any) -> None:
@@ -171,12 +174,14 @@ def _tokens(layout: Layout, tokens: Tensor | None, loss_mask: Tensor | None) -> 
     return tokens, loss_mask
 
 
-def _route(owner: Any, inner: Any, kind: str) -> Route:
+def _route(parts: Parts, kind: str) -> Route:
     """How layouts of this kind run, found on one of two small sequences."""
+    inner = parts.causal
     if kind == "tree":
         check_tree(inner)
-    form = measured_form(owner, inner)
-    tokens, device = some_tokens(inner, 7), inner.get_output_embeddings().weight.device
+    form = measured_form(parts)
+    tokens = some_tokens(inner, 7)
+    device = tokens.device
     layout: Layout
     if kind == "tree":
         layout = Tree(torch.tensor([-1, 0, 0], device=device), torch.tensor([2, 2, 3], device=device))
@@ -187,14 +192,13 @@ def _route(owner: Any, inner: Any, kind: str) -> Route:
         paths = list(torch.arange(7, device=device).split([3, 4]))
 
     def hidden(route: Route) -> list[Tensor]:
-        h = run_layout(inner, layout, tokens, route)
+        h = parts.states(layout, tokens, route)
         return [h[path] for path in paths]
 
-    return measured_route(owner, inner, kind, form, [tokens[path] for path in paths], hidden)
+    return measured_route(parts, kind, form, [tokens[path] for path in paths], hidden)
 
 
-def _common(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the product that the model's own head would compute."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype)
+def _common(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All in the dtype of the product that the model's own head would compute."""
+    hidden, weight, bias = autocasted(hidden, weight, bias)
+    return hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)

@@ -25,6 +25,7 @@ from trajkern import recipes
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Patches, check_version
 from trajkern.integrations._trl_loss import check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
+from trajkern.integrations._wrapped import autocasted
 
 TESTED = ("1.15.0", "1.16.0")
 _LOSSES = {"GRPOTrainer": grpo_loss, "RLOOTrainer": rloo_loss}
@@ -161,21 +162,20 @@ class _FusedHead:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        hidden, weight, bias = autocasted(hidden, weight, bias)
         names = {
             "entropy": "entropy",
             "log_sum_sq_probs": "sum_sq_probs",
             "mean_logits": "mean_logit",
             "is_top1": "is_top1",
         }
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             stats = tk.linear_token_stats(
-                hidden.to(dtype),
-                weight.to(dtype),
+                hidden,
+                weight.to(hidden.dtype),
                 targets,
                 outputs=tuple(names[x] for x in outputs if x in names),
-                bias=None if bias is None else bias.to(dtype),
+                bias=None if bias is None else bias.to(hidden.dtype),
                 temperature=temperature,
                 softcap=final_logit_softcapping,
                 logit_scale=logit_scale,

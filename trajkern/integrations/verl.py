@@ -23,6 +23,7 @@ import trajkern as tk
 from trajkern.integrations import _verl_advantages
 from trajkern.integrations._adapter import Patches, check_version
 from trajkern.integrations._verl_losses import LOSSES
+from trajkern.integrations._wrapped import autocasted
 
 TESTED = ("0.9.1",)
 PREFIX = "trajkern_"
@@ -117,13 +118,15 @@ def linear_cross_entropy(
 
     With a group of n ranks ``weight`` is this rank's rows of the vocabulary. As with verl's, the ranks' gradients of
     ``hidden`` have to be summed by what comes before (Megatron's sequence parallelism does); here they are equal parts.
-    A gradient of the entropy that nobody asks for costs nothing. ``reduction`` must be "none".
+    A gradient of the entropy that nobody asks for costs nothing. ``reduction`` must be "none". Under autocast the
+    product is autocast's, as verl's own is.
     """
     if reduction != "none":
         raise ValueError(f"reduction must be 'none', the one that verl asks for; got {reduction!r}")
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, one a row; got {list(labels.shape)}")
-    hidden, group = hidden.reshape(-1, hidden.shape[-1]), dist_process_group
+    hidden, weight = autocasted(hidden.reshape(-1, hidden.shape[-1]), weight)
+    group = dist_process_group
     ranks = 1 if group is None else torch.distributed.get_world_size(group)
     if ranks > 1:
         hidden = _PartOfGradient.apply(hidden, ranks)

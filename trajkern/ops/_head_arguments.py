@@ -110,6 +110,8 @@ def check_projection(
     check_tensor(name, weight, dtypes=(hidden.dtype,), ndim=2, device=hidden.device)
     if weight.shape[1] != width or 0 in weight.shape:
         raise ValueError(f"{name} must have shape [V, {width}] with V at least 1; got {describe(weight)}")
+    if not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
+        raise ValueError(f"{name} must have memory; this was freed, as sharded models do outside of their forward")
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, dtypes=(hidden.dtype,), device=hidden.device)
         check_shape(f"{prefix}bias", bias, tuple(weight.shape[:1]), f"one number a row of {name}")
