@@ -127,7 +127,13 @@ def test_enable_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.disable()
     assert all(sys.modules[holder].LigerFusedLinearGRPOLoss is theirs for holder in adapter.HOLDERS)
     monkeypatch.setattr("trajkern.integrations._adapter.version", lambda _: "1.0")
-    with pytest.raises(RuntimeError, match=r"liger-kernel must be 0\.8\.5.*got 1\.0"):
+    with pytest.warns(UserWarning, match=r"tested with liger-kernel 0\.8\.5, not with 1\.0"):
+        adapter.enable()
+    adapter.disable()
+    monkeypatch.setattr(theirs, "forward", lambda self, _input, lin_weight, labels: None)
+    with pytest.raises(
+        RuntimeError, match=r"LigerFusedLinearGRPOLoss.forward must take \(_input, lin_weight, selected"
+    ):
         adapter.enable()
 
 

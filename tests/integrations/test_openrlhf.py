@@ -131,7 +131,11 @@ def test_enable_and_disable(models, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {key: vars(sys.modules[key[0]])[key[1]] for key in held} == held
     assert trainer.PolicyLoss is models.PolicyLoss
     monkeypatch.setattr("trajkern.integrations._adapter.version", lambda _: "0.12.0")
-    with pytest.raises(RuntimeError, match=r"openrlhf must be 0\.11\.2.*got 0\.12\.0"):
+    with pytest.warns(UserWarning, match=r"tested with openrlhf 0\.11\.2, not with 0\.12\.0"):
+        adapter.enable()
+    adapter.disable()
+    monkeypatch.setattr(models.loss.PolicyLoss, "__init__", lambda self, clip_eps_low, loss_kind: None)
+    with pytest.raises(RuntimeError, match=r"openrlhf's PolicyLoss must take \(clip_eps_low, clip_eps_high"):
         adapter.enable()
 
 

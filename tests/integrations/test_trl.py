@@ -256,11 +256,53 @@ def test_a_recipe_s_shape(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_another_version_is_refused(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("error")
+def test_another_version_is_warned_of_once(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "TESTED", ("0.1",))
-    with pytest.raises(RuntimeError, match="trl must be 0.1, the versions this was tested with; got"):
-        adapter.enable(grpo)
+    monkeypatch.setattr("trajkern.integrations._adapter._warned", set())
     adapter.enable(grpo, any_version=True)
+    with pytest.warns(UserWarning, match=f"tested with trl 0.1, not with {trl.__version__}"):
+        adapter.enable(grpo)
+    adapter.enable(grpo)
+
+
+class Later(trl.GRPOTrainer):
+    """What a release might add to the loss."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        if self.args.unbiased_importance_sampling and "sampling_support" in inputs:
+            return inputs["advantages"] * self.beta + inputs.get("sampling_mass") + inputs["support_ids"] + self.top_p
+
+
+class Wider(trl.GRPOTrainer):
+    def _compute_loss(self, model: Any, inputs: Any, support: Any = None) -> Any: ...
+
+
+class WiderHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, support: Any) -> Any: ...
+
+
+def test_a_loss_or_a_head_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = trl.trainer.grpo_trainer
+    monkeypatch.setattr(loss, "GRPOTrainer", Later)
+    unknown = "args.unbiased_importance_sampling, inputs.sampling_mass, inputs.sampling_support, inputs.support_ids"
+    with pytest.raises(RuntimeError, match=f"GRPOTrainer._compute_loss must read .* also reads {unknown}, self.top_p"):
+        adapter.enable(Later)
+    monkeypatch.setattr(loss, "GRPOTrainer", Wider)
+    with pytest.raises(RuntimeError, match=r"must take \(model, inputs\) .*takes \(model, inputs, support\)"):
+        adapter.enable(Wider)
+    monkeypatch.undo()
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", WiderHead)
+    with pytest.raises(RuntimeError, match="trl's fused head must take .* this version takes .*support"):
+        adapter.enable(trl.GRPOTrainer)
+    assert not adapter._enabled
+
+
+def test_the_asynchronous_trainer_is_refused_by_its_name() -> None:
+    trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer").AsyncGRPOTrainer
+    with pytest.raises(TypeError, match="must be a GRPOTrainer or an RLOOTrainer, got AsyncGRPOTrainer"):
+        adapter.enable(trainer)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -230,13 +231,41 @@ def test_register_replace_and_undo(core, padded_batch) -> None:
     assert [dict(r) for r in registries] == before
 
 
-def test_other_versions_are_refused(core, padded_batch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("error")
+def test_another_version_is_warned_of_once(core, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trajkern.integrations._adapter.version", lambda _: "9.9.9")
-    for enable, disable in ((adapter.register, adapter.unregister), (adapter.enable_head, adapter.disable_head)):
-        with pytest.raises(RuntimeError, match=r"verl must be 0\.9\.1.*got 9\.9\.9.*any_version"):
-            enable()
-        enable(any_version=True)
-        disable()
+    monkeypatch.setattr("trajkern.integrations._adapter._warned", set())
+    adapter.register(any_version=True)
+    with pytest.warns(UserWarning, match=r"tested with verl 0\.9\.1, not with 9\.9\.9.*any_version=True"):
+        adapter.register()
+    adapter.enable_head()
+    adapter.disable_head()
+
+
+def test_a_host_that_does_not_fit_is_refused(core, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = importlib.import_module(adapter.HEAD)
+
+    def moved(hidden, weight, labels, reduction="none", temperature=1.0): ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "linear_cross_entropy", moved)
+        with pytest.raises(RuntimeError, match=r"verl's linear_cross_entropy must take .*takes \(hidden, weight, lab"):
+            adapter.enable_head()
+    with monkeypatch.context() as patch:
+        patch.delattr(head, "linear_cross_entropy")
+        with pytest.raises(RuntimeError, match="kernel.linear_cross_entropy must have linear_cross_entropy, which"):
+            adapter.enable_head()
+    adapter.unregister()
+    for registry, name, added in (
+        (core.POLICY_LOSS_REGISTRY, "gspo", "trust_region"),
+        (core.ADV_ESTIMATOR_REGISTRY, "rloo", "discount"),
+    ):
+        theirs = registry[name]
+        wider = eval(f"lambda {', '.join([*inspect.signature(theirs).parameters][:4])}, {added}: None")
+        monkeypatch.setitem(registry, name, wider)
+        with pytest.raises(RuntimeError, match=f"verl's {name} must take .*this version takes .*{added}"):
+            adapter.register()
+        monkeypatch.setitem(registry, name, theirs)
 
 
 BAD = {

@@ -3,7 +3,11 @@ losses that TRL and Liger-Kernel name alike."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+import ast
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -14,6 +18,7 @@ from torch import Tensor
 import trajkern as tk
 
 _ABSENT = object()
+_warned: set[tuple[str, str]] = set()  # packages and versions
 
 # The loss types of TRL, and of Liger-Kernel, which follows it -> how each becomes one number there.
 GRPO_AGGREGATES = {
@@ -30,16 +35,78 @@ _UNCLIPPED = ("cispo", "sapo", "vespo")  # without the clipped ratio, and so wit
 
 
 def check_version(package: str, tested: Sequence[str], any_version: bool) -> None:
-    """Raises where ``package`` is missing, or of a version that is not ``tested`` and that nobody asked for."""
+    """Raises where ``package`` is missing; warns once of a version that is not ``tested``, but for ``any_version``."""
     try:
         installed = version(package)
     except PackageNotFoundError as error:
         raise ImportError(f"{package} is not installed; trajkern was tested with {', '.join(tested)}") from error
-    if installed not in tested and not any_version:
-        raise RuntimeError(
-            f"{package} must be {' or '.join(tested)}, the versions this was tested with; got {installed}. "
-            f"any_version=True tries it all the same"
+    if installed not in tested and not any_version and (package, installed) not in _warned:
+        _warned.add((package, installed))
+        warnings.warn(
+            f"trajkern was tested with {package} {' and '.join(tested)}, not with {installed}: the names and "
+            "signatures that it replaces fit there, what they compute was not compared. any_version=True silences this",
+            UserWarning,
+            stacklevel=3,
         )
+
+
+def held(owner: Any, name: str) -> Any:
+    """What a module or class of a host has by that name; RuntimeError, which names it, where there is none."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"{owner.__name__} must have {name}, which trajkern stands in for; this version has none")
+    return getattr(owner, name)
+
+
+def check_signature(
+    name: str, theirs: Callable[..., Any], ours: Callable[..., Any], *, unread: Set[str] | None = None
+) -> None:
+    """RuntimeError where the host's function takes what its stand-in does not, or takes it elsewhere.
+
+    ``unread``: arguments are passed by name, so that their order is free, and these say nothing to the stand-in.
+    """
+    wanted, known = _parameters(theirs), _parameters(ours)
+    fits = wanted == known[: len(wanted)] if unread is None else set(wanted) <= {*known, *unread}
+    if not fits:
+        raise RuntimeError(
+            f"{name} must take ({', '.join(known)}) for trajkern to stand in for it; "
+            f"this version takes ({', '.join(wanted)})"
+        )
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters, without what binds it."""
+    found = inspect.signature(function).parameters.values()
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [x.name for x in found if x.kind not in free and x.name not in ("self", "ctx")]
+
+
+def check_reads(name: str, function: Callable[..., Any], known: Set[str]) -> None:
+    """RuntimeError where the source of a host's method reads an option or an input that its stand-in knows nothing of.
+
+    What it reads are attributes of ``self`` and of ``self.args``, and entries of ``inputs``, as ``self.x``, ``args.x``
+    and ``inputs.x``. A signature does not say them, and a stand-in that goes without one computes something else.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    if unknown := {x for node in ast.walk(tree) if (x := _read(node))} - known:
+        also = ", ".join(sorted(unknown))
+        raise RuntimeError(f"{name} must read what trajkern knows; this version also reads {also}")
+
+
+def _read(node: ast.AST) -> str | None:
+    match node:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return f"self.{name}"
+        case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr="args"), attr=name):
+            return f"args.{name}"
+        case (
+            ast.Subscript(value=ast.Name(id="inputs"), slice=ast.Constant(value=str() as name))
+            | ast.Call(
+                func=ast.Attribute(value=ast.Name(id="inputs"), attr="get" | "pop"), args=[ast.Constant(value=name), *_]
+            )
+            | ast.Compare(left=ast.Constant(value=str() as name), comparators=[ast.Name(id="inputs")])
+        ):
+            return f"inputs.{name}"
+    return None
 
 
 class Patches:

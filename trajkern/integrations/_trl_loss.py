@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations._adapter import GRPO_AGGREGATES, GRPOOptions, clipped, padded_rows
+from trajkern.integrations._adapter import (
+    GRPO_AGGREGATES,
+    GRPOOptions,
+    check_reads,
+    check_signature,
+    clipped,
+    held,
+    padded_rows,
+)
 
 _LEAST = -18.420680743952367  # log 1e-8, TRL's bound of a weight's logarithm
 _unread: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that hold tensors where TRL holds numbers
@@ -28,6 +36,44 @@ _PASSED = {
     "compute_entropy",
     "compute_aux_loss",
 }
+
+
+# What the _compute_loss of each trainer reads in the tested versions, and what stands in for it honours.
+READ = {
+    "GRPOTrainer": {
+        "self": "_entropy_bonus_enabled _entropy_window_stats _get_per_token_logps_and_entropies _last_world_entropy"
+        " _metrics accelerator args aux_loss_enabled beta current_gradient_accumulation_steps entropy_coef epsilon_high"
+        " epsilon_low get_gamma_weights get_high_entropy_mask get_off_policy_mask importance_sampling_level loss_type"
+        " max_completion_length model off_policy_mask_threshold router_aux_loss_coef top_entropy_quantile"
+        " use_adaptive_entropy use_vllm vllm_importance_sampling_correction",
+        "args": "delta entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target sapo_temperature_neg"
+        " sapo_temperature_pos steps_per_generation use_bias_correction_kl vespo_k_neg vespo_k_pos vespo_lambda_neg"
+        " vespo_lambda_pos",
+        "inputs": "advantages completion_ids completion_mask image_grid_thw image_position_ids image_sizes"
+        " importance_sampling_ratio mm_token_type_ids num_images num_items_in_batch num_tiles old_per_token_logps"
+        " pixel_attention_mask pixel_values prompt_ids prompt_mask ref_per_token_logps sampling_per_token_logps"
+        " spatial_shapes token_type_ids tool_mask",
+    },
+    "RLOOTrainer": {
+        "self": "_get_per_token_logps_and_entropies _metrics accelerator args aux_loss_enabled epsilon_high epsilon_low"
+        " model router_aux_loss_coef",
+        "inputs": "advantages completion_ids completion_mask image_grid_thw image_position_ids image_sizes"
+        " mm_token_type_ids num_images num_tiles old_logps pixel_attention_mask pixel_values prompt_ids prompt_mask"
+        " spatial_shapes token_type_ids",
+    },
+}
+
+
+def check_fit(name: str, trainer: type, ours: Any) -> None:
+    """RuntimeError where a trainer of TRL by that name has not the loss that ``ours`` stands in for."""
+    theirs = held(trainer, "_compute_loss")
+    if theirs is ours:
+        return
+    for method in ("_get_per_token_logps_and_entropies", "log", "_save_checkpoint"):
+        held(trainer, method)
+    check_signature(f"{name}._compute_loss", theirs, ours)
+    known = {f"{of}.{x}" for of, names in READ[name].items() for x in names.split()}
+    check_reads(f"{name}._compute_loss", theirs, known)
 
 
 def check_loss(trainer: Any) -> None:

@@ -20,8 +20,10 @@ from trajkern.integrations._adapter import (
     GRPOOptions,
     PaddedRows,
     Patches,
+    check_signature,
     check_version,
     clipped,
+    held,
     padded_rows,
 )
 
@@ -34,12 +36,16 @@ def enable(*, any_version: bool = False) -> None:
     """Puts :class:`LigerFusedLinearGRPOLoss` in the place of Liger's. A second call undoes the first.
 
     Raises:
-        ImportError, RuntimeError: Liger-Kernel is missing, or of another version and ``any_version`` is False.
+        ImportError: Liger-Kernel is missing.
+        RuntimeError: a version of it that lacks what this replaces, or where that takes something else. Another than
+            the tested versions is warned of, unless ``any_version`` is True.
     """
     check_version("liger-kernel", TESTED, any_version)
     disable()
     for holder in HOLDERS[:2]:
-        importlib.import_module(holder)
+        theirs = held(importlib.import_module(holder), "LigerFusedLinearGRPOLoss")
+        check_signature("LigerFusedLinearGRPOLoss", theirs.__init__, LigerFusedLinearGRPOLoss.__init__)
+        check_signature("LigerFusedLinearGRPOLoss.forward", theirs.forward, LigerFusedLinearGRPOLoss.forward)
     for holder in HOLDERS:
         if "LigerFusedLinearGRPOLoss" in vars(sys.modules.get(holder, sys)):
             _patches.put(vars(sys.modules[holder]), "LigerFusedLinearGRPOLoss", LigerFusedLinearGRPOLoss)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations._adapter import PaddedRows, Patches, check_version, padded_rows
+from trajkern.integrations._adapter import PaddedRows, Patches, check_signature, check_version, held, padded_rows
 
 TESTED = ("0.11.2",)
 HOLDERS = {  # who holds the name from its import on; the last only if it is loaded already
@@ -34,11 +34,18 @@ def enable(*, any_version: bool = False) -> None:
     """Patches OpenRLHF in this process. A second call undoes the first.
 
     Raises:
-        ImportError, RuntimeError: OpenRLHF is missing, or of another version and ``any_version`` is False.
+        ImportError: OpenRLHF is missing.
+        RuntimeError: a version of it that lacks what this replaces, or where that takes something else. Another than
+            the tested versions is warned of, unless ``any_version`` is True.
     """
     check_version("openrlhf", TESTED, any_version)
     disable()
     importlib.import_module("openrlhf.models")
+    theirs = held(sys.modules["openrlhf.models.loss"], "PolicyLoss")
+    scores = held(sys.modules["openrlhf.models.utils"], "log_probs_from_logits")
+    check_signature("openrlhf's log_probs_from_logits", scores, log_probs_from_logits)
+    check_signature("openrlhf's PolicyLoss", theirs.__init__, PolicyLoss.__init__)
+    check_signature("openrlhf's PolicyLoss.forward", theirs.forward, PolicyLoss.forward)
     for name, holders in HOLDERS.items():
         for holder in holders:
             if holder in sys.modules:

@@ -23,8 +23,8 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import recipes
 from trajkern.integrations._adapted_head import embedding_count
-from trajkern.integrations._adapter import Patches, check_version
-from trajkern.integrations._trl_loss import check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
+from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._trl_loss import check_fit, check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
 from trajkern.integrations._wrapped import autocasted
 
 TESTED = ("1.15.0", "1.16.0")
@@ -57,10 +57,11 @@ def enable(trainer_or_class: Any, recipe: str | Recipe | None = None, *, any_ver
         recipe: whence the advantages come instead of from TRL: a function of :class:`Rollouts`, or the name of one in
             ``trajkern.recipes.RECIPES``. What a recipe leaves out gets the advantage 0 here, and counts in the
             normaliser as TRL's own does.
-        any_version: try a version of TRL that this was not tested with.
+        any_version: do not warn of a version of TRL that this was not tested with.
 
     Raises:
-        ImportError, RuntimeError: TRL is missing, or of another version.
+        ImportError: TRL is missing.
+        RuntimeError: a version of it whose loss or head takes or reads something that these do not know.
         TypeError: something else than such a trainer, or one with a loss of its own.
         ValueError: an option of the trainer that the loss cannot honour, a recipe that does not exist, or a tokenizer
             with tokens that the model does not have. For a class it is raised when a trainer is made.
@@ -73,6 +74,7 @@ def enable(trainer_or_class: Any, recipe: str | Recipe | None = None, *, any_ver
     a_class = isinstance(trainer_or_class, type)
     if not a_class:
         _check(trainer_or_class, kind)
+    check_head()
     disable(trainer_or_class)
     put: dict[str, Any] = {"_compute_loss": _LOSSES[kind]} | _reading(trainer_or_class)
     if chosen is not None:
@@ -107,6 +109,7 @@ def _kind(target: Any) -> str:
             owner = next(c for c in cls.__mro__ if "_compute_loss" in vars(c))
             if owner is not base and id(owner) not in _enabled:
                 raise TypeError(f"trainer_or_class must have {name}'s loss; {owner.__name__} has one of its own")
+            check_fit(name, base, _LOSSES[name])
             return name
     raise TypeError(f"trainer_or_class must be a GRPOTrainer or an RLOOTrainer, got {cls.__name__}")
 
@@ -184,6 +187,13 @@ class _FusedHead:
         return stats.logprobs, stats.entropy, squares, stats.mean_logit, stats.is_top1
 
 
+def check_head() -> None:
+    """RuntimeError where TRL's fused head takes something else than what stands in for it."""
+    theirs = held(importlib.import_module("trl.trainer.utils"), "_ChunkedLogProbFunction")
+    if theirs not in (None, _FusedHead):  # None where Triton is missing
+        check_signature("trl's fused head", theirs.forward, _FusedHead.apply)
+
+
 def _put_head() -> None:
     utils = vars(importlib.import_module("trl.trainer.utils"))
     _head.undo()
@@ -217,7 +227,7 @@ def _named(name: str) -> Recipe:
 def _credited(target: Any, recipe: Recipe) -> dict[str, Callable[..., Any]]:
     """The trainer's methods that score and credit, with the recipe's advantages in the place of TRL's."""
     cls: Any = target if isinstance(target, type) else type(target)
-    score, generate = cls._calculate_rewards, cls._generate_and_score_completions
+    score, generate = held(cls, "_calculate_rewards"), held(cls, "_generate_and_score_completions")
 
     @functools.wraps(score)
     def calculate(self: Any, *args: Any, **options: Any) -> Tensor:

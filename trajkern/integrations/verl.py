@@ -21,12 +21,13 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.integrations import _verl_advantages
-from trajkern.integrations._adapter import Patches, check_version
+from trajkern.integrations._adapter import Patches, check_signature, check_version, held
 from trajkern.integrations._verl_losses import LOSSES
 from trajkern.integrations._wrapped import autocasted
 
 TESTED = ("0.9.1",)
 PREFIX = "trajkern_"
+UNREAD = {"alpha", "config", "epsilon", "norm_adv_by_std_in_grpo"}  # what estimators of verl's take and do not read
 HEAD = "verl.utils.kernel.linear_cross_entropy"
 TORCH_HEAD = "verl.utils.experimental.torch_functional"
 HEAD_USERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
@@ -42,19 +43,25 @@ def register(*, replace: bool = False, any_version: bool = False) -> tuple[list[
             verl gives ``values``, ``sum_pi_squared`` and the rewards of ``gdpo`` to its own names only, so ``gae``,
             ``optimal_token_baseline``, ``tir_optimal_token_baseline`` and ``gdpo`` can be used in this way alone
             (``trajkern_gdpo`` sees one reward, the sum).
-        any_version: also with a verl that this was not tested with.
+        any_version: do not warn of a verl that this was not tested with.
 
     Returns:
         (estimators, losses): the names registered. A second call undoes the first.
 
     Raises:
-        ImportError, RuntimeError: verl is missing, or of another version.
+        ImportError: verl is missing.
+        RuntimeError: a version of it that lacks one of these functions, or where one takes something else.
     """
     check_version("verl", TESTED, any_version)
     core = importlib.import_module("verl.trainer.ppo.core_algos")
     unregister()
     estimators = _verl_advantages.VERL | _verl_advantages.OWN
-    for functions, registry in ((estimators, core.ADV_ESTIMATOR_REGISTRY), (LOSSES, core.POLICY_LOSS_REGISTRY)):
+    of_advantages, of_losses = held(core, "ADV_ESTIMATOR_REGISTRY"), held(core, "POLICY_LOSS_REGISTRY")
+    kinds = (estimators, of_advantages, UNREAD), (LOSSES, of_losses, None)
+    for functions, registry, unread in kinds:
+        for name in functions.keys() & registry.keys():
+            check_signature(f"verl's {name}", registry[name], functions[name], unread=unread)
+    for functions, registry, _ in kinds:
         for name, function in functions.items():
             _registered.put(registry, PREFIX + name, function)
             if replace and name in registry:
@@ -77,12 +84,19 @@ def enable_head(*, any_version: bool = False) -> None:
     or liger. A second call undoes the first.
 
     Raises:
-        ImportError, RuntimeError: verl is missing, or of another version and ``any_version`` is False.
+        ImportError: verl is missing.
+        RuntimeError: a version of it that lacks what this replaces, or where that takes something else. Another than
+            the tested versions is warned of, unless ``any_version`` is True.
     """
     check_version("verl", TESTED, any_version)
     disable_head()
-    _head.put(vars(importlib.import_module(HEAD)), "linear_cross_entropy", linear_cross_entropy)
-    _head.put(vars(importlib.import_module(TORCH_HEAD)), "FusedLinearForPPO", FusedLinearForPPO)
+    head, torch_head = importlib.import_module(HEAD), importlib.import_module(TORCH_HEAD)
+    check_signature("verl's linear_cross_entropy", held(head, "linear_cross_entropy"), linear_cross_entropy)
+    theirs = held(torch_head, "FusedLinearForPPO")
+    check_signature("verl's FusedLinearForPPO", theirs.__init__, FusedLinearForPPO.__init__)
+    check_signature("verl's FusedLinearForPPO.forward", theirs.forward, FusedLinearForPPO.forward)
+    _head.put(vars(head), "linear_cross_entropy", linear_cross_entropy)
+    _head.put(vars(torch_head), "FusedLinearForPPO", FusedLinearForPPO)
     for name in HEAD_USERS:  # these hold the name from their import on
         if name in sys.modules:
             _head.put(vars(sys.modules[name]), "linear_cross_entropy", linear_cross_entropy)
