@@ -281,6 +281,7 @@ LOSS_CASES = (
     Case("per_token", _edited(_loss(PolicyLoss("dapo")), _per_token), "one advantage a token"),
     Case("small_workspace", _loss(_FULL, mask=_mask, workspace_bytes=65 * 4 * 5), "many blocks of few rows"),
     Case("normalizer", _loss(PolicyLoss("dapo"), normalizer=11.0), "an external normaliser"),
+    Case("large_normalizer", _loss(_FULL, mask=_mask, normalizer=2.0**22), "gradients that fp16 has for a scaled loss"),
     Case("nothing_scored", _loss(PolicyLoss("dapo"), mask=_none), "an empty sum is 0"),
     Case("on_policy", _edited(_loss(_FULL, mask=_mask), _on_policy), "no old log-probs: every ratio is 1"),
     Case("on_policy_sequence", _edited(_loss(PolicyLoss("gspo")), _on_policy), "the same in two passes"),
@@ -298,7 +299,8 @@ LOSS_CASES = (
     ),
     Case("support", _loss(PolicyLoss("grpo"), sampling_support=_support(9)), "the softmax over each token's own set"),
 )
-_FEW_LOSSES = ("grpo", "full", "shared_rows", "on_policy")  # the policy loss itself has specs of its own
+# for the interpreter; the policy loss itself has specs of its own
+_FEW_LOSSES = ("grpo", "full", "shared_rows", "on_policy", "large_normalizer")
 LINEAR_POLICY_LOSS = _spec(
     "linear_policy_loss",
     tuple(dataclasses.replace(c, large=c.name not in _FEW_LOSSES) for c in LOSS_CASES),

@@ -3,6 +3,8 @@
 A result may differ from float64 by at most twice the worst error of the plain torch expression at its precision, plus
 one rounding. Inputs are quantised first, so that only arithmetic is measured. A float64 result has no better oracle
 than float64: its budget is float32's scaled by the ratio of the two roundings, plus the oracle's own error.
+
+Where inputs are in float16 the upstream gradient is as large as a loss scaler makes it: :func:`loss_scale`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,19 @@ from trajkern import reference
 from trajkern.testing.registry import Inputs, OpSpec
 
 Outcome = dict[str, Tensor]
+LARGEST_LOSS_SCALE = 2.0**16  # that torch's GradScaler begins with
+ROOM = 4.0  # between the largest gradient and float16's largest number
 
 
-def run(spec: OpSpec, function: Callable[..., Any], inputs: Inputs, upstream_seed: int = 1) -> Outcome:
-    """Outputs and gradients of ``function`` for a fixed random upstream, detached."""
+def run(
+    spec: OpSpec, function: Callable[..., Any], inputs: Inputs, upstream_seed: int = 1, scale: float | None = None
+) -> Outcome:
+    """Outputs and gradients of ``function`` for a fixed random upstream times ``scale``, detached.
+
+    Without one it is :func:`loss_scale`.
+    """
+    if scale is None:
+        scale = loss_scale(spec, inputs, upstream_seed)
     inputs = {k: _leaf(v) if k in spec.differentiable and v is not None else v for k, v in inputs.items()}
     outputs = spec.outputs(function(**inputs))
     outcome = {k: v.detach() for k, v in outputs.items()}
@@ -29,7 +40,7 @@ def run(spec: OpSpec, function: Callable[..., Any], inputs: Inputs, upstream_see
     for name, x in outputs.items():
         upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
         if x.requires_grad and name not in spec.no_grad_outputs:
-            term = (x * upstream.to(x.dtype)).sum()
+            term = (x * (scale * upstream).to(x.dtype)).sum()
             loss = term if loss is None else loss + term
     if loss is not None:
         loss.backward()
@@ -38,6 +49,19 @@ def run(spec: OpSpec, function: Callable[..., Any], inputs: Inputs, upstream_see
                 grad = inputs[name].grad
                 outcome[f"grad_{name}"] = torch.zeros_like(inputs[name]).detach() if grad is None else grad
     return outcome
+
+
+def loss_scale(spec: OpSpec, inputs: Inputs, upstream_seed: int = 1) -> float:
+    """1, and for float16 a power of two: the largest up to 2^16 at which no gradient overflows."""
+    given = (inputs.get(name) for name in spec.typed)
+    if not any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in given):
+        return 1.0
+    exact = run(spec, getattr(reference, spec.name), cast(inputs, torch.float64), upstream_seed, 1.0)
+    gradients = [x.abs().amax() for name, x in exact.items() if name.startswith("grad_") and x.numel()]
+    largest = max((float(x) for x in gradients if x.isfinite()), default=0.0)
+    if largest == 0:
+        return LARGEST_LOSS_SCALE
+    return min(LARGEST_LOSS_SCALE, 2.0 ** math.floor(math.log2(torch.finfo(torch.float16).max / ROOM / largest)))
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -56,9 +80,10 @@ def oracle(spec: OpSpec, inputs: Inputs) -> tuple[Outcome, Outcome]:
     low = inputs
     if any(isinstance(inputs.get(k), Tensor) and inputs[k].dtype == torch.float64 for k in spec.typed):
         low = cast(inputs, torch.float32)
-    high, result = run(spec, function, cast(inputs, torch.float64)), run(spec, function, low)
+    scale = loss_scale(spec, inputs)
+    high, result = (run(spec, function, x, scale=scale) for x in (cast(inputs, torch.float64), low))
     if spec.reordered is not None:  # one order of a sum is one draw of its rounding; the worse of two is steadier
-        for name, x in run(spec, function, spec.reordered(low)).items():
+        for name, x in run(spec, function, spec.reordered(low), scale=scale).items():
             if not x.is_floating_point() or name.startswith("grad_"):
                 continue
             if (x - high[name]).abs().sum() > (result[name] - high[name]).abs().sum():

@@ -161,6 +161,7 @@ _DAPO = _full("dapo")
 CASES = (
     *_cases(),
     *_tree_cases(),
+    Case("large_normalizer", _packed(_DAPO, normalizer=2.0**22), "gradients that fp16 has for a scaled loss"),
     Case("no_mask", _packed(_DAPO, mask=lambda m, g: None), "every token scored"),
     Case("nothing_scored", _packed(_DAPO, mask=lambda m, g: m & False), "an empty sum is 0"),
     Case("one_silent", _packed(_full("gspo"), mask=lambda m, g: m & (torch.arange(m.numel()) >= 9)), "one silent"),
