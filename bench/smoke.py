@@ -71,11 +71,12 @@ def _of_divergence(device: str) -> tuple[Outcome, Outcome]:
     generator = torch.Generator(device).manual_seed(0)
     sizes = ((512, 256), (32_768, 256)) * 2
     arguments = [torch.randn(size, generator=generator, device=device) / 16 for size in sizes]
+    options: dict[str, Any] = {"bias": arguments[1][:, 0].contiguous(), "softcap": 2.0, "vocabulary": 32_000}
     found = []
     for function in (linear_divergence, reference.linear_divergence):
         hidden, weight, *teacher = arguments
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        out = function(*leaves, *teacher, beta=0.5)
+        out = function(*leaves, *teacher, beta=0.5, **options)
         grads = torch.autograd.grad(out.sum(), leaves)
         found.append({"divergence": out.detach(), "grad_hidden": grads[0], "grad_weight": grads[1]})
     return found[0], found[1]

@@ -20,7 +20,7 @@ from . import head
 from .configs import row_warps
 from .head_rows import add_residual
 from .logprob import MAP_LOADS, _columns, _launch, _load, _map_launch
-from .primitives import _series, exp, log1p
+from .primitives import KEEP_NAN, _series, exp, log1p
 
 SAVED = tl.constexpr(tiles.SAVED)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -145,13 +145,6 @@ def divergence_kernel(
     tl.store(saved + 5, tl.sum(center, 0))
 
 
-@triton.jit
-def _bend(x, softcap):
-    """The softcap's slope; the square of a large softcap would overflow."""
-    inverse = tl.div_rn(1.0, softcap)
-    return ((softcap - x) * inverse) * ((softcap + x) * inverse)
-
-
 @triton.jit(do_not_specialize=["grad_stride", "stride_s", "stride_t", "vectors"])
 def slope_kernel(
     grad, student, teacher,  # [rows, columns], the first two may be the same
@@ -161,7 +154,7 @@ def slope_kernel(
     KIND: tl.constexpr, SOFTCAP: tl.constexpr, NARROW: tl.constexpr, FIRST: tl.constexpr,
     VECTOR: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """See the head's gradient_kernel for how a narrow gradient lies."""
+    """A narrow gradient lies as in the head's gradient_kernel; with a softcap ``student`` holds the tanh alone."""
     row = tl.program_id(0).to(tl.int64)
     grad += tl.multiple_of(row * grad_stride, VECTOR)
     student += tl.multiple_of(row * stride_s, VECTOR)
@@ -180,14 +173,18 @@ def slope_kernel(
     added = tl.zeros([MAP_LOADS, THREADS, WIDTH], tl.float32)
     for start in range(0, size, STEP):
         x_s, x_t = _load(student + start, columns, size - start), _load(teacher + start, columns, size - start)
+        bend = 1.0
+        if SOFTCAP:
+            bend = (1 - x_s) * (1 + x_s)
+            x_s = tl.minimum(
+                softcap * x_s, m_s, KEEP_NAN
+            )  # rounded as the forward's: the minimum parts it from x_s - m_s
         s, t, d = _place(x_s, x_t, m_s, m_t, unit, share_s, share_t, shift)
         if KIND == "forward":
             slope = tl.where(tl.abs(d) < 1, t * (d + _series(d)), s - t)
         else:
             slope = tl.where(s == 0, 0.0, s * ((_log_ratio(s, t, d, of_s, of_t, KIND) - anchor) - center))
-        if SOFTCAP:
-            slope *= _bend(x_s, softcap)
-        values = tl.where(gain == 0, 0.0, gain * slope)
+        values = tl.where(gain == 0, 0.0, gain * slope * bend)
         rounded = values.to(grad.dtype.element_ty)
         if residual is not None:
             added += tl.where(columns < size - start, rounded.to(tl.float32) - values, 0.0)

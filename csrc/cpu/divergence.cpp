@@ -125,8 +125,8 @@ struct Row {
         of_s(1 - beta) {}
 
   template <int W>
-  TK_INLINE Place<W, A> at(const A* z_s, const A* z_t) const {
-    const auto u_s = (load<W>(z_s) - max_s) * scale, u_t = (load<W>(z_t) - max_t) * scale;
+  TK_INLINE Place<W, A> at(const Vec<A, W>& z_s, const Vec<A, W>& z_t) const {
+    const auto u_s = (z_s - max_s) * scale, u_t = (z_t - max_t) * scale;
     return {vexp<W>(u_s) * share_s, vexp<W>(u_t) * share_t, (u_s - u_t) + shift};
   }
 };
@@ -194,7 +194,7 @@ TK_INLINE void add_block(const A* z_s, const A* z_t, int64_t n, const Row<A>& ro
   V divergence[kLanes / W] = {}, masses[kLanes / W] = {}, center[kLanes / W] = {};
   const auto group = [&](const A* from_s, const A* from_t) TK_INLINE_LAMBDA {
     for (int k = 0; k < kLanes / W; ++k) {
-      const auto x = row.template at<W>(from_s + k * W, from_t + k * W);
+      const auto x = row.template at<W>(load<W>(from_s + k * W), load<W>(from_t + k * W));
       if constexpr (kKind == kForward) add_kl<W>(x.t, x.s, x.d, divergence[k], masses[k]);
       if constexpr (kKind == kReverse) {
         add_kl<W>(x.s, x.t, -x.d, divergence[k], masses[k]);
@@ -238,7 +238,7 @@ TK_INLINE Sum add_row(const A* z_s, const A* z_t, int64_t V, const Row<A>& row, 
   if constexpr (kKind != kForward) {
     const int64_t at = first_place<W>(z_s, V, row.max_s);
     const Stage<A> alone(z_s + at, z_t + at, 1);
-    anchor = log_ratio<4, kKind>(row.template at<4>(alone.s, alone.t), row)[0];
+    anchor = log_ratio<4, kKind>(row.template at<4>(load<4>(alone.s), load<4>(alone.t)), row)[0];
   }
   Sum sum;
   for (int64_t i = 0; i < V; i += kBlock)
@@ -253,16 +253,10 @@ TK_INLINE Vec<A, W> slope(const Place<W, A>& x, const Row<A>& row, A anchor, A c
     return x.s == 0 ? Vec<A, W>{} : x.s * ((log_ratio<W, kKind>(x, row) - anchor) - center);
 }
 
-// What a row's gradient is multiplied with: gain, and with a softcap 1 - (z / softcap)^2.
+// What a row's gradient is multiplied with: gain, and with a softcap, whose tanh the tile then holds, 1 - tanh^2.
 template <class A>
 struct Chain {
-  A gain, softcap, inverse;
-
-  template <int W>
-  TK_INLINE Vec<A, W> bend(const A* z) const {
-    const auto x = vmax(load<W>(z), broadcast<W>(-softcap));  // a tail is filled up with -inf
-    return ((softcap - x) * inverse) * ((softcap + x) * inverse);
-  }
+  A gain, softcap;
 };
 
 // z_s becomes the slope in what the student's logits were made of.
@@ -272,9 +266,11 @@ TK_INLINE void row_gradient(A* z_s, const A* z_t, int64_t V, const Row<A>& row, 
   const A anchor = saved.anchor, center = saved.center;
   const auto group = [&](A* to, const A* from_s, const A* from_t) TK_INLINE_LAMBDA {
     for (int k = 0; k < kLanes; k += W) {
-      auto y = chain.gain * slope<W, kKind>(row.template at<W>(from_s + k, from_t + k), row, anchor, center);
-      if constexpr (kBends) y *= chain.template bend<W>(from_s + k);
-      store<W>(to + k, y);
+      const auto x = load<W>(from_s + k);
+      auto factor = broadcast<W>(chain.gain);
+      if constexpr (kBends) factor *= (1 - x) * (1 + x);
+      const auto z = kBends ? chain.softcap * x : x;  // rounded as the forward's
+      store<W>(to + k, factor * slope<W, kKind>(row.template at<W>(z, load<W>(from_t + k)), row, anchor, center));
     }
   };
   int64_t i = 0;
@@ -322,14 +318,14 @@ void rows(const Tile<A>& tile, const double* scale, double beta, A* divergence, 
   });
 }
 
-// softcap 0: none
+// softcap 0: none; else the student's tile holds the tanh alone
 template <class A>
 void gradient(const Tile<A>& tile, const double* scale, double beta, const Saved* saved, const A* upstream,
               double softcap, double logit_scale) {
   tile.each_row(beta, [&](auto width, auto kind, int64_t r, A* z_s, const A* z_t) TK_INLINE_LAMBDA {
     const Row<A> row(saved[r], scale[r], beta);
     const double gain = (kind() == kMixture ? 1 - beta : 1) * scale[r] * upstream[r] * logit_scale;
-    const Chain<A> chain{A(gain), A(softcap), A(1 / softcap)};
+    const Chain<A> chain{A(gain), A(softcap)};
     if (softcap > 0)
       row_gradient<width(), kind(), true>(z_s, z_t, tile.columns, row, saved[r], chain);
     else

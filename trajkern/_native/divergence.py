@@ -35,7 +35,7 @@ def gradient(
     saved: Tensor,  # [R, 6]
     upstream: Tensor,  # [R]
     first: int,  # column
-    softcap: float,  # of the student's logits; 0: none
+    softcap: float,  # of the student's logits, whose tile then holds the tanh alone; 0: none
     logit_scale: float,  # likewise
     narrowing: Narrowing | None,
 ) -> None:

@@ -133,13 +133,12 @@ def _chain(
     narrowing = student.narrowing(scale, None, upstream)
     for part in parts:
         z, z_teacher = (part_of(tile, filled, part.stop - part.start) for tile in tiles)
-        student.logits(block.hidden, part, z)
+        student.logits(block.hidden, part, z, capped=False)  # the slope of a softcap is 1 - tanh^2
         teacher.logits(block.teacher_hidden, part, z_teacher)
         tile_grad = student.gradient_of(z)
+        every = tile_grad, z, z_teacher
         kernels.gradient(
-            tile_grad[:count],
-            z[:count],
-            z_teacher[:count],
+            *(every if count == filled else (x[:count] for x in every)),
             scale,
             of.beta,
             saved,
@@ -153,5 +152,5 @@ def _chain(
             tile_grad[count:].zero_()
         student.chain(tile_grad, block.hidden, part, grads, grad_hidden, block.first, narrowing)
     if grads.hidden is not None and grad_hidden is not None:
-        exact = grad_hidden[:count]
-        grads.hidden[block.tokens] = exact if narrowing is None else narrowing.undone(exact)
+        computed = grad_hidden if count == filled else grad_hidden[:count]
+        grads.hidden[block.tokens] = computed if narrowing is None else narrowing.undone(computed)

@@ -90,7 +90,7 @@ class Tiles:
         half = head.hidden.dtype in (torch.bfloat16, torch.float16)
         self.dtype = head.hidden.dtype if half and narrow else head.accumulator
         self.size = head.weight.shape[0] if size is None else size
-        self.shard: Shard = shard(head.group, head.weight[: self.size])
+        self.shard: Shard = shard(head.group, head.weight if size is None else head.weight[:size])
         self.local = head.targets - self.shard.first
         self.state_dtype = torch.float64 if self.host else head.accumulator
 
@@ -146,15 +146,17 @@ class Tiles:
             return torch.full(row.shape, 1 / self.temperature, dtype=self.state_dtype, device=row.device)
         return 1 / self.head.temperatures[row].to(self.state_dtype)
 
-    def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
-        """softcap(logit_scale (h w + bias)); the temperature is left to the kernels."""
+    def logits(self, hidden: Tensor, columns: slice, out: Tensor, *, capped: bool = True) -> None:
+        """softcap(logit_scale (h w + bias)), or the softcap's tanh alone; the temperature is left to the kernels."""
         _product(hidden, self.head.weight[columns].t(), out)
         if self.head.bias is not None:
             out += self.head.bias[columns]
         if self.logit_scale != 1:
             out *= self.logit_scale
         if self.softcap:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
+            out.div_(self.softcap).tanh_()
+            if capped:
+                out.mul_(self.softcap)
 
     def restrict(self, pairs: Pairs, lo: int, hi: int, columns: slice, z: Tensor) -> None:
         """-inf for what a row's token was not sampled from."""

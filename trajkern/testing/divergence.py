@@ -144,12 +144,12 @@ CASES = (
         "bias, scale and softcap on both sides, weights padded unequally, a temperature and a mask",
         _rubbish_behind,
     ),
-    Case("softcap", _heads(5, 16, 130, 20.0, softcap=5.0, beta=0.3), "logits deep inside the student's bend"),
+    Case("softcap", _heads(9, 16, 257, 20.0, softcap=5.0, beta=0.3), "logits deep inside the student's bend"),
     Case("unlike", _heads(5, 16, 66, bias=_biases, logit_scale=1.7, teacher_softcap=0.5), "a softcap on one side"),
     *_grid(
         "impossible", lambda **o: _heads(5, 16, 70, bias=_biases, **o), "a bias of -inf, on both sides", _impossible
     ),
-    Case("batch_invariant", _heads(6, 8, 33, batch_invariant=True, bias=_biases, mask=_mask), "blocks filled up"),
+    Case("batch_invariant", _heads(5, 16, 130, batch_invariant=True, bias=_biases), "blocks filled up"),
     Case("very_negative", _edited(_heads(4, 16, 300), _common_offset(-1e4)), "the student's logits near -1e4"),
     Case("common_offset", _edited(_heads(4, 16, 300, beta=0.5), _common_offset(1e4)), "an offset of 1e4"),
     Case("near_fp16_limit", _heads(3, 16, 64, 2e4, beta=1.0), "logits that overflow fp16"),
