@@ -59,8 +59,8 @@ def check_own(model: Any, close: float = 1e-6) -> None:
         torch.testing.assert_close(*torch.broadcast_tensors(a.double(), b.double()), rtol=0, atol=10 * close * largest)
 
 
-# peft's name of a tuner -> its options, and what becomes of it on the head; None where peft has no such head
-TUNERS: dict[str, tuple[dict[str, Any], str | None]] = {
+# peft's name of a tuner -> its options, and what becomes of it on the head
+TUNERS: dict[str, tuple[dict[str, Any], str]] = {
     "ADALORA": ({"total_step": 10}, RIGHT),
     "ADAMSS": ({}, RIGHT),
     "ADAPTION_PROMPT": ({"adapter_len": 2, "adapter_layers": 1, "target_modules": "self_attn"}, RIGHT),
@@ -89,14 +89,14 @@ TUNERS: dict[str, tuple[dict[str, Any], str | None]] = {
     "OSF": ({}, RIGHT),
     "P_TUNING": ({"num_virtual_tokens": 2}, PROMPT),
     "PEANUT": ({}, RIGHT),
-    "POLY": ({}, "task_ids"),
+    "POLY": ({}, "got POLY"),
     "PREFIX_TUNING": ({"num_virtual_tokens": 2}, PROMPT),
     "PROMPT_TUNING": ({"num_virtual_tokens": 2}, PROMPT),
     "PSOFT": ({}, RIGHT),
     "PVERA": ({}, RIGHT),
     "RANDLORA": ({"r": 4}, RIGHT),
     "ROAD": ({}, RIGHT),
-    "SHADOW": ({}, None),
+    "SHADOW": ({}, "got SHADOW"),
     "SHIRA": ({"r": 2}, RIGHT),
     "SUPERTUNING": ({}, RIGHT),
     "TINYLORA": ({}, RIGHT),
@@ -105,7 +105,7 @@ TUNERS: dict[str, tuple[dict[str, Any], str | None]] = {
     "VBLORA": ({"vector_length": 4, "num_vectors": 8, "topk": 2}, RIGHT),
     "VERA": ({}, RIGHT),
     "WAVEFT": ({"n_frequency": 20}, RIGHT),
-    "XLORA": ({}, None),
+    "XLORA": ({}, "got XLORA"),
 }
 
 
@@ -132,20 +132,22 @@ def test_every_tuner_is_listed() -> None:
 def test_every_tuner_in_every_state(name: str, target: str, tied: bool) -> None:
     options, on_head = TUNERS[name]
     try:
-        model = with_adapter(config_of(name, options, target), tied=tied, dtype=torch.float32).double()
+        model = with_adapter(config_of(name, options, target), tied=tied, dtype=torch.float32)
+        model = model if name == "ADAMSS" else model.double()  # which has tensors that do not follow its model's dtype
         own_log_probs(model, packed())
     except Exception as error:  # peft has no such adapter, or it wants more than tokens
         if target == "lm_head" and on_head == RIGHT and not isinstance(error, ImportError):
             raise
-        if on_head not in (RIGHT, None) and "model" in locals():
+        if on_head != RIGHT and "model" in locals():
             with pytest.raises(ValueError, match=on_head):
                 log_probs(model, packed())
         return
-    right = on_head == RIGHT or (on_head != PROMPT and target != "lm_head")
+    close = 1e-4 if name == "ADAMSS" else 1e-6
+    right = on_head == RIGHT or (name == "LILY" and target != "lm_head")
     for training in (False, True):
         model.train(training)
         if right and not (training and name == "PVERA"):  # which draws its weight while it trains
-            check_own(model)
+            check_own(model, close)
         else:
             with pytest.raises(ValueError, match="affine" if right else on_head):
                 log_probs(model, packed())
@@ -153,15 +155,15 @@ def test_every_tuner_in_every_state(name: str, target: str, tied: bool) -> None:
     can_disable = name != "OSF"
     if can_disable:
         with model.disable_adapter():
-            check_own(model)
+            check_own(model, close)
     try:
         model.base_model.merge_adapter()
     except (AttributeError, NotImplementedError, ValueError):
         return
-    check_own(model)
+    check_own(model, close)
     if can_disable:
         with model.disable_adapter():
-            check_own(model)
+            check_own(model, close)
 
 
 LORAS: dict[str, dict[str, Any]] = {
@@ -280,6 +282,11 @@ def test_what_acts_between_the_call_and_the_model_is_refused() -> None:
     alora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[9])
     with pytest.raises(ValueError, match="model must have no alora_invocation_tokens"):
         log_probs(with_adapter(alora), packed())
+    shadow = stirred(peft.get_peft_model(tiny(dtype=torch.float32), peft.ShadowConfig(task_type="CAUSAL_LM")))
+    with pytest.raises(ValueError, match="got SHADOW"):
+        log_probs(shadow, packed())
+    with shadow.disable_adapter():
+        check_own(shadow, 1e-4)
     prompt = with_adapter(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="no learned prompt"):
         log_probs(prompt, packed())

@@ -24,6 +24,8 @@ from trajkern.integrations._model_run import Layout, Route, check_tree, layout_k
 from trajkern.integrations._own_forward import Parts, some_tokens
 from trajkern.integrations._wrapped import autocasted, not_compiled, unwrapped
 
+_AT_THE_CALL = ("POLY", "SHADOW", "XLORA")  # peft's tuners that pass something from a user's call to their layers
+
 
 class Head(NamedTuple):
     """How a model turns hidden states into logits: softcap(logit_scale (h w^T + bias))."""
@@ -154,6 +156,8 @@ def _check_adapters(owner: Any) -> None:
     for config in () if getattr(owner, "_adapters_disabled", False) else (configs[x] for x in names if x in configs):
         if config.is_prompt_learning:
             raise ValueError("model must have no learned prompt, which a packed batch has no place for")
+        if (kind := str(getattr(config.peft_type, "value", config.peft_type))) in _AT_THE_CALL:
+            raise ValueError(f"model must have no adapter that wants more than hidden states where it acts, got {kind}")
         if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 "model must have no alora_invocation_tokens: where a LoRA begins to act is not the head's to know"
