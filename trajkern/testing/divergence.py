@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,13 @@ def _grid(name: str, make: Callable[..., Callable[[torch.Generator], Inputs]], r
         yield Case(name + kind, _edited(maker, edit) if edit else maker, reason, large)
 
 
-_BENT = {"softcap": 4.0, "logit_scale": 0.5, "teacher_softcap": 3.0, "teacher_logit_scale": -0.8, "temperature": 0.7}
+_BENT: dict[str, Any] = {
+    "softcap": 4.0,
+    "logit_scale": 0.5,
+    "teacher_softcap": 3.0,
+    "teacher_logit_scale": -0.8,
+    "temperature": 0.7,
+}
 CASES = (
     *_grid("typical", lambda **o: _heads(17, 64, 257, **o), "the plain case: no size is a multiple of a tile's"),
     *_grid("one_row", lambda **o: _heads(1, 24, 257, 3.0, **o), "a product with one row takes other paths"),
