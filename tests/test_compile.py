@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import trajkern as tk
 from trajkern.testing import SPECS, run
@@ -68,3 +68,113 @@ def test_inductor() -> None:
     (expected,) = torch.autograd.grad(loss(hidden, *args), hidden)
     (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, *args), hidden)
     torch.testing.assert_close(actual, expected)
+
+
+X, OLD, OTHER, THIRD = (torch.linspace(a, -0.1, 4) for a in (-2.0, -1.9, -2.2, -1.7))
+BOUNDS, ADVANTAGES = torch.tensor([0, 2, 4]), torch.tensor([1.0, -0.5])
+WEIGHT, TARGETS = torch.linspace(-1, 1, 33).view(11, 3), torch.arange(4)
+VALUES = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def _loss(x: torch.Tensor, config: tk.PolicyLoss, **options) -> torch.Tensor:
+    tensors = {"ref_logprobs": OTHER, "sampler_logprobs": THIRD, "entropy": THIRD.abs()}
+    return tk.policy_loss(x, OLD, ADVANTAGES, BOUNDS, config=config, **tensors, **options)[0]
+
+
+def _head_loss(x: torch.Tensor, value: float) -> torch.Tensor:
+    config = tk.PolicyLoss("dapo", kl_coef=value, clip_high=value)
+    hidden, options = x[:, None] * WEIGHT[:1], {"temperature": value, "softcap": 30 * value, "logit_scale": 2 * value}
+    return tk.linear_policy_loss(
+        hidden, WEIGHT, TARGETS, OLD, ADVANTAGES, BOUNDS, config=config, ref_logprobs=OTHER, normalizer=value, **options
+    )[0]
+
+
+def _head(x: torch.Tensor, temperature) -> torch.Tensor:
+    return tk.linear_logprobs(x[:, None] * WEIGHT[:1], WEIGHT, TARGETS, temperature=temperature)
+
+
+CHANGING = {  # function of (x, coefficient), what a number becomes first, and how often it compiles
+    "options": (lambda x, v: _loss(x, tk.PolicyLoss(kl_coef=v, entropy_coef=v, clip_low=v, clip_high=2 * v)), float, 2),
+    "config": (_loss, lambda v: tk.PolicyLoss("sapo", kl_coef=v, sapo_tau_pos=v), 2),
+    "config_of_tensors": (_loss, lambda v: tk.PolicyLoss(kl_coef=torch.tensor(v), clip_high=torch.tensor(v)), 2),
+    "normalizer": (lambda x, v: _loss(x, tk.PolicyLoss(), normalizer=v), float, 2),
+    "normalizer_tensor": (lambda x, v: _loss(x, tk.PolicyLoss(), normalizer=v), torch.tensor, 1),
+    "head_loss": (_head_loss, float, 2),
+    "temperature": (lambda x, v: tk.token_logprobs(x[:, None] * WEIGHT[:1], TARGETS % 3, temperature=v), float, 2),
+    "temperature_tensor": (_head, torch.tensor, 1),
+    "eps": (lambda x, v: tk.group_advantages(x, TARGETS // 2, eps=v) + tk.whiten(x, eps=v), float, 2),
+    "gamma": (lambda x, v: tk.gae(x, x * 2, BOUNDS, gamma=v, lam=v).returns, float, 2),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_changing_coefficients_compile_at_most_twice(name: str) -> None:
+    """Once for the first value, and once for all others."""
+    function, of, times = CHANGING[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for value in map(of, VALUES):
+        results = []
+        for f in (function, compiled):
+            leaf = X.clone().requires_grad_()
+            out = f(leaf, value)
+            results.append((out.detach(), torch.autograd.grad(out.sum(), leaf)[0]))
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+    assert counter.frame_count <= times
+
+
+def test_what_a_graph_cannot_read_is_refused_or_read_beside_it() -> None:
+    def loss(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _loss(x, tk.PolicyLoss(kl_coef=v))
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="kl_coef must be a number in a graph"):
+        torch.compile(loss, fullgraph=True, backend="eager")(X, torch.tensor(0.1))
+
+
+IN_GRAPH = {
+    "targets": (lambda x, t: tk.linear_logprobs(x[:, None], WEIGHT[:, :1], t), -100),
+    "rows": (lambda x, t: tk.linear_logprobs(x[:, None], WEIGHT[:, :1], TARGETS, rows=t), -1),
+    "sampling_support ids": (
+        lambda x, t: tk.linear_logprobs(x[:, None], WEIGHT[:, :1], TARGETS, sampling_support=(t, torch.arange(5))),
+        -1,
+    ),
+    "temperature": (lambda x, t: _head(x, t.float() + 1), -1),
+}
+
+
+@pytest.mark.parametrize("name", IN_GRAPH)
+def test_a_graph_refuses_what_eager_does(name: str) -> None:
+    function, bad = IN_GRAPH[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    good = TARGETS.clone()  # a graph tells no two inputs apart that are one tensor
+    torch.testing.assert_close(compiled(X, good), function(X, good))
+    wrong = TARGETS.clone()
+    wrong[3] = bad
+    for f in (function, compiled):
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            f(X, wrong)
+
+
+def test_a_graph_gives_nan_for_a_temperature_that_eager_refuses() -> None:
+    def logprobs(x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        return tk.token_logprobs(x[:, None] * WEIGHT[:1], TARGETS % 3, temperature=temperature)
+
+    torch._dynamo.reset()
+    found = torch.compile(logprobs, fullgraph=True, backend="aot_eager")(X, torch.tensor([1.0, 0.0, -1.0, torch.inf]))
+    assert found.isnan().tolist() == [False, True, True, True]
+
+
+def test_a_graph_gives_nan_for_a_normalizer_that_eager_refuses() -> None:
+    def loss(x: torch.Tensor, normalizer: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return tk.policy_loss(
+            x, OLD, ADVANTAGES, BOUNDS, config=tk.PolicyLoss("dapo"), normalizer=normalizer, mask=mask
+        )[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for value in (0.0, -1.0):
+        assert compiled(X, torch.tensor(value), X < 0).isnan()
+        assert compiled(X, torch.tensor(value), X > 0) == 0

@@ -44,7 +44,10 @@ def test_every_op_is_reached() -> None:
         for case in (case for case in spec.cases if not case.large):
             calls = _record(spec, spec.inputs(case, torch.float32))
             reached |= {func.name().split(".")[0] for func, _ in calls}
-    assert reached == {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("trajkern::")}
+    ops = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("trajkern::")}
+    assert reached == {n for n in ops if not n.endswith("_in_graph")}, (
+        "those are called by graphs: tests/test_compile.py"
+    )
 
 
 @pytest.mark.usefixtures("poison")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -25,15 +26,20 @@ def readable(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling()
 
 
+def resolved(x: Tensor) -> Tensor:
+    """``x``, or a copy where its sign is a bit that only torch's own ops read: for what takes a pointer."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
 @overload
 def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor: ...
 @overload
 def laid_out(x: None, dtype: torch.dtype) -> None: ...
 def laid_out(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``x`` contiguous and of ``dtype``; itself where it is that already (a no-op ``to`` takes 2 microseconds)."""
-    if x is None or (x.dtype == dtype and x.is_contiguous()):
+    if x is None or (x.dtype == dtype and x.is_contiguous() and not x.is_neg()):
         return x
-    return x.to(dtype).contiguous()
+    return resolved(x).to(dtype).contiguous()
 
 
 def check_plain(name: str, x: Any) -> None:
@@ -79,41 +85,167 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name} must have shape {list(shape)} ({meaning}); got {describe(x)}")
 
 
-def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    choices = tuple(choices)
-    if value not in choices or isinstance(value, bool):  # True == 1
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+def _unwrapped(value: Any) -> Any:
+    """Python's own in place of numpy's scalars and of its arrays without dimensions."""
+    if value is None or isinstance(value, (int, str, float, Tensor, torch.dtype)):
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def check_number(name: str, value: float, *, low: float | None = None, above: float | None = None) -> None:
-    """``low``: the least legal value. ``above``: a bound that is itself illegal. NaN and infinity never are."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """The choice that the value equals."""
+    choices, given = tuple(choices), value
+    if (value := _unwrapped(value)) is not None and not isinstance(value, (int, str, torch.dtype, float)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}")
+    if isinstance(value, bool) or value not in choices:  # True == 1
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}")
+    return choices[choices.index(value)]
+
+
+def as_number(name: str, value: Any) -> float:
+    """A Python number: of Python's own, of numpy's, or of an array or a CPU tensor without dimensions."""
+    if type(value) is float or type(value) is int:
+        return value
+    given: Any = value
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(f"{name} must not require a gradient, which it would not get; got {describe(value)}")
+        if value.ndim == 0 and not value.is_cpu:
+            raise TypeError(f"{name} must be a number, or lie on the CPU: to read it would wait; got {describe(value)}")
+        if torch.compiler.is_compiling():
+            raise TypeError(f"{name} must be a number in a graph, which cannot read a tensor; got {describe(value)}")
+        value = value.item() if value.ndim == 0 else value
+    value = _unwrapped(value)
+    if isinstance(value, bool) or not isinstance(value, (int, Real)):
+        raise TypeError(f"{name} must be a number, got {describe(given)}")
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """The value as a Python number. NaN and infinity never are legal.
+
+    Args:
+        low, high: the least and the largest legal value.
+        above: a bound that is itself illegal.
+        dtype: of the kernel that reads it: there neither the value nor its reciprocal may become 0 or infinite.
+    """
+    value = as_number(name, value)
     if low is not None and not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be greater than {above}, got {value}")
     if value != value:
         raise ValueError(f"{name} must be a number, got NaN")
-    if value in (math.inf, -math.inf):
+    if abs(value) > sys.float_info.max:  # or an integer that no float holds
         raise ValueError(f"{name} must be finite, got {value}")
+    if high is not None and not value <= high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
+    if dtype is not None and value != 0:
+        least, most = representable(dtype)
+        if not least <= abs(value) <= most:
+            raise ValueError(f"{name} must be {_range(dtype)}; got {value}")
+    return value
+
+
+def check_count(name: str, value: Any, *, low: int | None = None) -> int:
+    """The value as a Python int, of Python's own or of numpy's."""
+    number = _unwrapped(value)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    check_number(name, number, low=low)
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value as a Python bool, of Python's own or of numpy's."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(flag := _unwrapped(value), bool):
+        return flag
+    raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def representable(dtype: torch.dtype) -> tuple[float, float]:
+    """The magnitudes that are normal numbers of float64 or of float32, as are their reciprocals."""
+    exponent = 1022 if dtype == torch.float64 else 126
+    return 2.0**-exponent, 2.0**exponent
+
+
+def _range(dtype: torch.dtype) -> str:
+    least, most = representable(dtype)
+    kind = "float64" if dtype == torch.float64 else "float32"
+    return f"of a magnitude between {least:.3g} and {most:.3g}, which {kind} and its reciprocals hold"
+
+
+def largest_value(dtype: torch.dtype) -> float:
+    """What a kernel squares may be this large: no sum of squares of differences overflows, nor a difference."""
+    return 2.0 ** (480 if dtype == torch.float64 else 126)  # as kLargest in csrc/common/dtype.h
 
 
 def check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
     """Reads device values."""
-    bad = ~torch.isfinite(x)
+    _refuse_where(name, x, "finite", ~torch.isfinite(x), where)
+
+
+def check_squarable(name: str, x: Tensor, where: Tensor | None = None) -> None:
+    """Finite, and of a magnitude whose squares add up without an overflow. Reads device values."""
+    check_finite(name, x, where)
+    if x.dtype in (torch.float32, torch.float64):
+        most = largest_value(x.dtype)
+        _refuse_where(
+            name, x, f"of a magnitude of at most {most:.3g}, so that no square overflows", x.abs() > most, where
+        )
+
+
+def _refuse_where(name: str, x: Tensor, what: str, bad: Tensor, where: Tensor | None) -> None:
     if where is not None:
         bad &= where
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{name} must be finite; it is {float(x[at])} at index {at}")
+        raise ValueError(f"{name} must be {what}; it is {float(x[at])} at index {at}")
 
 
-def check_values(name: str, x: Tensor, low: float) -> None:
+def check_values(name: str, x: Tensor, low: float, where: Tensor | None = None) -> None:
     """Finite and at least ``low``. Reads device values."""
-    check_finite(name, x)
-    if bool((x < low).any()):
-        raise ValueError(f"{name} must be at least {low:g}; the smallest is {float(x.min())}")
+    check_finite(name, x, where)
+    read = x if where is None else x[where]
+    if bool((read < low).any()):
+        raise ValueError(f"{name} must be at least {low:g}; the smallest is {float(read.min())}")
+
+
+def check_rewards(rewards: Tensor, gate: Tensor | None, weights: Tensor | None) -> None:
+    """Those that the gate lets through and that weigh something, and the weights. Reads device values."""
+    where = gate
+    if weights is not None:
+        check_values("weights", weights, 0, where)
+        where = weights != 0 if gate is None else gate & (weights != 0)
+    check_squarable("rewards", rewards, where)
+
+
+def check_leaves(leaf_advantages: Tensor, leaf_weights: Tensor | None) -> None:
+    """The weights, and the advantages of what weighs something. Reads device values."""
+    if leaf_weights is not None:
+        check_values("leaf_weights", leaf_weights, 0)
+    check_finite("leaf_advantages", leaf_advantages, None if leaf_weights is None else leaf_weights != 0)
+
+
+def check_temperatures(x: Tensor, dtype: torch.dtype) -> None:
+    """Reads device values."""
+    check_finite("temperature", x.flatten())
+    if not bool((x > 0).all()):
+        raise ValueError(f"temperature must be positive; its smallest value is {float(x.min())}")
+    least, most = representable(dtype)
+    bad = (x < least) | (x > most)
+    if bool(bad.any()):
+        raise ValueError(f"temperature must be {_range(dtype)}; it is {float(x[bad][0])}")
 
 
 def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None, name: str = "targets") -> None:
@@ -124,7 +256,46 @@ def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None, name: s
     if bool(bad.any()):
         row = int(bad.flatten().nonzero()[0, 0])
         value = int(targets.flatten()[row])
-        raise ValueError(f"{name} must lie in [0, {vocabulary}) on every unmasked row; {name} is {value} at row {row}")
+        hint = "; rows that are not to be scored are False in mask=" if mask is None and name == "targets" else ""
+        raise ValueError(
+            f"{name} must lie in [0, {vocabulary}) on every unmasked row; {name} is {value} at row {row}{hint}"
+        )
+
+
+def check_pairs(
+    targets: Tensor,  # [P]
+    vocabulary: int,
+    rows: Tensor | None,  # [P]
+    tokens: int,
+    mask: Tensor | None,  # [P]
+    support: tuple[Tensor, Tensor] | None,  # [E], [P+1]
+) -> None:
+    """Whether the rows, targets and supports of a head exist. Reads device values."""
+    check_targets(targets, vocabulary, mask)
+    if rows is not None:
+        bad = (rows < 0) | (rows >= tokens)
+        if mask is not None:
+            bad &= mask
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"rows must lie in [0, {tokens}) on every unmasked pair; rows is {int(rows[at])} at pair {at}"
+            )
+    if support is not None:
+        _check_support(*support, targets, vocabulary, mask)
+
+
+def _check_support(ids: Tensor, offsets: Tensor, targets: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+    check_offsets("sampling_support offsets", offsets, ids.shape[0])
+    check_targets(ids, vocabulary, None, name="sampling_support ids")
+    pair = torch.repeat_interleave(torch.arange(targets.shape[0]), offsets.diff(), output_size=ids.shape[0])
+    held = torch.zeros(targets.shape, dtype=torch.bool)
+    held[pair[ids == targets[pair]]] = True
+    lacks = ~held if mask is None else ~held & mask
+    if bool(lacks.any()):
+        at = int(lacks.nonzero()[0, 0])
+        target = int(targets[at])
+        raise ValueError(f"sampling_support must hold every unmasked target; it lacks {target} at pair {at}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:

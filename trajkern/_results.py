@@ -45,7 +45,11 @@ class Branch(NamedTuple):
 
     @classmethod
     def of(cls, advantages: Tensor, weights: Tensor, counts: Tensor) -> Branch:
-        """Of single leaves, ``counts`` of them in each place: what sums over leaves are made of."""
+        """Of single leaves, ``counts`` of them in each place: what sums over leaves are made of.
+
+        The advantage of a leaf of weight 0 is not read.
+        """
+        advantages = advantages.where(weights != 0, 0)
         signs = (advantages > 0, advantages < 0, advantages == 0)
         positive, negative = weights * advantages.relu(), -weights * (-advantages).relu()
         return cls(positive, negative, weights, *(counts * sign for sign in signs))

@@ -29,7 +29,7 @@ def _scales(temperatures, temperature, row):
     """What turns a difference of logits into one of natural and of base-2 logarithms."""
     if temperatures is not None:
         temperature = tl.load(temperatures + row)
-    temperature = tl.where(temperature > 0, temperature, float("nan"))
+    temperature = tl.where((temperature > 0) & (temperature < float("inf")), temperature, float("nan"))
     return tl.div_rn(1.0, temperature), tl.div_rn(LOG2_E, temperature)
 
 

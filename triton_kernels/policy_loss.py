@@ -123,7 +123,10 @@ def _column(partials, column, programs, ROWS: tl.constexpr):
 
 @triton.jit
 def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: tl.constexpr):
-    """1 / the normalizer, or / the tokens or trajectories that there are where there is none."""
+    """1 / the normalizer, or / the tokens or trajectories that there are where there is none.
+
+    A normalizer that is not positive makes it NaN, but where nothing is counted it is 0.
+    """
     w = tl.full([], 1.0, tl.float32)
     if AGGREGATE == "token_mean":
         units = tl.sum(_column(partials, 8, programs, ROWS), 0)
@@ -131,7 +134,8 @@ def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: 
         units = tl.sum(_column(partials, 9, programs, ROWS), 0)
     if AGGREGATE != "token_sum":
         if normalizer is not None:
-            w = tl.div_rn(1.0, tl.load(normalizer))
+            n = tl.load(normalizer)
+            w = tl.where(units == 0, 0.0, tl.div_rn(1.0, tl.where(n > 0, n, float("nan"))))
         else:
             w = tl.div_rn(1.0, tl.maximum(units, 1.0).to(tl.float32))
     return w

@@ -110,8 +110,10 @@ TK_HD bool is_alone(const GroupRule& rule, double weight) {
   return needs_group(rule) && (weight <= 1 || (rule.by_std() && weight <= rule.ddof));
 }
 
+// NaN where the squares have overflown: an infinite deviation would turn every advantage into a plausible 0.
 TK_HD double group_std(const GroupRule& rule, double weight, double squares) {
-  return rule.by_std() && weight > rule.ddof ? sqrt(squares / (weight - rule.ddof)) : 0;
+  if (!rule.by_std() || !(weight > rule.ddof)) return 0;
+  return sqrt(squares / (weight - rule.ddof)) + (squares - squares);
 }
 
 // 1 / (std + eps), or 1 where that is 1 / 0.
@@ -177,8 +179,9 @@ TK_HD double td_error(double reward, double value, double next_value, double gam
   return reward + gamma * next_value - value;
 }
 
+// NaN where the squares have overflown, likewise.
 TK_HD double whiten_rstd(double count, double squares, double ddof, double eps) {
-  return 1 / sqrt(squares / (count - ddof > 1 ? count - ddof : 1) + eps);
+  return 1 / sqrt(squares / (count - ddof > 1 ? count - ddof : 1) + eps) + (squares - squares);
 }
 
 TK_HD double whitened(double x, double mean, double rstd, bool shift_mean) {

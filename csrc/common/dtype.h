@@ -28,6 +28,13 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
+// What is squared may be this large, as trajkern/_checks.py's largest_value has it: no sum of squares of differences
+// overflows, nor a difference in T.
+template <class T>
+constexpr T kLargest = T(8.507059173023462e37);  // 2^126
+template <>
+inline constexpr double kLargest<double> = 3.1217485503159922e144;  // 2^480
+
 // f of a value of the element type.
 template <class F>
 auto with_dtype(int dtype, F&& f) {

@@ -77,7 +77,9 @@ TK_HD SiblingMap sibling_map(const SiblingRule& rule, const SiblingStats& group)
     const double inverse = rule.by_std ? 1 / (1 + rule.eps) : 1;
     return {rule.centred() && rule.zero_singleton ? 0 : inverse, inverse, 0, false};
   }
-  const double count = double(group.count), std = rule.by_std ? sqrt(group.squares / (count - rule.ddof)) : 0;
+  const double overflown = group.squares - group.squares;  // NaN then, else 0
+  const double count = double(group.count);
+  const double std = rule.by_std ? sqrt(group.squares / (count - rule.ddof)) + overflown : 0;
   const double divisor = rule.by_std ? std + rule.eps : 1, inverse = divisor == 0 ? 1 : 1 / divisor;
   return {rule.gain(inverse, count), inverse, std, rule.centred()};
 }

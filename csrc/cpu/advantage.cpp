@@ -1,5 +1,8 @@
 // Group-relative advantages, GAE and whitening on the CPU. Every sum is float64 and in an order that neither the number
 // of threads nor the rest of the batch can change.
+#include <limits>
+#include <stdexcept>
+
 #include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "advantage_groups.h"
@@ -179,6 +182,8 @@ void AdvantageKernels<T>::whiten(const Masked<T>& in, bool shift_mean, double dd
     const double apart = moments[chunk].mean() - mean;
     all.squares += moments[chunk].count * apart * apart;
   }
+  if (all.squares == std::numeric_limits<double>::infinity())
+    throw std::invalid_argument("x must differ from its mean by less than 1e154, whose squares do not overflow");
   const double rstd = whiten_rstd(all.count, all.squares, ddof, eps);
   each_chunk(in.n, [&](auto width, int64_t, int64_t begin, int64_t end) TK_INLINE_LAMBDA {
     constexpr int W = width();

@@ -1,11 +1,12 @@
 // Which rows form a group, and the statistics of every group, for the CPU's group advantages.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 
 #include "../common/advantage.h"
+#include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "simd.h"
 
@@ -33,16 +34,26 @@ struct Groups {
   int64_t count = 0;
 };
 
-// The bits in which ids differ from the first one; whether rewards are finite, weights finite and at least 0.
+// The bits in which ids differ from the first one; whether the rewards that are counted may be squared, and the weights
+// that a gate lets through are finite and at least 0.
 struct Survey {
   uint64_t differing = 0;
   bool legal = true;
 };
 
 template <class T>
-bool all_legal(const T* x, int64_t begin, int64_t end, T low) {
+bool legal_rows(const GroupRows<T>& in, int64_t begin, int64_t end) {
   int bad = 0;  // no early exit, so that it vectorises
-  for (int64_t i = begin; i < end; ++i) bad |= !(x[i] - x[i] == 0) | !(x[i] >= low);
+  if (in.gate == nullptr && in.weights == nullptr) {
+    for (int64_t i = begin; i < end; ++i) bad |= !(std::abs(in.rewards[i]) <= kLargest<T>);
+    return !bad;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const bool read = in.gate == nullptr || in.gate[i];
+    const T weight = in.weights == nullptr ? T(1) : in.weights[i];
+    bad |= read & (!(weight >= 0) | !(weight - weight == 0));
+    bad |= (read & (weight != 0)) & !(std::abs(in.rewards[i]) <= kLargest<T>);
+  }
   return !bad;
 }
 
@@ -55,8 +66,7 @@ Survey survey(const GroupRows<T>& in) {
       const uint64_t origin = uint64_t(in.ids[0]);
       uint64_t differing = 0;
       for (int64_t i = begin; i < end; ++i) differing |= uint64_t(in.ids[i]) ^ origin;
-      found[chunk] = {differing, all_legal(in.rewards, begin, end, -std::numeric_limits<T>::infinity()) &&
-                                     (in.weights == nullptr || all_legal(in.weights, begin, end, T(0)))};
+      found[chunk] = {differing, legal_rows(in, begin, end)};
     }
   });
   Survey all;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "../common/dtype.h"
@@ -38,7 +39,8 @@ struct Problem {
   bool target_valid(int64_t r) const { return targets[r] >= 0 && targets[r] < V; }
   template <class A>
   double inverse_temperature(int64_t r) const {
-    return 1 / (temperatures ? static_cast<const A*>(temperatures)[r] : temperature);
+    const double t = temperatures ? static_cast<const A*>(temperatures)[r] : temperature;
+    return t > 0 && t - t == 0 ? 1 / t : std::numeric_limits<double>::quiet_NaN();  // a graph has not checked it
   }
 };
 

@@ -111,7 +111,10 @@ struct Divisor {
 
 template <class Real>
 Divisor divisor(const Job<Real>& job, double tokens, double trajectories) {
-  const auto whole = [&](double count) { return job.normalizer ? double(*job.normalizer) : std::max(count, 1.0); };
+  const auto whole = [&](double count) {
+    if (!job.normalizer) return std::max(count, 1.0);
+    return *job.normalizer > 0 ? double(*job.normalizer) : std::numeric_limits<double>::quiet_NaN();
+  };
   switch (job.options.aggregate) {
     case Aggregate::token_mean:
       return {whole(tokens), false};

@@ -109,7 +109,7 @@ void share_variances(const T* grads, const T* leaf_values, const TreeNodes& tree
 
 template <class T>
 bool TreeKernels<T>::subtree_reduce(const T* leaf_values, const TreeNodes& tree, SubtreeOp op, T* out, const Launch&) {
-  if (!all_finite(leaf_values, tree.leaves)) return false;
+  if (!all_squarable(leaf_values, tree.leaves)) return false;
   switch (op) {
     case SubtreeOp::sum:
       return reduce_sums(leaf_values, tree, out, [](int64_t, double sum) { return sum; }), true;
@@ -146,7 +146,7 @@ void TreeKernels<T>::subtree_reduce_backward(const T* grads, const T* leaf_value
 template <class T>
 bool TreeKernels<T>::sibling_advantages(const T* values, const TreeNodes& tree, const SiblingRule& rule, T* advantages,
                                         const Launch&) {
-  if (!all_finite(values, tree.nodes)) return false;
+  if (!all_squarable(values, tree.nodes)) return false;
   each_family(
       tree,
       [&](int64_t p, const int32_t* begin, const int32_t* end) {
@@ -189,11 +189,10 @@ void TreeKernels<T>::sibling_advantages_backward(const T* grads, const T* values
 template <class T>
 bool TreeKernels<T>::branch_coefficients(const T* advantages, const T* weights, const TreeNodes& tree,
                                          const BranchRows<T>& out, const Launch&) {
-  if (!all_finite(advantages, tree.leaves)) return false;
-  if (weights != nullptr) {
-    if (!all_finite(weights, tree.leaves)) return false;
-    for (int64_t l = 0; l < tree.leaves; ++l)
-      if (weights[l] < 0) return false;
+  for (int64_t l = 0; l < tree.leaves; ++l) {
+    const T weight = weights == nullptr ? T(1) : weights[l];
+    if (!(weight >= 0) || !(weight - weight == 0)) return false;
+    if (weight != 0 && !(advantages[l] - advantages[l] == 0)) return false;
   }
   const auto sums = unwritten<BranchSums>(tree.nodes);
   const auto write = [&](int64_t n) {

@@ -2,9 +2,11 @@
 // is the tree's own: no depth costs more, and no other tree or thread changes a bit.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 
+#include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "../common/tree.h"
 #include "huge_pages.h"
@@ -19,9 +21,9 @@ std::unique_ptr<T[]> unwritten(int64_t n) {
 }
 
 template <class T>
-inline bool all_finite(const T* x, int64_t n) {
+inline bool all_squarable(const T* x, int64_t n) {
   int bad = 0;  // no early exit, so that it vectorises
-  for (int64_t i = 0; i < n; ++i) bad |= !(x[i] - x[i] == 0);
+  for (int64_t i = 0; i < n; ++i) bad |= !(std::abs(x[i]) <= kLargest<T>);
   return !bad;
 }
 

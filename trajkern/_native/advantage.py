@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_cu_seqlens, check_finite, check_values
+from trajkern._checks import check_cu_seqlens, check_rewards
 from trajkern._native._args import call, pointer
 
 
@@ -40,8 +38,7 @@ def group_advantages(
     rule = baseline, scale, ddof, eps, singleton
     scratch = "group_scratch", rewards.shape[0]
     if not call("group_advantages", rewards, *rows, rule, advantages.data_ptr(), scratch=scratch):
-        check_finite("rewards", rewards)
-        check_values("weights", cast(Tensor, weights), 0)
+        check_rewards(rewards, gate, weights)
     return advantages
 
 

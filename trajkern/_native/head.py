@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
+from trajkern._checks import check_pairs, check_temperatures
 from trajkern._native._args import DTYPE, pointer
 from trajkern._native.policy_loss import policy_loss
 from trajkern._tiles import head as tiles
+from trajkern._tiles.arguments import Head
 from trajkern._tiles.head import Folded, Stats
 from trajkern._tiles.pairs import Pairs
+from trajkern._tiles.shards import shard
 from trajkern._tiles.tiles import Block, BlockTerms, Kernels, Narrowing
 
 
@@ -153,7 +156,22 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 _KERNELS = Kernels(True, empty, gather, fold, write, terms, gradient, scatter, policy_loss)
 
 
+def _check(args: tuple[Any, ...]) -> None:
+    """What a graph could not read when it was traced; else it has been checked."""
+    head, _ = Head.split(args)
+    if not any(head.options[3:]):
+        return
+    support = None
+    if head.support_ids is not None and head.support_offsets is not None:
+        support = head.support_ids, head.support_offsets
+    vocabulary = shard(head.group, head.weight).vocabulary
+    check_pairs(head.targets, vocabulary, head.rows, head.hidden.shape[0], head.mask, support)
+    if head.temperatures is not None:
+        check_temperatures(head.temperatures, head.accumulator)
+
+
 def linear_token_stats(*args: Any) -> list[Tensor]:
+    _check(args)
     return tiles.linear_token_stats(_KERNELS, *args)
 
 
@@ -162,4 +180,5 @@ def linear_token_stats_backward(*args: Any) -> list[Tensor]:
 
 
 def linear_policy_loss(*args: Any) -> list[Tensor]:
+    _check(args)
     return tiles.linear_policy_loss(_KERNELS, *args)

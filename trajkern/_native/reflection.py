@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_cu_seqlens, check_equal_lengths, check_finite
+from trajkern._checks import check_cu_seqlens, check_equal_lengths, check_squarable
 from trajkern._native._args import DTYPE, pointer
 
 
@@ -70,9 +70,9 @@ def reflection_rewards(
         [pointer(x) for x in results],
     )
     if not legal:
-        check_finite("logprobs", logprobs)
+        check_squarable("logprobs", logprobs)
         if baseline is not None:
-            check_finite("baseline", baseline)
+            check_squarable("baseline", baseline)
     return [x for x in results if x is not None]
 
 

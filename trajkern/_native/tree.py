@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_finite, check_values
+from trajkern._checks import check_leaves, check_squarable
 from trajkern._native._args import call, pointer
 
 
@@ -31,7 +31,7 @@ def subtree_reduce(
     out = leaf_values.new_empty(tree[0].shape[0])
     pointers = leaf_values.data_ptr(), _nodes(tree), op, out.data_ptr()
     if not call("subtree_reduce", leaf_values, *pointers, scratch=("tree_scratch", *_sizes(tree))):
-        check_finite("leaf_values", leaf_values)
+        check_squarable("leaf_values", leaf_values)
     return out
 
 
@@ -67,7 +67,7 @@ def sibling_advantages(
     advantages = torch.empty_like(node_values)
     rule = baseline, by_std, ddof, eps, zero_singleton
     if not call("sibling_advantages", node_values, node_values.data_ptr(), _nodes(tree), rule, advantages.data_ptr()):
-        check_finite("node_values", node_values)
+        check_squarable("node_values", node_values)
     return advantages
 
 
@@ -107,8 +107,7 @@ def branch_coefficients(
         scratch=("tree_scratch", *_sizes(tree)),
     )
     if not legal:
-        check_finite("leaf_advantages", leaf_advantages)
-        check_values("leaf_weights", cast(Tensor, leaf_weights), 0)
+        check_leaves(leaf_advantages, leaf_weights)
     return out
 
 

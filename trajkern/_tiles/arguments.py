@@ -23,7 +23,8 @@ class Head(NamedTuple):
     support_ids: Tensor | None  # [E]
     support_offsets: Tensor | None  # [P+1]
     scales: list[float]  # temperature, softcap (0: none), logit_scale
-    options: list[int]  # whether logits keep the inputs' 16 bits, bytes of the workspace or 0, batch_invariant
+    options: list[int]  # whether logits keep the inputs' 16 bits, bytes of the workspace or 0, batch_invariant,
+    #                   whether a graph calls, in front of which no value was checked
     group: str
 
     @classmethod

@@ -85,7 +85,7 @@ class Tiles:
     def __init__(self, head: Head, kernels: Kernels, size: int | None = None) -> None:
         self.head, self.kernels, self.host = head, kernels, kernels.host
         self.temperature, self.softcap, self.logit_scale = head.scales
-        narrow, self.workspace, invariant = head.options
+        narrow, self.workspace, invariant = head.options[:3]
         self.fixed_rows = FIXED_ROWS[self.host] if invariant else None
         half = head.hidden.dtype in (torch.bfloat16, torch.float16)
         self.dtype = head.hidden.dtype if half and narrow else head.accumulator
@@ -144,7 +144,8 @@ class Tiles:
         """1 / temperature of each row."""
         if self.head.temperatures is None:
             return torch.full(row.shape, 1 / self.temperature, dtype=self.state_dtype, device=row.device)
-        return 1 / self.head.temperatures[row].to(self.state_dtype)
+        temperatures = self.head.temperatures[row].to(self.state_dtype)
+        return 1 / torch.where((temperatures > 0) & (temperatures < torch.inf), temperatures, torch.nan)
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor, *, capped: bool = True) -> None:
         """softcap(logit_scale (h w + bias)), or the softcap's tanh alone; the temperature is left to the kernels."""

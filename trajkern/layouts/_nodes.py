@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
+from trajkern._checks import resolved
 
 
 class Nodes(NamedTuple):
@@ -38,7 +39,7 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     device, m = parent.device, parent.shape[0]
-    up, lengths = parent.cpu().long().contiguous(), node_lengths.cpu().long().contiguous()
+    up, lengths = (resolved(x).cpu().long().contiguous() for x in (parent, node_lengths))
     if bool((lengths < 0).any()):
         at = int((lengths < 0).nonzero()[0, 0])
         raise ValueError(f"node_lengths must be at least 0; node {at}'s is {int(lengths[at])}")
@@ -90,7 +91,7 @@ def along_paths(
 
     Found on the host, whatever the device.
     """
-    up, first, ends, places = (x.cpu().long().contiguous() for x in (parent, offsets, leaves, bounds))
+    up, first, ends, places = (resolved(x).cpu().long().contiguous() for x in (parent, offsets, leaves, bounds))
     index = torch.empty(int(places[-1]), dtype=torch.int64)
     arrays = up.data_ptr(), first.data_ptr(), ends.data_ptr()
     _ext.cpu().tree_flat(*arrays, ends.shape[0], places.data_ptr(), index.data_ptr())

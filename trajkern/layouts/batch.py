@@ -169,13 +169,14 @@ class PackedBatch:
     ) -> PackedBatch:
         """Pack a left- or right-padded batch.
 
-        ``attention_mask`` is nonzero on real tokens, which must be contiguous in each row; rows may be padded on
-        either side. ``loss_mask`` (any dtype, nonzero = scored) must be zero on padding. Reads values on the host, as
-        construction does.
+        ``attention_mask`` is positive on real tokens and zero on padding, and real tokens must be contiguous in each
+        row; rows may be padded on either side. ``loss_mask`` (any real dtype, positive = scored) must be zero on
+        padding. NaN, infinity or a negative number (a mask that is to be added to scores) in either is an error. Reads
+        values on the host, as construction does.
         """
         check_tensor("tokens", tokens, dtypes=INTEGERS, ndim=2)
         keep = _real_tokens(attention_mask, tokens)
-        scored = _same_shape("loss_mask", loss_mask, tokens) != 0
+        scored = _flags("loss_mask", loss_mask, tokens)
         if bool((scored & ~keep).any()):
             row = int((scored & ~keep).any(1).nonzero()[0, 0])
             raise ValueError(f"loss_mask must be zero on padding; row {row} scores a padded position")
@@ -212,12 +213,24 @@ class PackedBatch:
 
 
 def _real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:
-    keep = _same_shape("attention_mask", attention_mask, tokens) != 0
+    keep = _flags("attention_mask", attention_mask, tokens)
     edges = keep[:, :1].sum(1) + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
     if bool((edges > 1).any()):
         row = int((edges > 1).nonzero()[0, 0])
         raise ValueError(f"attention_mask must mark one contiguous stretch in each row; row {row} has a gap")
     return keep
+
+
+def _flags(name: str, mask: Tensor, tokens: Tensor) -> Tensor:
+    _same_shape(name, mask, tokens)
+    if mask.is_complex():
+        raise TypeError(f"{name} must be of a real dtype; got {describe(mask)}")
+    bad = ~torch.isfinite(mask) | (mask < 0)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        value = mask[row, column].item()
+        raise ValueError(f"{name} must be 0 or a positive number everywhere; it is {value} at [{row}, {column}]")
+    return mask > 0
 
 
 def _same_shape(name: str, x: Tensor, tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_cu_seqlens, check_shape, check_tensor, describe
+from trajkern._checks import check_count, check_cu_seqlens, check_shape, check_tensor, resolved
 from trajkern._dtypes import INTEGERS
 
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
@@ -49,10 +49,7 @@ class Spans:
         for name in ("end", "trajectory", "index"):
             check_tensor(name, getattr(self, name), dtypes=INTEGERS, device=self.device)
             check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
-        if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool):
-            raise TypeError(f"num_tokens must be an int, got {describe(self.num_tokens)}")
-        if self.num_tokens < 0:
-            raise ValueError(f"num_tokens must be at least 0, got {self.num_tokens}")
+        object.__setattr__(self, "num_tokens", check_count("num_tokens", self.num_tokens, low=0))
         arrays = torch.stack([x.long() for x in (self.start, self.end, self.trajectory, self.index)]).cpu()
         _check_ranges(arrays, self.num_tokens)
         _check_numbers(arrays)
@@ -105,7 +102,7 @@ class Spans:
         check_tensor("loss_mask", loss_mask, dtypes=(torch.bool,), ndim=1)
         check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=loss_mask.device)
         check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
-        mask, bounds = loss_mask.cpu().contiguous(), cu_seqlens.cpu().long().contiguous()
+        mask, bounds = loss_mask.cpu().contiguous(), resolved(cu_seqlens).cpu().long().contiguous()
         before = torch.zeros(-(-tokens // _BLOCK) + 1, dtype=torch.int64)  # turns that begin before each block
         pack = mask.data_ptr(), bounds.data_ptr(), bounds.shape[0] - 1, tokens, _BLOCK, before.data_ptr()
         arrays = torch.empty(4, _ext.cpu().span_count_turns(*pack), dtype=torch.int64)

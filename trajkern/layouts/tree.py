@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_choice, check_number, check_shape, check_tensor
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_values, resolved
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._nodes import Nodes, along_paths, derive, offsets_of
 from trajkern.layouts.batch import HeadInputs, PackedBatch
@@ -28,14 +28,15 @@ DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 def aggregate_weights(
     counts: Tensor,  # [L]
     aggregate: str,
-    max_length: int | None,
+    max_length: float | None,
     normalizer: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`Tree.leaf_weights`; ``normalizer`` stands for N."""
     counted = (counts > 0).double()
     if aggregate in ("token_sum", "token_mean"):
         return counted
-    weights = counted / (counted.sum().clamp_min(1) if normalizer is None else normalizer)
+    whole = counted.sum().clamp_min(1) if normalizer is None else normalizer
+    weights = torch.where(counts > 0, counted / whole, 0)  # where nothing is counted the normalizer may be 0
     if aggregate == "seq_mean_token_mean":
         return weights / counts.clamp_min(1)
     return weights / max_length if max_length and aggregate == "seq_mean_token_sum_norm" else weights
@@ -81,6 +82,7 @@ class Tree:
         if self.source is not None:
             check_tensor("source", self.source, dtypes=INTEGERS, device=device)
             check_shape("source", self.source, tuple(derived.token_node.shape), "one place a token")
+            check_values("source", self.source, 0)
 
     @property
     def num_nodes(self) -> int:
@@ -264,9 +266,9 @@ class Tree:
         if aggregate == "seq_mean_token_sum_norm":
             if max_length is None:
                 raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
-            check_number("max_length", max_length, low=1)
+        number = None if max_length is None else check_number("max_length", max_length, low=1)
         counts = self.along_paths(offsets_of(mask)[self.node_offsets].diff())
-        return aggregate_weights(counts, aggregate, max_length)
+        return aggregate_weights(counts, aggregate, number)
 
     def along_paths(self, per_node: Tensor) -> Tensor:  # [M]
         """The sum of integers over the nodes from each leaf up to its root, int64 ``[L]``.
@@ -333,16 +335,16 @@ class Tree:
                 sampler's, at tokens whose loss mask is True): "raise", or "split" to let them part there.
             tolerance: how far such log-probs may lie apart. The first trajectory's are kept.
         """
-        check_choice("on_mismatch", on_mismatch, ("raise", "split"))
-        check_number("tolerance", tolerance, low=0)
+        on_mismatch = check_choice("on_mismatch", on_mismatch, ("raise", "split"))
+        tolerance = check_number("tolerance", tolerance, low=0)
         if not isinstance(batch, PackedBatch):
             raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
         tokens, cu_seqlens, group = (
-            x.cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
+            resolved(x).cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
         )
         mask = batch.loss_mask.cpu().contiguous()
         present = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
-        logprobs = {name: x.cpu().double().contiguous() for name, x in present.items()}
+        logprobs = {name: resolved(x).cpu().double().contiguous() for name, x in present.items()}
         mismatch, *arrays = _ext.cpu().tree_prefixes(
             tokens.data_ptr(),
             mask.data_ptr(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from trajkern._checks import check_choice, check_number
 from trajkern.losses.kinds import (
     AGGREGATES,
@@ -43,6 +45,12 @@ class PolicyLoss:
         cov_fraction: share of the masked tokens that ``kl_cov`` penalises or ``clip_cov`` drops (at least one).
         cov_low, cov_high: ``clip_cov`` only drops covariances strictly inside this band.
         cov_coef: weight of ``kl_cov``'s penalty.
+
+    Numbers are Python's, numpy's, or CPU tensors without dimensions, and kept as Python's. Those that kernels read in
+    float32 are 0 or of a magnitude that it and its reciprocals hold.
+
+    Raises:
+        TypeError, ValueError: naming the option, what it must be and what it was.
     """
 
     kind: str = "grpo"
@@ -76,11 +84,17 @@ class PolicyLoss:
         check_choice("kl", self.kl, KL_ESTIMATORS)
         check_choice("sampler_correction", self.sampler_correction, SAMPLER_CORRECTIONS)
         for name in ("clip_low", "clip_high", "sampler_low", "sampler_high", "cov_fraction"):
-            check_number(name, getattr(self, name), low=0)
+            self._check_number(name, low=0)
         for name in (*FORMS["sapo"], *FORMS["vespo"]):
-            check_number(name, getattr(self, name), above=0)
+            self._check_number(name, above=0)
         for name in ("kl_coef", "entropy_coef", "cov_low", "cov_high", "cov_coef"):
-            check_number(name, getattr(self, name))
+            self._check_number(name)
+        if self.clip_dual is not None:
+            self._check_number("clip_dual", above=1)
+        if self.max_length is not None:
+            self._check_number("max_length", low=1)
+            if self.max_length != int(self.max_length):
+                raise ValueError(f"max_length must be a whole number of tokens, got {self.max_length}")
         if self.ranks_tokens and self.ratio_level == "sequence":
             raise ValueError(f"ratio_level must be 'token' for kind {self.kind!r}, which ranks tokens; got 'sequence'")
         if self.ranks_tokens and self.sampler_correction == "sequence_mask":
@@ -92,19 +106,18 @@ class PolicyLoss:
                 raise ValueError(f"{low} must be at most {high} = {getattr(self, high)}, got {getattr(self, low)}")
         if self.cov_fraction > 1:
             raise ValueError(f"cov_fraction must be at most 1, got {self.cov_fraction}")
-        if self.clip_dual is not None:
-            check_number("clip_dual", self.clip_dual, above=1)
-        if self.max_length is not None:
-            check_number("max_length", self.max_length, low=1)
-            if self.max_length != int(self.max_length):
-                raise ValueError(f"max_length must be a whole number of tokens, got {self.max_length}")
-        elif self.resolved_aggregate == "seq_mean_token_sum_norm":
+        if self.max_length is None and self.resolved_aggregate == "seq_mean_token_sum_norm":
             raise ValueError(
                 f"max_length must be given for aggregate 'seq_mean_token_sum_norm' (kind {self.kind!r}), got None"
             )
         # encoded once: it takes longer than a small kernel
         object.__setattr__(self, "_options", _options(self))
         object.__setattr__(self, "_params", _params(self))
+
+    def _check_number(self, name: str, *, low: float | None = None, above: float | None = None) -> None:
+        dtype = torch.float32 if name in PARAMETERS else None
+        number = check_number(name, getattr(self, name), low=low, above=above, dtype=dtype)
+        object.__setattr__(self, name, number)
 
     @property
     def resolved_ratio_level(self) -> str:
@@ -132,6 +145,8 @@ class PolicyLoss:
     @property
     def kernel_params(self) -> list[float]:
         """What the kernels read, in the order of :data:`trajkern.losses.kinds.PARAMETERS`."""
+        if torch.compiler.is_dynamo_compiling():  # a second place of the same numbers would be guarded by itself
+            return _params(self)
         return self.__dict__["_params"]
 
     @property

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from trajkern._checks import (
     check_choice,
+    check_flag,
     check_number,
-    check_offsets,
+    check_pairs,
     check_shape,
-    check_targets,
     check_tensor,
     describe,
     laid_out,
@@ -22,6 +22,7 @@ from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.shards import shard
 from trajkern._tiles.tiles import FIXED_ROWS
+from trajkern.ops._temperature import check_temperature
 
 
 class HeadArguments(NamedTuple):
@@ -54,15 +55,15 @@ def check_head(arguments: HeadArguments) -> Head:
     )
     _check_tensors(arguments)
     temperatures, scales = _check_scales(arguments)
-    check_choice("logits_dtype", arguments.logits_dtype, {torch.float32, hidden.dtype})
+    logits_dtype = check_choice("logits_dtype", arguments.logits_dtype, {torch.float32, hidden.dtype})
     group = "" if arguments.process_group is None else arguments.process_group.group_name
     of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
-    workspace = _check_workspace(arguments, of.widest)
+    invariant = check_flag("batch_invariant", arguments.batch_invariant)
+    workspace = _check_workspace(arguments, invariant, of.widest)
+    support = _check_support(arguments.sampling_support, targets)
+    ids, offsets = support or (None, None)
     if readable(hidden):
-        check_targets(targets, of.vocabulary, mask)
-        if rows is not None:
-            _check_rows(rows, hidden.shape[0], mask)
-    ids, offsets = _check_support(arguments.sampling_support, targets, of.vocabulary, mask)
+        check_pairs(targets, of.vocabulary, rows, hidden.shape[0], mask, support)
     return Head(
         hidden,
         weight,
@@ -74,9 +75,17 @@ def check_head(arguments: HeadArguments) -> Head:
         ids,
         offsets,
         scales,
-        [int(arguments.logits_dtype != torch.float32), workspace, int(arguments.batch_invariant)],
+        [int(logits_dtype != torch.float32), workspace, int(invariant), int(torch.compiler.is_compiling())],
         group,
     )
+
+
+def reference_arguments(arguments: HeadArguments, head: Head) -> dict[str, Any]:
+    """Checked arguments as the reference reads them."""
+    temperature, softcap, logit_scale = head.scales
+    each = temperature if head.temperatures is None else head.temperatures
+    numbers = {"temperature": each, "softcap": softcap or None, "logit_scale": logit_scale}
+    return arguments._asdict() | numbers
 
 
 def _check_tensors(arguments: HeadArguments) -> None:
@@ -117,73 +126,43 @@ def check_projection(
         check_shape(f"{prefix}bias", bias, tuple(weight.shape[:1]), f"one number a row of {name}")
 
 
-def check_logit_scales(softcap: float | None, logit_scale: float, prefix: str = "") -> list[float]:
-    """[softcap, or 0 for none, logit_scale]."""
+def check_logit_scales(softcap: float | None, logit_scale: float, dtype: torch.dtype, prefix: str = "") -> list[float]:
+    """[softcap, or 0 for none, logit_scale], numbers that ``dtype`` holds."""
     if softcap is not None:
-        check_number(f"{prefix}softcap", softcap, above=0)
-    check_number(f"{prefix}logit_scale", logit_scale)
-    return [float(softcap or 0), float(logit_scale)]
+        softcap = check_number(f"{prefix}softcap", softcap, above=0, dtype=dtype)
+    logit_scale = check_number(f"{prefix}logit_scale", logit_scale, dtype=dtype)
+    return [0.0 if softcap is None else float(softcap), float(logit_scale)]
 
 
 def _check_scales(arguments: HeadArguments) -> tuple[Tensor | None, list[float]]:
-    hidden, temperature = arguments.hidden, arguments.temperature
-    temperatures = None
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, dtypes=FLOATS, device=hidden.device)
-        check_shape("temperature", temperature, tuple(hidden.shape[:1]), "one a row of hidden")
-        if readable(temperature) and not bool((temperature > 0).all()):
-            raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
-        temperatures, temperature = laid_out(temperature, accumulator(hidden)), 1.0
-    else:
-        check_number("temperature", temperature, above=0)
-    scales = check_logit_scales(arguments.softcap, arguments.logit_scale)
-    return temperatures, [float(temperature), *scales]
+    hidden = arguments.hidden
+    rows = tuple(hidden.shape[:1])
+    temperatures, temperature = check_temperature(arguments.temperature, hidden, rows, "one a row of hidden")
+    scales = check_logit_scales(arguments.softcap, arguments.logit_scale, accumulator(hidden))
+    return temperatures, [temperature, *scales]
 
 
-def _check_workspace(arguments: HeadArguments, vocabulary: int) -> int:
-    hidden, workspace_bytes = arguments.hidden, arguments.workspace_bytes
-    if not isinstance(arguments.batch_invariant, bool):
-        raise TypeError(f"batch_invariant must be True or False, got {describe(arguments.batch_invariant)}")
-    if workspace_bytes is None:
+def _check_workspace(arguments: HeadArguments, invariant: bool, vocabulary: int) -> int:
+    hidden = arguments.hidden
+    if arguments.workspace_bytes is None:
         return 0
     dtype = arguments.logits_dtype if hidden.dtype != torch.float64 else torch.float64
-    rows = FIXED_ROWS[hidden.is_cpu] if arguments.batch_invariant else 1
+    rows = FIXED_ROWS[hidden.is_cpu] if invariant else 1
     least = rows * vocabulary * dtype.itemsize
-    check_number("workspace_bytes", workspace_bytes)
+    workspace_bytes = check_number("workspace_bytes", arguments.workspace_bytes)
     if workspace_bytes < least:
         what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
         raise ValueError(f"workspace_bytes must hold {what} of logits, {least} bytes; got {workspace_bytes}")
     return int(workspace_bytes)
 
 
-def _check_rows(rows: Tensor, tokens: int, mask: Tensor | None) -> None:
-    bad = (rows < 0) | (rows >= tokens)
-    if mask is not None:
-        bad &= mask
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0, 0])
-        raise ValueError(f"rows must lie in [0, {tokens}) on every unmasked pair; rows is {int(rows[at])} at pair {at}")
-
-
-def _check_support(support, targets: Tensor, vocabulary: int, mask: Tensor | None):
+def _check_support(support: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:
     if support is None:
-        return None, None
+        return None
     if not isinstance(support, tuple) or len(support) != 2:
         raise TypeError(f"sampling_support must be a tuple (ids, offsets), got {describe(support)}")
     ids, offsets = support
     check_tensor("sampling_support ids", ids, dtypes=INTEGERS, ndim=1, device=targets.device)
     check_tensor("sampling_support offsets", offsets, dtypes=INTEGERS, device=targets.device)
     check_shape("sampling_support offsets", offsets, (targets.shape[0] + 1,), "one a target, and the end")
-    ids, offsets = laid_out(ids, torch.int64), laid_out(offsets, torch.int64)
-    if readable(targets):
-        check_offsets("sampling_support offsets", offsets, ids.shape[0])
-        check_targets(ids, vocabulary, None, name="sampling_support ids")
-        pair = torch.repeat_interleave(torch.arange(targets.shape[0]), offsets.diff(), output_size=ids.shape[0])
-        held = torch.zeros(targets.shape, dtype=torch.bool)
-        held[pair[ids == targets[pair]]] = True
-        lacks = ~held if mask is None else ~held & mask
-        if bool(lacks.any()):
-            at = int(lacks.nonzero()[0, 0])
-            target = int(targets[at])
-            raise ValueError(f"sampling_support must hold every unmasked target; it lacks {target} at pair {at}")
-    return ids, offsets
+    return laid_out(ids, torch.int64), laid_out(offsets, torch.int64)

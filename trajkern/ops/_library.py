@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,24 +26,83 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
     traces, profiles or overrides ops.
     """
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"trajkern::{name}", fake, lib=LIBRARY)
     launchers = {device: _backends.launcher(family, device, name) for device in ("cpu", "cuda")}
-    for device, launch in launchers.items():
-        LIBRARY.impl(name, launch, device.upper())
-    op = getattr(torch.ops.trajkern, name).default
+    op = _defined(schema, fake, launchers)
     written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
     if written:
         _count_writes(name, op, written)
+    tensors = [i for i, kind in enumerate(_kinds(op)) if kind in ("Tensor", "Optional[Tensor]")]
+    in_graphs = _of_packed_numbers(op, fake, launchers)
 
     def call(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return in_graphs(*args)
         x = args[0]
-        if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or _is_watched() or x.is_meta:
+        if type(x) is not Tensor or _is_watched() or x.is_meta:
             return op(*args)
+        for i in tensors:  # the dispatcher resolves a sign that is a bit of the view
+            if (y := args[i]) is not None and y.is_neg():
+                return op(*args)
         _increment_versions(args, written)
         return launchers["cpu" if x.is_cpu else x.device.type](*args)
 
     return call
+
+
+def _defined(schema: str, fake: Callable[..., Any], launchers: dict[str, Callable[..., Any]]) -> Any:
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema[: schema.index("(")]
+    torch.library.register_fake(f"trajkern::{name}", fake, lib=LIBRARY)
+    for device, launch in launchers.items():
+        LIBRARY.impl(name, launch, device.upper())
+    return getattr(torch.ops.trajkern, name).default
+
+
+def _kinds(op: Any) -> list[str]:
+    """The types of an op's arguments."""
+    return [str(argument.type) for argument in op._schema.arguments]
+
+
+def _of_packed_numbers(op: Any, fake: Callable[..., Any], launchers: dict[str, Callable[..., Any]]) -> Any:
+    """``op`` for graphs: its floats travel in one tensor, since a graph is compiled again for each value of a float."""
+    places = [i for i, kind in enumerate(_kinds(op)) if kind in ("float", "List[float]")]
+    if not places:
+        return op
+    head, _, tail = str(op._schema).removeprefix("trajkern::").partition("(")
+    arguments, _, results = tail.rpartition(" -> ")
+    kept = [x for i, x in enumerate(_split(arguments.removesuffix(")"))) if i not in places]
+    schema = f"{head}_in_graph({', '.join(kept)}, Tensor numbers, int[] sizes) -> {results}"
+
+    def unpacked(args: tuple[Any, ...], numbers: list[float]) -> list[Any]:
+        *given, sizes = args
+        for place, size in zip(places, sizes, strict=True):
+            value = numbers[0] if size < 0 else numbers[:size]
+            numbers = numbers[abs(size) :]
+            given.insert(place, value)
+        return given
+
+    def launch_on(device: str) -> Callable[..., Any]:
+        return lambda *args: launchers[device](*unpacked((*args[:-2], args[-1]), args[-2].tolist()))
+
+    def fake_of(*args: Any) -> Any:
+        return fake(*unpacked((*args[:-2], args[-1]), [1.0] * args[-2].shape[0]))
+
+    packed = _defined(schema, fake_of, {device: launch_on(device) for device in launchers})
+
+    def call(*args: Any) -> Any:
+        floats = [args[i] for i in places]
+        sizes = [len(x) if isinstance(x, list) else -1 for x in floats]
+        flat = [y for x in floats for y in (x if isinstance(x, list) else [x])]
+        one = torch.ones(1, dtype=torch.float64)
+        numbers = torch.cat([one * y for y in flat])  # a product: torch.tensor would fix the value in the graph
+        return packed(*(x for i, x in enumerate(args) if i not in places), numbers, sizes)
+
+    return call
+
+
+def _split(arguments: str) -> list[str]:
+    """A schema's arguments; a comma inside of brackets parts none."""
+    return re.split(r", (?![^(\[]*[)\]])", arguments)
 
 
 def _increment_versions(args: tuple[Any, ...], written: list[int]) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import check_cu_seqlens, check_number, check_shape, check_tensor, describe, readable
+from trajkern._checks import as_number, check_cu_seqlens, check_number, check_shape, check_tensor, describe, readable
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
-from trajkern.ops.tree_loss import Paths, check_branch
+from trajkern.ops.tree_loss import Paths, check_branch, leaf_counts
 
 
 def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> LossArguments:
@@ -47,7 +47,7 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
         arguments.ref_logprobs if config.kl_coef else None,
         arguments.sampler_logprobs if config.sampler_correction != "none" else None,
         branch,
-        _check_normalizer(arguments.normalizer, logprobs),
+        _check_normalizer(arguments, logprobs, per_token),
         per_token,
     )
 
@@ -89,16 +89,41 @@ def _check_advantages(logprobs: Tensor, advantages: Any, cu_seqlens: Tensor, per
     return per_token
 
 
-def _check_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
+def _check_normalizer(arguments: LossArguments, logprobs: Tensor, per_token: bool) -> Tensor | None:
+    """As a tensor; what it is where nothing is to be learnt does not matter, and may be 0."""
+    normalizer, dtype = arguments.normalizer, accumulator(logprobs)
     if normalizer is None:
         return None
-    dtype = accumulator(logprobs)
     if isinstance(normalizer, Tensor):
         check_tensor("normalizer", normalizer, dtypes=(*FLOATS, *INTEGERS), device=logprobs.device)
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
-        if readable(normalizer):
-            check_number("normalizer", float(normalizer), above=0)
-        return normalizer.detach().to(dtype).reshape(())
-    check_number("normalizer", normalizer, above=0)
+        if not readable(normalizer):
+            return normalizer.detach().to(dtype).reshape(())
+        normalizer = normalizer.detach().reshape(())
+    if (normalizer := as_number("normalizer", normalizer)) != 0:
+        normalizer = check_number("normalizer", normalizer, above=0, dtype=dtype)
+    elif readable(logprobs):
+        if _learns(arguments, logprobs, per_token):
+            raise ValueError(f"normalizer must be greater than 0, got {normalizer}, where something is to be learnt")
+        normalizer = 1
+    if torch.compiler.is_compiling():  # torch.full would fix the value in the graph
+        return torch.ones((), dtype=dtype, device=logprobs.device) * normalizer
     return torch.full((), normalizer, dtype=dtype, device=logprobs.device)
+
+
+def _learns(arguments: LossArguments, logprobs: Tensor, per_token: bool) -> bool:
+    """Whether a scored token has a term that is not 0 by its coefficients. Reads device values."""
+    config, branch, mask = arguments.config, arguments.branch, arguments.mask
+    scored = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    if config.kl_coef or config.entropy_coef or config.ranks_tokens or not bool(scored.any()):
+        return bool(scored.any())
+    if isinstance(branch, Paths):
+        counts = leaf_counts(arguments, branch.gate)
+        return bool(((counts > 0) & (branch.advantages != 0)).any())
+    advantages = arguments.advantages if branch is None else branch.positive.abs() + branch.negative.abs()
+    assert advantages is not None
+    live = advantages != 0
+    if not per_token:
+        live = live.repeat_interleave(arguments.cu_seqlens.diff())
+    return bool((live & scored).any())

@@ -18,11 +18,11 @@ from trajkern import _backends
 from trajkern._checks import (
     check_choice,
     check_cu_seqlens,
-    check_finite,
+    check_flag,
     check_number,
+    check_rewards,
     check_shape,
     check_tensor,
-    check_values,
     laid_out,
     readable,
 )
@@ -141,16 +141,20 @@ def group_advantages(
     """Advantage of each trajectory relative to its group (GRPO, Dr. GRPO, RLOO and their relatives).
 
     Args:
-        rewards: float ``[N]``, finite (checked on the CPU).
+        rewards: float ``[N]``, where they are counted finite and of a magnitude of at most 2^126 (2^480 in float64), so
+            that no square overflows. Checked on the CPU; elsewhere what overflows gives a group that is not finite.
         group_ids: int64 or int32 ``[N]``, any values in any order; equal ids are one group, of any size.
         baseline: what is subtracted: the group's "mean", the mean of the others ("leave_one_out"), or "none".
         scale: divide by "std" + eps, or "none". Where std + eps is 0 the divisor is 1.
         ddof: 1 for the unbiased variance, 0 for the population's.
-        eps: added to the standard deviation, at least 0.
+        eps: added to the standard deviation, 0 or a positive number that float32 and its reciprocals hold (float64's
+            for float64 rewards).
         singleton: advantage of a trajectory alone in its group (W <= 1): "raw" gives
             r / (1 + eps) with scale "std" and r with "none"; "zero" gives 0. With neither baseline nor scale it is r.
-        gate: bool ``[N]``; a False trajectory gets 0 and enters no statistic. Applied before the singleton rule.
-        weights: float ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a False gate.
+        gate: bool ``[N]``; a False trajectory gets 0, enters no statistic, and its reward is not read: it may be the
+            NaN of what could not be scored. Applied before the singleton rule.
+        weights: float or integer ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a
+            False gate.
         process_group: of torch.distributed, over whose ranks the groups' trajectories are spread, any number or none of
             them on a rank; equal ids are one group on all ranks. Every rank must make the call. Each group's count,
             largest reward, sum and sum of squares travel, and the ids; no gradient. A group with a backend for the CPU
@@ -170,27 +174,27 @@ def group_advantages(
     shape, device = tuple(rewards.shape), rewards.device
     check_tensor("group_ids", group_ids, dtypes=INTEGERS, device=device)
     check_shape("group_ids", group_ids, shape, "one id a reward")
-    check_choice("baseline", baseline, BASELINES)
-    check_choice("scale", scale, SCALES)
-    check_choice("singleton", singleton, SINGLETONS)
-    check_choice("ddof", ddof, (0, 1))
-    check_number("eps", eps, low=0)
+    baseline = check_choice("baseline", baseline, BASELINES)
+    scale = check_choice("scale", scale, SCALES)
+    singleton = check_choice("singleton", singleton, SINGLETONS)
+    ddof = check_choice("ddof", ddof, (0, 1))
+    eps = check_number("eps", eps, low=0, dtype=accumulator(rewards))
     if gate is not None:
         check_tensor("gate", gate, dtypes=(torch.bool,), device=device)
         check_shape("gate", gate, shape, "one flag a reward")
     if weights is not None:
-        check_tensor("weights", weights, dtypes=FLOATS, device=device)
+        check_tensor("weights", weights, dtypes=(*FLOATS, *INTEGERS), device=device)
         check_shape("weights", weights, shape, "one weight a reward")
     options: dict[str, Any] = {"baseline": baseline, "scale": scale, "ddof": ddof, "eps": eps, "singleton": singleton}
     if process_group is not None:
         if rewards.requires_grad:
             raise ValueError("rewards must not require a gradient with process_group, which gives none")
-        _check_values(rewards, weights)
+        _check_values(rewards, gate, weights)
         return _rank_moments.group_advantages(
             rewards, group_ids, gate=gate, weights=weights, ranks=process_group, **options
         )
     if _backends.wants_reference("advantage", rewards):
-        _check_values(rewards, weights)
+        _check_values(rewards, gate, weights)
         return _backends.reference().group_advantages(rewards, group_ids, gate=gate, weights=weights, **options)
     r = _accumulated(rewards)
     return _GroupAdvantages.apply(
@@ -206,12 +210,10 @@ def group_advantages(
     )
 
 
-def _check_values(rewards: Tensor, weights: Tensor | None) -> None:
+def _check_values(rewards: Tensor, gate: Tensor | None, weights: Tensor | None) -> None:
     """On the reference route; the launchers check what they can read for nothing."""
     if readable(rewards):
-        check_finite("rewards", rewards)
-        if weights is not None:
-            check_values("weights", weights, 0)
+        check_rewards(rewards, gate, weights)
 
 
 @recorded
@@ -234,7 +236,8 @@ def discounted_returns(
     Returns:
         ``[T]`` float32 (float64 for float64 rewards), differentiable once, in the rewards.
     """
-    _check_scan(rewards, cu_seqlens, mask, gamma=gamma)
+    _check_scan(rewards, cu_seqlens, mask)
+    gamma = check_number("gamma", gamma, low=0, high=1)
     if _backends.wants_reference("advantage", rewards):
         return _backends.reference().discounted_returns(rewards, cu_seqlens, gamma=gamma, mask=mask)
     mask = laid_out(mask, torch.bool)
@@ -271,7 +274,8 @@ def gae(
 
     Source: Schulman et al., arXiv 1506.02438; the masked form as verl's for multi-turn rollouts.
     """
-    _check_scan(rewards, cu_seqlens, mask, gamma=gamma, lam=lam)
+    _check_scan(rewards, cu_seqlens, mask)
+    gamma, lam = (check_number(name, x, low=0, high=1) for name, x in (("gamma", gamma), ("lam", lam)))
     check_tensor("values", values, dtypes=FLOATS, device=rewards.device)
     check_shape("values", values, tuple(rewards.shape), "one value a token")
     if bootstrap is not None:
@@ -289,16 +293,12 @@ def gae(
     return GAE(advantages, advantages + (v if mask is None else torch.where(mask, v, 0)))
 
 
-def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, **decays: float) -> None:
+def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
     check_tensor("rewards", rewards, dtypes=FLOATS, ndim=1)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=rewards.device)
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), device=rewards.device)
         check_shape("mask", mask, tuple(rewards.shape), "one flag a token")
-    for name, value in decays.items():
-        check_number(name, value, low=0)
-        if value > 1:
-            raise ValueError(f"{name} must be at most 1, got {value}")
     if _backends.wants_reference("advantage", rewards) and readable(cu_seqlens):
         check_cu_seqlens(cu_seqlens, rewards.shape[0])
 
@@ -315,11 +315,12 @@ def whiten(
     """Scale the unmasked values to mean 0 and variance 1: (x - mean) / sqrt(var + eps).
 
     Args:
-        x: float ``[T]``.
+        x: float ``[T]``; in float64 the squares of the differences from the mean must not overflow, which is an error
+            on the CPU and gives NaN elsewhere.
         mask: bool ``[T]``; a False value is not read and gives 0.
         shift_mean: False adds the mean back.
         ddof: 1 for the unbiased variance, 0 for the population's; the variance of no more than ddof values is 0.
-        eps: added to the variance, positive.
+        eps: added to the variance, a positive number that float32 and its reciprocals hold (float64's for float64).
 
     Returns:
         ``[T]`` float32 (float64 for float64), differentiable once.
@@ -328,8 +329,8 @@ def whiten(
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), device=x.device)
         check_shape("mask", mask, tuple(x.shape), "one flag a value")
-    check_choice("ddof", ddof, (0, 1))
-    check_number("eps", eps, above=0)
+    shift_mean, ddof = check_flag("shift_mean", shift_mean), check_choice("ddof", ddof, (0, 1))
+    eps = check_number("eps", eps, above=0, dtype=accumulator(x))
     if _backends.wants_reference("advantage", x):
         return _backends.reference().whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, eps=eps)
     return _Whiten.apply(_accumulated(x), laid_out(mask, torch.bool), shift_mean, ddof, float(eps))

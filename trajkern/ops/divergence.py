@@ -15,15 +15,23 @@ backward computes slices of them again (2 T V (H + H') FLOP forward, 2 T V (3 H 
 
 from __future__ import annotations
 
-import operator
 import re
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import check_number, check_shape, check_tensor, describe, laid_out, readable
+from trajkern._checks import (
+    check_count,
+    check_flag,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    laid_out,
+    readable,
+)
 from trajkern._dtypes import FLOATS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
@@ -133,11 +141,12 @@ def linear_divergence(
     student = _Side(hidden, weight, bias, softcap, logit_scale)
     teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     vocabulary = _check_sides(student, teacher, vocabulary)
-    _check_beta(beta)
-    check_number("temperature", temperature, above=0)
+    student, teacher = student.with_numbers(""), teacher.with_numbers("teacher_")
+    beta = _checked_beta(beta)
+    temperature = check_number("temperature", temperature, above=0, dtype=accumulator(hidden))
     _check_mask(mask, hidden)
     options = _check_options(student, vocabulary, workspace_bytes, batch_invariant)
-    heads = student.head("", mask, temperature, options), teacher.head("teacher_", None, temperature, options)
+    heads = student.head(mask, temperature, options), teacher.head(None, temperature, options)
     if _backends.wants_reference("divergence", hidden):
         return _backends.reference().linear_divergence(
             **student.named(""),
@@ -147,7 +156,7 @@ def linear_divergence(
             temperature=temperature,
             mask=mask,
         )
-    return _LinearDivergence.apply(*heads[0], *heads[1], float(beta), vocabulary)
+    return _LinearDivergence.apply(*heads[0], *heads[1], beta, vocabulary)
 
 
 class _Side(NamedTuple):
@@ -162,8 +171,13 @@ class _Side(NamedTuple):
     def named(self, prefix: str) -> dict[str, Any]:
         return {f"{prefix}{name}": value for name, value in self._asdict().items()}
 
-    def head(self, prefix: str, mask: Tensor | None, temperature: float, options: list[int]) -> Head:
-        scales = [float(temperature), *check_logit_scales(self.softcap, self.logit_scale, prefix)]
+    def with_numbers(self, prefix: str) -> _Side:
+        """With Python's own, checked."""
+        softcap, logit_scale = check_logit_scales(self.softcap, self.logit_scale, accumulator(self.hidden), prefix)
+        return self._replace(softcap=softcap or None, logit_scale=logit_scale)
+
+    def head(self, mask: Tensor | None, temperature: float, options: list[int]) -> Head:
+        scales = [float(temperature), self.softcap or 0.0, self.logit_scale]
         return Head.of_states(*self[:3], laid_out(mask, torch.bool), scales, options)
 
 
@@ -184,35 +198,31 @@ def _check_sides(student: _Side, teacher: _Side, vocabulary: int | None) -> int 
                 f"same tokens and the rest is padding, vocabulary= says how many they are, at most {min(sizes)}"
             )
         return None
-    if isinstance(vocabulary, bool | Tensor) or not isinstance(vocabulary, SupportsIndex):
-        raise TypeError(f"vocabulary must be an integer, got {describe(vocabulary)}")
-    if not 1 <= operator.index(vocabulary) <= min(sizes):
+    vocabulary = check_count("vocabulary", vocabulary)
+    if not 1 <= vocabulary <= min(sizes):
         raise ValueError(f"vocabulary must be 1 to {min(sizes)}, the ids that both weights have; got {vocabulary}")
-    return operator.index(vocabulary)
+    return vocabulary
 
 
 def _check_options(
     student: _Side, vocabulary: int | None, workspace_bytes: int | None, batch_invariant: bool
 ) -> list[int]:
     """As a head's: what it keeps, half of the workspace, and whether its blocks are of one size."""
-    if not isinstance(batch_invariant, bool):
-        raise TypeError(f"batch_invariant must be True or False, got {describe(batch_invariant)}")
+    batch_invariant = check_flag("batch_invariant", batch_invariant)
     hidden = student.hidden
     rows = FIXED_ROWS[hidden.is_cpu] if batch_invariant else 1
     least = rows * 2 * (vocabulary or student.weight.shape[0]) * accumulator(hidden).itemsize
     if workspace_bytes is None:
         workspace_bytes = max(least, WORKSPACE[hidden.is_cpu])
-    check_number("workspace_bytes", workspace_bytes)
+    workspace_bytes = check_number("workspace_bytes", workspace_bytes)
     if workspace_bytes < least:
         what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
         raise ValueError(f"workspace_bytes must hold {what} of both logits, {least} bytes; got {workspace_bytes}")
     return [0, int(workspace_bytes) // 2, int(batch_invariant)]
 
 
-def _check_beta(beta: float) -> None:
-    check_number("beta", beta, low=0)
-    if beta > 1:
-        raise ValueError(f"beta must be at most 1, got {beta}")
+def _checked_beta(beta: float) -> float:
+    return float(check_number("beta", beta, low=0, high=1))
 
 
 def _check_mask(mask: Tensor | None, x: Tensor) -> None:
@@ -252,7 +262,7 @@ def topk_divergence(
     check_tensor("student_logprobs", student_logprobs, dtypes=FLOATS, ndim=2)
     check_tensor("teacher_logprobs", teacher_logprobs, dtypes=FLOATS, device=student_logprobs.device)
     check_shape("teacher_logprobs", teacher_logprobs, tuple(student_logprobs.shape), "that of student_logprobs")
-    _check_beta(beta)
+    beta = _checked_beta(beta)
     _check_mask(mask, student_logprobs)
     for name, x in (("student_logprobs", student_logprobs), ("teacher_logprobs", teacher_logprobs)):
         if readable(x):

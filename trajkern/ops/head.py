@@ -20,7 +20,7 @@ from trajkern._checks import check_choice, describe, readable
 from trajkern._results import TokenStats
 from trajkern._tiles.arguments import Head
 from trajkern.ops._autograd import differentiable_once
-from trajkern.ops._head_arguments import HeadArguments, check_head
+from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 
 OUTPUTS = ("entropy", "sum_sq_probs", "is_top1", "mean_logit")  # bit i of the ops' ``outputs``
@@ -132,7 +132,8 @@ def linear_logprobs(
             then share its log-sum-exp. None: target i has row i, and P = T. Rows that no unmasked pair names are not
             computed (on a GPU, where counting would wait, at most min(T, P) rows are).
         bias: ``[V]`` of the same dtype.
-        temperature: a positive number, or positive floats ``[T]``.
+        temperature: a positive number that float32 and its reciprocals hold (float64's for float64 inputs), or such
+            floats ``[T]``, or without dimensions; checked on the CPU, elsewhere an illegal one gives NaN.
         softcap: logits are softcap * tanh(logits / softcap).
         logit_scale: multiplies the logits before the softcap.
         mask: bool ``[P]``; a False pair is not computed, gives 0 and has gradient 0.
@@ -155,7 +156,7 @@ def linear_logprobs(
     Returns:
         log p ``[P]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight and bias, and in no
         other argument, a tensor of temperatures neither; with only hidden requiring a gradient, it is formed in the
-        forward.
+        forward. A row with a NaN or an infinite logit is NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -242,7 +243,7 @@ def _check_outputs(outputs: Sequence[str]) -> None:
 def checked_token_stats(arguments: HeadArguments, head: Head, outputs: Sequence[str]) -> TokenStats:
     """:func:`linear_token_stats` of checked arguments, and ``head``, which is what the kernels read of them."""
     if _backends.wants_reference("head", head.hidden):
-        return _backends.reference().linear_token_stats(**arguments._asdict(), outputs=outputs)
+        return _backends.reference().linear_token_stats(**reference_arguments(arguments, head), outputs=outputs)
     bits = sum(1 << OUTPUTS.index(name) for name in set(outputs))
     logprobs, *statistics = _LinearTokenStats.apply(*head, bits)
     return TokenStats(logprobs, **dict(zip(_named(bits), statistics, strict=True)))

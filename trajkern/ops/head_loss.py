@@ -19,7 +19,7 @@ from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import METRICS
 from trajkern.ops._autograd import differentiable_once
-from trajkern.ops._head_arguments import HeadArguments, check_head
+from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.head import HEAD, checked_token_stats, grads_fake
@@ -169,7 +169,7 @@ def _linear_policy_loss_of(
     logprobs = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)  # as they will be
     loss_arguments = check_loss(logprobs, logprobs, loss_arguments)
     if _backends.wants_reference("head", hidden):
-        arguments = head_arguments._asdict() | loss_arguments._asdict()
+        arguments = reference_arguments(head_arguments, head) | loss_arguments._asdict()
         return _backends.reference().linear_policy_loss(
             **arguments, with_entropy=with_entropy, with_logprobs=with_logprobs
         )

@@ -18,8 +18,6 @@ from torch import Tensor
 from trajkern import _backends
 from trajkern._checks import (
     check_choice,
-    check_finite,
-    check_number,
     check_shape,
     check_targets,
     check_tensor,
@@ -30,6 +28,7 @@ from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
 from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
+from trajkern.ops._temperature import check_temperature
 
 OUTPUTS = ("entropy", "sum_sq_probs", "is_top1")  # bit i of the op's ``outputs``
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +110,8 @@ def token_logprobs(
         logits: float32, bfloat16, float16 or float64 (CPU), any leading shape, any strides; ``[..., V]``. Read once.
         targets: int64 or int32, the leading shape. A target outside [0, V) on an unmasked row is a ValueError on the
             CPU; on a GPU, where it cannot be checked without a synchronisation, that row's result is NaN.
-        temperature: a positive number, or positive floats of the leading shape.
+        temperature: a positive number that float32 and its reciprocals hold (float64's for float64 logits), or such
+            floats of the leading shape, or without dimensions; checked on the CPU, elsewhere an illegal one gives NaN.
         mask: bool of the leading shape; a False row is not read, gives 0 and has gradient 0.
         inplace_backward: write the gradient over the logits' memory and return it, so that no second tensor of that
             size exists. The logits are lost: a second backward raises, and so does the backward of any other op that
@@ -120,8 +120,9 @@ def token_logprobs(
             made.
 
     Returns:
-        log p, the leading shape; float32 (float64 for float64 logits). Differentiable once, in the logits;
-        no other argument gets a gradient, a tensor of temperatures neither.
+        log p, the leading shape; float32 (float64 for float64 logits). Differentiable once, in the logits; no other
+        argument gets a gradient, a tensor of temperatures neither. A row with a NaN or an infinite logit, or of -inf
+        alone, is NaN, as for ``torch.log_softmax``.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -162,16 +163,13 @@ def token_stats(
 
 def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Sequence[Tensor]:
     """Log p, then the outputs in their order."""
-    _check(logits, targets, temperature, mask)
+    temperatures, temperature = _check(logits, targets, temperature, mask)
     if _backends.wants_reference("logprob", logits):
         if not torch.compiler.is_compiling():
             check_targets(targets, logits.shape[-1], mask)
-        stats = _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=temperature, mask=mask)
+        each = temperature if temperatures is None else temperatures
+        stats = _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=each, mask=mask)
         return [x for x in stats if x is not None]
-    temperatures = None
-    if isinstance(temperature, Tensor):
-        dtype = accumulator(logits)
-        temperatures, temperature = laid_out(temperature, dtype), 1.0
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if inplace and logits.requires_grad and torch.is_grad_enabled():
         _check_overwritten(logits)
@@ -180,14 +178,15 @@ def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Seq
         logits,
         laid_out(targets, torch.int64),
         temperatures,
-        float(temperature),
+        temperature,
         laid_out(mask, torch.bool),
         bits,
         inplace,
     )
 
 
-def _check(logits, targets, temperature, mask) -> None:
+def _check(logits, targets, temperature, mask) -> tuple[Tensor | None, float]:
+    """The temperatures of the rows, or the one of all."""
     check_tensor("logits", logits, dtypes=LOGITS_DTYPES)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have a last dimension V of at least 1; got {describe(logits)}")
@@ -197,15 +196,7 @@ def _check(logits, targets, temperature, mask) -> None:
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), device=logits.device)
         check_shape("mask", mask, rows, "the leading shape of logits")
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, dtypes=LOGITS_DTYPES, device=logits.device)
-        check_shape("temperature", temperature, rows, "the leading shape of logits")
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_finite("temperature", temperature)
-            if not bool((temperature > 0).all()):
-                raise ValueError(f"temperature must be positive; its smallest value is {float(temperature.min())}")
-    else:
-        check_number("temperature", temperature, above=0)
+    return check_temperature(temperature, logits, rows, "the leading shape of logits")
 
 
 def _check_overwritten(logits: Tensor) -> None:

@@ -178,7 +178,10 @@ def policy_loss(
             ``tree.pairs(...)`` gives it); any aggregation. Or a :class:`Branch` of sums per node or per token, for
             advantages that are not a leaf's own; "token_mean" and "token_sum", ratios per token.
         normalizer: a positive number or a tensor of one element, in place of the token count of "token_mean" and the
-            trajectory count of "seq_mean_*" (for gradient accumulation and data parallelism).
+            trajectory count of "seq_mean_*" (for gradient accumulation and data parallelism). 0 is legal where nothing
+            is to be learnt, and gives a loss and gradients of 0: no token is scored, or no scored one has an advantage,
+            a KL term or an entropy term. Else it is an error on the CPU, and NaN where its value or the mask's cannot
+            be read; so is a negative one. There, unscored tokens alone count as nothing to be learnt.
         per_token: whether advantages are per token; None: by their length, per trajectory where N = T.
 
     Returns:

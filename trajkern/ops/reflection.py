@@ -26,12 +26,13 @@ from torch import Tensor
 from trajkern import _backends
 from trajkern._checks import (
     check_choice,
+    check_count,
     check_cu_seqlens,
     check_equal_lengths,
-    check_finite,
+    check_flag,
     check_shape,
+    check_squarable,
     check_tensor,
-    describe,
     laid_out,
     readable,
 )
@@ -109,7 +110,7 @@ def variance_weights(
         ``[P]`` float32 (float64 for float64 log-probs), at least 0, the same for all rollouts of a group; with
         ``normalize`` they sum to 1 over each rollout, or are all 0 where no log-probs differ. Differentiable once.
     """
-    _check(logprobs, cu_seqlens, group_ids, ddof, normalize)
+    ddof, normalize = _check(logprobs, cu_seqlens, group_ids, ddof, normalize)
     if _backends.wants_reference("reflection", logprobs):
         _check_values(logprobs, cu_seqlens, group_ids, None)
         return _backends.reference().variance_weights(logprobs, cu_seqlens, group_ids, ddof=ddof, normalize=normalize)
@@ -136,8 +137,8 @@ def reflection_rewards(
     nothing; those that it does, the most.
 
     Args:
-        logprobs: float ``[P]``, in nats, finite (checked on the CPU): log p of the reference answer's tokens under each
-            rollout's reasoning, packed once per rollout.
+        logprobs: float ``[P]``, in nats, finite (checked on the CPU, where sums that overflow are an error too): log p
+            of the reference answer's tokens under each rollout's reasoning, packed once per rollout.
         cu_seqlens: int64 or int32 ``[N+1]``, from 0 to P, never decreasing (checked on the CPU): rollout n scores the
             tokens ``cu_seqlens[n]:cu_seqlens[n+1]``. The rollouts of a group score the same tokens, so their lengths
             are equal. On the CPU that is checked; on a GPU a group of unequal lengths gives NaN, and nothing is read or
@@ -163,12 +164,12 @@ def reflection_rewards(
 
     Source: DRO (arXiv 2506.13351), which leaves ddof and the normalisation open.
     """
-    _check(logprobs, cu_seqlens, group_ids, ddof, normalize)
+    ddof, normalize = _check(logprobs, cu_seqlens, group_ids, ddof, normalize)
     if baseline is not None:
         check_tensor("baseline", baseline, dtypes=FLOATS, device=logprobs.device)
         check_shape("baseline", baseline, tuple(logprobs.shape), "one value a token")
     if num_groups is not None:
-        _check_num_groups(num_groups, group_ids.shape[0])
+        num_groups = _check_num_groups(num_groups, group_ids.shape[0])
     if _backends.wants_reference("reflection", logprobs):
         _check_values(logprobs, cu_seqlens, group_ids, baseline)
         found = _backends.reference().reflection_rewards(
@@ -205,26 +206,25 @@ def _apply(
     return results, groups[1]
 
 
-def _check(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, ddof: int, normalize: bool) -> None:
+def _check(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, ddof: int, normalize: bool) -> tuple[int, bool]:
+    """ddof and normalize as Python's."""
     check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=logprobs.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens must hold at least its first 0; it is empty")
     check_tensor("group_ids", group_ids, dtypes=INTEGERS, device=logprobs.device)
     check_shape("group_ids", group_ids, (cu_seqlens.shape[0] - 1,), "one id a rollout")
-    check_choice("ddof", ddof, (0, 1))
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {describe(normalize)}")
+    return check_choice("ddof", ddof, (0, 1)), check_flag("normalize", normalize)
 
 
-def _check_num_groups(num_groups: int, rollouts: int) -> None:
-    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
-        raise TypeError(f"num_groups must be an int, got {describe(num_groups)}")
+def _check_num_groups(num_groups: int, rollouts: int) -> int:
+    num_groups = check_count("num_groups", num_groups)
     if not min(rollouts, 1) <= num_groups <= rollouts:
         raise ValueError(
             f"num_groups must lie in [{min(rollouts, 1)}, {rollouts}], the groups that so many rollouts can be; "
             f"got {num_groups}"
         )
+    return num_groups
 
 
 def _check_count(num_groups: int | None, groups: int) -> None:
@@ -237,6 +237,6 @@ def _check_values(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, basel
     if readable(logprobs):
         check_cu_seqlens(cu_seqlens, logprobs.shape[0])
         check_equal_lengths(cu_seqlens, group_ids)
-        check_finite("logprobs", logprobs)
+        check_squarable("logprobs", logprobs)
         if baseline is not None:
-            check_finite("baseline", baseline)
+            check_squarable("baseline", baseline)

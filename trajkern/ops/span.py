@@ -115,7 +115,7 @@ def span_reduce(
         raise TypeError(f"spans must be a Spans, got {type(spans).__name__}")
     check_tensor("x", x, dtypes=FLOATS, ndim=1, device=spans.device)
     check_shape("x", x, (spans.num_tokens,), "one value a token")
-    check_choice("op", op, REDUCTIONS)
+    op = check_choice("op", op, REDUCTIONS)
     if _backends.wants_reference("span", x):
         return _backends.reference().span_reduce(x, spans, op)
     return SpanReduce.apply(_accumulated(x), *_ranges(spans), REDUCTIONS.index(op))

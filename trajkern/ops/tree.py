@@ -22,15 +22,15 @@ from torch import Tensor
 from trajkern import _backends
 from trajkern._checks import (
     check_choice,
-    check_finite,
+    check_leaves,
     check_number,
     check_shape,
+    check_squarable,
     check_tensor,
-    check_values,
     laid_out,
     readable,
 )
-from trajkern._dtypes import FLOATS, accumulator
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.tree import Tree
 from trajkern.ops._autograd import differentiable_once
@@ -146,7 +146,8 @@ def subtree_reduce(
     """Reduce the leaves below every node.
 
     Args:
-        leaf_values: float ``[L]``, finite (checked on the CPU), in the order of ``tree.leaves``.
+        leaf_values: float ``[L]``, finite and of a magnitude of at most 2^126 (2^480 in float64), so that no square
+            overflows (checked on the CPU), in the order of ``tree.leaves``.
         tree: the nodes; M of them.
         op: "sum", "mean", "max", "min" or "var" (the population's: a leaf's is 0).
 
@@ -160,10 +161,10 @@ def subtree_reduce(
     _check_tree(tree)
     check_tensor("leaf_values", leaf_values, dtypes=FLOATS, ndim=1, device=tree.device)
     check_shape("leaf_values", leaf_values, (tree.num_leaves,), "one value a leaf")
-    check_choice("op", op, REDUCTIONS)
+    op = check_choice("op", op, REDUCTIONS)
     if _backends.wants_reference("tree", leaf_values):
         if readable(leaf_values):
-            check_finite("leaf_values", leaf_values)
+            check_squarable("leaf_values", leaf_values)
         return _backends.reference().subtree_reduce(leaf_values, tree, op)
     return _SubtreeReduce.apply(_accumulated(leaf_values), REDUCTIONS.index(op), *tree.arrays)
 
@@ -182,14 +183,16 @@ def sibling_advantages(
     """Advantage of each node relative to the other children of its parent. A root's is 0.
 
     Args:
-        node_values: float ``[M]``, finite (checked on the CPU).
+        node_values: float ``[M]``, finite and of a magnitude of at most 2^126 (2^480 in float64), so that no square
+            overflows. Checked on the CPU; elsewhere what overflows gives siblings that are not finite.
         tree: the nodes.
         baseline: what is subtracted: the siblings' "mean" (the node among them), the mean of the others
             ("leave_one_out"), the "parent"'s value, or "none".
         scale: divide by the siblings' "std" + eps, or "none". Where std + eps is 0 the divisor is 1; an only child's
             std counts as 1.
         ddof: 1 for the unbiased variance, 0 for the population's.
-        eps: added to the standard deviation, at least 0.
+        eps: added to the standard deviation, 0 or a positive number that float32 and its reciprocals hold (float64's
+            for float64 values).
         singleton: advantage of an only child with baseline "mean" or "leave_one_out": "raw" gives v / (1 + eps) with
             scale "std" and v with "none"; "zero" gives 0. The other baselines keep their centre.
 
@@ -202,14 +205,12 @@ def sibling_advantages(
     _check_tree(tree)
     check_tensor("node_values", node_values, dtypes=FLOATS, ndim=1, device=tree.device)
     check_shape("node_values", node_values, (tree.num_nodes,), "one value a node")
-    check_choice("baseline", baseline, BASELINES)
-    check_choice("scale", scale, SCALES)
-    check_choice("ddof", ddof, (0, 1))
-    check_number("eps", eps, low=0)
-    check_choice("singleton", singleton, SINGLETONS)
+    baseline, scale = check_choice("baseline", baseline, BASELINES), check_choice("scale", scale, SCALES)
+    ddof, singleton = check_choice("ddof", ddof, (0, 1)), check_choice("singleton", singleton, SINGLETONS)
+    eps = check_number("eps", eps, low=0, dtype=accumulator(node_values))
     if _backends.wants_reference("tree", node_values):
         if readable(node_values):
-            check_finite("node_values", node_values)
+            check_squarable("node_values", node_values)
         return _backends.reference().sibling_advantages(
             node_values, tree, baseline=baseline, scale=scale, ddof=ddof, eps=eps, singleton=singleton
         )
@@ -230,10 +231,10 @@ def branch_coefficients(
     in A, but it is so for A > 0 and for A < 0 apart: sum_l min(r A_l, clip(r) A_l) needs only the sums of both.
 
     Args:
-        leaf_advantages: float ``[L]``, finite (checked on the CPU).
+        leaf_advantages: float ``[L]``, finite where a leaf has a weight (checked on the CPU).
         tree: the nodes.
-        leaf_weights: float ``[L]``, at least 0, no gradient: ``tree.leaf_weights(mask, aggregate)`` for the sequence
-            means. A leaf of weight 0 counts nowhere; without weights each is 1.
+        leaf_weights: float or integer ``[L]``, at least 0, no gradient: ``tree.leaf_weights(mask, aggregate)`` for
+            the sequence means. A leaf of weight 0 counts nowhere, whatever its advantage; without weights each is 1.
 
     Returns:
         :class:`Branch` of ``[M]``, float32 (float64 for float64 advantages); ``positive`` and ``negative`` are
@@ -243,13 +244,11 @@ def branch_coefficients(
     check_tensor("leaf_advantages", leaf_advantages, dtypes=FLOATS, ndim=1, device=tree.device)
     check_shape("leaf_advantages", leaf_advantages, (tree.num_leaves,), "one advantage a leaf")
     if leaf_weights is not None:
-        check_tensor("leaf_weights", leaf_weights, dtypes=FLOATS, device=tree.device)
+        check_tensor("leaf_weights", leaf_weights, dtypes=(*FLOATS, *INTEGERS), device=tree.device)
         check_shape("leaf_weights", leaf_weights, (tree.num_leaves,), "one weight a leaf")
     if _backends.wants_reference("tree", leaf_advantages):
         if readable(leaf_advantages):
-            check_finite("leaf_advantages", leaf_advantages)
-            if leaf_weights is not None:
-                check_values("leaf_weights", leaf_weights, 0)
+            check_leaves(leaf_advantages, leaf_weights)
         return _backends.reference().branch_coefficients(leaf_advantages, tree, leaf_weights=leaf_weights)
     x = _accumulated(leaf_advantages)
     weights = None if leaf_weights is None else laid_out(leaf_weights.detach(), x.dtype)

@@ -30,8 +30,9 @@ class Paths:
 
     Args:
         tree: the packed tree.
-        advantages: float ``[L]``, finite (checked on the CPU), in the order of ``tree.leaves``.
-        gate: bool ``[L]``; a False rollout counts nowhere, as if it were not there. None: all count.
+        advantages: float ``[L]``, finite where the gate is True (checked on the CPU), in the order of ``tree.leaves``.
+        gate: bool ``[L]``; a False rollout counts nowhere, as if it were not there; its advantage is kept as 0. None:
+            all count.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -47,11 +48,12 @@ class Paths:
         device, shape = self.tree.device, (self.tree.num_leaves,)
         check_tensor("advantages", self.advantages, dtypes=FLOATS, device=device)
         check_shape("advantages", self.advantages, shape, "one advantage a leaf")
-        if readable(self.advantages):
-            check_finite("advantages", self.advantages)
         if self.gate is not None:
             check_tensor("gate", self.gate, dtypes=(torch.bool,), device=device)
             check_shape("gate", self.gate, shape, "one flag a leaf")
+            object.__setattr__(self, "advantages", torch.where(self.gate, self.advantages, 0))
+        if readable(self.advantages):
+            check_finite("advantages", self.advantages)
 
     def to(self, device: torch.device | str) -> Paths:
         gate = None if self.gate is None else self.gate.to(device)
@@ -131,7 +133,7 @@ def leaf_weights(arguments: LossArguments, counts: Tensor) -> Tensor:
     weights = aggregate_weights(counts, config.resolved_aggregate, config.max_length, normalizer)
     if config.resolved_aggregate != "token_mean":
         return weights
-    return weights / (counts.sum().clamp_min(1) if normalizer is None else normalizer)
+    return torch.where(counts > 0, weights / (counts.sum().clamp_min(1) if normalizer is None else normalizer), 0)
 
 
 def remaining_rollouts(arguments: LossArguments) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, spread, subtree_reduce
-from trajkern._checks import check_cu_seqlens, check_finite, check_shape, check_tensor, readable
+from trajkern._checks import check_cu_seqlens, check_finite, check_shape, check_tensor, check_values, readable
 from trajkern.layouts.spans import trajectories
 from trajkern.ops.advantage import FLOATS, INTEGERS
 
@@ -41,6 +41,21 @@ def check_index(name: str, x: Any, count: int, meaning: str, device: torch.devic
     if readable(x) and bool(((x < 0) | (x >= bound)).any()):
         at = int(((x < 0) | (x >= bound)).nonzero()[0, 0])
         raise ValueError(f"{name} must lie in [0, {bound}), the {what}; it is {int(x[at])} at index {at}")
+
+
+def check_order(name: str, x: Any, count: int, meaning: str, device: torch.device) -> None:
+    """``x`` holds ``count`` indices, at least 0 where reading them is free."""
+    check_ids(name, x, count, meaning, device)
+    if readable(x):
+        check_values(name, x, 0)
+
+
+def taken(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` of floats; NaN for a place that does not exist, where :func:`check_index` could not read it."""
+    if readable(index):
+        return x[index]
+    inside = (index >= 0) & (index < x.shape[0])
+    return torch.where(inside, x[torch.where(inside, index, 0)], torch.nan) if x.shape[0] else x.new_zeros(index.shape)
 
 
 def widened(x: Tensor) -> Tensor:

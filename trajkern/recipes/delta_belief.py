@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_number, check_offsets, check_tensor, readable
+from trajkern._checks import check_choice, check_flag, check_number, check_offsets, check_tensor, readable
+from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import FLOATS, INTEGERS
-from trajkern.recipes._groups import check_ids, check_index, check_vector, group_sum, pair_ids, widened
+from trajkern.recipes._groups import check_index, check_order, check_vector, group_sum, pair_ids, taken, widened
 
 FINISHED = ("included", "masked")
 
@@ -36,8 +37,8 @@ def turn_rewards(
         cu_beliefs: int64 or int32 ``[N+1]``, the boundaries of the trajectories' beliefs, at least one each (checked on
             the CPU).
         won: bool ``[N]``.
-        penalty: float ``[S]``, finite (checked on the CPU), at most 0 by convention; the authors give -5 for an invalid
-            turn and -1 for a repeated question.
+        penalty: float or integer ``[S]``, finite (checked on the CPU), at most 0 by convention; the authors give -5 for
+            an invalid turn and -1 for a repeated question.
         scale: of the difference, at least 0; 0.1 was best in the authors' ablation.
         clip: whether losses of belief count as 0. The paper always clips; its code only under a further flag.
         win_reward, turn_cost: as above; the defaults are the authors'.
@@ -59,9 +60,13 @@ def turn_rewards(
             at = int((cu_beliefs.diff() < 1).nonzero()[0, 0])
             raise ValueError(f"cu_beliefs must give every trajectory at least one belief; trajectory {at} has none")
     check_vector("won", won, count, "one flag a trajectory", device, (torch.bool,))
-    check_vector("penalty", penalty, total - count, "one a turn: one less than beliefs, for each trajectory", device)
-    for name, value in (("scale", scale), ("win_reward", win_reward), ("turn_cost", turn_cost)):
-        check_number(name, value, low=0)
+    both, meaning = (*FLOATS, *INTEGERS), "one a turn: one less than beliefs, for each trajectory"
+    check_vector("penalty", penalty, total - count, meaning, device, both)
+    scale, win_reward, turn_cost = (
+        check_number(name, value, low=0, dtype=accumulator(log_beliefs))
+        for name, value in (("scale", scale), ("win_reward", win_reward), ("turn_cost", turn_cost))
+    )
+    clip = check_flag("clip", clip)
     cu_turns = cu_beliefs.long() - torch.arange(count + 1, device=device)
     turn = torch.arange(total - count, device=device)
     owner = torch.searchsorted(cu_turns[1:].contiguous(), turn, right=True)
@@ -89,7 +94,7 @@ def turn_advantages(
     Args:
         turn_rewards: float ``[S]``, finite (checked on the CPU).
         trajectory: int64 or int32 ``[S]``, in [0, N); no trajectory has a turn index twice (both checked on the CPU).
-        turn: int64 or int32 ``[S]``, the index of each turn in its trajectory.
+        turn: int64 or int32 ``[S]``, the index of each turn in its trajectory, at least 0 (checked on the CPU).
         group_ids: int64 or int32 ``[N]``; equal ids share a prompt.
         finished: what a group's rollouts count that had finished before a turn. "included" (the released code): as a
             reward of 0 in that turn's mean and deviation. "masked": not at all. Either baseline depends on who got that
@@ -105,8 +110,8 @@ def turn_advantages(
     steps, device = turn_rewards.shape[0], turn_rewards.device
     check_vector("group_ids", group_ids, None, "", device, INTEGERS)
     check_index("trajectory", trajectory, steps, "one a turn", device, group_ids.shape[0], "trajectories")
-    check_ids("turn", turn, steps, "one index a turn", device)
-    check_choice("finished", finished, FINISHED)
+    check_order("turn", turn, steps, "one index a turn", device)
+    finished = check_choice("finished", finished, FINISHED)
     if readable(turn):
         twice = group_sum(torch.ones_like(turn), pair_ids(trajectory, turn)) > 1
         if bool(twice.any()):
@@ -114,6 +119,9 @@ def turn_advantages(
             raise ValueError(
                 f"turn must be unique in its trajectory; {int(turn[at])} is twice in trajectory {int(trajectory[at])}"
             )
+    if not readable(trajectory):
+        turn_rewards = turn_rewards + 0 * taken(torch.zeros_like(group_ids, dtype=turn_rewards.dtype), trajectory)
+        trajectory = trajectory.clamp(0, max(group_ids.shape[0] - 1, 0))
     ids = pair_ids(group_ids[trajectory], turn)
     if finished == "masked":
         return group_advantages(turn_rewards, ids)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trajkern import group_advantages
 from trajkern._checks import check_choice, check_number, check_values, readable
+from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, widened
 
@@ -48,8 +49,8 @@ def rank_filter(
     total, device = ranks.shape[0], ranks.device
     count = check_packing(cu_seqlens, total, device)
     check_ids("group_ids", group_ids, count, "one id a rollout", device)
-    _check_fraction("worst_fraction", worst_fraction, above=0)
-    check_number("top_k", top_k, low=1)
+    worst_fraction = check_number("worst_fraction", worst_fraction, low=0, above=0, high=1)
+    most = check_number("top_k", top_k, low=1)
     if readable(ranks):
         check_values("ranks", ranks, 1)
     lengths = cu_seqlens.diff().long()
@@ -60,7 +61,7 @@ def rank_filter(
     counted = torch.arange(total, device=device) - cu_seqlens[owner]
     worst = torch.where(counted < chosen[owner], ranks[order].long(), 0)
     mean = torch.zeros_like(lengths).scatter_add(0, owner, worst).double() / chosen
-    return group_sum(mean <= top_k, pair_ids(group_ids)) > 0  # without tokens the mean is 0 / 0, which is no rank
+    return group_sum(mean <= most, pair_ids(group_ids)) > 0  # without tokens the mean is 0 / 0, which is no rank
 
 
 def keep_groups(
@@ -76,7 +77,7 @@ def keep_groups(
         drop_fraction: in [0, 1).
     """
     check_vector("group_score", group_score, None, "", None)
-    _check_fraction("drop_fraction", drop_fraction)
+    drop_fraction = check_number("drop_fraction", drop_fraction, low=0, high=1)
     if drop_fraction == 1:
         raise ValueError("drop_fraction must be less than 1, got 1")
     dropped = math.floor(drop_fraction * group_score.shape[0] + SLACK)
@@ -103,7 +104,7 @@ def length_reward(
     both = (torch.float32, torch.float64, torch.float16, torch.bfloat16, *INTEGERS)
     check_vector("lengths", lengths, None, "", None, both)
     check_vector("reference_lengths", reference_lengths, lengths.shape[0], "one a rollout", lengths.device, both)
-    check_number("beta", beta, low=0)
+    beta = check_number("beta", beta, low=0, dtype=accumulator(lengths))
     if readable(lengths):
         check_values("lengths", lengths, 0)
         check_values("reference_lengths", reference_lengths, 1)
@@ -140,8 +141,8 @@ def gate(
     """
     check_vector("passed", passed, None, "", None, (torch.bool,))
     check_ids("group_ids", group_ids, passed.shape[0], "one id a rollout", passed.device)
-    check_choice("mode", mode, GATES)
-    _check_fraction("threshold", threshold)
+    mode = check_choice("mode", mode, GATES)
+    threshold = check_number("threshold", threshold, low=0, high=1)
     if mode == "drop_rollout":
         return passed.clone()
     x = passed.double() + 1  # from 1 to 2, where subtracting twice is exact
@@ -151,9 +152,3 @@ def gate(
     if mode == "reject_group_if_all_fail":
         return mean > 1
     return mean >= 1 + threshold
-
-
-def _check_fraction(name: str, value: float, above: float | None = None) -> None:
-    check_number(name, value, low=0, above=above)
-    if value > 1:
-        raise ValueError(f"{name} must be at most 1, got {value}")

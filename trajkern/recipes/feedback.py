@@ -12,8 +12,18 @@ from torch import Tensor
 
 from trajkern import group_advantages
 from trajkern._checks import check_finite, check_number, check_tensor, describe, readable
+from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import FLOATS, INTEGERS
-from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, to_tokens, widened
+from trajkern.recipes._groups import (
+    check_ids,
+    check_order,
+    check_packing,
+    check_vector,
+    group_sum,
+    pair_ids,
+    to_tokens,
+    widened,
+)
 
 CONSTANT = 1e-12  # a variance up to here is none
 
@@ -101,8 +111,9 @@ def token_advantages(
             check_finite(name, x, where=loss_mask)
     count = check_packing(cu_seqlens, tokens, device)
     check_vector("rewards", rewards, count, "one a trajectory", device)
-    check_number("reward_weight", reward_weight, low=0)
-    check_number("directive_weight", directive_weight, low=0)
+    dtype = torch.promote_types(accumulator(teacher_logprobs), accumulator(old_logprobs))
+    reward_weight = check_number("reward_weight", reward_weight, low=0, dtype=dtype)
+    directive_weight = check_number("directive_weight", directive_weight, low=0, dtype=dtype)
     directive = widened(teacher_logprobs) - widened(old_logprobs)
     evaluative = to_tokens(rewards.to(directive.dtype), cu_seqlens, tokens)
     return torch.where(loss_mask, reward_weight * evaluative + directive_weight * directive, 0)
@@ -122,7 +133,7 @@ def step_advantages(
     Args:
         step_rewards: float ``[S]``, finite (checked on the CPU): a step's mean vote plus the outcome.
         group: int64 or int32 ``[S]``; equal ids share a prompt.
-        step: int64 or int32 ``[S]``, the index of each step in its trajectory.
+        step: int64 or int32 ``[S]``, the index of each step in its trajectory, at least 0 (checked on the CPU).
 
     Returns:
         (advantages ``[S]`` float32, float64 for float64 rewards, computed in float64; keep bool ``[S]``). A dropped
@@ -134,7 +145,7 @@ def step_advantages(
     check_vector("step_rewards", step_rewards, None, "", None)
     count, device = step_rewards.shape[0], step_rewards.device
     check_ids("group", group, count, "one id a step", device)
-    check_ids("step", step, count, "one index a step", device)
+    check_order("step", step, count, "one index a step", device)
     ids, r = pair_ids(group, step), step_rewards.double()
     centred = group_advantages(r, ids, scale="none", singleton="zero")
     size = group_sum(torch.ones_like(ids), ids)

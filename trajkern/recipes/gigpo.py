@@ -6,8 +6,9 @@ from torch import Tensor
 
 from trajkern import group_advantages
 from trajkern._checks import check_choice, check_number
+from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import SCALES
-from trajkern.recipes._groups import check_ids, check_index, check_vector, pair_ids, widened
+from trajkern.recipes._groups import check_ids, check_index, check_vector, pair_ids, taken, widened
 
 
 def step_advantages(
@@ -53,8 +54,8 @@ def step_advantages(
     check_index("trajectory", trajectory, steps, "one a step", device, count, "trajectories")
     check_ids("anchor", anchor, steps, "one id a step", device)
     check_ids("group", group, steps, "one id a step", device)
-    check_number("weight", weight, low=0)
-    check_choice("scale", scale, SCALES)
-    episode = group_advantages(episode_rewards[trajectory], group, scale=scale)
+    weight = check_number("weight", weight, low=0, dtype=accumulator(returns))
+    scale = check_choice("scale", scale, SCALES)
+    episode = group_advantages(taken(episode_rewards, trajectory), group, scale=scale)
     step = group_advantages(returns, pair_ids(group, anchor), scale=scale, singleton="zero")
     return widened(episode) + weight * step

@@ -43,9 +43,8 @@ def advantages(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     check_vector("correct", correct, None, "", None, SCORES)
-    check_choice("kind", kind, KINDS)
-    check_number("positive_weight", positive_weight, low=0)
-    score = widened(correct)
+    kind, score = check_choice("kind", kind, KINDS), widened(correct)
+    positive_weight = check_number("positive_weight", positive_weight, low=0, dtype=score.dtype)
     right, wrong = score == 1, score == 0
     if kind == "psr":
         return right.to(score.dtype), right

@@ -12,7 +12,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_finite, check_number, check_tensor, check_values, describe, readable
+from trajkern._checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_flag,
+    check_number,
+    check_tensor,
+    check_values,
+    describe,
+    readable,
+)
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_index, check_vector, widened
 
@@ -63,9 +73,10 @@ def _best(scores: Tensor, labels: Tensor | Sequence[str]) -> Tensor:
         return scores[:, 0] == labels
     check_index("labels", labels, count, "one a judgement", scores.device, responses, "responses")
     assert isinstance(labels, Tensor)
-    best = scores.gather(1, labels.long()[:, None])
+    place = labels.long().clamp(0, responses - 1)  # of an illegal label, where it could not be read
+    best = scores.gather(1, place[:, None])
     other = torch.arange(responses, device=scores.device) != labels[:, None]
-    return ((scores < best) | ~other).all(1)
+    return ((scores < best) | ~other).all(1)  # which no place is for an illegal label: it agrees with nothing
 
 
 def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[str]) -> Tensor:
@@ -114,9 +125,7 @@ def meta_vote(
     """
     check_tensor("scores", scores, dtypes=SCORES, ndim=2)
     check_vector("meta", meta, scores.shape[0], "one a sample", scores.device)
-    if not isinstance(keep, int):
-        raise TypeError(f"keep must be an int, got {describe(keep)}")
-    check_number("keep", keep, low=1)
+    keep = check_count("keep", keep, low=1)
     if keep > scores.shape[0]:
         raise ValueError(f"keep must be at most the {scores.shape[0]} samples, got {keep}")
     best = meta.argsort(descending=True, stable=True)[:keep].sort().values
@@ -147,8 +156,7 @@ def elo(
     check_tensor("wins", wins, dtypes=SCORES, ndim=2)
     if wins.shape[0] != wins.shape[1]:
         raise ValueError(f"wins must be square; got {describe(wins)}")
-    check_number("k", k, above=0)
-    check_number("base", base)
+    k, base = check_number("k", k, above=0), check_number("base", base)
     won = wins.double().cpu()
     check_values("wins", won.flatten(), 0)
     if bool(won.diagonal().any()):
@@ -185,9 +193,11 @@ def knockout(
         draw.shuffle(left)
         winners = left[len(left) // 2 * 2 :]
         for first, second in zip(left[::2], left[1::2], strict=False):
-            verdict = compare(first, second)
-            if not isinstance(verdict, bool):
-                raise TypeError(f"compare must return True or False, got {describe(verdict)}")
-            winners.append(first if verdict else second)
+            verdict: object = compare(first, second)
+            try:
+                first_wins = check_flag("compare", verdict)
+            except TypeError:
+                raise TypeError(f"compare must return True or False, got {describe(verdict)}") from None
+            winners.append(first if first_wins else second)
         left = winners
     return left[0]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number, check_tensor, readable
+from trajkern._checks import check_choice, check_count, check_tensor, readable
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_vector
 
@@ -110,9 +110,7 @@ def calibration(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     c, q = _checked(correct, confidence)
-    check_number("bins", bins, low=1)
-    if not isinstance(bins, int):
-        raise TypeError(f"bins must be an int, got {bins!r}")
+    bins = check_count("bins", bins, low=1)
     place = torch.arange(bins + 1, dtype=torch.float64, device=q.device)
     edges = torch.where(place == bins, 1.0, place * (1 / bins))  # as linspace multiplies, on the device
     owner = torch.bucketize(q, edges[1:-1].contiguous(), right=True)

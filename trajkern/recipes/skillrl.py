@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from trajkern._checks import check_choice, check_number, describe
+from trajkern._checks import check_choice, check_count, check_number, describe
 from trajkern.recipes.srl import similarity
 
 KINDS = ("demonstration", "lesson")
@@ -85,18 +85,17 @@ class SkillBank:
         search: str = "family",
         teacher: Teacher | None = None,
     ) -> None:
-        _check_rate("threshold", threshold)
-        check_number("success_above", success_above)
-        counts = {"capacity": capacity, "failures": failures, "growth": growth, "lines": lines}
-        for name, value in counts.items():
-            _check_count(name, value, 1)
-        _check_count("lesson_length", lesson_length, 4)
-        check_choice("search", search, SEARCH)
+        self.threshold = check_number("threshold", threshold, low=0, high=1)
+        self.success_above = check_number("success_above", success_above)
+        self.capacity = check_count("capacity", capacity, low=1)
+        self.failures = check_count("failures", failures, low=1)
+        self.growth = check_count("growth", growth, low=1)
+        self.lines = check_count("lines", lines, low=1)
+        self.lesson_length = check_count("lesson_length", lesson_length, low=4)
+        self.search = check_choice("search", search, SEARCH)
         if teacher is not None and not callable(teacher):
             raise TypeError(f"teacher must be callable or None, got {describe(teacher)}")
-        self.threshold, self.success_above, self.capacity = threshold, success_above, capacity
-        self.failures, self.growth, self.lines, self.lesson_length = failures, growth, lines, lesson_length
-        self.search, self.teacher = search, teacher
+        self.teacher = teacher
         self._skills: list[Skill] = []  # oldest first
         self._failed: dict[str | None, list[Attempt]] = {}
         self._taken = 0
@@ -123,7 +122,7 @@ class SkillBank:
         """
         _check_text("prompt", prompt)
         _check_text("response", response)
-        check_number("reward", reward)
+        reward = check_number("reward", reward)
         _check_family(family)
         if not response.strip():
             return None
@@ -148,7 +147,7 @@ class SkillBank:
             success_rate: in [0, 1].
         """
         _check_family(family)
-        _check_rate("success_rate", success_rate)
+        success_rate = check_number("success_rate", success_rate, low=0, high=1)
         waiting = self._failed.get(family, [])
         lessons: list[tuple[str, Attempt]] = []
         if waiting and success_rate < self.threshold:
@@ -178,7 +177,7 @@ class SkillBank:
         """
         _check_text("prompt", prompt)
         _check_family(family)
-        _check_count("k", k, 0)
+        k = check_count("k", k, low=0)
         offered = [s for s in self._skills if s.prompt != prompt]
         if self.search == "family":
             offered = [s for s in offered if s.family in (family, None)]
@@ -280,20 +279,8 @@ def _check_family(value: Any) -> None:
         raise TypeError(f"family must be a string or None, got {describe(value)}")
 
 
-def _check_rate(name: str, value: float) -> None:
-    check_number(name, value, low=0)
-    if value > 1:
-        raise ValueError(f"{name} must be at most 1, got {value}")
-
-
-def _check_count(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
-    check_number(name, value, low=low)
-
-
 def _check_state(skills: list[Skill], failed: dict[str | None, list[Attempt]], taken: Any) -> None:
-    _check_count("taken", taken, 0)
+    check_count("taken", taken, low=0)
     numbers = [-1, *(skill.number for skill in skills), taken]
     if any(not isinstance(n, int) for n in numbers) or sorted(set(numbers)) != numbers:
         raise ValueError(f"the skills' numbers must ascend below taken, got {numbers[1:]}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trajkern import Tree, sibling_advantages
 from trajkern._checks import check_choice, check_number, check_tensor
-from trajkern._dtypes import FLOATS
+from trajkern._dtypes import FLOATS, accumulator
 from trajkern.ops.tree import SCALES
 from trajkern.recipes._groups import check_tree, leaf_means, widened
 
@@ -56,5 +56,5 @@ def low_probability(
         threshold: a probability above 0; the authors' is 0.9.
     """
     check_tensor("old_logprobs", old_logprobs, dtypes=FLOATS, ndim=1)
-    check_number("threshold", threshold, above=0)
+    threshold = check_number("threshold", threshold, above=0, dtype=accumulator(old_logprobs))
     return widened(old_logprobs).exp() < threshold

@@ -64,7 +64,7 @@ def rewards(
     """
     check_vector("similarity", similarity, None, "", None, finite=False)
     check_vector("well_formed", well_formed, similarity.shape[0], "one flag", similarity.device, (torch.bool,))
-    check_number("penalty", penalty)
+    penalty = check_number("penalty", penalty, dtype=widened(similarity).dtype)
     return torch.where(well_formed, widened(similarity), penalty)
 
 
@@ -89,8 +89,7 @@ def keep_groups(
     """
     check_vector("rewards", rewards, None, "", None)
     check_ids("group_ids", group_ids, rewards.shape[0], "one id a reward", rewards.device)
-    check_number("min_std", min_std, low=0)
-    check_choice("ddof", ddof, (0, 1))
+    min_std, ddof = check_number("min_std", min_std, low=0), check_choice("ddof", ddof, (0, 1))
     ids = pair_ids(group_ids)
     centred = group_advantages(rewards.double(), ids, scale="none", singleton="zero")
     size = group_sum(torch.ones_like(ids), ids)

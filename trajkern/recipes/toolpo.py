@@ -7,7 +7,10 @@ from torch import Tensor
 
 from trajkern import group_advantages
 from trajkern._checks import check_number, check_values, readable
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, to_tokens, widened
+
+COUNTS = (*FLOATS, *INTEGERS)
 
 
 def action_rewards(
@@ -20,7 +23,8 @@ def action_rewards(
     """R_action = call_weight * (number of right tool calls) + preference_weight * S_pref; ``[N]``.
 
     Args:
-        correct_calls: float ``[N]``, at least 0 (checked on the CPU): how many of a rollout's tool calls were right.
+        correct_calls: float or integer ``[N]``, at least 0 (checked on the CPU): how many of a rollout's tool calls
+            were right.
         preference: float ``[N]``, finite (checked on the CPU); see :func:`fold_preference`. 0 where memory is not
             folded.
         call_weight, preference_weight: at least 0; the paper's are 1 and 1.
@@ -31,12 +35,13 @@ def action_rewards(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    check_vector("correct_calls", correct_calls, None, "", None)
+    check_vector("correct_calls", correct_calls, None, "", None, COUNTS)
     check_vector("preference", preference, correct_calls.shape[0], "one a rollout", correct_calls.device)
     if readable(correct_calls):
         check_values("correct_calls", correct_calls, 0)
-    check_number("call_weight", call_weight, low=0)
-    check_number("preference_weight", preference_weight, low=0)
+    dtype = torch.promote_types(accumulator(correct_calls), accumulator(preference))
+    call_weight = check_number("call_weight", call_weight, low=0, dtype=dtype)
+    preference_weight = check_number("preference_weight", preference_weight, low=0, dtype=dtype)
     return call_weight * widened(correct_calls) + preference_weight * widened(preference)
 
 
@@ -47,12 +52,12 @@ def fold_preference(
     """S_pref = (L_direct - L_fold) / (L_direct + L_fold), in [-1, 1]: how much shorter folding the memory made it.
 
     Args:
-        direct_lengths, folded_lengths: float ``[N]``, at least 0 (checked on the CPU); the tokens spent without and
-            with folding. Two zeros give 0.
+        direct_lengths, folded_lengths: float or integer ``[N]``, at least 0 (checked on the CPU); the tokens spent
+            without and with folding. Two zeros give 0.
     """
-    check_vector("direct_lengths", direct_lengths, None, "", None)
+    check_vector("direct_lengths", direct_lengths, None, "", None, COUNTS)
     count, device = direct_lengths.shape[0], direct_lengths.device
-    check_vector("folded_lengths", folded_lengths, count, "one a rollout", device)
+    check_vector("folded_lengths", folded_lengths, count, "one a rollout", device, COUNTS)
     for name, lengths in (("direct_lengths", direct_lengths), ("folded_lengths", folded_lengths)):
         if readable(lengths):
             check_values(name, lengths, 0)

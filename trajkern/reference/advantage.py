@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern._results import GAE
+from trajkern.reference._scale import unit_of
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -56,9 +57,13 @@ def group_advantages(
         centred = r
     out = centred
     if scale == "std":
-        variance = group_sum(w * (d - mean_d).square()) / torch.where(alone, 1, total - ddof)
+        largest = torch.zeros(ids.numel(), dtype=r.dtype, device=r.device).scatter_reduce(
+            0, group, d.detach().abs(), "amax"
+        )
+        unit = unit_of(largest)[group]
+        variance = group_sum(w * ((d - mean_d) / unit).square()) / torch.where(alone, 1, total - ddof)
         # the square root has no finite derivative at zero; a constant group's is taken as zero
-        std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+        std = unit * torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
         divisor = std + eps
         out = centred / torch.where(divisor == 0, 1, divisor)
     if baseline != "none" or scale != "none":
@@ -118,8 +123,11 @@ def whiten(
     keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     x = torch.where(keep, x, 0)
     count = keep.sum()
+    largest = torch.cat((x.detach().abs(), x.new_ones(1))).amax()  # at least 1: eps must not overflow
+    unit = unit_of(largest)
+    x = x / unit
     mean = x.sum() / count.clamp_min(1)
     centred = torch.where(keep, x - mean, 0)
     variance = centred.square().sum() / (count - ddof).clamp_min(1)
-    out = centred * (variance + eps).rsqrt()
-    return out if shift_mean else torch.where(keep, out + mean, 0)
+    out = centred * (variance + eps / unit / unit).rsqrt()
+    return out if shift_mean else torch.where(keep, out + mean * unit, 0)

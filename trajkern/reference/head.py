@@ -40,7 +40,7 @@ def linear_token_stats(
     rows = torch.arange(targets.shape[0], device=targets.device) if rows is None else rows.long()
     if mask is not None:
         rows, targets = torch.where(mask, rows, 0), torch.where(mask, targets, 0)
-    h = hidden[rows] if hidden.shape[0] else hidden[:0]
+    h = hidden.index_select(0, rows) if hidden.shape[0] else hidden[:0]  # which takes no negative place
     if mask is not None:
         h = torch.where(mask[:, None], h, 0)
     z = logits(h, weight, bias, softcap, logit_scale, rounded=logits_dtype == hidden.dtype)

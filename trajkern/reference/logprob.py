@@ -43,9 +43,10 @@ def token_stats(
     # Measured from the largest logit, the target's where it ties: then log p = -log1p(mass of the others), which keeps
     # its precision, and its gradient's, as p -> 1.
     largest, pivot = z.detach().max(-1, keepdim=True)
-    is_top1 = z_target >= largest
+    poison = largest - largest  # NaN where the largest is not finite, as for torch.log_softmax
+    is_top1 = (z_target >= largest) & (poison == 0)
     pivot = torch.where(is_top1, target, pivot)
-    u = (z - z.gather(-1, pivot)) / temperature
+    u = (z - z.gather(-1, pivot)) / temperature + poison
     log_norm = u.exp().scatter(-1, pivot, 0).sum(-1, keepdim=True).log1p()
     logprobs = torch.where(is_top1, 0, u.gather(-1, target)) - log_norm
     logp = u - log_norm

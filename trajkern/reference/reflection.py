@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trajkern._results import Reflection
+from trajkern.reference._scale import unit_of
 
 
 def variance_weights(
@@ -52,5 +53,6 @@ def _deviation(x: Tensor, ddof: int) -> Tensor:
     if x.shape[0] <= ddof:
         return (x * 0).sum(0)
     d = x - x[0].detach()  # exact where the column is constant, and a large common value costs nothing
-    variance = (d - d.mean(0)).square().sum(0) / (x.shape[0] - ddof)
-    return torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    unit = unit_of(d.abs().amax(0))
+    variance = ((d - d.mean(0)) / unit).square().sum(0) / (x.shape[0] - ddof)
+    return unit * torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)

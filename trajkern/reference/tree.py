@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern._results import Branch
+from trajkern.reference._scale import unit_of
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -87,9 +88,10 @@ def sibling_advantages(
     else:
         out = v
     if scale == "std":
-        variance = _sums((d - sum_d / count).square(), family, m)[family] / (count - ddof).clamp_min(1)
+        unit = unit_of(v.new_zeros(m + 1).scatter_reduce(0, family, d.detach().abs(), "amax"))[family]
+        variance = _sums(((d - sum_d / count) / unit).square(), family, m)[family] / (count - ddof).clamp_min(1)
         # the square root has no finite derivative at zero; that of equal siblings is taken as zero
-        std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+        std = unit * torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
         divisor = torch.where(alone, 1, std) + eps
         out = out / torch.where(divisor == 0, 1, divisor)
     if singleton == "zero" and baseline in ("mean", "leave_one_out"):
