@@ -236,7 +236,7 @@ class TestBadInput:
         for bad in (0, -1, 71):
             self._bad(ValueError, f"vocabulary must be 1 to 70, .* got {bad}", vocabulary=bad)
         for bad in (True, 70.0, "70", torch.tensor(70)):
-            self._bad(TypeError, "vocabulary must be an integer", vocabulary=bad)
+            self._bad(TypeError, "vocabulary must be an int", vocabulary=bad)
 
     def test_batch_invariant(self) -> None:
         what = "workspace_bytes must hold the 64 rows of a batch-invariant block of both logits, 35840 bytes"

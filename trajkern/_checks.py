@@ -27,8 +27,8 @@ def readable(x: Tensor) -> bool:
 
 
 def resolved(x: Tensor) -> Tensor:
-    """``x``, or a copy where its sign is a bit that only torch's own ops read: for what takes a pointer."""
-    return x.resolve_neg() if x.is_neg() else x
+    """``x``, or a copy where its sign is a bit of the view: for what takes a pointer, and for torch's indexing."""
+    return x if torch.compiler.is_dynamo_compiling() or not x.is_neg() else x.resolve_neg()
 
 
 @overload
@@ -37,9 +37,9 @@ def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor: ...
 def laid_out(x: None, dtype: torch.dtype) -> None: ...
 def laid_out(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``x`` contiguous and of ``dtype``; itself where it is that already (a no-op ``to`` takes 2 microseconds)."""
-    if x is None or (x.dtype == dtype and x.is_contiguous() and not x.is_neg()):
+    if x is None or (x.dtype == dtype and x.is_contiguous()):
         return x
-    return resolved(x).to(dtype).contiguous()
+    return x.to(dtype).contiguous()
 
 
 def check_plain(name: str, x: Any) -> None:
@@ -94,6 +94,9 @@ def _unwrapped(value: Any) -> Any:
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """The choice that the value equals."""
+    kind = type(value)
+    if (kind is str or kind is int) and value in choices:
+        return value
     choices, given = tuple(choices), value
     if (value := _unwrapped(value)) is not None and not isinstance(value, (int, str, torch.dtype, float)):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}")
@@ -149,7 +152,7 @@ def check_number(
     if high is not None and not value <= high:
         raise ValueError(f"{name} must be at most {high}, got {value}")
     if dtype is not None and value != 0:
-        least, most = representable(dtype)
+        least, most = REPRESENTABLE[dtype]
         if not least <= abs(value) <= most:
             raise ValueError(f"{name} must be {_range(dtype)}; got {value}")
     return value
@@ -173,14 +176,12 @@ def check_flag(name: str, value: Any) -> bool:
     raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
-def representable(dtype: torch.dtype) -> tuple[float, float]:
-    """The magnitudes that are normal numbers of float64 or of float32, as are their reciprocals."""
-    exponent = 1022 if dtype == torch.float64 else 126
-    return 2.0**-exponent, 2.0**exponent
+# The magnitudes that are normal numbers of a dtype, as are their reciprocals.
+REPRESENTABLE = {torch.float32: (2.0**-126, 2.0**126), torch.float64: (2.0**-1022, 2.0**1022)}
 
 
 def _range(dtype: torch.dtype) -> str:
-    least, most = representable(dtype)
+    least, most = REPRESENTABLE[dtype]
     kind = "float64" if dtype == torch.float64 else "float32"
     return f"of a magnitude between {least:.3g} and {most:.3g}, which {kind} and its reciprocals hold"
 
@@ -242,7 +243,7 @@ def check_temperatures(x: Tensor, dtype: torch.dtype) -> None:
     check_finite("temperature", x.flatten())
     if not bool((x > 0).all()):
         raise ValueError(f"temperature must be positive; its smallest value is {float(x.min())}")
-    least, most = representable(dtype)
+    least, most = REPRESENTABLE[dtype]
     bad = (x < least) | (x > most)
     if bool(bad.any()):
         raise ValueError(f"temperature must be {_range(dtype)}; it is {float(x[bad][0])}")

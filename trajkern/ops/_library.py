@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from trajkern import _backends
 from trajkern.ops._autograd import is_transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+FLAGS = ("mask", "loss_mask", "gate", "selected")  # arguments of ops that have no sign
 LIBRARY = torch.library.Library("trajkern", "DEF")
 
 
@@ -31,7 +33,9 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
     written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
     if written:
         _count_writes(name, op, written)
-    tensors = [i for i, kind in enumerate(_kinds(op)) if kind in ("Tensor", "Optional[Tensor]")]
+    signed = [i for i, kind in enumerate(_kinds(op)) if kind in ("Tensor", "Optional[Tensor]")]
+    signed = [i for i in signed if op._schema.arguments[i].name not in FLAGS]
+    tensors_of = itemgetter(*signed, signed[0])  # a tuple also of one
     in_graphs = _of_packed_numbers(op, fake, launchers)
 
     def call(*args: Any) -> Any:
@@ -40,8 +44,8 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
         x = args[0]
         if type(x) is not Tensor or _is_watched() or x.is_meta:
             return op(*args)
-        for i in tensors:  # the dispatcher resolves a sign that is a bit of the view
-            if (y := args[i]) is not None and y.is_neg():
+        for y in tensors_of(args):
+            if y is not None and y.is_neg():  # the dispatcher resolves a sign that is a bit of the view
                 return op(*args)
         _increment_versions(args, written)
         return launchers["cpu" if x.is_cpu else x.device.type](*args)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
+from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, resolved
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
 from trajkern.layouts._nodes import offsets_of
@@ -117,7 +117,7 @@ def check_branch(arguments: LossArguments, logprobs: Tensor) -> None:
 
 def node_counts(arguments: LossArguments) -> Tensor:
     """Unmasked pairs of each node, int64 ``[M]``."""
-    cu_seqlens, mask = arguments.cu_seqlens, arguments.mask
+    cu_seqlens, mask = resolved(arguments.cu_seqlens), arguments.mask
     return cu_seqlens.diff() if mask is None else offsets_of(mask)[cu_seqlens].diff()
 
 
