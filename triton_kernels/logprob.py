@@ -138,7 +138,7 @@ def stats_kernel(
     target = tl.load(targets + row)
     inside = keep & (target >= 0) & (target < size)
     z_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
-    top1 = (z_target >= m) & (rest == rest)
+    top1 = (z_target >= m) & (rest == rest) & (m > float("-inf"))
     rest = tl.where(inside & (m > float("-inf")), rest, float("nan"))
     log_sum = log1p(rest)
     tl.store(logprobs + row, tl.where(keep, (z_target - m) * s - log_sum, 0.0))
