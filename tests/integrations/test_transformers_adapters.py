@@ -307,3 +307,14 @@ def test_sixteen_bits_beside_a_large_bias(dtype: torch.dtype) -> None:
     right = head_arguments(wide)
     torch.testing.assert_close(head["weight"].double(), right["weight"], rtol=0.02, atol=2e-3)
     torch.testing.assert_close(head["bias"].double(), right["bias"], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_autocast_with_a_bias(options: dict[str, Any]) -> None:
+    config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False, **options)
+    model = with_adapter(config, bias=True, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = log_probs(model, packed()), own_log_probs(model, packed())
+        torch.testing.assert_close(actual, expected.float(), rtol=0.05, atol=0.1)
+        actual.sum().backward()
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
