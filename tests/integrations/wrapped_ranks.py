@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
 import trajkern as tk
@@ -106,6 +106,16 @@ def detached(model: Any, batch: tk.PackedBatch) -> tuple[Tensor, Tensor]:
     return halves(model, batch, detached=True)
 
 
+def gathered(model: Any, batch: tk.PackedBatch) -> tuple[Tensor, Tensor]:
+    """The head's weight by hand, as the error for a DTensor says."""
+    rows, targets, tokens, _ = batch.head_inputs()
+    hidden = hidden_states(model, batch)
+    weight = model.lm_head.weight.full_tensor(grad_placements=[Partial("avg")])
+    of_pairs = tk.linear_logprobs(hidden, weight, targets, rows=rows)
+    logprobs = of_pairs.detach().new_zeros(batch.num_tokens).index_copy(0, tokens, of_pairs)
+    return logprobs.detach(), (logprobs * factors(batch)).sum()
+
+
 # wrappers
 
 
@@ -182,6 +192,7 @@ CASES = {
     "fsdp2 grouped halves": Case(grouped, loss=halves),
     "fsdp2 detached": Case(sharded, loss=detached),
     "fsdp2 own head detached": Case(lambda m: with_own_head(m, root=True), loss=detached),
+    "fsdp2 gathered by hand": Case(lambda m: sharded(m, reshard_after_forward=True), loss=gathered),
     "fsdp2 tied": Case(sharded, lambda: tiny(tied=True), quick=True),
     "fsdp2 bias": Case(sharded, lambda: tiny(family="Phi")),
     "fsdp2 lora": Case(lambda m: sharded(adapted(m))),

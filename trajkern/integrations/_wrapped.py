@@ -83,8 +83,8 @@ def _gathering(model: Any, inner: Any, layer: Any) -> list[Any]:
     parts = name.split(".") if name else []
     held = [inner.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1)]
     chain += [x for x in held if _is(x, _FSDP2) or _is(x, _FSDP1)]
-    if any(_is(x, _ENGINE) for x in chain) and layer not in chain:
-        chain.append(layer)  # ZeRO-3 gathers in every module's own forward
+    if any(hasattr(x, "ds_id") for x in layer.parameters()):  # ZeRO-3 gathers in every module's own forward
+        chain += [x for x in (layer,) if x not in chain]
     return chain
 
 
