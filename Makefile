@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu trajkern/testing/ptx/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test ptx lint format bench reproduce readme gpu-check clean
+.PHONY: help setup train test slow ptx lint format bench reproduce readme gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -21,8 +21,11 @@ setup: .venv/.built ## the virtual environment: pinned dependencies, native buil
 train: .venv/.built ## train the small model with GRPO and print what it learned; ARGS="--help" lists the flags
 	$(BIN)/trajkern train $(ARGS)
 
-test: lint ## the whole test suite; ARGS="-k tree" runs a part
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: lint ## the test suite but for its slow tests; ARGS="-k tree" runs a part
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+
+slow: .venv/.built ## the slow tests: models, adapters and wrappers one by one, every GPU generation, all that is interpreted
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 ptx: .venv/.built ## every case on the compiled GPU kernels, executed on this CPU (needs nvcc and triton, no GPU)
 	$(BIN)/python -m pytest -n 2 tests/ptx --every-case $(ARGS)

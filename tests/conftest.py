@@ -16,6 +16,7 @@ from trajkern.testing import SPECS
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="only this device")
     parser.addoption("--backend", choices=("native", "triton", "cuda"), default=None, help="not the device's own")
+    parser.addoption("--one-in", type=int, default=1, help="of the registry's cases, N apart; all if 1")
     parser.addoption("--every-case", action="store_true", help="all of the registry's small cases in tests/ptx")
 
 
@@ -61,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     specs = [s for s in SPECS if s.triton_dtypes or backend != "triton"]
     for device in _devices(metafunc.config):
         for spec in specs:
-            for case in spec.cases if "case" in names else (None,):
+            for case in spec.cases[:: metafunc.config.getoption("--one-in")] if "case" in names else (None,):
                 if case and backend == "triton" and (case.mixed or case.large and device == "cpu"):
                     continue
                 for dtype in _dtypes(spec, device, backend) if "dtype" in names else (None,):

@@ -92,6 +92,7 @@ def test_the_stages_are_commands_that_exist(gpu_check, tmp_path: Path) -> None:
             assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} and "--kernel-name" not in stage.command
 
 
+@pytest.mark.slow
 def test_what_is_sanitized_launches_every_kernel(gpu_check) -> None:
     pytest.importorskip("triton")
     from tests.device_watch import HostRead
@@ -145,6 +146,7 @@ def test_every_test_is_a_line(gpu_check, tmp_path: Path) -> None:
     assert "assert 1 == 2" in cases["test_b"]["why"] and cases["test_a"]["why"] is None
 
 
+@pytest.mark.slow
 def test_smoke_and_the_timings_run_from_a_checkout(tmp_path: Path) -> None:
     """Two of the stages' own programs, on the CPU, in a small family."""
     checkout, lines = str(SCRIPT.parent / "checkout.py"), tmp_path / "smoke.jsonl"

@@ -39,16 +39,17 @@ for name in ("grpo_full", "dapo", "gspo_full", "gmpo", "sequence_mask_gspo"):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("one_in", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["sample", "all"])
 @pytest.mark.parametrize(
     ("module", "chosen"),
     # it runs programs in order, so twice is the same; and variance_weights is an output of reflection_rewards' kernel
     [("test_numerics.py", "test"), ("test_invariance.py", "not twice and not variance_weights")],
     ids=["numerics", "invariance"],
 )
-def test_in_the_interpreter(module: str, chosen: str) -> None:
+def test_in_the_interpreter(module: str, chosen: str, one_in: int) -> None:
     """Numerics and same bits; NaN-poisoned memory is on there as it is here."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / module), "-k", chosen]
-    command += ["--backend", "triton", "--device", "cpu"]
+    command += ["--backend", "triton", "--device", "cpu", "--one-in", str(one_in)]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=HERE.parent
     )
