@@ -101,7 +101,8 @@ def _read(node: ast.AST) -> str | None:
         case (
             ast.Subscript(value=ast.Name(id="inputs"), slice=ast.Constant(value=str() as name))
             | ast.Call(
-                func=ast.Attribute(value=ast.Name(id="inputs"), attr="get" | "pop"), args=[ast.Constant(value=name), *_]
+                func=ast.Attribute(value=ast.Name(id="inputs"), attr="get" | "pop"),
+                args=[ast.Constant(value=str() as name), *_],
             )
             | ast.Compare(left=ast.Constant(value=str() as name), comparators=[ast.Name(id="inputs")])
         ):

@@ -212,13 +212,12 @@ def _check_options(
     hidden = student.hidden
     rows = FIXED_ROWS[hidden.is_cpu] if batch_invariant else 1
     least = rows * 2 * (vocabulary or student.weight.shape[0]) * accumulator(hidden).itemsize
-    if workspace_bytes is None:
-        workspace_bytes = max(least, WORKSPACE[hidden.is_cpu])
-    workspace_bytes = check_number("workspace_bytes", workspace_bytes)
-    if workspace_bytes < least:
+    default = max(least, WORKSPACE[hidden.is_cpu])
+    workspace = default if workspace_bytes is None else check_number("workspace_bytes", workspace_bytes)
+    if workspace < least:
         what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
-        raise ValueError(f"workspace_bytes must hold {what} of both logits, {least} bytes; got {workspace_bytes}")
-    return [0, int(workspace_bytes) // 2, int(batch_invariant)]
+        raise ValueError(f"workspace_bytes must hold {what} of both logits, {least} bytes; got {workspace}")
+    return [0, int(workspace) // 2, int(batch_invariant)]
 
 
 def _checked_beta(beta: float) -> float:
