@@ -38,7 +38,7 @@ ARROWS = {
     "recipes": {"_checks", "_dtypes", "_ext", "_results", "layouts", "ops", *PUBLIC},
     "integrations": {"_checks", "layouts", "losses", "ops", "recipes", *PUBLIC},
     "testing": {"_backends", "_checks", "_native", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
-    "trainer": {"recipes", *PUBLIC},
+    "trainer": {"recipes", "integrations", *PUBLIC},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},
 }

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,30 @@ def test_a_cache_that_forgot_the_prefix_is_refused(policy: HuggingFacePolicy) ->
     cache.keep = torch.ones(1, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match="model must keep the keys of a whole prefix"):
         cache.branch(torch.tensor([0]), torch.tensor([2]), 1)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("hyperclovax", {"num_key_value_heads": 1, "logits_scaling": 3.0}, {"softcap": None, "logit_scale": 3.0}),
+        ("gemma2", {"num_key_value_heads": 1, "head_dim": 8}, {"softcap": 30.0, "logit_scale": 1.0}),
+        ("llama", {"num_key_value_heads": 1, "logit_scale": 7.0}, {"softcap": None, "logit_scale": 1.0}),
+    ],
+)
+def test_the_head_s_form_is_measured(kind: str, options: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = transformers.AutoConfig.for_model(kind, **SMALL, intermediate_size=32, pad_token_id=0, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    arguments = HuggingFacePolicy(model, SimpleNamespace(eos_token_id=0)).head_arguments()
+    assert {name: arguments[name] for name in expected} == expected
+
+
+def test_a_transform_before_the_head_is_refused() -> None:
+    config = transformers.BertConfig(**SMALL, intermediate_size=32, is_decoder=True)
+    with pytest.raises(ValueError, match="backbone's own states; BertLMHeadModel changes them first"):
+        HuggingFacePolicy(transformers.BertLMHeadModel(config), SimpleNamespace(eos_token_id=0))
 
 
 def test_prompts_show_answered_questions_first(folder: Path) -> None:

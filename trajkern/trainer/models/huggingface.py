@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trajkern import PackedBatch
+from trajkern.integrations.transformers import head_arguments, hidden_states
 from trajkern.trainer.models.blocks import Blocks, Layout, blocks
 from trajkern.trainer.models.policy import Policy, vocabulary_rows
 from trajkern.trainer.optional import require
@@ -75,6 +77,7 @@ class HuggingFacePolicy(Policy):
         self._tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         self._shots = list(shots)
+        self._form = _head_form(self.model)
 
     @classmethod
     def load(cls, name: str, shots: Sequence[Question] = ()) -> HuggingFacePolicy:
@@ -97,11 +100,8 @@ class HuggingFacePolicy(Policy):
         return self.model.base_model(**_arguments(tokens, pack)).last_hidden_state.flatten(0, 1)[pack.slot[rows]]
 
     def head_arguments(self) -> dict[str, Any]:
-        head, config = self.model.get_output_embeddings(), self.model.config
-        return vocabulary_rows(weight=head.weight, bias=head.bias) | {
-            "softcap": getattr(config, "final_logit_softcapping", None),
-            "logit_scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
-        }
+        head = self.model.get_output_embeddings()
+        return vocabulary_rows(weight=head.weight, bias=head.bias) | self._form
 
     def layers(self) -> list[nn.Module]:
         return list(self.model.base_model.layers)
@@ -142,6 +142,21 @@ class HuggingFacePolicy(Policy):
 
     def text(self, tokens: list[int]) -> str:
         return self.spelling(tokens).strip()
+
+
+def _head_form(model: Any) -> dict[str, Any]:
+    """softcap and logit_scale, measured on the whole model, whose backbone must give what its head is applied to."""
+    form = head_arguments(model)
+    tokens = torch.arange(4) % form["weight"].shape[0]
+    batch = PackedBatch(tokens, torch.tensor([0, 4]), torch.zeros(4, dtype=torch.bool), torch.tensor([0]))
+    with torch.no_grad():
+        own = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        if not torch.allclose(hidden_states(model, batch), own, rtol=1e-4, atol=1e-5):
+            name = type(model).__name__
+            raise ValueError(f"model must apply its head to its backbone's own states; {name} changes them first")
+    if form["weight"] is not model.get_output_embeddings().weight:
+        raise ValueError(f"model must have a plain head; {type(model).__name__} has an adapted one")
+    return {name: form[name] for name in ("softcap", "logit_scale")}
 
 
 def _arguments(tokens: Tensor, pack: Blocks) -> dict[str, Any]:  # [T]
