@@ -155,14 +155,6 @@ def test_a_number_of_groups_that_nobody_checked(groups: int, monkeypatch: pytest
     assert torch.equal(found.rewards, expected.rewards)
 
 
-def test_second_derivatives_are_refused() -> None:
-    x = torch.randn(6, requires_grad=True)
-    weights = tk.variance_weights(x, torch.tensor([0, 3, 6]), torch.tensor([0, 0]))
-    (grad,) = torch.autograd.grad(weights.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_compiled_with_a_graph_break_at_the_number_of_groups() -> None:
     torch._dynamo.reset()
     arguments = good("reflection_rewards")

@@ -206,8 +206,12 @@ def _of_transformers() -> dict[str, Callable[[], Any]]:
             super().__init__()
             self.base_model, self.head = Backbone(), torch.nn.Linear(hidden, 50, device="meta")
             self.config = SimpleNamespace(_attn_implementation="sdpa", get_text_config=SimpleNamespace)
-            self.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=50)
-            self.get_output_embeddings = lambda: self.head
+
+        def get_input_embeddings(self):
+            return SimpleNamespace(num_embeddings=50)
+
+        def get_output_embeddings(self):
+            return self.head
 
     return {"token_stats": lambda: adapter.token_stats(Model(), batch)}
 

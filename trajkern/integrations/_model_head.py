@@ -34,6 +34,13 @@ class Form(NamedTuple):
     from_head: bool  # h is what the model hands to its head layer; else the backbone's last hidden state
 
 
+class Trial(NamedTuple):
+    """A small layout: its sequences, and by a route their hidden states, ``[n, H]`` each."""
+
+    sequences: list[Tensor]
+    hidden: Callable[[Route], list[Tensor]]
+
+
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -71,18 +78,17 @@ def measured_form(parts: Parts) -> Form:
 
 
 @torch.compiler.disable
-def measured_route(
-    parts: Parts, kind: str, form: Form, sequences: list[Tensor], hidden: Callable[[Route], list[Tensor]]
-) -> Route:
+def measured_route(parts: Parts, kind: str, form: Form, trial: Callable[[], Trial]) -> Route:
     """How a layout of this kind gives each sequence its own logits; found on a small one, once for a model's state.
 
-    ``hidden(route)`` is its hidden states, ``[n, H]`` a sequence. Raises as :func:`measured_form` does.
+    Raises as :func:`measured_form` does.
     """
     route = Route(form.from_head)
     if _is_empty(parts.head):
         return route
     known, key = _known.setdefault(parts.causal, {}), (*state_of(parts), kind)
     if key not in known:
+        sequences, hidden = trial()
         with undisturbed(parts.whole):
             own = [own_run(parts, tokens).logits for tokens in sequences]
             try:

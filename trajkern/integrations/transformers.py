@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trajkern import PackedBatch, TokenStats, Tree, linear_token_stats
 from trajkern._checks import check_shape, check_tensor, readable
 from trajkern.integrations._adapted_head import embedding_count
-from trajkern.integrations._model_head import measured_form, measured_route, named_form
+from trajkern.integrations._model_head import Trial, measured_form, measured_route, named_form
 from trajkern.integrations._model_run import Layout, Route, check_tree, layout_kind
 from trajkern.integrations._own_forward import Parts, some_tokens
 from trajkern.integrations._wrapped import autocasted, not_compiled, unwrapped
@@ -180,11 +180,13 @@ def _tokens(layout: Layout, tokens: Tensor | None, loss_mask: Tensor | None) -> 
 
 def _route(parts: Parts, kind: str) -> Route:
     """How layouts of this kind run, found on one of two small sequences."""
-    inner = parts.causal
     if kind == "tree":
-        check_tree(inner)
-    form = measured_form(parts)
-    tokens = some_tokens(inner, 7)
+        check_tree(parts.causal)
+    return measured_route(parts, kind, measured_form(parts), lambda: _trial(parts, kind))
+
+
+def _trial(parts: Parts, kind: str) -> Trial:
+    tokens = some_tokens(parts.causal, 7)
     device = tokens.device
     layout: Layout
     if kind == "tree":
@@ -199,7 +201,7 @@ def _route(parts: Parts, kind: str) -> Route:
         h = parts.states(layout, tokens, route)
         return [h[path] for path in paths]
 
-    return measured_route(parts, kind, form, [tokens[path] for path in paths], hidden)
+    return Trial([tokens[path] for path in paths], hidden)
 
 
 def _common(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -204,8 +204,7 @@ def _token_weights(config: PolicyLoss, counts: Tensor, normalizer: float | Tenso
     if normalizer is None:
         normalizer = counts.sum() if aggregate == "token_mean" else (counts > 0).sum()
         normalizer = torch.where(normalizer == 0, 1, normalizer)
-    if not isinstance(normalizer, Tensor):
-        normalizer = counts.new_full((), normalizer)
+    normalizer = normalizer.to(counts.dtype) if isinstance(normalizer, Tensor) else counts.new_full((), normalizer)
     weights = torch.where(counts > 0, 1 / torch.where(normalizer > 0, normalizer, torch.nan), 0)
     if aggregate in ("token_mean", "seq_mean_token_sum"):
         return weights
