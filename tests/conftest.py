@@ -31,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take a minute or more begin, so that none is left for one worker alone."""
-    long = ("test_triton_interpreter.py", "test_huggingface.py", "test_trl.py", "test_ranks.py")
+    long = ("test_cuda_sources.py", "test_ranks.py", "test_compile.py", "test_train.py", "test_triton_interpreter.py")
+    long += ("test_huggingface.py", "test_trl.py")
     items.sort(key=lambda item: item.path.name not in long)
 
 

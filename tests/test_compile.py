@@ -29,10 +29,14 @@ _CASES = {
     "reflection_rewards": (),  # the number of groups is data: see tests/test_reflection.py
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov", "branch_cispo", "tree_grpo", "tree_gspo"),
 }
+LONG = ("tree_gspo", "tree_full", "kl_cov", "dapo_full", "gspo_full")  # graphs of more than three seconds
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]
 
 
-@pytest.mark.parametrize(("op", "example"), _PAIRS, ids=[f"{s.name}-{c.name}" for s, c in _PAIRS])
+@pytest.mark.parametrize(
+    ("op", "example"),
+    [pytest.param(s, c, id=f"{s.name}-{c.name}", marks=pytest.mark.slow if c.name in LONG else ()) for s, c in _PAIRS],
+)
 def test_fullgraph_dynamic(op, example) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(getattr(tk, op.name), fullgraph=True, dynamic=True, backend="aot_eager")

@@ -68,6 +68,7 @@ def _options(command: list[str]) -> tuple[str, list[str]]:
     return " ".join(command[at:end]), [x.partition("=")[0] for x in command[end:] if x.startswith("--")]
 
 
+@pytest.mark.slow
 def test_the_stages_are_commands_that_exist(gpu_check, tmp_path: Path) -> None:
     """Every option of a stage is known to its command, every file is there, and the limits fit."""
     plan = gpu_check.stages(tmp_path, tmp_path / "report.html")

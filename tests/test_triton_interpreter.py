@@ -39,12 +39,16 @@ for name in ("grpo_full", "dapo", "gspo_full", "gmpo", "sequence_mask_gspo"):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("one_in", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["sample", "all"])
 @pytest.mark.parametrize(
-    ("module", "chosen"),
-    # it runs programs in order, so twice is the same; and variance_weights is an output of reflection_rewards' kernel
-    [("test_numerics.py", "test"), ("test_invariance.py", "not twice and not variance_weights")],
-    ids=["numerics", "invariance"],
+    ("module", "chosen", "one_in"),
+    [
+        pytest.param("test_numerics.py", "test", 16, id="sample"),
+        pytest.param("test_numerics.py", "test", 1, id="numerics", marks=pytest.mark.slow),
+        # programs run in order, so twice is the same; variance_weights is an output of reflection_rewards' kernel
+        pytest.param(
+            "test_invariance.py", "not twice and not variance_weights", 1, id="invariance", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_in_the_interpreter(module: str, chosen: str, one_in: int) -> None:
     """Numerics and same bits; NaN-poisoned memory is on there as it is here."""

@@ -130,6 +130,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("cuda_mutant", [name for name, mutant in CUDA.items() if mutant.sample or every])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_faults_in_cuda_are_found(cuda_mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant = CUDA[cuda_mutant]

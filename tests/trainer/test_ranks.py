@@ -98,7 +98,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "trees" in name else ()) for name in RUNS]
+)
 def test_ranks_take_the_same_steps(alone: Callable[..., Path], warm: list[str], name: str, tmp_path: Path) -> None:
     ranks, arguments, of_ranks = RUNS[name]
     done = launch(ranks, tmp_path, *warm, *arguments.split(), *of_ranks.split())
@@ -109,6 +111,7 @@ def test_ranks_take_the_same_steps(alone: Callable[..., Path], warm: list[str], 
     assert done.stdout.count("evaluating on 10 held-out questions") == 1, "rank 0 alone speaks"
 
 
+@pytest.mark.slow
 def test_a_tied_head_over_ranks(alone: Callable[..., Path], make_llama: Callable[..., Path], tmp_path: Path) -> None:
     """Warm-up, policy steps and checkpoints of a HuggingFace model whose vocabulary of 257 is split unevenly."""
     model = ["--model", str(make_llama(tie_word_embeddings=True)), "--max-new", "4", "--lr", "1e-3"]
@@ -135,7 +138,7 @@ def check(questions, texts):
 """
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize("how", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_rank_that_dies(warm: list[str], how: str, tmp_path: Path) -> None:
     (tmp_path / "fatal.py").write_text(FATAL)
     out = tmp_path / "run"
