@@ -89,8 +89,8 @@ def linear_divergence(kernels: Kernels, *args: Any) -> list[Tensor]:
     for block in _blocks(of, tokens, rows, student):
         count, filled = block.tokens.shape[0], block.hidden.shape[0]
         for part in slices(student.size, columns):
-            student.logits(block.hidden, part, z[:filled, part])
-            teacher.logits(block.teacher_hidden, part, z_teacher[:filled, part])
+            student.logits(block.hidden, part, z[:filled, part], capped=True)
+            teacher.logits(block.teacher_hidden, part, z_teacher[:filled, part], capped=True)
         results = divergence.new_empty(count), saved.new_empty(count, SAVED)
         kernels.rows(z[:count], z_teacher[:count], student.scale(block.tokens), of.beta, *results)
         divergence[block.tokens], saved[block.tokens] = results
@@ -133,8 +133,8 @@ def _chain(
     narrowing = student.narrowing(scale, None, upstream)
     for part in parts:
         z, z_teacher = (part_of(tile, filled, part.stop - part.start) for tile in tiles)
-        student.logits(block.hidden, part, z, capped=False)  # the slope of a softcap is 1 - tanh^2
-        teacher.logits(block.teacher_hidden, part, z_teacher)
+        student.logits(block.hidden, part, z)
+        teacher.logits(block.teacher_hidden, part, z_teacher, capped=True)
         tile_grad = student.gradient_of(z)
         every = tile_grad, z, z_teacher
         kernels.gradient(

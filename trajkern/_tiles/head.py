@@ -101,14 +101,15 @@ def _chain(
     rows = block.hi - block.lo
     terms = tiles.kernels.terms(tiles.local, stats, pairs, block, *upstream)
     grad_hidden = None if grads.hidden is None else terms.norm.new_empty(rows, block.hidden.shape[1])
-    narrowing = tiles.narrowing(block.scale, terms.offsets, *upstream)
+    softcap, slope = 1.0 if tiles.softcap else 0.0, tiles.logit_scale / tiles.unit  # of the tanh that a tile holds
+    narrowing = tiles.narrowing(block.scale / tiles.unit if softcap else block.scale, terms.offsets, *upstream)
     for part in slices(tiles.size, columns):
         tile = z[:rows, part] if has_logits else part_of(z, rows, part.stop - part.start)
         if not has_logits:
             tiles.logits(block.hidden, part, tile)
             tiles.restrict(pairs, block.lo, block.hi, part, tile)
         grad = tiles.gradient_of(tile)
-        tiles.kernels.gradient(grad, tile, part.start, block.scale, terms, tiles.softcap, tiles.logit_scale, narrowing)
+        tiles.kernels.gradient(grad, tile, part.start, block.scale, terms, softcap, slope, narrowing)
         tiles.chain(grad, block.hidden, part, grads, grad_hidden, block.lo == 0, narrowing)
     if grads.hidden is not None:
         tiles.kernels.scatter(grads.hidden, grad_hidden, pairs, block, narrowing)

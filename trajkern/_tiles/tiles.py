@@ -140,15 +140,23 @@ class Tiles:
             rows = -(-each // ROW_MULTIPLE) * ROW_MULTIPLE
         return max(1, min(slots, rows)), columns
 
-    def scale(self, row: Tensor) -> Tensor:
-        """1 / temperature of each row."""
+    def scale(self, row: Tensor, unit: float = 1.0) -> Tensor:
+        """``unit`` / temperature of each row."""
         if self.head.temperatures is None:
-            return torch.full(row.shape, 1 / self.temperature, dtype=self.state_dtype, device=row.device)
+            return torch.full(row.shape, unit / self.temperature, dtype=self.state_dtype, device=row.device)
         temperatures = self.head.temperatures[row].to(self.state_dtype)
-        return 1 / torch.where((temperatures > 0) & (temperatures < torch.inf), temperatures, torch.nan)
+        return unit / torch.where((temperatures > 0) & (temperatures < torch.inf), temperatures, torch.nan)
 
-    def logits(self, hidden: Tensor, columns: slice, out: Tensor, *, capped: bool = True) -> None:
-        """softcap(logit_scale (h w + bias)), or the softcap's tanh alone; the temperature is left to the kernels."""
+    @property
+    def unit(self) -> float:
+        """What a softcap's tanh is multiplied by; 1 without one."""
+        return self.softcap or 1.0
+
+    def logits(self, hidden: Tensor, columns: slice, out: Tensor, *, capped: bool = False) -> None:
+        """logit_scale (h w + bias), or the softcap's tanh of it, times the softcap only if ``capped``.
+
+        Its slope is 1 - tanh^2, of what was rounded once. The temperature is left to the kernels.
+        """
         _product(hidden, self.head.weight[columns].t(), out)
         if self.head.bias is not None:
             out += self.head.bias[columns]
@@ -310,7 +318,7 @@ class Grads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows lo:hi of the slots, their hidden states and 1 / temperature."""
+    """Rows lo:hi of the slots, their hidden states and unit / temperature."""
 
     lo: int
     hi: int
@@ -320,7 +328,7 @@ class Block(NamedTuple):
 
 def blocks(tiles: Tiles, pairs: Pairs, rows: int) -> Iterator[Block]:
     slots = pairs.row.shape[0]
-    scale = tiles.scale(pairs.row)
+    scale = tiles.scale(pairs.row, tiles.unit)
     for lo in range(0, slots, rows):
         hi = min(lo + rows, slots)
         idle = None if pairs.idle is None else pairs.idle[lo:hi]
