@@ -163,13 +163,19 @@ CASES = (
 )
 
 
-def _reordered(inputs: Inputs) -> Inputs:
-    """The vocabulary backwards, without what is cut off, and the hidden dimensions."""
-    size = inputs.get("vocabulary")
+def _hidden_reversed(inputs: Inputs) -> Inputs:
     turned = {k: inputs[k].flip(-1) for k in ("hidden", "teacher_hidden")}
-    turned |= {k: inputs[k][:size].flip(0, 1) for k in ("weight", "teacher_weight")}
-    turned |= {k: inputs[k][:size].flip(0) for k in ("bias", "teacher_bias") if k in inputs}
-    return inputs | turned
+    return inputs | turned | {k: inputs[k].flip(1) for k in ("weight", "teacher_weight")}
+
+
+def _vocabulary_reversed(inputs: Inputs) -> Inputs:
+    """Without what is cut off."""
+    size = inputs.get("vocabulary")
+    names = [k for k in ("weight", "bias", "teacher_weight", "teacher_bias") if k in inputs]
+    return inputs | {k: inputs[k][:size].flip(0) for k in names}
+
+
+ORDERS = (_hidden_reversed, _vocabulary_reversed, lambda inputs: _hidden_reversed(_vocabulary_reversed(inputs)))
 
 
 LINEAR_DIVERGENCE = OpSpec(
@@ -181,7 +187,7 @@ LINEAR_DIVERGENCE = OpSpec(
     dtypes=DTYPES,
     triton_dtypes=DTYPES[:3],
     cases=CASES,
-    reordered=_reordered,
+    orders=ORDERS,
     oracle_term=400.0,  # the opposed cases: log-ratios of 20 times weights of 20, which the gradients add up
     own_sums=False,
 )

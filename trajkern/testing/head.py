@@ -167,17 +167,22 @@ CASES = (
 )
 
 
-def _reordered(inputs: Inputs) -> Inputs:
-    """The vocabulary backwards, and the hidden dimension."""
+def _hidden_reversed(inputs: Inputs) -> Inputs:
+    return inputs | {"hidden": inputs["hidden"].flip(-1), "weight": inputs["weight"].flip(1)}
+
+
+def _vocabulary_reversed(inputs: Inputs) -> Inputs:
     size = inputs["weight"].shape[0]
-    turned = inputs | {"hidden": inputs["hidden"].flip(-1), "weight": inputs["weight"].flip(0, 1)}
-    turned["targets"] = size - 1 - inputs["targets"]
+    turned = inputs | {"weight": inputs["weight"].flip(0), "targets": size - 1 - inputs["targets"]}
     if inputs.get("bias") is not None:
         turned["bias"] = inputs["bias"].flip(0)
     if inputs.get("sampling_support") is not None:
         ids, offsets = inputs["sampling_support"]
         turned["sampling_support"] = size - 1 - ids, offsets
     return turned
+
+
+ORDERS = (_hidden_reversed, _vocabulary_reversed, lambda inputs: _hidden_reversed(_vocabulary_reversed(inputs)))
 
 
 def _spec(name: str, cases: tuple[Case, ...], outputs, **more) -> OpSpec:
@@ -190,7 +195,7 @@ def _spec(name: str, cases: tuple[Case, ...], outputs, **more) -> OpSpec:
         dtypes=DTYPES,
         triton_dtypes=DTYPES[:3],
         cases=cases,
-        reordered=_reordered,
+        orders=ORDERS,
         own_sums=False,
         **more,
     )

@@ -166,7 +166,7 @@ TOKEN_STATS = OpSpec(
     ),
     variants=VARIANTS,
     no_grad_outputs=("sum_sq_probs", "is_top1"),
-    reordered=_vocabulary_reversed,
+    orders=(_vocabulary_reversed,),
 )
 
 SPECS = (TOKEN_LOGPROBS, TOKEN_STATS)

@@ -82,13 +82,19 @@ def oracle(spec: OpSpec, inputs: Inputs) -> tuple[Outcome, Outcome]:
         low = cast(inputs, torch.float32)
     scale = loss_scale(spec, inputs)
     high, result = (run(spec, function, x, scale=scale) for x in (cast(inputs, torch.float64), low))
-    if spec.reordered is not None:  # one order of a sum is one draw of its rounding; the worse of two is steadier
-        for name, x in run(spec, function, spec.reordered(low), scale=scale).items():
-            if not x.is_floating_point() or name.startswith("grad_"):
-                continue
-            if (x - high[name]).abs().sum() > (result[name] - high[name]).abs().sum():
-                result[name] = x
+    for order in spec.orders:  # one order of a sum is one draw of its rounding; the worst of some is steadier
+        for name, x in _turned_back(spec, order, low, run(spec, function, order(low), scale=scale)).items():
+            if x.is_floating_point() and x.shape == high[name].shape:
+                if (x - high[name]).abs().sum() > (result[name] - high[name]).abs().sum():
+                    result[name] = x
     return high, result
+
+
+def _turned_back(spec: OpSpec, order: Callable[[Inputs], Inputs], inputs: Inputs, outcome: Outcome) -> Outcome:
+    """What inputs in this order gave, with the gradients as ``inputs`` lie."""
+    names = [name for name in spec.differentiable if f"grad_{name}" in outcome]
+    turned = order(inputs | {name: outcome[f"grad_{name}"] for name in names})
+    return outcome | {f"grad_{name}": turned[name] for name in names}
 
 
 def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Tensor) -> float:

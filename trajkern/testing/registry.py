@@ -49,7 +49,7 @@ class OpSpec:
     variants: tuple[Variant, ...] = ()
     term_scale: dict[str, float] = field(default_factory=dict)  # size of the terms of an output that is a sum
     no_grad_outputs: tuple[str, ...] = ()
-    reordered: Callable[[Inputs], Inputs] | None = None  # the same outputs, summed in another order
+    orders: tuple[Callable[[Inputs], Inputs], ...] = ()  # the same outputs, summed otherwise; taken twice each is none
     oracle_term: float = 8.0  # size of the terms that the float64 oracle sums, whose rounding is its own error
     own_sums: bool = True  # no sum is a BLAS library's, whose order may depend on the number of threads
 
