@@ -113,6 +113,7 @@ def test_exponent() -> None:
     assert growth.exponent([(1, 5.0), (100, 5.0)]) == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_growth_measures_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = growth.Sweep("group_advantages", "N", {"cpu": (8, 32)}, lambda n: growth.advantage.groups(n, 4))
     monkeypatch.setattr(growth, "SWEEPS", (sweep,))

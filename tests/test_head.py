@@ -323,7 +323,10 @@ SHARDED = (
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
-@pytest.mark.parametrize("cuts", [[0, 1, 2], [0, 3, 6, 7]], ids=["2_ranks", "3_ranks_uneven"])
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param([0, 1, 2], marks=pytest.mark.slow, id="2_ranks"), pytest.param([0, 3, 6, 7], id="3_ranks_uneven")],
+)
 def test_vocabulary_over_ranks(cuts: list[int], tmp_path: Path) -> None:
     """Every rank's results, within the budget of one rank's."""
     ranks = len(cuts) - 1

@@ -138,7 +138,8 @@ def check(questions, texts):
 """
 
 
-@pytest.mark.parametrize("how", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "kill"])
 def test_a_rank_that_dies(warm: list[str], how: str, tmp_path: Path) -> None:
     (tmp_path / "fatal.py").write_text(FATAL)
     out = tmp_path / "run"
