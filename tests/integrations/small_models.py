@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import trajkern as tk
 from trajkern.integrations._model_head import measured_form
+from trajkern.integrations._own_forward import Parts
 from trajkern.integrations.transformers import log_probs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -198,7 +199,7 @@ def _beside(ours: Any, own: Tensor) -> str:
 
 
 def _head(model: Any) -> str:
-    form = measured_form(model, model)
+    form = measured_form(Parts(model, model, model))
     parts = [] if form.softcap is None else [f"softcap {form.softcap:g}"]
     parts += [] if form.logit_scale == 1 else [f"scale {form.logit_scale:.4g}"]
     parts += [] if form.vocabulary is None else [f"{form.vocabulary} logits"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trajkern.integrations._adapted_head import head_tensors, is_adapted
 from trajkern.integrations._model_run import Route
 from trajkern.integrations._own_forward import Parts, explain, model_name, own_run, some_tokens, state_of, undisturbed
+from trajkern.integrations._wrapped import unwrapped
 
 _MULTIPLY, _DIVIDE = ("logit_scale", "lm_head_multiplier", "output_multiplier"), ("logits_scaling",)
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -71,8 +72,9 @@ def measured_form(parts: Parts) -> Form:
         parts.head_tensors()  # refused by its own name where it has none, before anything runs
         with undisturbed(parts.whole):
             form = _measure(parts)
-        if is_adapted(layer) or type(layer).forward is not nn.Linear.forward:
-            parts.inside_head(lambda: (_check_layer(layer), None))
+        inside = unwrapped(layer)
+        if is_adapted(inside) or type(inside).forward is not nn.Linear.forward:
+            parts.inside_head(lambda: (_check_layer(inside), None))
         known[key] = form
     return known[key]
 
