@@ -69,9 +69,10 @@ def check_tensor(
     ndim: int | None = None,
     device: torch.device | None = None,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
-    check_plain(name, x)
+    if type(x) not in _PLAIN:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+        check_plain(name, x)
     if dtypes is not None and x.dtype not in dtypes:
         check_dtype(name, x, dtypes)
     if ndim is not None and x.ndim != ndim:

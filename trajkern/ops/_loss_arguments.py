@@ -55,13 +55,13 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
 def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> None:
     config, cu_seqlens, mask = arguments.config, arguments.cu_seqlens, arguments.mask
     device, length = logprobs.device, tuple(logprobs.shape)
-    per_token = {
-        "old_logprobs": (arguments.old_logprobs, False),
-        "ref_logprobs": (arguments.ref_logprobs, config.kl_coef != 0),
-        "sampler_logprobs": (arguments.sampler_logprobs, config.sampler_correction != "none"),
-        "entropy": (entropy, config.entropy_coef != 0),
-    }
-    for name, (x, needed) in per_token.items():
+    per_token = (
+        ("old_logprobs", arguments.old_logprobs, False),
+        ("ref_logprobs", arguments.ref_logprobs, config.kl_coef != 0),
+        ("sampler_logprobs", arguments.sampler_logprobs, config.sampler_correction != "none"),
+        ("entropy", entropy, config.entropy_coef != 0),
+    )
+    for name, x, needed in per_token:
         if x is None and needed:
             raise ValueError(f"{name} must be given for this config (kind {config.kind!r}), got None")
         if x is not None:

@@ -79,15 +79,15 @@ _whiten_backward = define(
 
 class _GroupAdvantages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rewards, group_ids, gate, weights, *options):
-        ctx.save_for_backward(rewards, group_ids, gate, weights)
+    def forward(ctx: Any, rewards, rows, options):
+        ctx.save_for_backward(rewards, *rows)
         ctx.options = options
-        return _group_advantages(rewards, group_ids, gate, weights, *options)
+        return _group_advantages(rewards, *rows, *options)
 
     @staticmethod
     @differentiable_once("group_advantages")
     def backward(ctx: Any, grad):
-        return _group_advantages_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *(None,) * 8
+        return _group_advantages_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
 
 
 class _GAE(torch.autograd.Function):
@@ -197,17 +197,9 @@ def group_advantages(
         _check_values(rewards, gate, weights)
         return _backends.reference().group_advantages(rewards, group_ids, gate=gate, weights=weights, **options)
     r = _accumulated(rewards)
-    return _GroupAdvantages.apply(
-        r,
-        laid_out(group_ids, torch.int64),
-        laid_out(gate, torch.bool),
-        laid_out(weights, r.dtype),
-        BASELINES.index(baseline),
-        SCALES.index(scale),
-        float(ddof),
-        float(eps),
-        SINGLETONS.index(singleton),
-    )
+    rows = laid_out(group_ids, torch.int64), laid_out(gate, torch.bool), laid_out(weights, r.dtype)
+    rule = BASELINES.index(baseline), SCALES.index(scale), float(ddof), float(eps), SINGLETONS.index(singleton)
+    return _GroupAdvantages.apply(r, rows, rule)
 
 
 def _check_values(rewards: Tensor, gate: Tensor | None, weights: Tensor | None) -> None:

@@ -62,7 +62,8 @@ _linear_divergence_backward = define(
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args):
+    def forward(ctx: Any, hidden, weight, bias, others):
+        args = hidden, weight, bias, *others
         divergence, saved = _linear_divergence(*args)
         student, rest = Head.split(args)
         teacher, ctx.options = Head.split(rest)
@@ -78,7 +79,7 @@ class _LinearDivergence(torch.autograd.Function):
         heads = (*tensors[:half], *ctx.numbers[0], *tensors[half:], *ctx.numbers[1])
         needs = ctx.needs_input_grad[:3]
         grads = iter(_linear_divergence_backward(*heads, *ctx.options, grad.contiguous(), saved, [*needs]))
-        return *(next(grads) if need else None for need in needs), *(None,) * (len(heads) + 2 - len(needs))
+        return *(next(grads) if need else None for need in needs), None
 
 
 @recorded
@@ -156,7 +157,7 @@ def linear_divergence(
             temperature=temperature,
             mask=mask,
         )
-    return _LinearDivergence.apply(*heads[0], *heads[1], beta, vocabulary)
+    return _LinearDivergence.apply(*heads[0][:3], (*heads[0][3:], *heads[1], beta, vocabulary))
 
 
 class _Side(NamedTuple):

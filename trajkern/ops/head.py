@@ -62,8 +62,8 @@ _linear_token_stats_backward = define(
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args):
-        head, (outputs,) = Head.split(args)
+    def forward(ctx: Any, hidden, weight, bias, others, outputs):
+        head = Head(hidden, weight, bias, *others)
         frozen = ctx.needs_input_grad[:3] == (True, False, False) and not outputs & 1
         ctx.unit = frozen and _one_target_a_row(head.rows)
         logprobs, norm, *rest = _linear_token_stats(*head, outputs, ctx.unit)
@@ -79,7 +79,7 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     @differentiable_once("linear_logprobs", "linear_token_stats")
     def backward(ctx: Any, grad_logprobs, *grad_rest):
-        none = (None,) * (len(Head._fields) + 1)
+        none = (None,) * 5
         if ctx.unit:
             unit, rows = ctx.saved_tensors
             if grad_logprobs is None:
@@ -245,5 +245,5 @@ def checked_token_stats(arguments: HeadArguments, head: Head, outputs: Sequence[
     if _backends.wants_reference("head", head.hidden):
         return _backends.reference().linear_token_stats(**reference_arguments(arguments, head), outputs=outputs)
     bits = sum(1 << OUTPUTS.index(name) for name in set(outputs))
-    logprobs, *statistics = _LinearTokenStats.apply(*head, bits)
+    logprobs, *statistics = _LinearTokenStats.apply(*head[:3], head[3:], bits)
     return TokenStats(logprobs, **dict(zip(_named(bits), statistics, strict=True)))

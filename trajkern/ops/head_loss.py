@@ -49,12 +49,12 @@ _linear_policy_loss = define(
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args):
+    def forward(ctx: Any, hidden, weight, bias, others):
         needs = ctx.needs_input_grad[:3]
-        loss, metrics, logprobs, *grads = _linear_policy_loss(*args, [*needs])
+        loss, metrics, logprobs, *grads = _linear_policy_loss(hidden, weight, bias, *others, [*needs])
         formed = iter(grads)
-        ctx.grads, ctx.others = [next(formed) if need else None for need in needs], len(args) - 3
-        ctx.dtype = args[0].dtype
+        ctx.grads = [next(formed) if need else None for need in needs]
+        ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(metrics, logprobs)
         return loss, metrics, logprobs
 
@@ -62,7 +62,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @differentiable_once("linear_policy_loss")
     def backward(ctx: Any, grad_loss, *_):
         grads = scaled_once(ctx, "linear_policy_loss", grad_loss)
-        return *(None if grad is None else grad.to(ctx.dtype) for grad in grads), *(None,) * ctx.others
+        return *(None if grad is None else grad.to(ctx.dtype) for grad in grads), None
 
 
 @recorded
@@ -202,5 +202,5 @@ def _one_pass(
     dtype = head.accumulator
     loss_arguments = read_branch(loss_arguments.laid_out(dtype), dtype)
     inputs = loss_arguments.inputs()._replace(mask=None)  # a graph takes no tensor twice, and the head has it
-    loss, metrics, logprobs = _LinearPolicyLoss.apply(*head, *inputs, int(with_entropy))
+    loss, metrics, logprobs = _LinearPolicyLoss.apply(*head[:3], (*head[3:], *inputs, int(with_entropy)))
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True)), logprobs

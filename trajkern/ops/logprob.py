@@ -66,7 +66,8 @@ _token_stats_backward_ = define(
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, targets, temperatures, temperature, mask, outputs, inplace):
+    def forward(ctx: Any, logits, rows, outputs, inplace):
+        targets, temperatures, temperature, mask = rows
         logprobs, norm, *rest = _token_stats(logits, targets, temperatures, temperature, mask, outputs)
         entropy = rest[0] if outputs & 1 else None
         ctx.save_for_backward(logits, targets, temperatures, mask, logprobs, norm, entropy)
@@ -84,15 +85,15 @@ class _TokenStats(torch.autograd.Function):
         logits, targets, temperatures, mask, logprobs, norm, entropy = ctx.saved_tensors
         grad_entropy = None if entropy is None else grad_rest[0]
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 4
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logprobs)
         args = (logits, targets, temperatures, ctx.temperature, mask, logprobs, norm, entropy)
         if not ctx.inplace:
-            return _token_stats_backward(grad_logprobs, grad_entropy, *args), *(None,) * 6
+            return _token_stats_backward(grad_logprobs, grad_entropy, *args), None, None, None
         ctx.inplace = "spent"
         _token_stats_backward_(grad_logprobs, grad_entropy, *args)
-        return logits.detach(), *(None,) * 6
+        return logits.detach(), None, None, None
 
 
 @recorded
@@ -174,15 +175,8 @@ def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Seq
     if inplace and logits.requires_grad and torch.is_grad_enabled():
         _check_overwritten(logits)
     bits = sum(1 << i for i, name in enumerate(OUTPUTS) if name in outputs) if outputs else 0
-    return _TokenStats.apply(
-        logits,
-        laid_out(targets, torch.int64),
-        temperatures,
-        temperature,
-        laid_out(mask, torch.bool),
-        bits,
-        inplace,
-    )
+    rows = laid_out(targets, torch.int64), temperatures, temperature, laid_out(mask, torch.bool)
+    return _TokenStats.apply(logits, rows, bits, inplace)
 
 
 def _check(logits, targets, temperature, mask) -> tuple[Tensor | None, float]:

@@ -88,7 +88,7 @@ def scaled_once(ctx: Any, op: str, grad_loss: Tensor) -> list[Tensor | None]:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs, entropy, selected, *inputs):
+    def forward(ctx: Any, logprobs, entropy, selected, inputs):
         needs, (*tensors, options, params) = ctx.needs_input_grad[:2], inputs
         options = [*options, *map(int, needs)]
         loss, metrics, *grads = _policy_loss(logprobs, entropy, selected, *tensors, options, params)
@@ -101,7 +101,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once("policy_loss")
     def backward(ctx: Any, grad_loss, _):
-        return *scaled_once(ctx, "policy_loss", grad_loss), *(None,) * (1 + len(LossInputs._fields))
+        return *scaled_once(ctx, "policy_loss", grad_loss), None, None
 
 
 @recorded
@@ -228,7 +228,7 @@ def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: Los
 
 
 def _formed(logprobs: Tensor, entropy: Tensor | None, selected: Tensor | None, arguments: LossArguments) -> Result:
-    loss, metrics = _PolicyLoss.apply(logprobs, entropy, selected, *arguments.inputs())
+    loss, metrics = _PolicyLoss.apply(logprobs, entropy, selected, arguments.inputs())
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 

@@ -74,11 +74,11 @@ _reflection_rewards_backward = define(
 
 class _Reflection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs, baseline, cu_seqlens, order, rank, bounds, *options):
+    def forward(ctx: Any, logprobs, baseline, grouped, *options):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logprobs, cu_seqlens, order, rank, bounds, baseline)
+        ctx.save_for_backward(logprobs, *grouped, baseline)
         ctx.options = options
-        return tuple(_reflection_rewards(logprobs, cu_seqlens, order, rank, bounds, baseline, *options))
+        return tuple(_reflection_rewards(logprobs, *grouped, baseline, *options))
 
     @staticmethod
     @differentiable_once("variance_weights", "reflection_rewards")
@@ -88,7 +88,7 @@ class _Reflection(torch.autograd.Function):
         upstream = upstream if rewarded else [None, *upstream, None, None]
         needs = ctx.needs_input_grad[:2]
         formed = iter(_reflection_rewards_backward(*ctx.saved_tensors, *upstream, ddof, normalize, [*needs]))
-        return *(next(formed) if need else None for need in needs), *(None,) * 7
+        return *(next(formed) if need else None for need in needs), *(None,) * 4
 
 
 @recorded
@@ -202,7 +202,7 @@ def _apply(
     x = laid_out(logprobs, accumulator(logprobs))
     bounds = laid_out(cu_seqlens, torch.int64)
     groups = _reflection_groups(laid_out(group_ids, torch.int64), bounds, x.shape[0])
-    results = _Reflection.apply(x, laid_out(baseline, x.dtype), bounds, *groups, ddof, normalize, rewarded)
+    results = _Reflection.apply(x, laid_out(baseline, x.dtype), (bounds, *groups), ddof, normalize, rewarded)
     return results, groups[1]
 
 

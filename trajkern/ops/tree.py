@@ -84,38 +84,38 @@ _branch_coefficients_backward = define(
 
 class _SubtreeReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, leaf_values, op, *tree):
+    def forward(ctx: Any, leaf_values, op, tree):
         ctx.save_for_backward(leaf_values, *tree)
         ctx.op = op
-        return _subtree_reduce(leaf_values, list(tree), op)
+        return _subtree_reduce(leaf_values, tree, op)
 
     @staticmethod
     @differentiable_once("subtree_reduce")
     def backward(ctx: Any, grad):
         leaf_values, *tree = ctx.saved_tensors
-        return _subtree_reduce_backward(grad.contiguous(), leaf_values, tree, ctx.op), *(None,) * 8
+        return _subtree_reduce_backward(grad.contiguous(), leaf_values, tree, ctx.op), None, None
 
 
 class _SiblingAdvantages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, node_values, rule, *tree):
+    def forward(ctx: Any, node_values, rule, tree):
         ctx.save_for_backward(node_values, *tree)
         ctx.rule = rule
-        return _sibling_advantages(node_values, list(tree), *rule)
+        return _sibling_advantages(node_values, tree, *rule)
 
     @staticmethod
     @differentiable_once("sibling_advantages")
     def backward(ctx: Any, grad):
         node_values, *tree = ctx.saved_tensors
-        return _sibling_advantages_backward(grad.contiguous(), node_values, tree, *ctx.rule), *(None,) * 8
+        return _sibling_advantages_backward(grad.contiguous(), node_values, tree, *ctx.rule), None, None
 
 
 class _BranchCoefficients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, leaf_advantages, leaf_weights, *tree):
+    def forward(ctx: Any, leaf_advantages, leaf_weights, tree):
         ctx.set_materialize_grads(False)  # four of the outputs have none
         ctx.save_for_backward(leaf_advantages, leaf_weights, *tree)
-        out = _branch_coefficients(leaf_advantages, leaf_weights, list(tree))
+        out = _branch_coefficients(leaf_advantages, leaf_weights, tree)
         ctx.mark_non_differentiable(*out[2:])
         return out
 
@@ -125,7 +125,7 @@ class _BranchCoefficients(torch.autograd.Function):
         leaf_advantages, leaf_weights, *tree = ctx.saved_tensors
         none = leaf_advantages.new_zeros
         grads = (none(tree[0].shape[0]) if g is None else g.contiguous() for g in (positive, negative))
-        return _branch_coefficients_backward(*grads, leaf_advantages, leaf_weights, tree), *(None,) * 8
+        return _branch_coefficients_backward(*grads, leaf_advantages, leaf_weights, tree), None, None
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def subtree_reduce(
         if readable(leaf_values):
             check_squarable("leaf_values", leaf_values)
         return _backends.reference().subtree_reduce(leaf_values, tree, op)
-    return _SubtreeReduce.apply(_accumulated(leaf_values), REDUCTIONS.index(op), *tree.arrays)
+    return _SubtreeReduce.apply(_accumulated(leaf_values), REDUCTIONS.index(op), tree.arrays)
 
 
 @recorded
@@ -215,7 +215,7 @@ def sibling_advantages(
             node_values, tree, baseline=baseline, scale=scale, ddof=ddof, eps=eps, singleton=singleton
         )
     rule = BASELINES.index(baseline), scale == "std", float(ddof), float(eps), singleton == "zero"
-    return _SiblingAdvantages.apply(_accumulated(node_values), rule, *tree.arrays)
+    return _SiblingAdvantages.apply(_accumulated(node_values), rule, tree.arrays)
 
 
 @recorded
@@ -252,4 +252,4 @@ def branch_coefficients(
         return _backends.reference().branch_coefficients(leaf_advantages, tree, leaf_weights=leaf_weights)
     x = _accumulated(leaf_advantages)
     weights = None if leaf_weights is None else laid_out(leaf_weights.detach(), x.dtype)
-    return Branch(*_BranchCoefficients.apply(x, weights, *tree.arrays))
+    return Branch(*_BranchCoefficients.apply(x, weights, tree.arrays))

@@ -64,14 +64,14 @@ class _PathSums(torch.autograd.Function):
     """The sum over the nodes from each leaf up to its root, ``[M]`` -> ``[L]``: the adjoint of the sums over leaves."""
 
     @staticmethod
-    def forward(ctx: Any, values, leaves, *tree):
+    def forward(ctx: Any, values, leaves, tree):
         ctx.save_for_backward(*tree)
-        return ops._subtree_reduce_backward(values, leaves, list(tree), _SUM)
+        return ops._subtree_reduce_backward(values, leaves, tree, _SUM)
 
     @staticmethod
     @differentiable_once("policy_loss", linear=True)
     def backward(ctx: Any, grad):
-        return ops._subtree_reduce(grad.contiguous(), list(ctx.saved_tensors), _SUM), *(None,) * 8
+        return ops._subtree_reduce(grad.contiguous(), list(ctx.saved_tensors), _SUM), None, None
 
 
 def path_sums(
@@ -86,7 +86,7 @@ def path_sums(
         leaf = torch.repeat_interleave(leaf, flat.flat_lengths, output_size=index.shape[0])
         return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[index])
     sums = span.SpanReduce.apply(values, offsets[:-1], offsets[1:], span.SUM)
-    return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), *tree.arrays)
+    return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), tree.arrays)
 
 
 def check_branch(arguments: LossArguments, logprobs: Tensor) -> None:
