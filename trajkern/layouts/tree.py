@@ -311,6 +311,22 @@ class Tree:
         token = torch.arange(self.num_tokens, device=self.device)
         return visible(None, None, token[:, None], token)[None, None]
 
+    def pruned(self, leaves: Tensor) -> tuple[Tree, Tensor]:  # [L] bool
+        """The tree of the rollouts marked by ``leaves``, and which of the nodes it has, bool ``[M]``.
+
+        Nodes and leaves keep their order. How many are left is read from the device.
+        """
+        check_tensor("leaves", leaves, dtypes=(torch.bool,), device=self.device)
+        check_shape("leaves", leaves, (self.num_leaves,), "one flag a leaf")
+        begin, end = self.leaf_range
+        below = offsets_of(leaves[self.leaf_order])
+        nodes = below[end] > below[begin]
+        number, parent = nodes.cumsum(0) - 1, self.parent.long()[nodes]
+        roots = torch.arange(self.num_roots, device=self.device) if self.group_ids is None else self.group_ids
+        source = None if self.source is None else self.source[nodes[self.token_node]]
+        parent = torch.where(parent < 0, -1, number[parent])
+        return Tree(parent, self.node_lengths[nodes], roots[nodes[self.parent < 0]], source), nodes
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tree:
         """The same tree on another device, not validated again."""
         moved = object.__new__(Tree)

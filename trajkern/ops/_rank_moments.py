@@ -62,6 +62,32 @@ def group_advantages(
     return torch.where(counted, out, 0).to(accumulator(rewards))
 
 
+def whiten(
+    x: Tensor,  # [T]
+    *,
+    mask: Tensor | None,  # [T]
+    shift_mean: bool,
+    ddof: int,
+    eps: float,
+    ranks: dist.ProcessGroup,
+) -> Tensor:
+    """As :func:`trajkern.whiten` over the values of all ranks; this rank's, ``[T]``. float64 inside, in two passes."""
+    w = torch.ones_like(x, dtype=torch.float64) if mask is None else mask.double()
+    wide = torch.where(w != 0, x.double(), 0)
+
+    def added(*sums: Tensor) -> tuple[Tensor, ...]:
+        total = torch.stack(sums)
+        dist.all_reduce(total, group=ranks)
+        return total.unbind()
+
+    count, total = added(w.sum(), wide.sum())
+    mean = total / count.clamp_min(1)
+    (squares,) = added((w * (wide - mean).square()).sum())
+    variance = torch.where(count > ddof, squares / (count - ddof).clamp_min(1), 0)
+    out = (wide - mean) / (variance + eps).sqrt()
+    return torch.where(w != 0, out if shift_mean else out + mean, 0).to(accumulator(x))
+
+
 def _numbered(group_ids: Tensor, ranks: dist.ProcessGroup) -> tuple[int, Tensor]:
     """A bound of the groups' numbers on all ranks, and the number of each trajectory's group, ``[N]``.
 

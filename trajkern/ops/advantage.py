@@ -303,6 +303,7 @@ def whiten(
     shift_mean: bool = True,
     ddof: int = 1,
     eps: float = 1e-8,
+    process_group: Any = None,
 ) -> Tensor:
     """Scale the unmasked values to mean 0 and variance 1: (x - mean) / sqrt(var + eps).
 
@@ -313,6 +314,8 @@ def whiten(
         shift_mean: False adds the mean back.
         ddof: 1 for the unbiased variance, 0 for the population's; the variance of no more than ddof values is 0.
         eps: added to the variance, a positive number that float32 and its reciprocals hold (float64's for float64).
+        process_group: of torch.distributed, over whose ranks mean and variance are taken, any number of values or none
+            on each. Every rank must make the call. Counts, sums and squares travel; no gradient.
 
     Returns:
         ``[T]`` float32 (float64 for float64), differentiable once.
@@ -323,6 +326,11 @@ def whiten(
         check_shape("mask", mask, tuple(x.shape), "one flag a value")
     shift_mean, ddof = check_flag("shift_mean", shift_mean), check_choice("ddof", ddof, (0, 1))
     eps = check_number("eps", eps, above=0, dtype=accumulator(x))
+    if process_group is not None:
+        if x.requires_grad:
+            raise ValueError("x must not require a gradient with process_group, which gives none")
+        options: dict[str, Any] = {"shift_mean": shift_mean, "ddof": ddof, "eps": eps}
+        return _rank_moments.whiten(x, mask=mask, ranks=process_group, **options)
     if _backends.wants_reference("advantage", x):
         return _backends.reference().whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, eps=eps)
     return _Whiten.apply(_accumulated(x), laid_out(mask, torch.bool), shift_mean, ddof, float(eps))
