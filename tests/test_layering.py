@@ -36,9 +36,10 @@ ARROWS = {
     "reference": {"_dtypes", "_results", "losses"},
     "ops": {"_backends", "_checks", "_dtypes", "_results", "_tiles", "layouts", "losses"},
     "recipes": {"_checks", "_dtypes", "_ext", "_results", "layouts", "ops", *PUBLIC},
-    "integrations": {"_checks", "layouts", "losses", "ops", "recipes", *PUBLIC},
+    "credit": {"_checks", "_dtypes", "_results", "layouts", "losses", "ops", "recipes"},
+    "integrations": {"_checks", "credit", "layouts", "losses", "ops", "recipes", *PUBLIC},
     "testing": {"_backends", "_checks", "_native", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
-    "trainer": {"recipes", "integrations", *PUBLIC},
+    "trainer": {"credit", "recipes", "integrations", *PUBLIC},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},
 }

@@ -1,0 +1,165 @@
+"""The published systems as expressions, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_choice
+from trajkern.credit.part import resolved_function
+from trajkern.credit.rollouts import Rollouts
+from trajkern.credit.scored import BeliefGain, InReach, Reflection
+from trajkern.credit.spec import Spec
+from trajkern.credit.terms import Directive, OfTree, OfTurns, Outcome, Signs
+from trajkern.ops.advantage import group_advantages
+from trajkern.recipes import TREE_RECIPES, nsr, rlcr, srl, tree_grpo
+
+CENTRED: dict[str, Any] = {"scale": "none", "singleton": "zero"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """RLCR's reward, of rewards "reward" (1 is right) and "confidence" (NaN where none was stated)."""
+
+    form: str = "paper"
+    needs = frozenset({"reward", "confidence"})
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, rlcr.FORMS)
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        correct, confidence = rollouts.reward("reward"), rollouts.reward("confidence")
+        stated = ~confidence.isnan()
+        return rlcr.rewards(correct, torch.where(stated, confidence, 0), form=self.form, well_formed=stated)
+
+    def __repr__(self) -> str:
+        return f"credit.presets.Calibration(form={self.form!r})"
+
+
+@dataclass(frozen=True)
+class StepLikeness:
+    """SRL's reward, of ``rewards["similarity"]`` (NaN for a step that is not well-formed)."""
+
+    penalty: float = -1.0
+    needs = frozenset({"similarity"})
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        similarity = rollouts.reward("similarity")
+        return srl.rewards(similarity.nan_to_num(), ~similarity.isnan(), penalty=self.penalty)
+
+    def __repr__(self) -> str:
+        return f"credit.presets.StepLikeness(penalty={self.penalty!r})"
+
+
+@dataclass(frozen=True)
+class Varies:
+    """Whether a group's rewards deviate by more than ``min_std``."""
+
+    reward: Callable[[Rollouts], Tensor]
+    min_std: float = 1e-4
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(getattr(self.reward, "needs", ()))
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        ranks = rollouts.ranks
+        every = (ranks.gather(x) for x in (self.reward(rollouts), rollouts.batch.group_ids))
+        return ranks.own(srl.keep_groups(*every, min_std=self.min_std))
+
+    def __repr__(self) -> str:
+        return f"credit.presets.Varies({self.reward!r}, min_std={self.min_std!r})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """1 where the reward is positive, else -1."""
+
+    needs = frozenset({"reward"})
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        reward = rollouts.reward("reward")
+        return torch.where(reward.isnan(), reward, torch.where(reward > 0, 1.0, -1.0).to(reward.dtype))
+
+    def __repr__(self) -> str:
+        return "credit.presets.Verdict()"
+
+
+def _toolpo(action: str = "action", span: str = "call") -> Spec:
+    return Outcome(**CENTRED) + Outcome(reward=action, **CENTRED).on(span)
+
+
+def _tree_grpo(estimator: str = "tree") -> Spec:
+    check_choice("estimator", estimator, tree_grpo.ESTIMATORS)
+    if estimator == "tree":
+        return Outcome() + Outcome(within="tree")
+    return Outcome(within="tree") if estimator == "tree_inner" else Outcome(reward=_InGroup(), within="tree")
+
+
+@dataclass(frozen=True)
+class _InGroup:
+    """The outcome against the prompt's rollouts, to be compared once more inside of their tree."""
+
+    needs = frozenset({"reward"})
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        reward, ranks = rollouts.reward("reward"), rollouts.ranks
+        every = ranks.gather(reward), ranks.gather(rollouts.batch.group_ids)
+        scored = ~every[0].isnan()
+        return torch.where(reward.isnan(), reward, ranks.own(group_advantages(*every, gate=scored)))
+
+    def __repr__(self) -> str:
+        return "credit.presets._InGroup()"
+
+
+def _rlcr(form: str = "paper") -> Spec:
+    return Outcome(reward=Calibration(form), **CENTRED)
+
+
+def _srl(penalty: float = -1.0, min_std: float = 1e-4) -> Spec:
+    reward = StepLikeness(penalty)
+    return Outcome(reward=reward).gate(Varies(reward, min_std))
+
+
+def _feedback(reward_weight: float = 1.0, directive_weight: float = 1.0, where: str = "all") -> Spec:
+    verdict = Outcome(reward=Verdict(), baseline="none", scale="none")
+    return reward_weight * verdict + directive_weight * Directive(where=where)
+
+
+def _dro(drop_fraction: float = 0.0, top_k: int = 0, worst_fraction: float = 0.25, **options: Any) -> Spec:
+    reward = Reflection(**options)
+    return Outcome(reward=reward).gate(InReach(reward, drop_fraction, top_k, worst_fraction)).only(reward.span)
+
+
+def _delta_belief(finished: str = "included", reward: Any = None, **options: Any) -> Spec:
+    return OfTurns(reward=BeliefGain(**options) if reward is None else resolved_function(reward), finished=finished)
+
+
+def _signs(kind: str) -> Callable[..., Spec]:
+    def made(positive_weight: float = 0.1, reward: str = "reward") -> Spec:
+        return Signs(kind=kind, positive_weight=positive_weight, reward=reward)
+
+    return made
+
+
+def _of_tree(name: str) -> Callable[..., Spec]:
+    return lambda reward="reward": OfTree(name=name, reward=reward)
+
+
+PRESETS: dict[str, Callable[..., Spec]] = {
+    "grpo": lambda **options: Outcome(**options),
+    "skillrl": lambda **options: Outcome(**options),
+    **{kind: _signs(kind) for kind in nsr.KINDS},
+    "toolpo": _toolpo,
+    "dro": _dro,
+    "delta_belief": _delta_belief,
+    "rlcr": _rlcr,
+    "srl": _srl,
+    "feedback": _feedback,
+    **{name: _of_tree(name) for name in TREE_RECIPES},
+    "tree_grpo": _tree_grpo,
+}

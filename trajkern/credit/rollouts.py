@@ -1,0 +1,213 @@
+"""What a credit reads: a packed batch and everything that is known of its rollouts, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
+from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern.credit._ranks import Ranks
+from trajkern.layouts.batch import PackedBatch
+from trajkern.layouts.spans import Spans
+from trajkern.layouts.tree import Tree
+
+_REWARDS = (torch.bool, *INTEGERS, *FLOATS)
+Score = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """N rollouts of T tokens, and what there is to credit them by.
+
+    Args:
+        batch: the rollouts. Its loss mask says which tokens the policy wrote, its ``group_ids`` who shares a prompt.
+        rewards: name -> ``[N]``, float, integer or bool (these become float32); NaN where a rollout could not be
+            scored, which takes it out of the terms that read this reward. Left out it is ``{"reward": batch.rewards}``.
+        spans: name -> :class:`trajkern.Spans` of the batch. "turn" is made of the loss mask where it is left out.
+        span_rewards: name -> ``[S]``, as ``rewards``, one a span: of the spans of the term that reads it.
+        flags: name -> bool ``[N]``, what gates ask for.
+        tree: the tree of which trajectory n is the path of leaf n.
+        texts: what each rollout says, for rewards that are functions.
+        rows: of each rollout, the data set's columns, a mapping.
+        score: ``score(contexts, targets, *, temperature=1.0, ranks=False)`` returns (log-probs ``[P]`` of each target's
+            tokens in its context, ``cu_seqlens`` ``[len(targets) + 1]``), and with ``ranks`` also each token's place
+            ``[P]`` in the vocabulary, 1 for the likeliest. Without a gradient; contexts and targets are texts or lists
+            of token ids. Every rank makes equally many calls.
+        teacher_logprobs: float ``[T]``, finite on scored tokens: log p of the tokens under a teacher, such as the
+            policy that has been shown a hint. Where it is the policy's own log-prob nothing is directed.
+        process_group: of torch.distributed, over whose ranks groups are spread. Statistics are then those of all ranks'
+            rollouts; every rank must make the same calls. Trees and spans are never spread.
+
+    Construction reads values on the host, which waits for a GPU, once a batch.
+
+    Raises:
+        TypeError, ValueError: naming the field, what it must be and what it was.
+    """
+
+    batch: PackedBatch
+    rewards: Mapping[str, Tensor] | None = None
+    spans: Mapping[str, Spans] = field(default_factory=dict)
+    span_rewards: Mapping[str, Tensor] = field(default_factory=dict)
+    flags: Mapping[str, Tensor] = field(default_factory=dict)
+    tree: Tree | None = None
+    texts: Sequence[str] | None = None
+    rows: Sequence[Mapping[str, Any]] | None = None
+    score: Score | None = None
+    teacher_logprobs: Tensor | None = None  # [T]
+    process_group: Any = None
+    ranks: Ranks = field(init=False, repr=False)
+    unscored: frozenset[str] = field(init=False, repr=False)  # the rewards that have a NaN
+    memory: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch, PackedBatch):
+            raise TypeError(f"batch must be a trajkern.PackedBatch, got {describe(self.batch)}")
+        rewards = self.rewards
+        if rewards is None:
+            rewards = {} if self.batch.rewards is None else {"reward": self.batch.rewards}
+        scored = {name: self._reward(f"rewards[{name!r}]", x) for name, x in rewards.items()}
+        self._set("rewards", scored)
+        self._set("unscored", frozenset(name for name, x in scored.items() if bool(x.isnan().any())))
+        spans = dict(self.spans)
+        for name, x in spans.items():
+            self._check_spans(name, x)
+        if "turn" not in spans:
+            spans["turn"] = Spans.turns(self.batch.loss_mask, self.batch.cu_seqlens)
+        self._set("spans", spans)
+        self._set("span_rewards", {name: _span_reward(name, x, self.device) for name, x in self.span_rewards.items()})
+        for name, flag in self.flags.items():
+            check_tensor(f"flags[{name!r}]", flag, dtypes=(torch.bool,), device=self.device)
+            check_shape(f"flags[{name!r}]", flag, (len(self),), "one flag a rollout")
+        for name, sequence in (("texts", self.texts), ("rows", self.rows)):
+            if sequence is not None and len(sequence) != len(self):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(self)} rollouts, got {len(sequence)}"
+                )
+        if self.score is not None and not callable(self.score):
+            raise TypeError(f"score must be a function, got {describe(self.score)}")
+        self._check_tree()
+        self._check_teacher()
+        counts = {"rollouts": len(self), "trees": 0 if self.tree is None else self.tree.num_roots}
+        counts |= {f"spans:{name}": len(x) for name, x in spans.items()}
+        self._set("ranks", Ranks.of(self.process_group, counts))
+
+    def __len__(self) -> int:
+        """N."""
+        return self.batch.num_trajectories
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.device
+
+    @property
+    def log_ratio_base(self) -> Tensor | None:
+        """The log-probs that a teacher's are compared with, ``[T]``: the old ones, else the sampler's."""
+        batch = self.batch
+        return batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+
+    @property
+    def names(self) -> set[str]:
+        """What there is to read, as a credit's ``needs`` calls it."""
+        found = {*self.rewards} if self.rewards else set()
+        for kind in ("spans", "span_rewards", "flags"):
+            found |= {f"{kind}:{name}" for name in getattr(self, kind)}
+        found |= {name for name in ("tree", "texts", "rows", "score") if getattr(self, name) is not None}
+        if self.rows:
+            found |= {f"rows:{column}" for column in self.rows[0] if all(column in row for row in self.rows)}
+        if self.teacher_logprobs is not None and self.log_ratio_base is not None:
+            found.add("teacher_logprobs")
+        return found
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, the first time that this key is asked for: what several rewards and gates read."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
+
+    def reward(self, name: str) -> Tensor:
+        """The rollouts' reward of this name, ``[N]``."""
+        assert self.rewards is not None
+        return self.rewards[name]
+
+    @property
+    def token_lists(self) -> list[list[int]]:
+        """The tokens of each rollout, for a host that scores them."""
+        batch = self.batch
+        return self.once("token_lists", lambda: [x.tolist() for x in batch.tokens.split(batch.lengths.tolist())])
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """How many tokens stand before the first that the policy wrote, in each rollout."""
+
+        def lengths() -> list[int]:
+            masks = self.batch.loss_mask.split(self.batch.lengths.tolist())
+            return [int(x.int().argmax()) if bool(x.any()) else x.shape[0] for x in masks]
+
+        return self.once("prompt_lengths", lengths)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _reward(self, name: str, x: Any) -> Tensor:
+        check_tensor(name, x, dtypes=_REWARDS, device=self.device)
+        check_shape(name, x, (len(self),), "one reward a rollout")
+        return widened(x.detach())
+
+    def _check_spans(self, name: str, x: Any) -> None:
+        if not isinstance(x, Spans):
+            raise TypeError(f"spans[{name!r}] must be a trajkern.Spans, got {describe(x)}")
+        if x.num_tokens != self.batch.num_tokens:
+            raise ValueError(f"spans[{name!r}] must be of {self.batch.num_tokens} tokens, got {x.num_tokens}")
+        try:
+            Spans(x.start, x.end, x.trajectory, x.index, x.num_tokens, self.batch.cu_seqlens)
+        except ValueError as error:
+            raise ValueError(f"spans[{name!r}]: {error}") from None
+
+    def _check_tree(self) -> None:
+        tree, batch = self.tree, self.batch
+        if tree is None:
+            return
+        if not isinstance(tree, Tree):
+            raise TypeError(f"tree must be a trajkern.Tree, got {describe(tree)}")
+        bounds = batch.cu_seqlens.long()
+        if tree.num_leaves != len(self) or not torch.equal(tree.flat_cu_seqlens, bounds):
+            raise ValueError(
+                "tree must have the rollouts as its leaves' paths, in their order; "
+                f"its leaves' lengths are {tree.flat_lengths.tolist()[:8]}, the rollouts' {bounds.diff().tolist()[:8]}"
+            )
+        if tree.source is not None and not torch.equal(batch.tokens[tree.source][tree.flat_index], batch.tokens):
+            raise ValueError("tree must have the rollouts' tokens on its paths; some differ")
+
+    def _check_teacher(self) -> None:
+        teacher = self.teacher_logprobs
+        if teacher is None:
+            return
+        check_tensor("teacher_logprobs", teacher, dtypes=FLOATS, device=self.device)
+        check_shape("teacher_logprobs", teacher, (self.batch.num_tokens,), "one a token; a teacher is never padded")
+        check_finite("teacher_logprobs", teacher, where=self.batch.loss_mask)
+
+
+def widened(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _span_reward(name: str, x: Any, device: torch.device) -> Tensor:
+    check_tensor(f"span_rewards[{name!r}]", x, dtypes=_REWARDS, ndim=1, device=device)
+    return widened(x.detach())
+
+
+def spread_flags(rows: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:  # [N] bool, [N+1]
+    """Each token's rollout's flag, ``[T]``."""
+    return torch.repeat_interleave(rows, cu_seqlens.diff().long(), output_size=tokens)
+
+
+def check_counted(name: str, x: Tensor, where: Tensor) -> None:
+    """What a statistic counts is finite, where reading it is free."""
+    if readable(x):
+        check_finite(name, x, where=where)
