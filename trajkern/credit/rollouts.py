@@ -202,11 +202,6 @@ def _span_reward(name: str, x: Any, device: torch.device) -> Tensor:
     return widened(x.detach())
 
 
-def spread_flags(rows: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:  # [N] bool, [N+1]
-    """Each token's rollout's flag, ``[T]``."""
-    return torch.repeat_interleave(rows, cu_seqlens.diff().long(), output_size=tokens)
-
-
 def check_counted(name: str, x: Tensor, where: Tensor) -> None:
     """What a statistic counts is finite, where reading it is free."""
     if readable(x):

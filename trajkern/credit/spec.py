@@ -44,7 +44,7 @@ class Spec(abc.ABC):
         call = Call(rollouts)
         part = self.part(call, frozenset())
         advantages, mask, keep = call.tokens(part), call.mask(part), call.kept(part)
-        positive = ((advantages > 0) & mask).sum() / mask.sum()
+        positive = torch.count_nonzero(advantages > 0) / torch.count_nonzero(mask)
         metrics = call.metrics | {"kept": keep.float().mean(), "positive": positive}
         whole = part.rows is not None and part.kinds() == 1 and all(only is None for _, only in part.learns)
         rows = torch.where(keep, part.rows, 0) if whole and part.rows is not None else None
@@ -72,12 +72,12 @@ class Spec(abc.ABC):
 
     def check(self, names: set[str]) -> None:
         """ValueError where something that this reads is not among ``names``."""
+        for child in self.inner:
+            child.check(names)
         for name in sorted(self.own_needs - names):
             kind = name.partition(":")[0] + ":" if ":" in name else ""
             same = sorted(x for x in names if x.startswith(kind) and (kind or ":" not in x))
             raise ValueError(f"{self!r} needs {name!r}, which the rollouts do not have; they have {', '.join(same)}")
-        for child in self.inner:
-            child.check(names)
 
     def __add__(self, other: Any) -> Spec:
         if other == 0 and not isinstance(other, Spec):
@@ -281,7 +281,7 @@ class Asymmetric(Bent):
     negative: float
 
     def bend(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, self.positive * x, self.negative * x)
+        return (x.clamp_min(0) * self.positive).add_(x.clamp_max(0), alpha=self.negative)
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.spec)}.asymmetric({self.positive!r}, {self.negative!r})"

@@ -12,7 +12,7 @@ from trajkern._checks import check_choice, check_number
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit.part import Call, Function, Part, named, needs_of, resolved_function, written
 from trajkern.credit.result import packed_any, to_tokens
-from trajkern.credit.rollouts import check_counted, spread_flags, widened
+from trajkern.credit.rollouts import check_counted, widened
 from trajkern.credit.spec import GateSet, Spec
 from trajkern.layouts.tree import Tree
 from trajkern.ops.advantage import BASELINES, SCALES, SINGLETONS, group_advantages
@@ -198,10 +198,11 @@ class Directive(Term):
         teacher, base = call.rollouts.teacher_logprobs, call.rollouts.log_ratio_base
         assert teacher is not None and base is not None
         keep = directed(call, self.where, gates)
-        mask = call.mask(Part(learns=((keep, None),)))
-        tokens = torch.where(mask, widened(teacher) - widened(base), 0)
-        call.report("directive", tokens, mask.double())
-        return Part(tokens=tokens, learns=((keep, None),))
+        part = Part(learns=((keep, None),))
+        # what is not scored may be anything
+        tokens = (widened(teacher) - widened(base)).nan_to_num_(0, 0, 0).mul_(call.learning(part))
+        call.report_tokens("directive", tokens, part)
+        return Part(tokens=tokens, learns=part.learns)
 
 
 @dataclass(frozen=True, repr=False)
@@ -284,9 +285,11 @@ class OfTree(Term):
             of_kept = self._values(tree, reward[keep], mask[nodes[rollouts.tree.token_node]])  # type: ignore[union-attr]
         placed = self._placed(call, of_kept, keep)
         part = Part(placed.get("rows"), tokens=placed.get("tokens"), learns=((keep, only),))
-        values, weights = (part.tokens, call.mask(part)) if part.rows is None else (part.rows, call.counts)
-        assert values is not None
-        call.report(self.name, values, weights.double() if keep is None or part.rows is None else weights * keep)
+        if part.rows is None:
+            tokens = call.tokens(part)
+            call.report_tokens(self.name, tokens, part)
+            return Part(tokens=tokens, learns=part.learns)
+        call.report(self.name, part.rows, call.counts if keep is None else torch.where(keep, call.counts, 0))
         return part
 
     def _sampled(self, call: Call) -> Tensor:
@@ -313,8 +316,7 @@ class OfTree(Term):
         """The values of the rollouts that are kept among those of all."""
         if keep is None:
             return values
-        batch = call.rollouts.batch
-        where = {"rows": keep, "tokens": spread_flags(keep, batch.cu_seqlens, batch.num_tokens)}
+        where = {"rows": keep, "tokens": to_tokens(keep.float(), call.rollouts) != 0}
         return {
             kind: torch.zeros(where[kind].shape, dtype=x.dtype, device=x.device).masked_scatter(where[kind], x)
             for kind, x in values.items()
