@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern import credit
 from trajkern._bench.case import OURS, Function, Target, TimedCase
 from trajkern.layouts.spans import trajectories
 from trajkern.recipes import dro, srl, toolpo
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.registry import Inputs
 
-TOKENS, MEMBERS = 1_000_000, 8
+TOKENS, MEMBERS, ROLLOUTS = 1_000_000, 8, 65_536
 PAIRS, CHARACTERS = 200, 2_000
 
 
 @dataclass
 class Exact:
-    """A :class:`~trajkern._bench.case.Problem` of a function outside the registry; its gate is equality with eager."""
+    """A :class:`~trajkern._bench.case.Problem` of a function outside the registry; its gate is equality with eager.
+
+    With a ``tolerance`` floats may differ by that much where eager adds up in another order.
+    """
 
     op: str
     inputs: Inputs
@@ -35,6 +39,7 @@ class Exact:
     bytes: int
     flops: int = 0
     peers: dict[str, Function] = field(default_factory=dict)
+    tolerance: float = 0.0
 
     @property
     def functions(self) -> dict[str, Function]:
@@ -44,10 +49,17 @@ class Exact:
         return partial(self.functions[name], **self.inputs)
 
     def budget_shares(self, name: str) -> dict[str, float]:
-        """0 for an output that is equal to eager's, infinity for another."""
+        """0 for an output that is equal to eager's, infinity for another that may not differ."""
         out = self.step(name)()
         expected = self.eager(**self.inputs)
-        return {k: 0.0 if torch.equal(out[k], x) else float("inf") for k, x in expected.items()}
+        return {k: self._share(out[k], x) for k, x in expected.items()}
+
+    def _share(self, out: Tensor, expected: Tensor) -> float:
+        if torch.equal(out, expected):
+            return 0.0
+        if not self.tolerance or not out.is_floating_point():
+            return float("inf")
+        return float((out - expected).abs().max()) / self.tolerance
 
 
 def _text(draw: random.Random) -> str:
@@ -181,12 +193,92 @@ def _toolpo(device: str) -> Exact:
     )
 
 
+def _rollouts() -> credit.Rollouts:
+    """A million tokens of short rollouts with a call each, a flag and a teacher."""
+    draw = torch.Generator().manual_seed(3)
+    lengths = torch.full((ROLLOUTS,), TOKENS // ROLLOUTS)
+    lengths[: TOKENS % ROLLOUTS] += 1
+    bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    mask = torch.rand(TOKENS, generator=draw) < 0.8
+    mask[bounds[:-1]] = False
+    tokens, rewards = torch.zeros(TOKENS, dtype=torch.int64), torch.randint(0, 2, (ROLLOUTS,), generator=draw)
+    logprobs = -torch.rand(2, TOKENS, generator=draw)
+    batch = tk.PackedBatch(tokens, bounds, mask, _ids(ROLLOUTS), rewards.float(), sampler_logprobs=logprobs[0])
+    start, number = bounds[:-1] + 2, torch.arange(ROLLOUTS)
+    return credit.Rollouts(
+        batch,
+        spans={"call": tk.Spans(start, start + 5, number, torch.zeros_like(number), TOKENS)},
+        span_rewards={"call": torch.randint(0, 9, (ROLLOUTS,), generator=draw).float()},
+        flags={"ok": torch.rand(ROLLOUTS, generator=draw) < 0.9},
+        teacher_logprobs=logprobs[1],
+    )
+
+
+def _composed_form(rollouts: credit.Rollouts) -> Outcome:
+    """Rollout by rollout and span by span in eager torch, each term spread to tokens as it is formed."""
+    batch, calls, keep = rollouts.batch, rollouts.spans["call"], rollouts.flags["ok"]
+
+    def compared(x: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+        groups = int(ids.max()) + 1
+        size, total = (
+            torch.zeros(groups).double().index_add(0, ids, y) for y in (counted.double(), counted * x.double())
+        )
+        apart = x - (total / size.clamp_min(1))[ids]
+        squares = torch.zeros(groups).double().index_add(0, ids, counted * apart.square())
+        std = (squares / (size - 1).clamp_min(1)).sqrt()[ids]
+        alone = torch.where(size[ids] == 1, x / (1 + 1e-6), apart / (std + 1e-6))
+        return torch.where(counted, alone, 0).float()
+
+    owner = torch.repeat_interleave(torch.arange(len(keep)), batch.lengths)
+    assert batch.rewards is not None and rollouts.teacher_logprobs is not None and batch.sampler_logprobs is not None
+    outcome = compared(batch.rewards, batch.group_ids, keep)[owner]
+    of_calls = compared(rollouts.span_rewards["call"], batch.group_ids[calls.trajectory], keep[calls.trajectory])
+    advantages = outcome + 0.5 * torch.where(calls.token_span >= 0, of_calls[calls.token_span], 0)
+    advantages = torch.where(advantages > 0, 0.1 * advantages, advantages)
+    failed = (batch.rewards <= 0)[owner]
+    advantages = advantages + 0.1 * torch.where(failed, rollouts.teacher_logprobs - batch.sampler_logprobs, 0)
+    mask = batch.loss_mask & (keep[owner] | failed)
+    return {"advantages": torch.where(mask, advantages, 0), "mask": mask}
+
+
+def _composed(device: str) -> Exact:
+    rollouts = _rollouts()
+    spec = (credit.outcome() + 0.5 * credit.spans("call")).gate("ok").asymmetric(0.1)
+    spec = spec + 0.1 * credit.directive(where="failed")
+
+    def ours(rollouts: credit.Rollouts) -> Outcome:
+        found = spec(rollouts)
+        return {"advantages": found.advantages, "mask": found.mask}
+
+    batch, calls, result = rollouts.batch, rollouts.spans["call"], ours(rollouts)
+    read = [batch.loss_mask, batch.cu_seqlens, batch.group_ids, batch.rewards, batch.sampler_logprobs]
+    read += [rollouts.teacher_logprobs, rollouts.flags["ok"], *rollouts.span_rewards.values()]
+    moved = [x for x in (*read, calls.start, calls.end, calls.trajectory, *result.values()) if x is not None]
+    return Exact(
+        op="credit",
+        inputs={"rollouts": rollouts},
+        ours=ours,
+        eager=_composed_form,
+        floor=lambda: [x.clone() for x in moved],
+        bytes=sum(x.nbytes for x in moved),
+        tolerance=1e-6,
+    )
+
+
 _PACK = f"{TOKENS:,} tokens of {TOKENS // 1000:,} trajectories"
 
 CASES = (
     TimedCase("Spans.turns", "forward", _PACK, _turns, (Target("fast", 5, "eager"),), ("cpu",)),
     TimedCase("dro.gate", "as weights of the tokens", _PACK, _gate, (Target("fast", 5, "eager"),), ("cpu",)),
     TimedCase("toolpo.token_advantages", "forward", _PACK, _toolpo, (), ("cpu",)),
+    TimedCase(
+        "credit",
+        "three terms, a gate, an asymmetry",
+        f"{TOKENS:,} tokens of {ROLLOUTS:,} rollouts",
+        _composed,
+        (Target("times", 10, "floor"),),
+        ("cpu",),
+    ),
     TimedCase(
         "srl.similarity",
         "eager is difflib",

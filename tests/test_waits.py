@@ -6,6 +6,7 @@ Their tensors are meta tensors that the ops take for a GPU's (tests/device_watch
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import trajkern as tk
 from tests.device_watch import HostRead, on_meta, watched
-from trajkern import recipes
+from trajkern import credit, recipes
 from trajkern.recipes import delta_belief, dro, feedback, gigpo, rlcr, srl, toolpo, treepo, treerl
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -83,6 +84,47 @@ def _of_recipes() -> dict[str, Callable[[], Any]]:
         "feedback.votes": lambda: feedback.majority_vote(new(3, n)),
         "feedback.steps": lambda: feedback.step_advantages(new(s), whole(s), whole(s)),
     }
+
+
+def _of_credit() -> dict[str, Callable[[], Any]]:
+    """But for a gated term of a tree, which prunes it."""
+    batch, tree = _batch(), _tree()
+    flags = {"ok": torch.tensor([True, False, True, True])}
+    calls = tk.Spans(torch.tensor([1, 5]), torch.tensor([3, 7]), torch.tensor([0, 2]), torch.tensor([0, 0]), 9)
+    known = {"spans": {"call": calls}, "span_rewards": {"call": torch.ones(2), "turn": torch.ones(3)}, "flags": flags}
+    rewards = {name: batch.rewards for name in ("reward", "action", "confidence", "similarity")}
+    teacher = torch.full((9,), -2.0)
+    flat = credit.Rollouts(
+        replace(batch, sampler_logprobs=batch.old_logprobs), rewards, **known, teacher_logprobs=teacher
+    )
+    leaves, tokens = tree.num_leaves, tree.flat_index.shape[0]
+    scored = torch.arange(tokens) % 2 == 1
+    scored[tree.flat_cu_seqlens[:-1]] = False
+    of_tree = tk.PackedBatch(
+        torch.zeros(tokens, dtype=torch.int64),
+        tree.flat_cu_seqlens,
+        scored,
+        tree.leaf_group,
+        torch.ones(leaves),
+        sampler_logprobs=torch.zeros(tokens),
+    )
+    grown = credit.Rollouts(of_tree, tree=tree).to("meta")
+    vars(grown)["tree"] = on_meta(tree)
+    x = flat.to("meta")
+    config, at = tk.PolicyLoss("dapo"), torch.empty(5, device="meta", dtype=torch.int64)
+    specs = {
+        name: credit.recipe(name) for name in ("grpo", "psr", "nsr", "w_reinforce", "toolpo", "rlcr", "srl", "feedback")
+    }
+    specs["delta_belief"] = credit.recipe("delta_belief", reward="turn")
+    specs["composed"] = (
+        (credit.outcome() + 0.5 * credit.spans("call", within="index")).gate("ok", "pass_rate").asymmetric(0.1)
+        + 0.1 * credit.directive(where="failed").only("turn")
+        + credit.outcome("action", within="batch").on("call").whiten().clip(-1, 1)
+    )
+    calls_of = {name: partial(spec, x) for name, spec in specs.items()}
+    trees = ("tree_grpo", *recipes.TREE_RECIPES)
+    calls_of |= {name: lambda name=name: credit.recipe(name)(grown).tree_inputs(config, at) for name in trees}
+    return calls_of | {"loss_inputs": lambda: specs["composed"](x).loss_inputs(at)}
 
 
 class _Accelerator:
@@ -219,6 +261,7 @@ def _of_transformers() -> dict[str, Callable[[], Any]]:
 GROUPS = {
     "layouts": _of_layouts,
     "recipes": _of_recipes,
+    "credit": _of_credit,
     "trl": _of_trl,
     "verl": _of_verl,
     "transformers": _of_transformers,

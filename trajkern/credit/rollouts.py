@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
 
 _REWARDS = (torch.bool, *INTEGERS, *FLOATS)
+_MOVABLE = (Tensor, PackedBatch, Spans, Tree)
 Score = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -80,6 +81,7 @@ class Rollouts:
             spans["turn"] = Spans.turns(self.batch.loss_mask, self.batch.cu_seqlens)
         self._set("spans", spans)
         self._set("span_rewards", {name: _span_reward(name, x, self.device) for name, x in self.span_rewards.items()})
+        self._set("flags", dict(self.flags))
         for name, flag in self.flags.items():
             check_tensor(f"flags[{name!r}]", flag, dtypes=(torch.bool,), device=self.device)
             check_shape(f"flags[{name!r}]", flag, (len(self),), "one flag a rollout")
@@ -99,6 +101,19 @@ class Rollouts:
     def __len__(self) -> int:
         """N."""
         return self.batch.num_trajectories
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rollouts:
+        """The same rollouts on another device, not validated again; what functions remembered of them is forgotten."""
+        moved = object.__new__(Rollouts)
+
+        def there(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: there(y) for name, y in x.items()}
+            return x.to(device, non_blocking=non_blocking) if isinstance(x, _MOVABLE) else x
+
+        for each in fields(self):
+            moved._set(each.name, {} if each.name == "memory" else there(getattr(self, each.name)))
+        return moved
 
     @property
     def device(self) -> torch.device:
