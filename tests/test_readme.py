@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distillation.md", "docs/recipes.md", "docs/transformers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/credit.md", "docs/distillation.md", "docs/recipes.md", "docs/transformers.md"]
+)
 def test_python_blocks_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks

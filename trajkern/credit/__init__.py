@@ -99,10 +99,9 @@ def recipe(name: str, **settings: Any) -> Spec:
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    legal = ("baseline", "scale", "ddof", "eps", "singleton")
     for name in group:
-        if name not in legal:
-            raise TypeError(f"a group option is one of {', '.join(legal)}; got {name!r}")
+        if name not in terms.GROUP:
+            raise TypeError(f"a group option is one of {', '.join(sorted(terms.GROUP))}; got {name!r}")
     return group
 
 

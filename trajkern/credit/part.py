@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from typing import Any
 
@@ -232,6 +232,17 @@ def written(value: Any) -> str:
     """A name or a function as Python would read it back."""
     is_plain = isinstance(value, str) or hasattr(value, "__qualname__")
     return repr(named(value)) if is_plain else repr(value)
+
+
+def written_call(name: str, x: Any, first: str = "", last: frozenset[str] = frozenset()) -> str:
+    """A dataclass as a call of ``name`` that makes it, with what is not the default.
+
+    The field ``first`` is an argument by position; those in ``last`` come last.
+    """
+    given = [each.name for each in fields(x) if each.init and getattr(x, each.name) != each.default]
+    given.sort(key=lambda name: (name != first, name in last))
+    shown = (f"{'' if name == first else name + '='}{written(getattr(x, name))}" for name in given)
+    return f"{name}({', '.join(shown)})"
 
 
 def needs_of(function: Any) -> frozenset[str]:

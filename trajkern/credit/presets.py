@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import check_choice
-from trajkern.credit.part import resolved_function
+from trajkern.credit.part import resolved_function, written_call
 from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
@@ -37,7 +37,7 @@ class Calibration:
         return rlcr.rewards(correct, torch.where(stated, confidence, 0), form=self.form, well_formed=stated)
 
     def __repr__(self) -> str:
-        return f"credit.presets.Calibration(form={self.form!r})"
+        return written_call("credit.presets.Calibration", self)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StepLikeness:
         return srl.rewards(similarity.nan_to_num(), ~similarity.isnan(), penalty=self.penalty)
 
     def __repr__(self) -> str:
-        return f"credit.presets.StepLikeness(penalty={self.penalty!r})"
+        return written_call("credit.presets.StepLikeness", self)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Varies:
         return ranks.own(srl.keep_groups(*every, min_std=self.min_std))
 
     def __repr__(self) -> str:
-        return f"credit.presets.Varies({self.reward!r}, min_std={self.min_std!r})"
+        return written_call("credit.presets.Varies", self)
 
 
 @dataclass(frozen=True)

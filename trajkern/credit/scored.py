@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import check_choice, check_flag, check_number
+from trajkern.credit.part import written_call
 from trajkern.credit.rollouts import Rollouts
 from trajkern.ops.reflection import reflection_rewards
 from trajkern.recipes import delta_belief, dro
@@ -75,7 +76,7 @@ class Reflection:
         return rollouts.ranks.own(rewards), rollouts.ranks.own(score)
 
     def __repr__(self) -> str:
-        return f"credit.scored.{_written(self)}"
+        return written_call(f"credit.scored.{type(self).__name__}", self)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class InReach:
         return keep
 
     def __repr__(self) -> str:
-        return f"credit.scored.{_written(self)}"
+        return written_call(f"credit.scored.{type(self).__name__}", self)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class BeliefGain:
         return delta_belief.turn_rewards(beliefs, bounds, won=won, penalty=penalty, **options)
 
     def __repr__(self) -> str:
-        return f"credit.scored.{_written(self)}"
+        return written_call(f"credit.scored.{type(self).__name__}", self)
 
 
 def _score(rollouts: Rollouts, contexts: list[Any], *, ranks: bool = False) -> tuple[Tensor, ...]:
@@ -185,8 +186,3 @@ def group_counts(owner: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(
         0, owner.long(), torch.ones_like(owner, dtype=torch.int64)
     )
-
-
-def _written(x: Any) -> str:
-    shown = (f"{name}={getattr(x, name)!r}" for name in x.__dataclass_fields__)
-    return f"{type(x).__name__}({', '.join(shown)})"

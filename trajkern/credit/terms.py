@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trajkern._checks import check_choice, check_number
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern.credit.part import Call, Function, Part, named, needs_of, resolved_function, written
+from trajkern.credit.part import Call, Function, Part, named, needs_of, resolved_function, written, written_call
 from trajkern.credit.result import packed_any, to_tokens
 from trajkern.credit.rollouts import check_counted, widened
 from trajkern.credit.spec import GateSet, Spec
@@ -20,6 +20,7 @@ from trajkern.recipes import TREE_RECIPES, delta_belief, nsr
 from trajkern.recipes._groups import pair_ids
 
 REWARDS = (torch.bool, *INTEGERS, *FLOATS)
+GROUP = frozenset({"baseline", "scale", "ddof", "eps", "singleton"})  # the options of group_advantages
 OUTCOME_WITHIN, SPAN_WITHIN, WHERE = ("group", "tree", "batch"), ("group", "index"), ("all", "failed")
 
 
@@ -36,11 +37,8 @@ class Term(Spec):
 
     def __repr__(self) -> str:
         """Its function, with what is not the default."""
-        inherited = {x.name for x in fields(Compared)} if isinstance(self, Compared) else set()
-        given = [x for x in fields(self) if getattr(self, x.name) != x.default]  # type: ignore[arg-type]
-        given.sort(key=lambda x: x.name in inherited)
-        shown = (f"{x.name}={written(getattr(self, x.name))}" for x in given)
-        return f"credit.{FUNCTIONS[type(self)]}({', '.join(shown)})"
+        name, first = FUNCTIONS[type(self)]
+        return written_call(f"credit.{name}", self, first, GROUP if isinstance(self, Compared) else frozenset())
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,8 +57,7 @@ class Compared(Term):
         check_number("eps", self.eps, low=0, dtype=torch.float32)
 
     def compared(self, x: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
-        rule = {name: getattr(self, name) for name in ("baseline", "scale", "ddof", "eps", "singleton")}
-        return group_advantages(x, ids, gate=keep, **rule)
+        return group_advantages(x, ids, gate=keep, **{name: getattr(self, name) for name in GROUP})
 
 
 @dataclass(frozen=True, repr=False)
@@ -353,12 +350,12 @@ def directed(call: Call, where: str, gates: GateSet) -> Tensor | None:
     return failed if passed is None else failed & passed
 
 
-FUNCTIONS: dict[type[Term], str] = {
-    Outcome: "outcome",
-    OfSpans: "spans",
-    Directive: "directive",
-    Divergence: "divergence",
-    OfTurns: "terms.OfTurns",
-    OfTree: "terms.OfTree",
-    Signs: "terms.Signs",
+FUNCTIONS: dict[type[Term], tuple[str, str]] = {  # what makes a term, and its first argument
+    Outcome: ("outcome", "reward"),
+    OfSpans: ("spans", "name"),
+    Directive: ("directive", "where"),
+    Divergence: ("divergence", "where"),
+    OfTurns: ("terms.OfTurns", ""),
+    OfTree: ("terms.OfTree", ""),
+    Signs: ("terms.Signs", ""),
 }
