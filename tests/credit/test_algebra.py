@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,3 +171,20 @@ def test_masked_tokens_and_float32() -> None:
 def test_a_sum_of_many() -> None:
     x = rollouts_of(4)
     equal(tokens_of(sum([TERMS["outcome"]] * 3), x), 3 * tokens_of(TERMS["outcome"], x))
+
+
+def test_restrictions_of_one_call_do_not_mix() -> None:
+    """Masks are remembered by which tensors they were made of, some of which nobody else holds."""
+    x = rollouts_of(5)
+    inside = {name: x.spans[name].token_span >= 0 for name in ("call", "turn")}
+    for _ in range(20):
+        spec = sum((TERMS["tone"].only(name).clip(-9, 9) for name in ("call", "turn") * 3), TERMS["calls"].only("call"))
+        found = spec(x)
+        tone = tokens_of(TERMS["tone"], x)
+        expected = tokens_of(TERMS["calls"], x) + 3 * sum(tone * inside[name] for name in inside)
+        equal(found.advantages, expected * found.mask)
+
+
+def test_numbers_of_numpy_and_tensors() -> None:
+    for two in (np.float32(2), np.int64(2), torch.tensor(2.0)):
+        assert two * TERMS["tone"] == TERMS["tone"] * two == 2 * TERMS["tone"]

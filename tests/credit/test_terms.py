@@ -274,6 +274,9 @@ def test_a_span_that_does_not_exist_is_answered_with_the_list() -> None:
         (lambda: credit.outcome() + 1, TypeError, "unsupported operand"),
         (lambda: credit.outcome().clip(0.5, 1), ValueError, "low must be at most 0"),
         (lambda: credit.outcome().asymmetric(-1), ValueError, "positive must be at least 0"),
+        (lambda: credit.spans(3), TypeError, "name must be a name"),
+        (lambda: credit.recipe("treerl", reward=len), TypeError, "reward must be a name"),
+        (lambda: credit.recipe("nsr", positive_weight=-1), ValueError, "positive_weight must be at least 0"),
         (lambda: credit.outcome()(3), TypeError, "rollouts must be a trajkern.credit.Rollouts"),
     ],
 )

@@ -52,8 +52,7 @@ def spans(name: str, reward: str | Function | None = None, within: str = "group"
             "index" in their rollouts. A rollout without such spans is in no statistic, and learns from other terms.
         **group: as for :func:`outcome`.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got {name!r}")
+    terms.check_name("name", name)
     return OfSpans(name=name, reward=reward, within=within, **_options(group))
 
 

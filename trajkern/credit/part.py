@@ -165,8 +165,8 @@ class Call:
 
     def learning(self, part: Part) -> Tensor:
         """1 for the tokens that learn, else 0; ``[T]``."""
-        # the tensors that are compared by identity live as long as the call
-        return self.once(("learning", tuple((id(x), id(y)) for x, y in part.learns)), lambda: self._learning(part))
+        key = "learning", tuple((id(x), id(y)) for x, y in part.learns)
+        return self.once(key, lambda: (self._learning(part), part.learns))[0]  # what is known by its id must not die
 
     def _learning(self, part: Part) -> Tensor:
         if any(keep is None and only is None for keep, only in part.learns):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import check_choice
-from trajkern.credit.part import resolved_function, written_call
+from trajkern.credit.part import written_call
 from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
@@ -136,7 +136,7 @@ def _dro(drop_fraction: float = 0.0, top_k: int = 0, worst_fraction: float = 0.2
 
 
 def _delta_belief(finished: str = "included", reward: Any = None, **options: Any) -> Spec:
-    return OfTurns(reward=BeliefGain(**options) if reward is None else resolved_function(reward), finished=finished)
+    return OfTurns(reward=BeliefGain(**options) if reward is None else reward, finished=finished)
 
 
 def _signs(kind: str) -> Callable[..., Spec]:

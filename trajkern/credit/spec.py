@@ -29,6 +29,7 @@ class Spec(abc.ABC):
     """
 
     children: ClassVar[tuple[str, ...]] = ("spec",)
+    __array_ufunc__: ClassVar[None] = None  # numpy's numbers leave products to us
 
     def __call__(self, rollouts: Rollouts) -> Credit:
         """The credit of each token.

@@ -153,6 +153,7 @@ class OfTurns(Term):
     finished: str = "included"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reward", resolved_function(self.reward))
         check_choice("finished", self.finished, delta_belief.FINISHED)
 
     @property
@@ -239,6 +240,11 @@ class Signs(Term):
     positive_weight: float = 0.1
     reward: str = "reward"
 
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, nsr.KINDS)
+        check_number("positive_weight", self.positive_weight, low=0, dtype=torch.float32)
+        check_name("reward", self.reward)
+
     @property
     def own_needs(self) -> frozenset[str]:
         return frozenset((self.reward,))
@@ -262,6 +268,7 @@ class OfTree(Term):
 
     def __post_init__(self) -> None:
         check_choice("name", self.name, TREE_RECIPES)
+        check_name("reward", self.reward)
 
     @property
     def own_needs(self) -> frozenset[str]:
@@ -318,6 +325,11 @@ class OfTree(Term):
             kind: torch.zeros(where[kind].shape, dtype=x.dtype, device=x.device).masked_scatter(where[kind], x)
             for kind, x in values.items()
         }
+
+
+def check_name(argument: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a name, got {value!r}")
 
 
 def reward_of(call: Call, reward: str | Function) -> Tensor:
