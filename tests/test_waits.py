@@ -278,3 +278,15 @@ def test_what_stands_on_the_ops_waits_for_nothing(group: str) -> None:
         except HostRead as error:
             waits[name] = str(error)
     assert not waits
+
+
+# name -> kernels that a credit launches at most, those of its metrics among them: 12 a term
+CREDIT_LAUNCHES = {"grpo": 36, "toolpo": 62, "tree_grpo": 67, "composed": 187}
+
+
+@pytest.mark.parametrize("name", CREDIT_LAUNCHES)
+def test_launches_of_credit(name: str) -> None:
+    call = _of_credit()[name]
+    with watched() as watch:
+        call()
+    assert watch.kernels <= CREDIT_LAUNCHES[name]

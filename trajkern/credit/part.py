@@ -18,7 +18,7 @@ from torch import Tensor
 from trajkern._checks import check_shape, check_tensor, describe
 from trajkern.credit.result import to_tokens
 from trajkern.credit.rollouts import Rollouts
-from trajkern.layouts.spans import Spans, trajectories
+from trajkern.layouts.spans import Spans
 from trajkern.ops.span import span_reduce, spread
 
 Function = Callable[[Rollouts], Tensor]
@@ -110,13 +110,7 @@ class Call:
     @property
     def counts(self) -> Tensor:
         """Learning tokens of each rollout, ``[N]``, by the loss mask."""
-        return self.once("counts", lambda: self._per_span(self.whole))
-
-    @property
-    def whole(self) -> Any:
-        """Each rollout as a span."""
-        batch = self.rollouts.batch
-        return self.once("whole", lambda: trajectories(batch.cu_seqlens, batch.num_tokens))
+        return self.once("counts", lambda: self._per_span(self.rollouts.whole))
 
     def span_counts(self, name: str) -> Tensor:
         """Tokens of the loss mask in each span, ``[S]``."""
@@ -182,7 +176,9 @@ class Call:
     def report_tokens(self, name: str, values: Tensor, part: Part) -> None:
         """As :meth:`report`, of values of tokens, 0 where nothing of the part learns."""
         total = torch.count_nonzero(self.learning(part))
-        mean, square = (span_reduce(x, self.whole, "sum").double().sum() / total for x in (values, values.square()))
+        mean, square = (
+            span_reduce(x, self.rollouts.whole, "sum").double().sum() / total for x in (values, values.square())
+        )
         self._note(name, mean, (square - mean.square()).clamp_min(0), values.dtype)
 
     def report(self, name: str, values: Tensor, weights: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from trajkern._results import Branch
 from trajkern.credit.rollouts import Rollouts
-from trajkern.layouts.spans import trajectories
 from trajkern.layouts.tree import Tree, aggregate_weights
 from trajkern.losses.config import PolicyLoss
 from trajkern.ops.span import spread
@@ -117,5 +116,4 @@ def token_branch(advantages: Tensor, mask: Tensor, tree: Tree, config: PolicyLos
 
 def to_tokens(rows: Tensor, rollouts: Rollouts) -> Tensor:  # [N]
     """Each token's rollout's value, ``[T]``."""
-    batch = rollouts.batch
-    return spread(rows, trajectories(batch.cu_seqlens, batch.num_tokens))
+    return spread(rows, rollouts.whole)

@@ -13,7 +13,7 @@ from trajkern._checks import check_finite, check_shape, check_tensor, describe, 
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit._ranks import Ranks
 from trajkern.layouts.batch import PackedBatch
-from trajkern.layouts.spans import Spans
+from trajkern.layouts.spans import Spans, trajectories
 from trajkern.layouts.tree import Tree
 
 _REWARDS = (torch.bool, *INTEGERS, *FLOATS)
@@ -148,6 +148,11 @@ class Rollouts:
         """The rollouts' reward of this name, ``[N]``."""
         assert self.rewards is not None
         return self.rewards[name]
+
+    @property
+    def whole(self) -> Spans:
+        """Each rollout as a span."""
+        return self.once("whole", lambda: trajectories(self.batch.cu_seqlens.long(), self.batch.num_tokens))
 
     @property
     def token_lists(self) -> list[list[int]]:
