@@ -78,12 +78,6 @@ def test_dtypes() -> None:
     }
 
 
-def test_places_of_the_span_reductions() -> None:
-    assert (span.SUM, span.MEAN, span.MAX, span.MIN) == tuple(
-        span.REDUCTIONS.index(name) for name in ("sum", "mean", "max", "min")
-    )
-
-
 def test_parameters() -> None:
     members = _names(_found(r"struct Params \{\s*Real (.*?);", TERMS))
     assert members == (*PARAMETERS, "ratio_low", "ratio_high")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import trajkern as tk
 from trajkern.layouts import spans as span_layout
+from trajkern.ops.span import GRADIENTS, REDUCTIONS, SPREAD
 
 FIELDS = {
     "start": torch.tensor([0, 3, 3, 7]),
@@ -170,7 +171,12 @@ BAD = [
         r"x must be on cpu .*; got float32\[10\] on meta",
     ),
     ("span_reduce", {"spans": torch.tensor([0, 10])}, TypeError, r"spans must be a Spans, got Tensor"),
-    ("span_reduce", {"op": "var"}, ValueError, r"op must be one of 'sum', 'mean', 'max', 'min'; got 'var'"),
+    (
+        "span_reduce",
+        {"op": "nothing"},
+        ValueError,
+        f"op must be one of {', '.join(map(repr, REDUCTIONS))}; got 'nothing'",
+    ),
     (
         "spread",
         {"values": torch.ones(3)},
@@ -198,7 +204,7 @@ def test_ops_refuse(function: str, change: dict, error: type, message: str, rout
             getattr(tk, function)(**good[function] | change)
 
 
-@pytest.mark.parametrize("op", ("sum", "mean", "max", "min"))
+@pytest.mark.parametrize("op", REDUCTIONS)
 def test_a_span_does_not_see_where_it_stands(op: str) -> None:
     """Of every length around the vectors' and behind every place of them; nothing outside is read."""
     g = torch.Generator().manual_seed(0)
@@ -211,6 +217,17 @@ def test_a_span_does_not_see_where_it_stands(op: str) -> None:
                 one = torch.tensor([before]), torch.tensor([before + length]), *torch.zeros(2, 1, dtype=torch.int64)
                 sums.add(float(tk.span_reduce(pack, tk.Spans(*one, pack.shape[0]), op)))
         assert len(sums) == 1, f"length {length}: {sums}"
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_the_kernel_of_gradients_has_those_that_are_not_spread(op: str) -> None:
+    spans, x = tk.Spans(**FIELDS), torch.linspace(-3, 3, 10)
+    arguments = torch.ones(4), x, tk.span_reduce(x, spans, op), spans.start, spans.end, REDUCTIONS.index(op)
+    if GRADIENTS[op] not in SPREAD:
+        assert torch.ops.trajkern.span_reduce_backward(*arguments).any()
+        return
+    with pytest.raises(ValueError, match=r"^op must be a reduction whose gradient reads x; this one's is spread"):
+        torch.ops.trajkern.span_reduce_backward(*arguments)
 
 
 def test_reduce_of_a_spread_is_the_value() -> None:

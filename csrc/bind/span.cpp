@@ -20,12 +20,13 @@ void span_reduce(int dtype, uintptr_t x, int64_t tokens, const Ranges& ranges, i
   });
 }
 
-void span_extreme_backward(int dtype, uintptr_t grads, uintptr_t x, uintptr_t extreme, int64_t tokens,
-                           const Ranges& ranges, uintptr_t grad_x, const Where& where) {
+void span_reduce_backward(int dtype, uintptr_t grads, uintptr_t x, uintptr_t reduced, int64_t tokens,
+                          const Ranges& ranges, int op, uintptr_t grad_x, const Where& where) {
   with_float(dtype, [&](auto element) {
     using T = decltype(element);
-    SpanKernels<T>::span_extreme_backward(as<const T>(grads), as<const T>(x), as<const T>(extreme),
-                                          span_ranges(ranges, tokens), as<T>(grad_x), launch_of(where));
+    SpanKernels<T>::span_reduce_backward(as<const T>(grads), as<const T>(x), as<const T>(reduced),
+                                         span_ranges(ranges, tokens), choice<SpanOp>("op", op), as<T>(grad_x),
+                                         launch_of(where));
   });
 }
 
@@ -41,6 +42,6 @@ void spread(int dtype, uintptr_t values, int64_t tokens, const Ranges& ranges, u
 
 void bind_span(pybind11::module_& m) {
   m.def("span_reduce", &tk::span_reduce, tk::Unlocked());
-  m.def("span_extreme_backward", &tk::span_extreme_backward, tk::Unlocked());
+  m.def("span_reduce_backward", &tk::span_reduce_backward, tk::Unlocked());
   m.def("spread", &tk::spread, tk::Unlocked());
 }

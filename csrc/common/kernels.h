@@ -46,9 +46,10 @@ int64_t whiten_scratch(int64_t n);
 template <class T>
 struct SpanKernels {
   static void span_reduce(const T* x, const SpanRanges& spans, SpanOp op, T* out, const Launch& where);
-  // `grad_x` is zero everywhere before; the first extreme token of each span takes the span's gradient.
-  static void span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans, T* grad_x,
-                                    const Launch& where);
+  // Of a reduction whose gradient reads x: one that is spread is refused. `grad_x` is zero everywhere before;
+  // `reduced`: the forward's results.
+  static void span_reduce_backward(const T* grads, const T* x, const T* reduced, const SpanRanges& spans, SpanOp op,
+                                   T* grad_x, const Launch& where);
   static void spread(const T* values, const SpanRanges& spans, T* out, const Launch& where);
 };
 

@@ -10,6 +10,7 @@ namespace tk {
 
 enum class SpanOp : int { sum, mean, max, min };
 constexpr int members(SpanOp) { return 4; }
+constexpr char kSpreadGradient[] = "op must be a reduction whose gradient reads x; this one's is spread";
 
 // Ranges [start, end) of tokens, ascending and disjoint.
 struct SpanRanges {

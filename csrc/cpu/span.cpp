@@ -91,6 +91,18 @@ void span_extremes(const T* x, const SpanRanges& spans, T sign, T* out) {
   });
 }
 
+// The first extreme token of each span takes the span's gradient.
+template <class T>
+void share_extremes(const T* grads, const T* x, const T* extreme, const SpanRanges& spans, T* grad_x) {
+  each_share(spans, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      int64_t t = spans.start[s];
+      while (t < spans.end[s] && !is_extreme(x[t], extreme[s])) ++t;
+      if (t < spans.end[s]) grad_x[t] = grads[s];
+    }
+  });
+}
+
 }  // namespace
 
 template <class T>
@@ -108,15 +120,16 @@ void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op,
 }
 
 template <class T>
-void SpanKernels<T>::span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans,
-                                           T* grad_x, const Launch&) {
-  each_share(spans, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      int64_t t = spans.start[s];
-      while (t < spans.end[s] && !is_extreme(x[t], extreme[s])) ++t;
-      if (t < spans.end[s]) grad_x[t] = grads[s];
-    }
-  });
+void SpanKernels<T>::span_reduce_backward(const T* grads, const T* x, const T* reduced, const SpanRanges& spans,
+                                          SpanOp op, T* grad_x, const Launch&) {
+  switch (op) {
+    case SpanOp::sum:
+    case SpanOp::mean:
+      throw std::invalid_argument(kSpreadGradient);
+    case SpanOp::max:
+    case SpanOp::min:
+      return share_extremes(grads, x, reduced, spans, grad_x);
+  }
 }
 
 template <class T>

@@ -33,6 +33,7 @@ __global__ void extreme_kernel(SpanRanges spans, const T* x, T sign, T none, T* 
   if (lane() == 0) out[s] = sign * best;
 }
 
+// The first extreme token of each span takes the span's gradient.
 template <class T>
 __global__ void extreme_backward_kernel(SpanRanges spans, const T* grads, const T* x, const T* extreme, T* grad_x) {
   const int64_t s = warp_in_grid();
@@ -85,10 +86,17 @@ void SpanKernels<T>::span_reduce(const T* x, const SpanRanges& spans, SpanOp op,
 }
 
 template <class T>
-void SpanKernels<T>::span_extreme_backward(const T* grads, const T* x, const T* extreme, const SpanRanges& spans,
-                                           T* grad_x, const Launch& where) {
-  launch(extreme_backward_kernel<T>, blocks_for(spans.count * kWarp), kThreads, 0, where.stream, spans, grads, x,
-         extreme, grad_x);
+void SpanKernels<T>::span_reduce_backward(const T* grads, const T* x, const T* reduced, const SpanRanges& spans,
+                                          SpanOp op, T* grad_x, const Launch& where) {
+  const int64_t blocks = blocks_for(spans.count * kWarp);
+  switch (op) {
+    case SpanOp::sum:
+    case SpanOp::mean:
+      throw std::invalid_argument(kSpreadGradient);
+    case SpanOp::max:
+    case SpanOp::min:
+      return launch(extreme_backward_kernel<T>, blocks, kThreads, 0, where.stream, spans, grads, x, reduced, grad_x);
+  }
 }
 
 template <class T>

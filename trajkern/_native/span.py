@@ -23,22 +23,24 @@ def span_reduce(
     return out
 
 
-def span_extreme_backward(
+def span_reduce_backward(
     grad_out: Tensor,  # [S]
     x: Tensor,  # [T]
-    extreme: Tensor,  # [S]
+    reduced: Tensor,  # [S]
     start: Tensor,  # [S]
     end: Tensor,  # [S]
+    op: int,
 ) -> Tensor:
     grad_x = torch.zeros_like(x)
     call(
-        "span_extreme_backward",
+        "span_reduce_backward",
         x,
         grad_out.data_ptr(),
         x.data_ptr(),
-        extreme.data_ptr(),
+        reduced.data_ptr(),
         x.shape[0],
         _ranges(start, end),
+        op,
         grad_x.data_ptr(),
     )
     return grad_x

@@ -18,12 +18,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def differentiable_once(*ops: str, linear: bool = False) -> Callable[[Backward], Backward]:
+def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False) -> Callable[[Backward], Backward]:
     """Decorates the backward of these public ops' Function: where a second derivative could follow, it names them.
 
     torch's ``once_differentiable`` raises only where an upstream gradient requires one. Elsewhere it leaves out,
     in silence, the part of a second derivative that goes through the op. ``linear``: that part is 0, because the
-    gradient does not depend on the inputs.
+    gradient does not depend on the inputs; a function of ctx where an option decides it.
     """
     names = " and ".join(f"trajkern.{op}" for op in ops)
 
@@ -36,7 +36,8 @@ def differentiable_once(*ops: str, linear: bool = False) -> Callable[[Backward],
             grads = tuple(g if g is None else g.resolve_neg() for g in grads)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
-            if not linear or any(g is not None and g.requires_grad for g in grads):
+            constant = linear(ctx) if callable(linear) else linear
+            if not constant or any(g is not None and g.requires_grad for g in grads):
                 raise RuntimeError(f"{names}: differentiable once; there is no gradient with create_graph=True")
             with torch.no_grad():
                 return backward(ctx, *grads)

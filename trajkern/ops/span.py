@@ -9,7 +9,7 @@ A sum is formed in float64, in an order that depends on n alone.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,13 @@ from trajkern.layouts.tree import Tree
 from trajkern.ops._autograd import differentiable_once
 from trajkern.ops._library import define, recorded
 
-REDUCTIONS = ("sum", "mean", "max", "min")
-SUM, MEAN, MAX, MIN = range(4)  # their places
+# What a token has of its span's gradient: all of it, a length-th of it, all or nothing as a kernel chooses one token by
+# x, or what a kernel makes of x.
+Gradient = Literal["all", "share", "chosen", "kernel"]
+GRADIENTS: dict[str, Gradient] = {"sum": "all", "mean": "share", "max": "chosen", "min": "chosen"}
+REDUCTIONS = tuple(GRADIENTS)
+SPREAD = ("all", "share")  # no kernel reads x
+LINEAR = (*SPREAD, "chosen")  # no small change of x changes it
 Values = TypeVar("Values", Tensor, Branch)
 
 _span_reduce = define(
@@ -33,9 +38,9 @@ _span_reduce = define(
     "span_reduce(Tensor x, Tensor start, Tensor end, int op) -> Tensor",
     lambda x, start, end, op: x.new_empty(start.shape[0]),
 )
-_span_extreme_backward = define(
+_span_reduce_backward = define(
     "span",
-    "span_extreme_backward(Tensor grad_out, Tensor x, Tensor extreme, Tensor start, Tensor end) -> Tensor",
+    "span_reduce_backward(Tensor grad_out, Tensor x, Tensor reduced, Tensor start, Tensor end, int op) -> Tensor",
     lambda grad_out, x, *_: torch.empty_like(x),
 )
 _spread = define(
@@ -45,32 +50,24 @@ _spread = define(
 )
 
 
-def _is_extreme(op: int) -> bool:
-    """Whether the result is one of the span's tokens, which takes the gradient."""
-    if op in (MAX, MIN):
-        return True
-    if op in (SUM, MEAN):
-        return False
-    raise ValueError(f"op must be the place of one of {REDUCTIONS}, got {op}")
-
-
 class SpanReduce(torch.autograd.Function):
-    """``apply(x, start, end, op)``: op's number; x is contiguous, start and end int64."""
+    """``apply(x, start, end, op)``: op's name; x is contiguous, start and end int64."""
 
     @staticmethod
     def forward(ctx: Any, x, start, end, op):
-        out = _span_reduce(x, start, end, op)
-        ctx.save_for_backward(start, end, *((x, out) if _is_extreme(op) else ()))
+        out = _span_reduce(x, start, end, REDUCTIONS.index(op))
+        ctx.save_for_backward(start, end, *(() if GRADIENTS[op] in SPREAD else (x, out)))
         ctx.op, ctx.tokens = op, x.shape[0]
         return out
 
     @staticmethod
-    @differentiable_once("span_reduce", linear=True)
+    @differentiable_once("span_reduce", linear=lambda ctx: GRADIENTS[ctx.op] in LINEAR)
     def backward(ctx: Any, grad):
-        start, end, *extreme = ctx.saved_tensors
-        if _is_extreme(ctx.op):
-            return _span_extreme_backward(grad.contiguous(), *extreme, start, end), None, None, None
-        if ctx.op == MEAN:
+        start, end, *read = ctx.saved_tensors
+        if GRADIENTS[ctx.op] not in SPREAD:
+            place = REDUCTIONS.index(ctx.op)
+            return _span_reduce_backward(grad.contiguous(), *read, start, end, place), None, None, None
+        if GRADIENTS[ctx.op] == "share":
             grad = grad / (end - start).clamp_min(1)
         return _spread(grad.contiguous(), start, end, ctx.tokens), None, None, None
 
@@ -84,7 +81,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @differentiable_once("spread", linear=True)
     def backward(ctx: Any, grad):
-        return _span_reduce(grad.contiguous(), *ctx.saved_tensors, SUM), None, None, None
+        return _span_reduce(grad.contiguous(), *ctx.saved_tensors, REDUCTIONS.index("sum")), None, None, None
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -118,7 +115,7 @@ def span_reduce(
     op = check_choice("op", op, REDUCTIONS)
     if _backends.wants_reference("span", x):
         return _backends.reference().span_reduce(x, spans, op)
-    return SpanReduce.apply(_accumulated(x), *_ranges(spans), REDUCTIONS.index(op))
+    return SpanReduce.apply(_accumulated(x), *_ranges(spans), op)
 
 
 @recorded

@@ -85,7 +85,7 @@ def path_sums(
         leaf, index = torch.arange(tree.num_leaves, device=values.device), flat.flat_index
         leaf = torch.repeat_interleave(leaf, flat.flat_lengths, output_size=index.shape[0])
         return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[index])
-    sums = span.SpanReduce.apply(values, offsets[:-1], offsets[1:], span.SUM)
+    sums = span.SpanReduce.apply(values, offsets[:-1], offsets[1:], "sum")
     return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), tree.arrays)
 
 
