@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import trajkern as tk
+from trajkern.ops import span, tree
 from trajkern.testing import SPECS, run
 
 _CASES = {
@@ -20,10 +21,10 @@ _CASES = {
     "linear_token_stats": ("typical", "mask"),
     "linear_policy_loss": ("grpo", "full", "gspo", "tree_full"),
     "linear_divergence": ("typical", "mask"),
-    "subtree_reduce": ("mean", "max"),
+    "subtree_reduce": tree.REDUCTIONS,
     "sibling_advantages": ("mean", "parent"),
     "branch_coefficients": ("weights",),
-    "span_reduce": ("mean", "max"),
+    "span_reduce": span.REDUCTIONS,
     "spread": ("tree", "batch", "spans"),
     "variance_weights": ("typical", "plain"),
     "reflection_rewards": (),  # the number of groups is data: see tests/test_reflection.py

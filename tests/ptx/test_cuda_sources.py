@@ -14,6 +14,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import reference
+from trajkern.ops.tree import REDUCTIONS
 from trajkern.testing import KernelFault, compiled, run, spec_of, tree
 from trajkern.testing.numerics import budget_shares
 from trajkern.testing.ptx.by_nvcc import CudaLibrary, trajkern_library
@@ -212,7 +213,7 @@ def _forest_and_parts() -> tuple[list[tk.Tree], tk.Tree]:
     return parts, tree.joined(parts)
 
 
-@pytest.mark.parametrize("op", ("sum", "mean", "max", "min", "var"))
+@pytest.mark.parametrize("op", REDUCTIONS)
 def test_tree_does_not_see_the_rest_of_the_forest(op: str) -> None:
     """Summaries of 32 and of 1,024 leaves begin anew in each tree."""
     parts, forest = _forest_and_parts()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from trajkern import Tree, reference
+from trajkern.ops.tree import REDUCTIONS
 from trajkern.testing.tree import joined, random_tree
 
 # 0 -> (1 -> (3, 4), 2), 5 alone; leaves 2, 3, 4, 5
@@ -15,18 +17,26 @@ TREE = Tree(torch.tensor([-1, 0, 0, 1, 1, -1]), torch.tensor([2, 0, 3, 1, 2, 1])
 LEAVES = torch.tensor([1.0, 4.0, 2.0, 7.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("op", "expected"),
-    (
-        ("sum", [7, 6, 1, 4, 2, 7]),
-        ("mean", [7 / 3, 3, 1, 4, 2, 7]),
-        ("max", [4, 4, 1, 4, 2, 7]),
-        ("min", [1, 2, 1, 4, 2, 7]),
-        ("var", [14 / 9, 1, 0, 0, 0, 0]),
-    ),
-)
-def test_subtree_reduce(op: str, expected: list[float]) -> None:
-    torch.testing.assert_close(reference.subtree_reduce(LEAVES, TREE, op), torch.tensor(expected, dtype=torch.float64))
+LITERAL: dict[str, list[float]] = {
+    "sum": [7, 6, 1, 4, 2, 7],
+    "mean": [7 / 3, 3, 1, 4, 2, 7],
+    "max": [4, 4, 1, 4, 2, 7],
+    "min": [1, 2, 1, 4, 2, 7],
+    "var": [14 / 9, 1, 0, 0, 0, 0],
+}
+WALKS: dict[str, Callable[[list[float]], float]] = {
+    "sum": sum,
+    "mean": statistics.fmean,
+    "max": max,
+    "min": min,
+    "var": statistics.pvariance,
+}
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_subtree_reduce(op: str) -> None:
+    expected = torch.tensor(LITERAL[op], dtype=torch.float64)
+    torch.testing.assert_close(reference.subtree_reduce(LEAVES, TREE, op), expected)
 
 
 VALUES = torch.tensor([10.0, 4.0, 1.0, 5.0, 3.0, 8.0], dtype=torch.float64)
@@ -105,13 +115,12 @@ def test_against_plain_walks(seed: int) -> None:
     tree = random_tree(g, 40)
     x = torch.randn(tree.num_leaves, generator=g, dtype=torch.float64)
     at = dict(zip(tree.leaves.tolist(), x.tolist(), strict=True))
-    walks = {"sum": sum, "mean": statistics.fmean, "max": max, "min": min, "var": statistics.pvariance}
-    for op, walk in walks.items():
-        expected = [walk([at[leaf] for leaf in _leaves_below(tree, n)]) for n in range(40)]
+    for op in REDUCTIONS:
+        expected = [WALKS[op]([at[leaf] for leaf in _leaves_below(tree, n)]) for n in range(40)]
         torch.testing.assert_close(reference.subtree_reduce(x, tree, op), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("op", ("sum", "mean", "max", "min", "var"))
+@pytest.mark.parametrize("op", REDUCTIONS)
 def test_gradients(op: str) -> None:
     tree = random_tree(torch.Generator().manual_seed(1), 20)
     x = torch.randn(tree.num_leaves, dtype=torch.float64, requires_grad=True)

@@ -34,7 +34,7 @@ def span_reduce(
         return total
     if op == "mean":
         return total / spans.lengths.clamp_min(1)
-    raise ValueError(f"op must be 'sum', 'mean', 'max' or 'min', got {op!r}")
+    raise ValueError(f"op must be a reduction of trajkern.span_reduce, got {op!r}")
 
 
 def spread(

@@ -51,6 +51,8 @@ def subtree_reduce(
     mean = total / count
     if op == "mean":
         return mean[:m]
+    if op != "var":
+        raise ValueError(f"op must be a reduction of trajkern.subtree_reduce, got {op!r}")
     # measured from a leaf below, equal leaves have a variance of exactly zero
     origin = torch.zeros_like(mean).scatter(0, node, x[leaf].detach()).detach()
     d = x[leaf] - origin[node]

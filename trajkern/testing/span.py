@@ -11,11 +11,11 @@ from torch import Tensor
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
+from trajkern.ops.span import REDUCTIONS
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
 from trajkern.testing.tree import chain, random_tree, regular_tree
 
 DTYPES = (torch.float32, torch.float64)
-OPS = ("sum", "mean", "max", "min")
 Layout = Spans | PackedBatch | Tree
 
 
@@ -94,9 +94,9 @@ SPAN_REDUCE = OpSpec(
     typed=("x",),
     dtypes=DTYPES,
     cases=(
-        *(Case(op, _randoms(op), f"{op} over random spans, some of them empty") for op in OPS),
-        *(Case(f"{op}_nan", _randoms(op, special=torch.nan), "NaN stays in its span") for op in OPS),
-        *(Case(f"{op}_outside", _randoms(op, outside=torch.nan), "tokens outside are not read") for op in OPS),
+        *(Case(op, _randoms(op), f"{op} over random spans, some of them empty") for op in REDUCTIONS),
+        *(Case(f"{op}_nan", _randoms(op, special=torch.nan), "NaN stays in its span") for op in REDUCTIONS),
+        *(Case(f"{op}_outside", _randoms(op, outside=torch.nan), "tokens outside are not read") for op in REDUCTIONS),
         Case("sum_infinite", _randoms("sum", special=-torch.inf), "the log-prob of what cannot be"),
         Case("max_infinite", _randoms("max", special=-torch.inf), "-inf among others, and alone"),
         Case("min_infinite", _randoms("min", special=-torch.inf), "several -inf: the first has the gradient"),
@@ -105,7 +105,7 @@ SPAN_REDUCE = OpSpec(
         Case("mean_of_large", _randoms("mean", centre=10_000.0), "values near 10,000"),
         *(
             Case(f"{op}_{name}", _randoms(op, layout), why)
-            for op in ("mean", "max")
+            for op in REDUCTIONS
             for name, layout, why in (
                 ("no_spans", lambda g: no_spans(9), "S = 0"),
                 ("no_tokens", lambda g: no_spans(0), "S = T = 0"),
@@ -116,7 +116,7 @@ SPAN_REDUCE = OpSpec(
         ),
         *(
             Case(f"{op}_{name}", _randoms(op, layout), why, large=True)
-            for op in OPS
+            for op in REDUCTIONS
             for name, layout, why in (
                 ("many", lambda g: random_spans(g, 8000), "many threads"),
                 ("long", lambda g: whole(100_001), "a span that no thread shares"),

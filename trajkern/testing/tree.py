@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trajkern.layouts.tree import Tree
+from trajkern.ops.tree import REDUCTIONS
 from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
 
 DTYPES = (torch.float32, torch.float64)
@@ -135,7 +136,7 @@ SUBTREE_REDUCE = OpSpec(
     typed=("leaf_values",),
     dtypes=DTYPES,
     cases=(
-        *(Case(op, _randoms("leaf", op=op), f"{op} over random trees") for op in ("sum", "mean", "max", "min", "var")),
+        *(Case(op, _randoms("leaf", op=op), f"{op} over random trees") for op in REDUCTIONS),
         Case("max_ties", _levelled("leaf", 1, op="max"), "equal leaves: the first has the gradient"),
         Case("min_ties", _levelled("leaf", 1, op="min"), "equal leaves: the first has the gradient"),
         Case("large_mean", _randoms("leaf", 1.0, 10_000.0, op="var"), "a one-pass variance fails"),
