@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from trajkern._checks import check_choice
-from trajkern.credit import presets, scored, terms
+from trajkern.credit import presets, scored, terms, tree_terms
 from trajkern.credit.part import Function, load
 from trajkern.credit.presets import PRESETS
 from trajkern.credit.result import Credit
@@ -25,13 +25,14 @@ from trajkern.credit.spec import Spec
 from trajkern.credit.terms import Directive, Divergence, OfSpans, Outcome
 
 
-def outcome(reward: str | Function = "reward", within: str = "group", **group: Any) -> Spec:
+def outcome(reward: str | Function | Spec = "reward", within: str = "group", **group: Any) -> Spec:
     """A rollout's reward against those it is compared with: A = (r - mean) / (std + eps); a value a rollout.
 
     Args:
         reward: a name of ``Rollouts.rewards``; or a function of the rollouts, or its "package.module:name", that
-            returns ``[N]``. What a function reads it may say in an attribute ``needs``. NaN takes a rollout out of this
-            term; one that no term of a credit scores does not learn.
+            returns ``[N]``; or an expression of whole rollouts, which is then compared once more. What a function reads
+            it may say in an attribute ``needs``. NaN takes a rollout out of this term; one that no term of a credit
+            scores, where one was to, does not learn.
         within: compared with the rollouts of the same "group" (prompt), of the same "tree" (root) or of the "batch".
         **group: baseline, scale, ddof, eps, singleton, as in :func:`trajkern.group_advantages`.
 
@@ -119,4 +120,5 @@ __all__ = [
     "scored",
     "spans",
     "terms",
+    "tree_terms",
 ]

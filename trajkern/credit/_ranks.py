@@ -17,19 +17,27 @@ class Ranks:
     group: Any = None
     counts: dict[str, list[int]] | None = None
     rank: int = 0
+    split_groups: bool = False  # whether a group is on several ranks
 
     @classmethod
-    def of(cls, group: Any, counts: dict[str, int]) -> Ranks:
-        """Exchanges the counts, which waits for all ranks."""
+    def of(cls, group: Any, counts: dict[str, int], group_ids: Tensor, dtypes: dict[str, str]) -> Ranks:
+        """Exchanges the counts, which waits for all ranks, and what must be alike on all of them."""
         if group is None:
             return cls()
         every: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, counts, group=group)
+        dist.all_gather_object(every, (counts, dtypes, group_ids.unique().tolist()), group=group)
         for rank, theirs in enumerate(every):
-            if theirs.keys() != counts.keys():
-                differ = sorted(theirs.keys() ^ counts.keys())
-                raise ValueError(f"spans must have the same names on every rank; rank {rank} differs in {differ}")
-        return cls(group, {name: [x[name] for x in every] for name in counts}, dist.get_rank(group))
+            for what, mine, others in (("spans", counts, theirs[0]), ("rewards", dtypes, theirs[1])):
+                if mine.keys() != others.keys():
+                    differ = sorted(mine.keys() ^ others.keys())
+                    raise ValueError(f"{what} must have the same names on every rank; rank {rank} differs in {differ}")
+            if theirs[1] != dtypes:
+                raise ValueError(
+                    f"rewards must have the same dtypes on every rank; got {dtypes}, rank {rank} {theirs[1]}"
+                )
+        groups = [number for theirs in every for number in theirs[2]]
+        columns = {name: [theirs[0][name] for theirs in every] for name in counts}
+        return cls(group, columns, dist.get_rank(group), len(groups) != len(set(groups)))
 
     def gather(self, x: Tensor, of: str = "rollouts") -> Tensor:
         """The rows of all ranks, one rank's after another's."""

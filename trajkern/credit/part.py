@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from trajkern.ops.span import span_reduce, spread
 Function = Callable[[Rollouts], Tensor]
 
 
+class Learns(NamedTuple):
+    """Who learns from a term."""
+
+    keep: Tensor | None = None  # the rollouts that it keeps [N], None for all
+    only: Tensor | None = None  # the tokens that it is restricted to [T], None for all
+    idle: Tensor | None = None  # of those it keeps, the rollouts in which it had nothing to score [N], None for none
+
+
 @dataclass(frozen=True)
 class Part:
     """What an expression comes to: the advantage of a token is its rollout's plus its spans' plus its own.
@@ -32,28 +40,28 @@ class Part:
         rows: ``[N]``, of rollouts.
         spans: name -> ``[S]``.
         tokens: ``[T]``.
-        learns: who learns, any of: (rollouts that are kept ``[N]``, or None for all; the tokens ``[T]`` that this is
-            restricted to, or None).
+        learns: who learns from any of the terms.
+        abstains: the rollouts that some term was to score and could not ``[N]``, None for none.
         divergences: (term, weight of each token ``[T]``).
     """
 
     rows: Tensor | None = None
     spans: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
-    learns: tuple[tuple[Tensor | None, Tensor | None], ...] = ()
+    learns: tuple[Learns, ...] = ()
     divergences: tuple[tuple[Any, Tensor], ...] = ()
+    abstains: Tensor | None = None
 
     def kinds(self) -> int:
         return (self.rows is not None) + len(self.spans) + (self.tokens is not None)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Part:
         """With every value changed; right for what distributes over sums, or where there is one kind."""
-        return Part(
-            None if self.rows is None else change(self.rows),
-            {name: change(x) for name, x in self.spans.items()},
-            None if self.tokens is None else change(self.tokens),
-            self.learns,
-            self.divergences,
+        return replace(
+            self,
+            rows=None if self.rows is None else change(self.rows),
+            spans={name: change(x) for name, x in self.spans.items()},
+            tokens=None if self.tokens is None else change(self.tokens),
         )
 
     def plus(self, other: Part) -> Part:
@@ -61,8 +69,9 @@ class Part:
         spans = dict(self.spans)
         for name, x in other.spans.items():
             spans[name] = spans[name] + x if name in spans else x
-        divergences = self.divergences + other.divergences
-        return Part(added(self.rows, other.rows), spans, added(self.tokens, other.tokens), learns, divergences)
+        rows, tokens = added(self.rows, other.rows), added(self.tokens, other.tokens)
+        abstains = added(self.abstains, other.abstains)  # of flags, that is either
+        return Part(rows, spans, tokens, learns, self.divergences + other.divergences, abstains)
 
 
 def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -76,7 +85,7 @@ def _added_into(x: Tensor, y: Tensor) -> Tensor:
     return x.add_(y) if torch.promote_types(x.dtype, y.dtype) == x.dtype else x + y
 
 
-def _same(x: tuple[Any, Any], y: tuple[Any, Any]) -> bool:
+def _same(x: Learns, y: Learns) -> bool:
     return all(a is b for a, b in zip(x, y, strict=True))
 
 
@@ -93,11 +102,14 @@ class Call:
             self._known[key] = make()
         return self._known[key]
 
-    def asked(self, function: Function, dtypes: tuple[torch.dtype, ...] | None, count: int, what: str) -> Tensor:
+    def asked(
+        self, function: Function, dtypes: tuple[torch.dtype, ...] | None, count: int, what: str, key: Any = None
+    ) -> Tensor:
         """What a function of the rollouts returns, called once."""
-        x = self.once(("function", function), lambda: function(self.rollouts))
-        check_tensor(f"the result of {named(function)}", x, dtypes=dtypes, device=self.rollouts.device)
-        check_shape(f"the result of {named(function)}", x, (count,), what)
+        x = self.once(("function", key or function), lambda: function(self.rollouts))
+        name = f"the result of {named(key[0] if key else function)}"
+        check_tensor(name, x, dtypes=dtypes, device=self.rollouts.device)
+        check_shape(name, x, (count,), what)
         return x.detach()
 
     def passed(self, gates: frozenset[Any]) -> Tensor | None:
@@ -144,13 +156,14 @@ class Call:
         return total.mul_(self.learning(part))
 
     def kept(self, part: Part) -> Tensor:
-        """The rollouts that some term keeps, ``[N]``."""
-        count, device = len(self.rollouts), self.rollouts.device
-        if not part.learns:
-            return torch.zeros(count, dtype=torch.bool, device=device)
-        if any(keep is None for keep, _ in part.learns):
-            return torch.ones(count, dtype=torch.bool, device=device)
-        return reduce(torch.logical_or, [keep for keep, _ in part.learns if keep is not None])
+        """The rollouts that some term keeps, ``[N]``: one in which none scored anything leaves if one was to."""
+        flags = torch.zeros(len(self.rollouts), dtype=torch.bool, device=self.rollouts.device)
+        scored, idle = flags, flags
+        for keep, _, nothing in part.learns:
+            keep = ~flags if keep is None else keep
+            scored = scored | (keep if nothing is None else keep & ~nothing)
+            idle = idle if nothing is None else idle | (keep & nothing)
+        return scored | (idle if part.abstains is None else idle & ~part.abstains)
 
     def mask(self, part: Part) -> Tensor:
         """The tokens that learn, bool ``[T]``."""
@@ -159,27 +172,32 @@ class Call:
 
     def learning(self, part: Part) -> Tensor:
         """1 for the tokens that learn, else 0; ``[T]``."""
-        key = "learning", tuple((id(x), id(y)) for x, y in part.learns)
-        return self.once(key, lambda: (self._learning(part), part.learns))[0]  # what is known by its id must not die
+        key = "learning", id(part.abstains), tuple(tuple(map(id, x)) for x in part.learns)
+        return self.once(key, lambda: (self._learning(part), part))[0]  # what is known by its id must not die
 
     def _learning(self, part: Part) -> Tensor:
-        if any(keep is None and only is None for keep, only in part.learns):
+        if any(all(each is None for each in x) for x in part.learns):
             return self.scored
-        if all(only is None for _, only in part.learns):
-            return to_tokens(self.kept(part).float(), self.rollouts).mul_(self.scored)
+        kept = to_tokens(self.kept(part).float(), self.rollouts).mul_(self.scored)
+        if all(x.only is None for x in part.learns):
+            return kept
         learns = torch.zeros_like(self.rollouts.batch.loss_mask)
-        for keep, only in part.learns:
+        for keep, only, _ in part.learns:
             rows = torch.ones_like(learns) if keep is None else to_tokens(keep.float(), self.rollouts) != 0
             learns |= rows if only is None else rows & only
-        return self.scored * learns
+        return kept.mul_(learns)
 
     def report_tokens(self, name: str, values: Tensor, part: Part) -> None:
         """As :meth:`report`, of values of tokens, 0 where nothing of the part learns."""
-        total = torch.count_nonzero(self.learning(part))
-        mean, square = (
-            span_reduce(x, self.rollouts.whole, "sum").double().sum() / total for x in (values, values.square())
-        )
-        self._note(name, mean, (square - mean.square()).clamp_min(0), values.dtype)
+        learning = self.learning(part)
+        total = torch.count_nonzero(learning)
+        mean = self._sum(values) / total
+        apart = (values - mean.to(values.dtype)).square_().mul_(learning)
+        self._note(name, mean, self._sum(apart) / total, values.dtype)
+
+    def _sum(self, tokens: Tensor) -> Tensor:
+        """Rollout by rollout, float64."""
+        return span_reduce(tokens, self.rollouts.whole, "sum").double().sum()
 
     def report(self, name: str, values: Tensor, weights: Tensor) -> None:
         """The mean and deviation of a term over the tokens that it reaches, ``weights`` of them for each value."""
@@ -197,11 +215,19 @@ class Call:
 
 def resolved_function(value: str | Function) -> str | Function:
     """A name as it is; the function that "package.module:name" says."""
-    if callable(value):
-        return value
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        if ":" not in value:
+            return value
+        name, value = value, load(value)
+        if not callable(value):
+            raise TypeError(f"a function of the rollouts is expected at {name}, got {describe(value)}")
+    if not callable(value):
         raise TypeError(f"a name or a function of the rollouts is expected, got {describe(value)}")
-    return load(value) if ":" in value else value
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(f"a function of the rollouts must be hashable: {value!r} is not") from None
+    return value
 
 
 def load(name: str) -> Any:
@@ -226,7 +252,7 @@ def named(function: Any) -> str:
 
 def written(value: Any) -> str:
     """A name or a function as Python would read it back."""
-    is_plain = isinstance(value, str) or hasattr(value, "__qualname__")
+    is_plain = isinstance(value, str) or (hasattr(value, "__qualname__") and not hasattr(value, "__self__"))
     return repr(named(value)) if is_plain else repr(value)
 
 
@@ -243,4 +269,5 @@ def written_call(name: str, x: Any, first: str = "", last: frozenset[str] = froz
 
 def needs_of(function: Any) -> frozenset[str]:
     """What a function of rollouts says that it reads, in its attribute ``needs``."""
-    return frozenset(getattr(function, "needs", ()))
+    needs = getattr(function, "needs", ())
+    return frozenset((needs,) if isinstance(needs, str) else needs)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice
+from trajkern._checks import check_choice, check_number
 from trajkern.credit.part import written_call
 from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
-from trajkern.credit.terms import Directive, OfTree, OfTurns, Outcome, Signs
-from trajkern.ops.advantage import group_advantages
+from trajkern.credit.terms import Directive, OfTurns, Outcome, Signs
+from trajkern.credit.tree_terms import OfTree
 from trajkern.recipes import TREE_RECIPES, nsr, rlcr, srl, tree_grpo
 
 CENTRED: dict[str, Any] = {"scale": "none", "singleton": "zero"}
@@ -33,8 +33,10 @@ class Calibration:
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         correct, confidence = rollouts.reward("reward"), rollouts.reward("confidence")
-        stated = ~confidence.isnan()
-        return rlcr.rewards(correct, torch.where(stated, confidence, 0), form=self.form, well_formed=stated)
+        stated, scored = ~confidence.isnan(), ~correct.isnan()
+        correct, confidence = torch.where(scored, correct, 0), torch.where(stated, confidence, 0)
+        rewards = rlcr.rewards(correct, confidence, form=self.form, well_formed=stated)
+        return torch.where(scored, rewards, torch.nan)
 
     def __repr__(self) -> str:
         return written_call("credit.presets.Calibration", self)
@@ -46,6 +48,9 @@ class StepLikeness:
 
     penalty: float = -1.0
     needs = frozenset({"similarity"})
+
+    def __post_init__(self) -> None:
+        check_number("penalty", self.penalty, dtype=torch.float32)
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         similarity = rollouts.reward("similarity")
@@ -62,13 +67,16 @@ class Varies:
     reward: Callable[[Rollouts], Tensor]
     min_std: float = 1e-4
 
+    def __post_init__(self) -> None:
+        check_number("min_std", self.min_std, low=0)
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset(getattr(self.reward, "needs", ()))
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         ranks = rollouts.ranks
-        every = (ranks.gather(x) for x in (self.reward(rollouts), rollouts.batch.group_ids))
+        every = (ranks.gather(x) for x in (self.reward(rollouts), rollouts.batch.group_ids.long()))
         return ranks.own(srl.keep_groups(*every, min_std=self.min_std))
 
     def __repr__(self) -> str:
@@ -97,23 +105,7 @@ def _tree_grpo(estimator: str = "tree") -> Spec:
     check_choice("estimator", estimator, tree_grpo.ESTIMATORS)
     if estimator == "tree":
         return Outcome() + Outcome(within="tree")
-    return Outcome(within="tree") if estimator == "tree_inner" else Outcome(reward=_InGroup(), within="tree")
-
-
-@dataclass(frozen=True)
-class _InGroup:
-    """The outcome against the prompt's rollouts, to be compared once more inside of their tree."""
-
-    needs = frozenset({"reward"})
-
-    def __call__(self, rollouts: Rollouts) -> Tensor:
-        reward, ranks = rollouts.reward("reward"), rollouts.ranks
-        every = ranks.gather(reward), ranks.gather(rollouts.batch.group_ids)
-        scored = ~every[0].isnan()
-        return torch.where(reward.isnan(), reward, ranks.own(group_advantages(*every, gate=scored)))
-
-    def __repr__(self) -> str:
-        return "credit.presets._InGroup()"
+    return Outcome(within="tree") if estimator == "tree_inner" else Outcome(reward=Outcome(), within="tree")
 
 
 def _rlcr(form: str = "paper") -> Spec:
@@ -136,7 +128,11 @@ def _dro(drop_fraction: float = 0.0, top_k: int = 0, worst_fraction: float = 0.2
 
 
 def _delta_belief(finished: str = "included", reward: Any = None, **options: Any) -> Spec:
-    return OfTurns(reward=BeliefGain(**options) if reward is None else reward, finished=finished)
+    if reward is None:
+        reward = BeliefGain(**options)
+    elif options:
+        raise TypeError(f"{', '.join(options)} set the policy's own reward of a turn, and reward= is another")
+    return OfTurns(reward=reward, finished=finished)
 
 
 def _signs(kind: str) -> Callable[..., Spec]:
@@ -162,4 +158,5 @@ PRESETS: dict[str, Callable[..., Spec]] = {
     "feedback": _feedback,
     **{name: _of_tree(name) for name in TREE_RECIPES},
     "tree_grpo": _tree_grpo,
+    "treepo": lambda reward="reward": OfTree(name="treepo_branches", reward=reward).whiten(),
 }

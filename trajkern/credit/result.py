@@ -54,15 +54,24 @@ class Credit:
             advantages, mask = advantages[at], mask[at]
         return {"advantages": advantages, "mask": mask, "per_token": True}
 
-    def tree_inputs(self, config: PolicyLoss, at: Tensor | None = None) -> dict[str, Any]:
+    def fits_tree(self, config: PolicyLoss) -> bool:
+        """Whether :meth:`tree_inputs` gives this loss exactly; the others read the flat rollouts."""
+        reads_rollouts = config.resolved_ratio_level == "sequence" or config.sampler_correction == "sequence_mask"
+        return config.exact_in_tree and (self.rows is not None or not reads_rollouts)
+
+    def tree_inputs(
+        self, config: PolicyLoss, at: Tensor | None = None, normalizer: float | Tensor | None = None
+    ) -> dict[str, Any]:
         """Arguments of :func:`trajkern.policy_loss` for log-probs of the packed tree's tokens, each prefix once.
 
-        Gives advantages (None), branch, mask, per_token and config. The loss and its gradient are those of the flat
-        rollouts.
+        Gives advantages (None), branch, mask, per_token, config and normalizer. The loss and its gradient are those of
+        the flat rollouts.
 
         Args:
             config: of the loss.
             at: the tree's tokens that the log-probs belong to, such as ``tree.pairs(...).tokens``; None: all of them.
+            normalizer: what the loss is divided by, as in :func:`trajkern.policy_loss`: of a micro-batch, what all of
+                them count together. None: what these rollouts count.
 
         Raises:
             ValueError: the rollouts have no tree; or this loss is not exact on one with these advantages: train the
@@ -71,8 +80,7 @@ class Credit:
         tree = self.rollouts.tree
         if tree is None:
             raise ValueError("tree_inputs needs rollouts with a tree; these have none")
-        reads_rollouts = config.resolved_ratio_level == "sequence" or config.sampler_correction == "sequence_mask"
-        if not config.exact_in_tree or (reads_rollouts and self.rows is None):
+        if not self.fits_tree(config):
             what = "whole rollouts, and these advantages differ inside of one" if config.exact_in_tree else "flat rows"
             raise ValueError(
                 f"kind {config.kind!r} (ratio level {config.resolved_ratio_level!r}, sampler correction "
@@ -82,11 +90,14 @@ class Credit:
         mask = learns if at is None else learns[at]
         if self.rows is not None:
             branch: Any = Paths(tree, self.rows, self.keep)
-            return {"advantages": None, "branch": branch, "mask": mask, "per_token": None, "config": config}
-        branch, config = token_branch(self.advantages, self.mask, tree, config)
+            read = {"branch": branch, "per_token": None, "config": config, "normalizer": normalizer}
+            return {"advantages": None, "mask": mask, **read}
+        branch, summed = token_branch(self.advantages, self.mask, tree, config, normalizer)
         if at is not None:
             branch = Branch(*(x[at] for x in branch))
-        return {"advantages": None, "branch": branch, "mask": mask, "per_token": True, "config": config}
+        normalizer = normalizer if summed is config else None  # else it is in the branch's weights
+        read = {"branch": branch, "per_token": True, "config": summed, "normalizer": normalizer}
+        return {"advantages": None, "mask": mask, **read}
 
 
 def packed_any(flat: Tensor, tree: Tree) -> Tensor:  # [T of the flat rollouts] bool
@@ -95,7 +106,13 @@ def packed_any(flat: Tensor, tree: Tree) -> Tensor:  # [T of the flat rollouts] 
     return marked.index_add(0, tree.flat_index, flat.int()) > 0
 
 
-def token_branch(advantages: Tensor, mask: Tensor, tree: Tree, config: PolicyLoss) -> tuple[Branch, PolicyLoss]:
+def token_branch(
+    advantages: Tensor,  # [T of the flat rollouts]
+    mask: Tensor,
+    tree: Tree,
+    config: PolicyLoss,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Branch, PolicyLoss]:
     """Sums per packed token of flat advantages and masks, and the loss that reads them.
 
     A rollout's tokens have the weight that the aggregation gives them, times whether they learn.
@@ -105,7 +122,7 @@ def token_branch(advantages: Tensor, mask: Tensor, tree: Tree, config: PolicyLos
         torch.arange(tree.num_leaves, device=mask.device), tree.flat_lengths, output_size=index.shape[0]
     )
     counts = torch.zeros(tree.num_leaves, dtype=torch.int64, device=mask.device).index_add(0, owner, mask.long())
-    weights = aggregate_weights(counts, aggregate, config.max_length)[owner] * mask
+    weights = aggregate_weights(counts, aggregate, config.max_length, normalizer)[owner] * mask
     if aggregate.startswith("seq_mean"):
         config = dataclasses.replace(config, aggregate="token_sum")
     parts = Branch.of(advantages.double(), weights, mask.double())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from trajkern.layouts.tree import Tree
 
 _REWARDS = (torch.bool, *INTEGERS, *FLOATS)
 _MOVABLE = (Tensor, PackedBatch, Spans, Tree)
+RESERVED = ("tree", "texts", "rows", "score", "teacher_logprobs", "sampler_logprobs", "divergence")
 Score = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -41,6 +42,7 @@ class Rollouts:
             of token ids. Every rank makes equally many calls.
         teacher_logprobs: float ``[T]``, finite on scored tokens: log p of the tokens under a teacher, such as the
             policy that has been shown a hint. Where it is the policy's own log-prob nothing is directed.
+        adds_divergences: whether the caller adds ``Credit.divergences`` to its loss; without, they are refused.
         process_group: of torch.distributed, over whose ranks groups are spread. Statistics are then those of all ranks'
             rollouts; every rank must make the same calls. Trees and spans are never spread.
 
@@ -61,6 +63,7 @@ class Rollouts:
     score: Score | None = None
     teacher_logprobs: Tensor | None = None  # [T]
     process_group: Any = None
+    adds_divergences: bool = False
     ranks: Ranks = field(init=False, repr=False)
     unscored: frozenset[str] = field(init=False, repr=False)  # the rewards that have a NaN
     memory: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
@@ -68,9 +71,15 @@ class Rollouts:
     def __post_init__(self) -> None:
         if not isinstance(self.batch, PackedBatch):
             raise TypeError(f"batch must be a trajkern.PackedBatch, got {describe(self.batch)}")
+        for name in ("rewards", "spans", "span_rewards", "flags"):
+            if not isinstance(x := getattr(self, name), Mapping) and (name != "rewards" or x is not None):
+                raise TypeError(f"{name} must be a mapping of names, got {describe(x)}")
         rewards = self.rewards
         if rewards is None:
             rewards = {} if self.batch.rewards is None else {"reward": self.batch.rewards}
+        for name in rewards:
+            if name in RESERVED or ":" in name:
+                raise ValueError(f"rewards must not be called {', '.join(RESERVED)}, nor with a colon; got {name!r}")
         scored = {name: self._reward(f"rewards[{name!r}]", x) for name, x in rewards.items()}
         self._set("rewards", scored)
         self._set("unscored", frozenset(name for name, x in scored.items() if bool(x.isnan().any())))
@@ -90,13 +99,18 @@ class Rollouts:
                 raise ValueError(
                     f"{name} must have one entry for each of the {len(self)} rollouts, got {len(sequence)}"
                 )
+        for n, row in enumerate(self.rows or ()):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"rows must be mappings of columns; row {n} is {describe(row)}")
         if self.score is not None and not callable(self.score):
             raise TypeError(f"score must be a function, got {describe(self.score)}")
         self._check_tree()
         self._check_teacher()
+        dtypes = {name: str(x.dtype) for name, x in scored.items()}
+        dtypes |= {f"span_rewards:{name}": str(x.dtype) for name, x in self.span_rewards.items()}
         counts = {"rollouts": len(self), "trees": 0 if self.tree is None else self.tree.num_roots}
         counts |= {f"spans:{name}": len(x) for name, x in spans.items()}
-        self._set("ranks", Ranks.of(self.process_group, counts))
+        self._set("ranks", Ranks.of(self.process_group, counts, self.batch.group_ids, dtypes))
 
     def __len__(self) -> int:
         """N."""
@@ -123,7 +137,8 @@ class Rollouts:
     def log_ratio_base(self) -> Tensor | None:
         """The log-probs that a teacher's are compared with, ``[T]``: the old ones, else the sampler's."""
         batch = self.batch
-        return batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        base = batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        return None if base is None else base.detach()
 
     @property
     def names(self) -> set[str]:
@@ -131,11 +146,16 @@ class Rollouts:
         found = {*self.rewards} if self.rewards else set()
         for kind in ("spans", "span_rewards", "flags"):
             found |= {f"{kind}:{name}" for name in getattr(self, kind)}
-        found |= {name for name in ("tree", "texts", "rows", "score") if getattr(self, name) is not None}
+        known = ("tree", "texts", "rows", "score", "teacher_logprobs")
+        found |= {name for name in known if getattr(self, name) is not None}
         if self.rows:
             found |= {f"rows:{column}" for column in self.rows[0] if all(column in row for row in self.rows)}
-        if self.teacher_logprobs is not None and self.log_ratio_base is not None:
-            found.add("teacher_logprobs")
+        if self.rows is not None and not len(self.rows):
+            found.add("rows:*")  # of no rollouts, any column
+        if self.log_ratio_base is not None:
+            found.add("sampler_logprobs")
+        if self.adds_divergences:
+            found.add("divergence")
         return found
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -194,14 +214,36 @@ class Rollouts:
             return
         if not isinstance(tree, Tree):
             raise TypeError(f"tree must be a trajkern.Tree, got {describe(tree)}")
-        bounds = batch.cu_seqlens.long()
+        bounds, index = batch.cu_seqlens.long(), tree.flat_index
         if tree.num_leaves != len(self) or not torch.equal(tree.flat_cu_seqlens, bounds):
             raise ValueError(
                 "tree must have the rollouts as its leaves' paths, in their order; "
                 f"its leaves' lengths are {tree.flat_lengths.tolist()[:8]}, the rollouts' {bounds.diff().tolist()[:8]}"
             )
-        if tree.source is not None and not torch.equal(batch.tokens[tree.source][tree.flat_index], batch.tokens):
-            raise ValueError("tree must have the rollouts' tokens on its paths; some differ")
+        if tree.source is not None:
+            if bool((tree.source >= batch.num_tokens).any()):
+                raise ValueError("tree must be of these rollouts; its source points outside of them")
+            if not torch.equal(batch.tokens[tree.source][index], batch.tokens):
+                raise ValueError("tree must have the rollouts' tokens on its paths; some differ")
+        marked = torch.zeros(2, tree.num_tokens, dtype=torch.bool, device=self.device)
+        marked[0, index[batch.loss_mask]] = True
+        marked[1, index[~batch.loss_mask]] = True
+        if bool(marked.all(0).any()):
+            raise ValueError("tree must share tokens only where the rollouts' loss masks agree; some differ")
+        self._set("tree", self._of_groups(tree))
+
+    def _of_groups(self, tree: Tree) -> Tree:
+        """The tree, a root's group being its rollouts' in the batch."""
+        groups, roots = self.batch.group_ids.long(), tree.leaf_root
+        of_root = groups.new_zeros(tree.num_roots).scatter(0, roots, groups)
+        if not torch.equal(of_root[roots], groups):
+            raise ValueError("tree must have roots whose rollouts share a group; group_ids differ below one")
+        if tree.group_ids is None:
+            return replace(tree, group_ids=of_root)
+        pairs = torch.stack((tree.leaf_group.long(), groups)).unique(dim=1).shape[1]
+        if not pairs == tree.leaf_group.unique().shape[0] == groups.unique().shape[0]:
+            raise ValueError("tree must have the rollouts' groups; its group_ids make others")
+        return tree
 
     def _check_teacher(self) -> None:
         teacher = self.teacher_logprobs
@@ -210,6 +252,9 @@ class Rollouts:
         check_tensor("teacher_logprobs", teacher, dtypes=FLOATS, device=self.device)
         check_shape("teacher_logprobs", teacher, (self.batch.num_tokens,), "one a token; a teacher is never padded")
         check_finite("teacher_logprobs", teacher, where=self.batch.loss_mask)
+        if self.log_ratio_base is None:
+            raise ValueError("teacher_logprobs needs old_logprobs or sampler_logprobs of the batch, which has neither")
+        self._set("teacher_logprobs", teacher.detach())
 
 
 def widened(x: Tensor) -> Tensor:

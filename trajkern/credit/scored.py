@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_flag, check_number
+from trajkern._checks import (
+    check_choice,
+    check_count,
+    check_cu_seqlens,
+    check_flag,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+)
+from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit.part import written_call
-from trajkern.credit.rollouts import Rollouts
+from trajkern.credit.rollouts import Rollouts, widened
 from trajkern.ops.reflection import reflection_rewards
 from trajkern.recipes import delta_belief, dro
 from trajkern.recipes._groups import pair_ids
@@ -43,37 +53,47 @@ class Reflection:
         return frozenset(names | ({"reward"} if self.outcome_weight else set()))
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
-        rewards = self.of_reference(rollouts)[0]
+        return self.among(rollouts, None)
+
+    def among(self, rollouts: Rollouts, keep: Tensor | None) -> Tensor:  # [N] bool
+        """The rewards of these rollouts, compared with each other alone; NaN for the others."""
+        rewards = self._compared(rollouts, keep)[0] if keep is not None else self.of_reference(rollouts)[0]
         if self.outcome_weight:
             rewards = rewards + self.outcome_weight * rollouts.reward("reward")
         return rewards
 
     def of_reference(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """The rewards, and each rollout's group's score, ``[N]`` each."""
-        return rollouts.once((self, "reference"), lambda: self._compared(rollouts))
+        return rollouts.once((self, "reference"), lambda: self._compared(rollouts, None))
 
     def scored(self, rollouts: Rollouts, ranks: bool = False) -> tuple[Tensor, ...]:
         """What the policy makes of the references behind the reasoning."""
         ends = _ends_of(rollouts, self.span)
         contexts = [tokens[:end] for tokens, end in zip(rollouts.token_lists, ends, strict=True)]
-        return rollouts.once((self.span, "scores", ranks), lambda: _score(rollouts, contexts, ranks=ranks))
+        return rollouts.once((self.span, "scores", ranks), lambda: _references(rollouts, contexts, ranks=ranks))
 
-    def _compared(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def _compared(self, rollouts: Rollouts, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         logprobs, bounds = self.scored(rollouts)[:2]
-        gain = logprobs
+        gain, lengths = logprobs, bounds.diff()
         if self.masked:
             contexts = [tokens[:end] for tokens, end in zip(rollouts.token_lists, rollouts.prompt_lengths, strict=True)]
-            gain = logprobs - _score(rollouts, contexts)[0]
-        groups, lengths = (rollouts.ranks.gather(x) for x in (rollouts.batch.group_ids, bounds.diff()))
+            gain = logprobs - rollouts.once("masked references", lambda: _references(rollouts, contexts))[0]
+        groups, lengths = (rollouts.ranks.gather(x) for x in (rollouts.batch.group_ids.long(), lengths))
+        if keep is not None:  # each of the others is a group of its own
+            alone = 1 + torch.arange(len(groups), device=gain.device)
+            groups = pair_ids(torch.where(rollouts.ranks.gather(keep), 0, alone), groups)
         of_all = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         every, gains = (rollouts.ranks.gather_packed(x, lengths) for x in (logprobs, gain))
         result = reflection_rewards(every, of_all, groups, baseline=every - gains)
         rewards = result.rewards
         if self.weights == "uniform":
             owner = torch.repeat_interleave(torch.arange(len(lengths), device=gain.device), lengths)
-            rewards = torch.zeros_like(rewards).index_add(0, owner, gains) / lengths
-        score = result.group_score[pair_ids(groups)]
-        return rollouts.ranks.own(rewards), rollouts.ranks.own(score)
+            total = torch.zeros(len(lengths), dtype=torch.float64, device=gain.device).index_add(
+                0, owner, gains.double()
+            )
+            rewards = (total / lengths).to(rewards.dtype)
+        rewards, score = (rollouts.ranks.own(x) for x in (rewards, result.group_score[pair_ids(groups)]))
+        return rewards if keep is None else torch.where(keep, rewards, torch.nan), score
 
     def __repr__(self) -> str:
         return written_call(f"credit.scored.{type(self).__name__}", self)
@@ -88,15 +108,21 @@ class InReach:
     top_k: int = 0
     worst_fraction: float = 0.25
 
+    def __post_init__(self) -> None:
+        check_number("drop_fraction", self.drop_fraction, low=0, high=1)
+        check_count("top_k", self.top_k, low=0)
+        check_number("worst_fraction", self.worst_fraction, above=0, high=1)
+
     @property
     def needs(self) -> frozenset[str]:
         return self.reward.needs
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         gather, own = rollouts.ranks.gather, rollouts.ranks.own
-        groups = pair_ids(gather(rollouts.batch.group_ids))
+        groups = pair_ids(gather(rollouts.batch.group_ids.long()))
         score = gather(self.reward.of_reference(rollouts)[1])
-        of_group = torch.zeros(int(groups.max()) + 1, dtype=score.dtype, device=score.device).scatter(0, groups, score)
+        count = int(groups.max()) + 1 if len(groups) else 0
+        of_group = torch.zeros(count, dtype=score.dtype, device=score.device).scatter(0, groups, score)
         keep = own(dro.keep_groups(of_group, drop_fraction=self.drop_fraction)[groups])
         if self.top_k:
             _, bounds, places = self.reward.scored(rollouts, ranks=True)
@@ -124,21 +150,52 @@ class BeliefGain:
     turn_cost: float = 0.05
     needs = frozenset({"score", "reward", "spans:turn", "rows:belief_target"})
 
+    def __post_init__(self) -> None:
+        check_flag("clip", self.clip)
+        for name in ("scale", "win_reward", "turn_cost"):
+            check_number(name, getattr(self, name), low=0, dtype=torch.float32)
+
     def __call__(self, rollouts: Rollouts) -> Tensor:
         turns = rollouts.spans["turn"]
-        beliefs, bounds = rollouts.once(("beliefs",), lambda: _beliefs(rollouts))
+        beliefs, bounds = self.beliefs(rollouts)
         penalty = rollouts.span_rewards.get("penalty", beliefs.new_zeros(len(turns)))
-        won = rollouts.reward("reward") > 0
+        reward = rollouts.reward("reward")
         options = {name: getattr(self, name) for name in ("scale", "clip", "win_reward", "turn_cost")}
-        return delta_belief.turn_rewards(beliefs, bounds, won=won, penalty=penalty, **options)
+        rewards = delta_belief.turn_rewards(beliefs, bounds, won=reward > 0, penalty=penalty, **options)
+        return torch.where(reward.isnan()[turns.trajectory.long()], torch.nan, rewards)
+
+    def beliefs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """log p of the hidden answer before each rollout's first turn and after each, NaN where not asked; and the
+        rollouts' bounds ``[N+1]``."""
+        return rollouts.once(("beliefs",), lambda: _beliefs(rollouts))
 
     def __repr__(self) -> str:
         return written_call(f"credit.scored.{type(self).__name__}", self)
 
 
-def _score(rollouts: Rollouts, contexts: list[Any], *, ranks: bool = False) -> tuple[Tensor, ...]:
-    targets = [row["reference"] for row in rollouts.rows]  # type: ignore[union-attr]
-    return rollouts.score(contexts, targets, ranks=ranks)  # type: ignore[misc]
+def _references(rollouts: Rollouts, contexts: list[Any], *, ranks: bool = False) -> tuple[Tensor, ...]:
+    assert rollouts.rows is not None
+    return from_host(rollouts, contexts, [row["reference"] for row in rollouts.rows], ranks=ranks)
+
+
+def from_host(
+    rollouts: Rollouts, contexts: list[Any], targets: list[Any], *, ranks: bool = False
+) -> tuple[Tensor, ...]:
+    """What the host's ``score`` makes of them, float32 or wider; raises where it is not what was asked for."""
+    assert rollouts.score is not None
+    result = rollouts.score(contexts, targets, ranks=True) if ranks else rollouts.score(contexts, targets)
+    if not isinstance(result, tuple) or len(result) != 2 + ranks:
+        raise TypeError(f"score must return {2 + ranks} tensors, got {describe(result)}")
+    logprobs, bounds = result[:2]
+    places: tuple[Tensor, ...] = result[2:]
+    check_tensor("the log-probs of score", logprobs, dtypes=FLOATS, ndim=1, device=rollouts.device)
+    check_tensor("the cu_seqlens of score", bounds, dtypes=INTEGERS, device=rollouts.device)
+    check_shape("the cu_seqlens of score", bounds, (len(targets) + 1,), "the boundaries of the targets")
+    check_cu_seqlens(bounds, logprobs.shape[0])
+    for place in places:
+        check_tensor("the ranks of score", place, dtypes=INTEGERS, device=rollouts.device)
+        check_shape("the ranks of score", place, tuple(logprobs.shape), "one a log-prob")
+    return widened(logprobs.detach()), bounds.long(), *places
 
 
 def _ends_of(rollouts: Rollouts, name: str) -> list[int]:
@@ -151,7 +208,7 @@ def _ends_of(rollouts: Rollouts, name: str) -> list[int]:
 
 
 def _beliefs(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """log p of the hidden answer before each rollout's first turn and after each, NaN where not asked; and bounds."""
+    """See :meth:`BeliefGain.beliefs`."""
     turns, device = rollouts.spans["turn"], rollouts.device
     counts = group_counts(turns.trajectory, len(rollouts))
     bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
@@ -162,9 +219,10 @@ def _beliefs(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
             asked.append(int(bounds[n]) + turn)
             contexts.append((rollouts.token_lists[n][:stop], row.get("belief_probe", "")))
             targets.append(row["belief_target"])
-    logprobs, lengths = rollouts.score(contexts, targets)  # type: ignore[misc]
+    logprobs, lengths = from_host(rollouts, contexts, targets)
     owner = torch.repeat_interleave(torch.arange(len(targets), device=device), lengths.diff())
-    belief = torch.zeros(len(targets), dtype=logprobs.dtype, device=device).index_add(0, owner, logprobs)
+    belief = torch.zeros(len(targets), dtype=torch.float64, device=device).index_add(0, owner, logprobs.double())
+    belief = belief.to(logprobs.dtype)
     every = torch.full((int(bounds[-1]),), torch.nan, dtype=belief.dtype, device=device)
     return every.index_copy(0, torch.tensor(asked, device=device, dtype=torch.int64), belief), bounds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from trajkern.ops.advantage import whiten
 from trajkern.ops.span import spread
 from trajkern.recipes.dro import GATES
 from trajkern.recipes.dro import gate as judged
+from trajkern.recipes.trees import of_rollouts
 
 GateSet = frozenset["Gate"]
 
@@ -44,10 +45,10 @@ class Spec(abc.ABC):
         self.check(rollouts.names)
         call = Call(rollouts)
         part = self.part(call, frozenset())
-        advantages, mask, keep = call.tokens(part), call.mask(part), call.kept(part)
+        advantages, mask, keep = call.tokens(part), call.mask(part).clone(), call.kept(part)  # nobody else's
         positive = torch.count_nonzero(advantages > 0) / torch.count_nonzero(mask)
         metrics = call.metrics | {"kept": keep.float().mean(), "positive": positive}
-        whole = part.rows is not None and part.kinds() == 1 and all(only is None for _, only in part.learns)
+        whole = part.rows is not None and part.kinds() == 1 and all(x.only is None for x in part.learns)
         rows = torch.where(keep, part.rows, 0) if whole and part.rows is not None else None
         divergences = tuple((term, torch.where(mask, weight, 0)) for term, weight in part.divergences)
         return Credit(advantages, mask, keep, metrics, divergences, rollouts, rows)
@@ -77,6 +78,8 @@ class Spec(abc.ABC):
             child.check(names)
         for name in sorted(self.own_needs - names):
             kind = name.partition(":")[0] + ":" if ":" in name else ""
+            if kind == "rows:" and "rows:*" in names:
+                continue
             same = sorted(x for x in names if x.startswith(kind) and (kind or ":" not in x))
             raise ValueError(f"{self!r} needs {name!r}, which the rollouts do not have; they have {', '.join(same)}")
 
@@ -97,7 +100,9 @@ class Spec(abc.ABC):
         if isinstance(factor, Spec):
             return NotImplemented
         factor = float(check_number("factor", factor, dtype=torch.float32))
-        return Scaled(factor * self.factor, self.spec) if isinstance(self, Scaled) else Scaled(factor, self)
+        if isinstance(self, Scaled):
+            return self.spec * (factor * self.factor)
+        return Scaled(factor, self)
 
     __rmul__ = __mul__
 
@@ -154,7 +159,7 @@ class Gate:
             flags = call.asked(self.flag, (torch.bool,), len(rollouts), "one flag a rollout")
         else:
             flags = rollouts.flags[self.flag]
-        groups = rollouts.batch.group_ids
+        groups = rollouts.batch.group_ids.long()
         if self.mode == "drop_rollout":
             return flags
         flags, groups = (rollouts.ranks.gather(x) for x in (flags, groups))
@@ -196,7 +201,7 @@ class Scaled(Spec):
         part, factor = self.spec.part(call, gates), self.factor
         scaled = part.mapped(lambda x: x * factor)
         weighed = tuple((term, weight * factor) for term, weight in part.divergences)
-        return Part(scaled.rows, scaled.spans, scaled.tokens, part.learns, weighed)
+        return replace(scaled, divergences=weighed)
 
     def __repr__(self) -> str:
         return f"{self.factor!r} * {_bracketed(self.spec)}"
@@ -243,7 +248,7 @@ class On(Spec):
                 tokens = added(tokens, spread(x, call.rollouts.spans[other]))
         tokens = None if tokens is None else torch.where(inside, tokens, 0)
         weighed = tuple((term, torch.where(inside, weight, 0)) for term, weight in part.divergences)
-        return Part(None, spans, tokens, part.learns, weighed)
+        return replace(part, rows=None, spans=spans, tokens=tokens, divergences=weighed)
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.spec)}.on({self.span!r})"
@@ -253,8 +258,8 @@ class On(Spec):
 class Only(On):
     def part(self, call: Call, gates: GateSet) -> Part:
         part, inside = super().part(call, gates), call.inside(self.span)
-        learns = tuple((keep, inside if only is None else inside & only) for keep, only in part.learns)
-        return Part(part.rows, part.spans, part.tokens, learns, part.divergences)
+        learns = tuple(x._replace(only=inside if x.only is None else inside & x.only) for x in part.learns)
+        return replace(part, learns=learns)
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.spec)}.only({self.span!r})"
@@ -269,9 +274,9 @@ class Bent(Spec):
     def bend(self, x: Tensor) -> Tensor: ...
 
     def part(self, call: Call, gates: GateSet) -> Part:
-        part = self.spec.part(call, gates)
+        part = advantages_alone(self, self.spec.part(call, gates))
         if part.kinds() > 1:
-            part = Part(tokens=call.tokens(part), learns=part.learns, divergences=part.divergences)
+            part = replace(part, rows=None, spans={}, tokens=call.tokens(part))
         return part.mapped(self.bend)
 
 
@@ -306,20 +311,21 @@ class Whitened(Spec):
     spec: Spec
 
     def part(self, call: Call, gates: GateSet) -> Part:
-        part = self.spec.part(call, gates)
+        part = advantages_alone(self, self.spec.part(call, gates))
         mask, rollouts = call.mask(part), call.rollouts
         tokens = whiten(call.tokens(part), mask=mask, process_group=rollouts.process_group)
-        if part.rows is None or part.kinds() > 1 or any(only is not None for _, only in part.learns):
-            return Part(tokens=tokens, learns=part.learns, divergences=part.divergences)
-        # still one value a rollout: that of its first learning token, where it has one
-        seen = mask.cumsum(0)
-        before = torch.cat((seen.new_zeros(1), seen))[rollouts.batch.cu_seqlens[:-1].long()]
-        first = torch.searchsorted(seen, before + 1).clamp_max(max(tokens.shape[0] - 1, 0))
-        rows = torch.where(call.kept(part) & (call.counts > 0), tokens[first], 0) if tokens.shape[0] else part.rows
-        return Part(rows, learns=part.learns, divergences=part.divergences)
+        if part.rows is None or part.kinds() > 1 or any(x.only is not None for x in part.learns):
+            return replace(part, rows=None, spans={}, tokens=tokens)
+        return replace(part, rows=of_rollouts(tokens, mask, rollouts.batch.cu_seqlens))
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.spec)}.whiten()"
+
+
+def advantages_alone(spec: Spec, part: Part) -> Part:
+    if part.divergences:
+        raise ValueError(f"{spec!r}: a divergence is a term of the loss, and no advantage to be bent; add it behind")
+    return part
 
 
 def _bracketed(spec: Spec) -> str:

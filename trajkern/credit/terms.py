@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number
+from trajkern._checks import check_choice, check_count, check_number
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern.credit.part import Call, Function, Part, named, needs_of, resolved_function, written, written_call
-from trajkern.credit.result import packed_any, to_tokens
+from trajkern.credit.part import Call, Function, Learns, Part, named, needs_of, resolved_function, written, written_call
+from trajkern.credit.result import to_tokens
 from trajkern.credit.rollouts import check_counted, widened
 from trajkern.credit.spec import GateSet, Spec
-from trajkern.layouts.tree import Tree
 from trajkern.ops.advantage import BASELINES, SCALES, SINGLETONS, group_advantages
-from trajkern.recipes import TREE_RECIPES, delta_belief, nsr
+from trajkern.recipes import delta_belief, nsr
 from trajkern.recipes._groups import pair_ids
 
 REWARDS = (torch.bool, *INTEGERS, *FLOATS)
@@ -28,6 +28,7 @@ class Term(Spec):
     """A leaf of an expression: computed once a call behind equal gates."""
 
     children: ClassVar = ()
+    made_by: ClassVar[tuple[str, str]]  # the function that makes it, and its argument by position
 
     def part(self, call: Call, gates: GateSet) -> Part:
         return call.once((self, gates), lambda: self.formed(call, gates))
@@ -37,7 +38,7 @@ class Term(Spec):
 
     def __repr__(self) -> str:
         """Its function, with what is not the default."""
-        name, first = FUNCTIONS[type(self)]
+        name, first = self.made_by
         return written_call(f"credit.{name}", self, first, GROUP if isinstance(self, Compared) else frozenset())
 
 
@@ -53,8 +54,8 @@ class Compared(Term):
 
     def __post_init__(self) -> None:
         for name, choices in (("baseline", BASELINES), ("scale", SCALES), ("singleton", SINGLETONS), ("ddof", (0, 1))):
-            check_choice(name, getattr(self, name), choices)
-        check_number("eps", self.eps, low=0, dtype=torch.float32)
+            object.__setattr__(self, name, check_choice(name, getattr(self, name), choices))
+        object.__setattr__(self, "eps", float(check_number("eps", self.eps, low=0, dtype=torch.float32)))
 
     def compared(self, x: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
         return group_advantages(x, ids, gate=keep, **{name: getattr(self, name) for name in GROUP})
@@ -62,29 +63,31 @@ class Compared(Term):
 
 @dataclass(frozen=True, repr=False)
 class Outcome(Compared):
+    made_by: ClassVar = ("outcome", "reward")
     reward: Any = "reward"  # str | Function
     within: str = "group"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "reward", resolved_function(self.reward))
+        if not isinstance(self.reward, Spec):
+            object.__setattr__(self, "reward", resolved_function(self.reward))
         check_choice("within", self.within, OUTCOME_WITHIN)
 
     @property
     def own_needs(self) -> frozenset[str]:
-        reward = needs_of(self.reward) if callable(self.reward) else {self.reward}
-        return frozenset(reward) | ({"tree"} if self.within == "tree" else frozenset())
+        return needs_of_reward(self.reward) | ({"tree"} if self.within == "tree" else frozenset())
 
     def formed(self, call: Call, gates: GateSet) -> Part:
-        reward, passed = reward_of(call, self.reward), call.passed(gates)
-        keep = ~reward.isnan() if passed is None else passed & ~reward.isnan()
+        reward, passed = reward_of(call, self.reward, gates), call.passed(gates)
+        missing = reward.isnan()
+        keep = ~missing if passed is None else passed & ~missing
         check_counted(f"rewards[{written(self.reward)}]", reward, keep)
         ranks = call.rollouts.ranks
         every = (ranks.gather(x) for x in (reward, call.once(("ids", self.within), lambda: self._ids(call)), keep))
         rows = ranks.own(self.compared(*every))
         name = "outcome" if self.reward == "reward" else f"outcome:{named(self.reward)}"
         call.report(name, rows, torch.where(keep, call.counts, 0))
-        return Part(rows, learns=((keep, None),))
+        return Part(rows, learns=(Learns(keep),), abstains=missing if passed is None else missing & passed)
 
     def _ids(self, call: Call) -> Tensor:
         """Who is compared with whom, on all ranks."""
@@ -100,6 +103,7 @@ class Outcome(Compared):
 
 @dataclass(frozen=True, repr=False)
 class OfSpans(Compared):
+    made_by: ClassVar = ("spans", "name")
     name: str = ""
     reward: Any = None  # None | str | Function
     within: str = "group"
@@ -140,15 +144,19 @@ class OfSpans(Compared):
         # a rollout without spans has nothing that could not be scored
         of_rollout = torch.zeros(2, len(rollouts), dtype=torch.int64, device=rollouts.device)
         total, good = of_rollout.index_add(1, owner, torch.stack((torch.ones_like(scored), scored)).long())
-        keep = (good > 0) | (total == 0)
+        idle, abstains = total == 0, (total > 0) & (good == 0)
+        if passed is not None:
+            abstains = abstains & passed
+        keep = ~abstains if passed is None else passed & ~abstains
         call.report(f"spans:{self.name}", values, torch.where(counted, call.span_counts(self.name), 0))
-        return Part(spans={self.name: values}, learns=((keep if passed is None else keep & passed, None),))
+        return Part(spans={self.name: values}, learns=(Learns(keep, None, idle),), abstains=abstains)
 
 
 @dataclass(frozen=True, repr=False)
 class OfTurns(Term):
     """Delta-belief's comparison of turns; see :func:`trajkern.recipes.delta_belief.turn_advantages`."""
 
+    made_by: ClassVar = ("terms.OfTurns", "")
     reward: Any = "turn"  # str | Function
     finished: str = "included"
 
@@ -165,6 +173,7 @@ class OfTurns(Term):
         rollouts, turns, passed = call.rollouts, call.rollouts.spans["turn"], call.passed(gates)
         owner, ranks = turns.trajectory.long(), rollouts.ranks
         rewards = span_reward_of(call, self.reward, "turn")
+        check_counted(f"span_rewards[{written(self.reward)}]", rewards, torch.ones_like(owner, dtype=torch.bool))
         groups = ranks.gather(rollouts.batch.group_ids.long())
         of_all = (rewards, owner + ranks.begin("rollouts"), turns.index.long())
         rewards, rollout, index = (ranks.gather(x, "spans:turn") for x in of_all)
@@ -178,11 +187,16 @@ class OfTurns(Term):
         if passed is not None:
             values, weights = torch.where(passed[owner], values, 0), torch.where(passed[owner], weights, 0)
         call.report("delta_belief", values, weights)
-        return Part(spans={"turn": values}, learns=((passed, None),))
+        turned = torch.zeros(len(rollouts), dtype=torch.int64, device=rollouts.device).index_add(
+            0, owner, torch.ones_like(owner)
+        )
+        keep = torch.ones_like(turned, dtype=torch.bool) if passed is None else passed
+        return Part(spans={"turn": values}, learns=(Learns(keep, None, turned == 0),))
 
 
 @dataclass(frozen=True, repr=False)
 class Directive(Term):
+    made_by: ClassVar = ("directive", "where")
     where: str = "all"
 
     def __post_init__(self) -> None:
@@ -196,17 +210,18 @@ class Directive(Term):
         teacher, base = call.rollouts.teacher_logprobs, call.rollouts.log_ratio_base
         assert teacher is not None and base is not None
         keep = directed(call, self.where, gates)
-        part = Part(learns=((keep, None),))
+        part = Part(learns=(Learns(keep),))
         # what is not scored may be anything
         tokens = (widened(teacher) - widened(base)).nan_to_num_(0, 0, 0).mul_(call.learning(part))
         call.report_tokens("directive", tokens, part)
-        return Part(tokens=tokens, learns=part.learns)
+        return replace(part, tokens=tokens)
 
 
 @dataclass(frozen=True, repr=False)
 class Divergence(Term):
     """A term of the loss, not of the advantage: its gradient reaches tokens that were not sampled."""
 
+    made_by: ClassVar = ("divergence", "where")
     where: str = "all"
     k: int | None = 100
     beta: float = 0.5
@@ -216,7 +231,7 @@ class Divergence(Term):
         check_choice("where", self.where, WHERE)
         check_number("beta", self.beta, low=0, high=1)
         if self.k is not None:
-            check_number("k", self.k, low=1)
+            object.__setattr__(self, "k", check_count("k", self.k, low=1))
         if self.max_ratio is not None:
             check_number("max_ratio", self.max_ratio, above=0)
 
@@ -229,13 +244,14 @@ class Divergence(Term):
         weight = to_tokens(torch.ones(len(call.rollouts), device=call.rollouts.device), call.rollouts)
         if keep is not None:
             weight = to_tokens(keep.to(weight.dtype), call.rollouts)
-        return Part(learns=((keep, None),), divergences=((self, weight),))
+        return Part(learns=(Learns(keep),), divergences=((self, weight),))
 
 
 @dataclass(frozen=True, repr=False)
 class Signs(Term):
     """By the sign of the outcome alone; see :func:`trajkern.recipes.nsr.advantages`."""
 
+    made_by: ClassVar = ("terms.Signs", "")
     kind: str = "w_reinforce"
     positive_weight: float = 0.1
     reward: str = "reward"
@@ -256,75 +272,7 @@ class Signs(Term):
         keep = keep & scored if passed is None else keep & scored & passed
         rows = torch.where(keep, rows, 0)
         call.report(self.kind, rows, torch.where(keep, call.counts, 0))
-        return Part(rows, learns=((keep, None),))
-
-
-@dataclass(frozen=True, repr=False)
-class OfTree(Term):
-    """A recipe of ``trajkern.recipes.TREE_RECIPES``: of leaves, of nodes, or of the steps of each path."""
-
-    name: str = "treerl"
-    reward: str = "reward"
-
-    def __post_init__(self) -> None:
-        check_choice("name", self.name, TREE_RECIPES)
-        check_name("reward", self.reward)
-
-    @property
-    def own_needs(self) -> frozenset[str]:
-        return frozenset((self.reward, "tree"))
-
-    def formed(self, call: Call, gates: GateSet) -> Part:
-        rollouts, recipe, passed = call.rollouts, TREE_RECIPES[self.name], call.passed(gates)
-        tree, reward = rollouts.tree, reward_of(call, self.reward)
-        assert tree is not None
-        keep, only = passed, recipe.learns(self._sampled(call)) if recipe.learns else None
-        if self.reward in rollouts.unscored:
-            keep = ~reward.isnan() if keep is None else keep & ~reward.isnan()
-        mask = packed_any(rollouts.batch.loss_mask, tree)
-        if keep is None:
-            of_kept = self._values(tree, reward, mask)
-        else:  # the one read: how many are left
-            tree, nodes = tree.pruned(keep)
-            of_kept = self._values(tree, reward[keep], mask[nodes[rollouts.tree.token_node]])  # type: ignore[union-attr]
-        placed = self._placed(call, of_kept, keep)
-        part = Part(placed.get("rows"), tokens=placed.get("tokens"), learns=((keep, only),))
-        if part.rows is None:
-            tokens = call.tokens(part)
-            call.report_tokens(self.name, tokens, part)
-            return Part(tokens=tokens, learns=part.learns)
-        call.report(self.name, part.rows, call.counts if keep is None else torch.where(keep, call.counts, 0))
-        return part
-
-    def _sampled(self, call: Call) -> Tensor:
-        """What each token was sampled with, ``[T]``."""
-        base = call.rollouts.batch.sampler_logprobs
-        base = call.rollouts.batch.old_logprobs if base is None else base
-        if base is None:
-            raise ValueError(f"{self!r} needs sampler_logprobs or old_logprobs of the batch, which has neither")
-        return torch.where(call.rollouts.batch.loss_mask, base, torch.nan)
-
-    def _values(self, tree: Tree, reward: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Of the rollouts of ``tree``, ``rows``, or of their tokens, ``tokens``."""
-        recipe, length = TREE_RECIPES[self.name], tree.flat_index.shape[0]
-        if not tree.num_leaves:
-            return {"rows": reward} if recipe.per == "leaf" else {"tokens": reward}
-        values = recipe.advantages(tree, reward, mask)
-        if recipe.per == "leaf":
-            return {"rows": values}
-        node = tree.path_nodes[1]
-        steps = values if recipe.per == "step" else values[node]
-        return {"tokens": torch.repeat_interleave(steps, tree.node_lengths.long()[node], output_size=length)}
-
-    def _placed(self, call: Call, values: dict[str, Tensor], keep: Tensor | None) -> dict[str, Tensor]:
-        """The values of the rollouts that are kept among those of all."""
-        if keep is None:
-            return values
-        where = {"rows": keep, "tokens": to_tokens(keep.float(), call.rollouts) != 0}
-        return {
-            kind: torch.zeros(where[kind].shape, dtype=x.dtype, device=x.device).masked_scatter(where[kind], x)
-            for kind, x in values.items()
-        }
+        return Part(rows, learns=(Learns(keep),), abstains=~scored if passed is None else passed & ~scored)
 
 
 def check_name(argument: str, value: Any) -> None:
@@ -332,11 +280,28 @@ def check_name(argument: str, value: Any) -> None:
         raise TypeError(f"{argument} must be a name, got {value!r}")
 
 
-def reward_of(call: Call, reward: str | Function) -> Tensor:
-    """Of each rollout ``[N]``, float."""
-    if callable(reward):
-        return widened(call.asked(reward, REWARDS, len(call.rollouts), "one reward a rollout"))
-    return call.rollouts.reward(reward)
+def reward_of(call: Call, reward: str | Function | Spec, gates: GateSet) -> Tensor:
+    """Of each rollout ``[N]``, float: of this name, what an expression comes to, or what a function returns.
+
+    A function that compares rollouts itself has a method ``among``, which is told which are compared.
+    """
+    if isinstance(reward, str):
+        return call.rollouts.reward(reward)
+    if isinstance(reward, Spec):
+        part = reward.part(call, gates)
+        if part.rows is None or part.kinds() > 1 or part.divergences or any(x.only is not None for x in part.learns):
+            raise ValueError(f"a reward must be a value of whole rollouts; {reward!r} is not")
+        return torch.where(call.kept(part), part.rows, torch.nan)
+    passed, count, what = call.passed(gates), len(call.rollouts), "one reward a rollout"
+    if passed is not None and hasattr(reward, "among"):
+        return widened(call.asked(partial(reward.among, keep=passed), REWARDS, count, what, key=(reward, gates)))
+    return widened(call.asked(reward, REWARDS, count, what))
+
+
+def needs_of_reward(reward: Any) -> frozenset[str]:
+    if isinstance(reward, Spec):
+        return reward.needs
+    return needs_of(reward) if callable(reward) else frozenset((reward,))
 
 
 def span_reward_of(call: Call, reward: str | Function, name: str) -> Tensor:
@@ -358,16 +323,5 @@ def directed(call: Call, where: str, gates: GateSet) -> Tensor | None:
     passed = call.passed(gates)
     if where == "all":
         return passed
-    failed = reward_of(call, "reward") <= 0
+    failed = call.rollouts.reward("reward") <= 0
     return failed if passed is None else failed & passed
-
-
-FUNCTIONS: dict[type[Term], tuple[str, str]] = {  # what makes a term, and its first argument
-    Outcome: ("outcome", "reward"),
-    OfSpans: ("spans", "name"),
-    Directive: ("directive", "where"),
-    Divergence: ("divergence", "where"),
-    OfTurns: ("terms.OfTurns", ""),
-    OfTree: ("terms.OfTree", ""),
-    Signs: ("terms.Signs", ""),
-}

@@ -29,7 +29,7 @@ def aggregate_weights(
     counts: Tensor,  # [L]
     aggregate: str,
     max_length: float | None,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     """See :meth:`Tree.leaf_weights`; ``normalizer`` stands for N."""
     counted = (counts > 0).double()

@@ -21,11 +21,13 @@ class TreeRecipe(NamedTuple):
         advantages: called with (tree, rewards ``[L]``, loss_mask ``[T]``).
         per: "leaf" ``[L]``, "node" ``[M]``, or "step" ``[S]``, one for each of :func:`path_nodes`.
         learns: None, or which tokens learn, bool ``[T]``, by the log-probs ``[T]`` that they were sampled with.
+        within_prompt: whether the trees of a prompt are compared, which must then be in one ``tree``.
     """
 
     advantages: Callable[[Tree, Tensor, Tensor], Tensor]
     per: str
     learns: Callable[[Tensor], Tensor] | None = None
+    within_prompt: bool = False
 
 
 def path_nodes(tree: Tree) -> tuple[Tensor, Tensor]:
@@ -43,16 +45,29 @@ def _treerl(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
 
 def _treepo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     """A prompt's roots are one branch, and a rollout that has ended is alone; whitened over the scored tokens."""
+    advantages = _treepo_branches(tree, rewards, loss_mask)
+    index = tree.flat_index
+    each = torch.repeat_interleave(advantages, tree.flat_lengths, output_size=index.shape[0])
+    return of_rollouts(whiten(each, mask=loss_mask[index]), loss_mask[index], tree.flat_cu_seqlens)
+
+
+def of_rollouts(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:  # [T], [T] bool, [N+1]
+    """The value of each rollout's first masked token, 0 for one without; ``[N]``."""
+    if not values.shape[0]:
+        return values.new_zeros(cu_seqlens.shape[0] - 1)
+    seen = torch.cat((cu_seqlens.new_zeros(1, dtype=torch.int64), mask.cumsum(0)))
+    before, after = seen[cu_seqlens[:-1].long()], seen[cu_seqlens[1:].long()]
+    first = torch.searchsorted(seen[1:], before + 1).clamp_max(values.shape[0] - 1)
+    return torch.where(after > before, values[first], 0)
+
+
+def _treepo_branches(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    """Before it is whitened."""
     leaf, node = path_nodes(tree)
     ids = -1 - torch.arange(tree.num_leaves, device=tree.device)[:, None].repeat(1, tree.levels)  # no node's number
     ids[leaf, tree.depth[node]] = node
     ids[:, 0] = tree.leaf_group
-    advantages = treepo.advantages(rewards, ids)
-    index = tree.flat_index
-    each = torch.repeat_interleave(advantages, tree.flat_lengths, output_size=index.shape[0])
-    whitened = whiten(each, mask=loss_mask[index])
-    # the scored tokens of a rollout have one value, and its last token is scored
-    return whitened[tree.flat_cu_seqlens[1:] - 1]
+    return treepo.advantages(rewards, ids)
 
 
 def _treerpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
@@ -97,9 +112,11 @@ def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
 TREE_RECIPES: dict[str, TreeRecipe] = {
     "tree_grpo": TreeRecipe(_tree_grpo, "leaf"),
     "treerl": TreeRecipe(_treerl, "node"),
-    "treepo": TreeRecipe(_treepo, "leaf"),
+    "treepo": TreeRecipe(_treepo, "leaf", within_prompt=True),
     "treerpo": TreeRecipe(_treerpo, "node"),
     "spo": TreeRecipe(_spo, "node", spo.low_probability),
     "vineppo": TreeRecipe(_vineppo, "node"),
-    "gigpo": TreeRecipe(_gigpo, "step"),
+    "gigpo": TreeRecipe(_gigpo, "step", within_prompt=True),
 }
+# what a recipe does besides being a term: it whitens
+BEFORE_WHITENING = {"treepo_branches": TreeRecipe(_treepo_branches, "leaf", within_prompt=True)}
