@@ -13,7 +13,7 @@ import torch
 
 import trajkern as tk
 from trajkern import cli, validate
-from trajkern.testing import check
+from trajkern.testing import check, spec_of
 
 
 def test_a_sound_op_in_a_fresh_process(tmp_path) -> None:
@@ -67,6 +67,18 @@ def test_fresh_draws_repeat_with_their_seed(capsys) -> None:
         assert validate.main(["--op", "whiten", "--dtype", "float32", "--seed", seed]) == 0
         shown.append([line.rsplit(None, 2)[0] for line in capsys.readouterr().out.splitlines()[3:4]])
     assert shown[0] == shown[1]
+
+
+def test_seeds_in_a_row_take_every_draw_once(tmp_path, capsys) -> None:
+    """Four draws of seed 7, 8 and 9 each are 8 to 13."""
+    args = ["--op", "whiten", "--dtype", "float32", "--intensity", "2", "--seed", "7"]
+    counts = []
+    for more in ([], ["--seeds", "3", "--json", str(tmp_path / "out.json")]):
+        assert validate.main([*args, *more]) == 0
+        counts.append(int(re.search(r"^whiten +native +float32 +(\d+)", shown := capsys.readouterr().out, re.M)[1]))
+    small = sum(not case.large for case in spec_of("whiten").cases)
+    assert counts[1] - counts[0] == 2 * small and "seeds 7 to 9: all within budget" in shown
+    assert json.loads((tmp_path / "out.json").read_text())["seeds"] == 3
 
 
 def test_own_tensors(tmp_path, capsys) -> None:
@@ -159,6 +171,7 @@ class TestCompiled:
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--compiled", "sm_42"], "invalid choice: 'sm_42'"),
         (["--intensity", "9"], "invalid choice: 9"),
+        (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
     ],
 )
 def test_bad_flags(args, message, capsys) -> None:

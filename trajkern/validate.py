@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
         print("\n" + _report(result, args.compiled))
     total, cases = sum(r.seconds for r in results), sum(r.cases for r in results)
     verdict = f"{len(failed)} of {len(results)} rows failed" if failed else "all within budget"
-    print(f"\n{cases:,} cases, seed {args.seed}: {verdict}; {total:.1f} s in the ops")
+    print(f"\n{cases:,} cases, {_seeds(args)}: {verdict}; {total:.1f} s in the ops")
     if args.json is not None:
         report: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
-        report["compiled"], report["intensity"] = args.compiled, _intensity(args)
+        report |= {"seeds": args.seeds, "compiled": args.compiled, "intensity": _intensity(args)}
         report["results"] = [asdict(r) | {"passed": r.passed} for r in results]
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if failed else 0
@@ -57,6 +57,10 @@ def main(argv: list[str]) -> int:
 
 def _intensity(args: argparse.Namespace) -> int:
     return (0 if args.compiled else 1) if args.intensity is None else args.intensity
+
+
+def _seeds(args: argparse.Namespace) -> str:
+    return f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
 
 
 def _run(args: argparse.Namespace) -> list[Result]:
@@ -88,11 +92,11 @@ def _dtypes(args: argparse.Namespace) -> list[torch.dtype]:
 
 def _table(planned: list[tuple[OpSpec, Result]], args: argparse.Namespace) -> list[Result]:
     """A line as soon as it is known."""
-    intensity, done = _intensity(args), 0
-    total = sum(len(cases_of(spec, result, intensity, args.seed)) for spec, result in planned)
-    print(f"worst error as a share of its budget (at most 1), on {total:,} cases; seed {args.seed}\n\n{COLUMNS}")
+    intensity, seeds, done = _intensity(args), range(args.seed, args.seed + args.seeds), 0
+    total = sum(len(cases_of(spec, result, intensity, seeds)) for spec, result in planned)
+    print(f"worst error as a share of its budget (at most 1), on {total:,} cases; {_seeds(args)}\n\n{COLUMNS}")
     for spec, result in planned:
-        for _ in validate(result, spec, intensity, args.seed):
+        for _ in validate(result, spec, intensity, seeds):
             done += 1
             _progress(done, total, f"{result.op} {result.dtype}")
         _progress(0, 0, "")
@@ -169,6 +173,13 @@ def read_inputs(path: Path, device: str) -> dict[str, Any]:
     return inputs | ({"tree": tk.Tree(**parts)} if parts else {})
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trajkern validate",
@@ -184,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     compiling = "execute the GPU's kernels on this CPU, compiled for this architecture, such as sm_90"
     add("--compiled", choices=ARCHITECTURES, metavar="ARCH", help=compiling)
     add("--seed", type=int, default=0, help="of the fresh draws; default: %(default)s")
+    add("--seeds", type=_count, default=1, metavar="N", help="this and the next N - 1 seeds; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write every result there")
     add("--inputs", type=Path, metavar="FILE", help="a safetensors file with the arguments of the one --op given")
     return parser

@@ -87,7 +87,7 @@ def check(
     results = []
     for dtype in spec.dtypes if dtypes is None else dtypes:
         result = Result(like, "", device, _name(dtype))
-        for _ in examine(result, spec, function, dtype, intensity, seed, bits=False):
+        for _ in examine(result, spec, function, dtype, intensity, range(seed, seed + 1), bits=False):
             pass
         results.append(result)
     return results
@@ -130,27 +130,34 @@ def _backends_of(spec: OpSpec, device: str) -> list[str]:
     return backends
 
 
-def validate(result: Result, spec: OpSpec, intensity: int, seed: int) -> Iterator[None]:
+def validate(result: Result, spec: OpSpec, intensity: int, seeds: range) -> Iterator[None]:
     """Fill ``result`` with what the op does on its backend; yields after every case."""
     dtype, owner = getattr(torch, result.dtype), OWNERS[spec.family].get(result.device)
     chosen = contextlib.nullcontext() if result.backend == owner else tk.use_backend(result.backend)
     with chosen:
-        yield from examine(result, spec, getattr(tk, spec.name), dtype, intensity, seed)
+        yield from examine(result, spec, getattr(tk, spec.name), dtype, intensity, seeds)
 
 
-def cases_of(spec: OpSpec, result: Result, intensity: int, seed: int) -> list[tuple[Case, int]]:
-    """(case, seed) pairs: the registry's own draw, then fresh ones of the small cases."""
+def cases_of(spec: OpSpec, result: Result, intensity: int, seeds: range) -> list[tuple[Case, int]]:
+    """(case, draw) pairs: the registry's own draw, then fresh ones of the small cases, which seeds in a row share."""
     slow = result.device == "cpu" and result.backend in ("triton", "cuda")  # a GPU's kernels, on a CPU
     cases = [c for c in spec.cases if not (slow or result.backend == "triton") or not (c.mixed or c.large)]
-    fresh = [(c, seed + k) for k in range(1, FRESH[intensity] + 1) for c in cases if not c.large]
+    draws = range(seeds.start + 1, seeds.stop + FRESH[intensity]) if FRESH[intensity] else ()
+    fresh = [(c, draw) for draw in draws for c in cases if not c.large]
     return [(c, 0) for c in cases] + fresh
 
 
 def examine(
-    result: Result, spec: OpSpec, function: Function, dtype: torch.dtype, intensity: int, seed: int, bits: bool = True
+    result: Result,
+    spec: OpSpec,
+    function: Function,
+    dtype: torch.dtype,
+    intensity: int,
+    seeds: range,
+    bits: bool = True,
 ) -> Iterator[None]:
     """Fill ``result``; with ``bits``, results that differ from run to run or with the batch are failures, too."""
-    for case, draw in cases_of(spec, result, intensity, seed):
+    for case, draw in cases_of(spec, result, intensity, seeds):
         inputs, why = spec.inputs(case, dtype, result.device, draw), ""
         try:
             began = time.perf_counter()
