@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trajkern._bench import support
@@ -33,6 +35,22 @@ def test_a_part_of_which_nothing_passed_is_not_written(monkeypatch: pytest.Monke
     monkeypatch.setattr(support.subprocess, "run", lambda *_, **__: Done)
     with pytest.raises(SystemExit, match="no test of ops passed"):
         support.row("ops", slow=False)
+
+
+def test_what_was_written_during_a_run_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two environments' runs may overlap."""
+    page = tmp_path / "support.md"
+    page.write_text(PAGE)
+
+    def run(name: str, slow: bool) -> tuple[str, ...]:
+        page.write_text(support.replaced(page.read_text(), [line("trl", "trl 1", "9")]))
+        return line(name, "torch 2", "8")
+
+    monkeypatch.setattr(support, "PAGE", page)
+    monkeypatch.setattr(support, "row", run)
+    monkeypatch.setattr(support.sys, "argv", ["support", "ops"])
+    support.main()
+    assert "| trl " in page.read_text() and "| ops " in page.read_text()
 
 
 @pytest.mark.parametrize("name", support.PARTS)
