@@ -50,11 +50,10 @@ class Head(NamedTuple):
     def accumulator(self) -> torch.dtype:
         return accumulator(self.hidden)
 
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """No property: torch 2.10 traces none of a named tuple's."""
         return self[:9]
 
-    @property
     def numbers(self) -> tuple[Any, ...]:
         return self[9:]
 

@@ -67,8 +67,8 @@ class _LinearDivergence(torch.autograd.Function):
         divergence, saved = _linear_divergence(*args)
         student, rest = Head.split(args)
         teacher, ctx.options = Head.split(rest)
-        ctx.save_for_backward(*student.tensors, *teacher.tensors, saved)
-        ctx.numbers = student.numbers, teacher.numbers
+        ctx.save_for_backward(*student.tensors(), *teacher.tensors(), saved)
+        ctx.numbers = student.numbers(), teacher.numbers()
         return divergence
 
     @staticmethod

@@ -68,10 +68,11 @@ class _LinearTokenStats(torch.autograd.Function):
         ctx.unit = frozen and _one_target_a_row(head.rows)
         logprobs, norm, *rest = _linear_token_stats(*head, outputs, ctx.unit)
         if ctx.unit:
-            ctx.save_for_backward(rest.pop(), head.rows)
+            *rest, unit = rest
+            ctx.save_for_backward(unit, head.rows)
         else:
-            ctx.save_for_backward(*head.tensors, logprobs, norm, rest[0] if outputs & 1 else None)
-        ctx.numbers, ctx.dtype = head.numbers, head.hidden.dtype
+            ctx.save_for_backward(*head.tensors(), logprobs, norm, rest[0] if outputs & 1 else None)
+        ctx.numbers, ctx.dtype = head.numbers(), head.hidden.dtype
         ctx.mark_non_differentiable(*rest[outputs & 1 :])
         ctx.set_materialize_grads(False)
         return logprobs, *rest

@@ -173,7 +173,8 @@ def _linear_policy_loss_of(
         return _backends.reference().linear_policy_loss(
             **arguments, with_entropy=with_entropy, with_logprobs=with_logprobs
         )
-    with_entropy |= loss_arguments.config.entropy_coef != 0
+    if loss_arguments.config.entropy_coef != 0:  # no |=, which torch 2.10 makes a graph of that is no Python
+        with_entropy = True
     passes = _one_pass if _needs_one_pass(loss_arguments) else _two_passes
     loss, metrics, logprobs = passes(head_arguments, head, loss_arguments, with_entropy)
     return loss, metrics | ({"logprobs": logprobs} if with_logprobs else {})
@@ -199,7 +200,7 @@ def _one_pass(
     head_arguments: HeadArguments, head: Head, loss_arguments: LossArguments, with_entropy: bool
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The loss and its gradients, formed with the logits."""
-    dtype = head.accumulator
+    dtype = accumulator(head_arguments.hidden)
     loss_arguments = read_branch(loss_arguments.laid_out(dtype), dtype)
     inputs = loss_arguments.inputs()._replace(mask=None)  # a graph takes no tensor twice, and the head has it
     loss, metrics, logprobs = _LinearPolicyLoss.apply(*head[:3], (*head[3:], *inputs, int(with_entropy)))
