@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import trajkern as tk
 from trajkern import reference
 from trajkern.testing import SPECS
 from trajkern.testing.numerics import BEYOND_LUCK, Outcome, budget_shares, cast, neighbours, run
@@ -48,6 +49,17 @@ def test_torch_itself_passes(name: str) -> None:
 def test_twice_the_error_of_torch_does_not() -> None:
     """Where a single number stands out it may; over some hundred results it is found several times."""
     assert len([x for x in _shares(("linear_token_stats", "token_stats"), 2) if not x[1] <= 1]) > 1
+
+
+def test_what_the_float64_oracle_errs_by_itself_is_seen() -> None:
+    """One weight of a group is 1, and its gradient 0, of which the oracle's float64 keeps a few roundings of 1 / s."""
+    spec = OPS["variance_weights"]
+    case = next(case for case in spec.cases if case.name == "unbiased")
+    inputs = spec.inputs(case, torch.float64, seed=13)
+    exact = run(spec, tk.variance_weights, inputs)
+    assert max(budget_shares(spec, exact, inputs).values()) <= 1
+    wrong = exact | {"grad_logprobs": exact["grad_logprobs"] + 3e-13}
+    assert budget_shares(spec, wrong, inputs)["grad_logprobs"] > 1
 
 
 def test_no_number_of_draws_forgives_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ Outcome = dict[str, Tensor]
 LARGEST_LOSS_SCALE = 2.0**16  # that torch's GradScaler begins with
 ROOM = 4.0  # between the largest gradient and float16's largest number
 NEIGHBOURS = 16  # of the inputs, at most, on which the reference's rounding is drawn again
+FLOAT64_STEP = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps  # in float32's roundings
 BEYOND_LUCK = 8.0  # a share of the budget that no further draw brings to 1
 
 
@@ -101,8 +102,11 @@ def _two_precisions(spec: OpSpec, inputs: Inputs, scale: float) -> tuple[Outcome
 
 def _lower(spec: OpSpec, inputs: Inputs) -> Inputs:
     """The inputs at a precision whose error float64 can measure."""
-    double = any(isinstance(inputs.get(k), Tensor) and inputs[k].dtype == torch.float64 for k in spec.typed)
-    return cast(inputs, torch.float32) if double else inputs
+    return cast(inputs, torch.float32) if _in_float64(spec, inputs) else inputs
+
+
+def _in_float64(spec: OpSpec, inputs: Inputs) -> bool:
+    return any(isinstance(inputs.get(k), Tensor) and inputs[k].dtype == torch.float64 for k in spec.typed)
 
 
 def _worst_error(low: Tensor, high: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Ten
     rounding = rounding.clamp_min(torch.finfo(torch.float32).tiny)
     budget = 2 * low_error + rounding
     if epsilon == torch.finfo(torch.float64).eps:
-        low_error = low_error * (epsilon / torch.finfo(torch.float32).eps)
+        low_error = low_error * FLOAT64_STEP
         rounding = rounding.clamp_min(epsilon * spec.oracle_term)
         budget = 3 * low_error + 2 * rounding
     return float(((actual - high).abs() / budget).nan_to_num(math.inf).max())
@@ -173,13 +177,29 @@ def budget_shares(spec: OpSpec, actual: Outcome, inputs: Inputs) -> dict[str, fl
     if actual.keys() != high.keys():
         raise AssertionError(f"{spec.name} returned {sorted(actual)}, the reference {sorted(high)}")
     shares = {name: budget_share(spec, name, actual[name], high[name], low[name]) for name in high}
-    scale, near = loss_scale(spec, inputs), neighbours(spec, inputs)
+    draws = _error_draws(spec, inputs, high)
     while doubtful := [name for name, share in shares.items() if 1 < share <= BEYOND_LUCK]:
-        neighbour = next(near, None)
-        if neighbour is None:
+        drawn = next(draws, None)
+        if drawn is None:
             break
-        there, erring = _two_precisions(spec, neighbour, scale)
-        for name in doubtful:
-            error = erring[name].double() - there[name]
-            shares[name] = min(shares[name], budget_share(spec, name, actual[name], high[name], high[name] + error))
+        for name in drawn.keys() & doubtful:
+            share = budget_share(spec, name, actual[name], high[name], high[name] + drawn[name])
+            shares[name] = min(shares[name], share)
     return shares
+
+
+def _error_draws(spec: OpSpec, inputs: Inputs, high: Outcome) -> Iterator[Outcome]:
+    """Errors of the reference on neighbouring inputs, and of the float64 oracle itself.
+
+    These are seen where its gradients, which are linear in the upstream, change by more than the upstream did.
+    """
+    scale, function = loss_scale(spec, inputs), getattr(reference, spec.name)
+    names = [name for name, x in high.items() if x.is_floating_point()]
+    for k, near in enumerate(neighbours(spec, inputs), 1):
+        there, erring = _two_precisions(spec, near, scale)
+        yield {name: erring[name].double() - there[name] for name in names}
+        if _in_float64(spec, inputs):
+            factor = 1 - k / 512
+            again = run(spec, function, cast(inputs, torch.float64), scale=scale * factor)
+            gradients = [name for name in names if name.startswith("grad_")]
+            yield {name: (again[name] / factor - high[name]) / FLOAT64_STEP for name in gradients}
