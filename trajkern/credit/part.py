@@ -157,13 +157,18 @@ class Call:
 
     def kept(self, part: Part) -> Tensor:
         """The rollouts that some term keeps, ``[N]``: one in which none scored anything leaves if one was to."""
-        flags = torch.zeros(len(self.rollouts), dtype=torch.bool, device=self.rollouts.device)
-        scored, idle = flags, flags
-        for keep, _, nothing in part.learns:
-            keep = ~flags if keep is None else keep
-            scored = scored | (keep if nothing is None else keep & ~nothing)
-            idle = idle if nothing is None else idle | (keep & nothing)
-        return scored | (idle if part.abstains is None else idle & ~part.abstains)
+        key = "kept", id(part.abstains), tuple(tuple(map(id, x)) for x in part.learns)
+        return self.once(key, lambda: (self._kept(part), part))[0]  # what is known by its id must not die
+
+    def _kept(self, part: Part) -> Tensor:
+        flags = partial(torch.full, (len(self.rollouts),), dtype=torch.bool, device=self.rollouts.device)
+        scored = [x.keep if x.idle is None else x.keep & ~x.idle for x in part.learns if x.keep is not None]
+        if any(x.keep is None for x in part.learns):
+            return flags(fill_value=True)
+        idle = [x.keep & x.idle for x in part.learns if x.keep is not None and x.idle is not None]
+        if idle and part.abstains is not None:
+            idle = [reduce(torch.logical_or, idle) & ~part.abstains]
+        return reduce(torch.logical_or, scored + idle) if scored else flags(fill_value=False)
 
     def mask(self, part: Part) -> Tensor:
         """The tokens that learn, bool ``[T]``."""
@@ -173,7 +178,7 @@ class Call:
     def learning(self, part: Part) -> Tensor:
         """1 for the tokens that learn, else 0; ``[T]``."""
         key = "learning", id(part.abstains), tuple(tuple(map(id, x)) for x in part.learns)
-        return self.once(key, lambda: (self._learning(part), part))[0]  # what is known by its id must not die
+        return self.once(key, lambda: (self._learning(part), part))[0]
 
     def _learning(self, part: Part) -> Tensor:
         if any(all(each is None for each in x) for x in part.learns):

@@ -45,7 +45,8 @@ class Spec(abc.ABC):
         self.check(rollouts.names)
         call = Call(rollouts)
         part = self.part(call, frozenset())
-        advantages, mask, keep = call.tokens(part), call.mask(part).clone(), call.kept(part)  # nobody else's
+        advantages = call.tokens(part)
+        mask, keep = call.mask(part).clone(), call.kept(part).clone()  # nobody else's
         positive = torch.count_nonzero(advantages > 0) / torch.count_nonzero(mask)
         metrics = call.metrics | {"kept": keep.float().mean(), "positive": positive}
         whole = part.rows is not None and part.kinds() == 1 and all(x.only is None for x in part.learns)
