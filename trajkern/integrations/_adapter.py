@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence, Set
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -111,25 +114,72 @@ def _read(node: ast.AST) -> str | None:
 
 
 class Patches:
-    """Entries put into registries and module namespaces, and what stood there before."""
+    """Entries put into registries, module namespaces and classes, and what stood there before."""
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
+        self._replaced: list[tuple[MutableMapping[str, Any] | type, str, Any, Any]] = []
 
-    def put(self, mapping: MutableMapping[str, Any], name: str, value: Any) -> None:
-        self._replaced.append((mapping, name, value, mapping.get(name, _ABSENT)))
-        mapping[name] = value
+    def put(self, owner: MutableMapping[str, Any] | type, name: str, value: Any) -> None:
+        self._replaced.append((owner, name, value, _entries(owner).get(name, _ABSENT)))
+        _put(owner, name, value)
 
     def undo(self) -> None:
         """Restores every entry that is still the one that was put there; twice does nothing."""
         while self._replaced:
-            mapping, name, value, before = self._replaced.pop()
-            if mapping.get(name) is not value:
-                continue
-            if before is _ABSENT:
-                del mapping[name]
-            else:
-                mapping[name] = before
+            owner, name, value, before = self._replaced.pop()
+            if _entries(owner).get(name) is value:
+                _put(owner, name, before)
+
+
+def _entries(owner: MutableMapping[str, Any] | type) -> Mapping[str, Any]:
+    return vars(owner) if isinstance(owner, type) else owner
+
+
+def _put(owner: MutableMapping[str, Any] | type, name: str, value: Any) -> None:
+    if isinstance(owner, type):
+        delattr(owner, name) if value is _ABSENT else setattr(owner, name, value)
+    elif value is _ABSENT:
+        del owner[name]
+    else:
+        owner[name] = value
+
+
+class WhenImported:
+    """Calls a function with each of some modules as soon as it is loaded, or at once where it already is.
+
+    What stands in a module that loads much, and that most processes never load, can so be replaced in those that do.
+    """
+
+    def __init__(self, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self._then = then
+
+    def start(self) -> None:
+        sys.meta_path.insert(0, self)
+        for name, then in self._then.items():
+            if name in sys.modules:
+                then(sys.modules[name])
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in self._then:
+            return None
+        others = (x for x in sys.meta_path if x is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def loaded(module: ModuleType) -> None:
+            load(module)
+            if self in sys.meta_path:
+                self._then[name](module)
+
+        spec.loader.exec_module = loaded  # type: ignore[method-assign]
+        return spec
+
+    def stop(self) -> None:
+        """From now on nothing is called."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 class PaddedRows(NamedTuple):
