@@ -17,6 +17,14 @@ import pytest
 import torch
 
 VERL_NEEDS = ("ray", "ray.actor", "ray.exceptions", "ray.util", "orjson")  # to distribute and to track
+TRAINERS_NEED = (  # packages and parts of verl that its trainers hand work to
+    *("ray", "orjson", "torchdata", "transfer_queue", "cachetools"),
+    *(f"verl.{x}" for x in ("single_controller", "checkpoint_engine", "trainer.distillation", "trainer.ppo.reward")),
+    *(f"verl.workers.{x}" for x in ("engine_workers", "rollout", "engine")),
+    *(f"verl.experimental.{x}" for x in ("agent_loop", "reward_loop", "teacher_loop")),
+    *(f"verl.utils.{x}" for x in ("dataset", "checkpoint", "tracking", "debug", "skip")),
+    "verl.trainer.ppo.v1.agent_loop_tq",
+)
 
 
 class _StandIn(types.ModuleType):
@@ -57,6 +65,46 @@ def imported_verl() -> ModuleType:
     with stand_in_modules(*VERL_NEEDS):
         importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
         return importlib.import_module("verl.trainer.ppo.core_algos")
+
+
+class _StandIns:
+    """Finds a stand-in for every module of some packages."""
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        wanted = any(f"{name}.".startswith(f"{package}.") for package in TRAINERS_NEED)
+        return ModuleSpec(name, self, is_package=True) if wanted else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def verl_trainers(imported_verl: ModuleType) -> SimpleNamespace:
+    """verl's trainers, of which only what runs on the controller is there: ``legacy``, ``v1``, ``of_v1``, ``separate``.
+
+    They are imported while trajkern's credits are registered, as in a process whose trainer is imported later.
+    """
+    from trajkern.integrations import verl
+
+    before, finder = set(sys.modules), _StandIns()
+    sys.meta_path.insert(0, finder)
+    verl.register()
+    try:
+        modules = ["trainer.ppo.ray_trainer", "trainer.ppo.v1.trainer_base", "trainer.ppo.v1.utils"]
+        found = [importlib.import_module(f"verl.{x}") for x in (*modules, "experimental.separation.ray_trainer")]
+        held = [vars(x).get("compute_advantage") for x in found], found[1].PPOTrainer._compute_advantage
+    finally:
+        verl.unregister()
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            if isinstance(sys.modules[name], _StandIn):
+                del sys.modules[name]
+    return SimpleNamespace(
+        **dict(zip(("legacy", "v1", "of_v1", "separate"), found, strict=True)), while_registered=held
+    )
 
 
 @pytest.fixture

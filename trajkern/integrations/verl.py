@@ -3,6 +3,7 @@
     from trajkern.integrations import verl
     verl.register()        # algorithm.adv_estimator=trajkern_grpo, actor.policy_loss.loss_mode=trajkern_vanilla, ...
     verl.enable_head()     # actor_rollout_ref.model.use_fused_kernels=True now runs trajkern's head
+    verl.register(credit=credit.outcome().gate("well_formed"))    # algorithm.adv_estimator=trajkern_credit
 
 Both must run in every process that looks a name up: put the lines into a module of yours and name it in the environment
 variable ``VERL_USE_EXTERNAL_MODULES``, which verl imports wherever it is imported. Losses and gradients are verl's to
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.integrations import _verl_advantages
+from trajkern.credit import PRESETS, Spec, load
+from trajkern.integrations import _verl_advantages, _verl_credit
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
 from trajkern.integrations._verl_losses import LOSSES
 from trajkern.integrations._wrapped import autocasted
@@ -33,12 +35,22 @@ TORCH_HEAD = "verl.utils.experimental.torch_functional"
 HEAD_USERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 
 _registered, _head = Patches(), Patches()
+_hooks: list[_verl_credit.Hooks] = []
 
 
-def register(*, replace: bool = False, any_version: bool = False) -> tuple[list[str], list[str]]:
-    """Registers every estimator and policy loss with verl as ``trajkern_<name>``.
+def register(
+    *, credit: Spec | str | None = None, replace: bool = False, any_version: bool = False
+) -> tuple[list[str], list[str]]:
+    """Registers every estimator and policy loss with verl as ``trajkern_<name>``, and the credits that it can feed.
+
+    A credit is computed where verl's trainers form advantages, of the whole batch (``docs/verl.md`` says what it finds
+    there); its advantages become verl's ``advantages`` and ``returns``, its mask ``response_mask`` and ``loss_mask``.
 
     Args:
+        credit: an expression of :mod:`trajkern.credit`, or its "package.module:name", as ``trajkern_credit``. The
+            trainer's ``algorithm.adv_estimator`` must then be that name. The systems of ``credit.PRESETS`` that need
+            nothing else than verl has, with their default settings, always have the names ``trajkern_<name>``; but
+            "grpo" is verl's estimator of that name.
         replace: also put them in the place of verl's own functions of the same names, so that no configuration changes.
             verl gives ``values``, ``sum_pi_squared`` and the rewards of ``gdpo`` to its own names only, so ``gae``,
             ``optimal_token_baseline``, ``tir_optimal_token_baseline`` and ``gdpo`` can be used in this way alone
@@ -50,17 +62,23 @@ def register(*, replace: bool = False, any_version: bool = False) -> tuple[list[
 
     Raises:
         ImportError: verl is missing.
-        RuntimeError: a version of it that lacks one of these functions, or where one takes something else.
+        RuntimeError: a version of it that lacks one of these functions, or where one takes something else; of the
+            trainers' it is raised when they are imported.
+        TypeError, ValueError: a credit that is none, or one that needs what verl does not have: a model that scores, a
+            tree, logits. What only a batch can tell is refused at the first one.
     """
     check_version("verl", TESTED, any_version)
     core = importlib.import_module("verl.trainer.ppo.core_algos")
+    specs, required = _credits(credit)
     unregister()
-    estimators = _verl_advantages.VERL | _verl_advantages.OWN
+    unfed = {name: _verl_credit.not_reached(PREFIX + name) for name in specs}
+    estimators = unfed | _verl_advantages.VERL | _verl_advantages.OWN
     of_advantages, of_losses = held(core, "ADV_ESTIMATOR_REGISTRY"), held(core, "POLICY_LOSS_REGISTRY")
     kinds = (estimators, of_advantages, UNREAD), (LOSSES, of_losses, None)
     for functions, registry, unread in kinds:
         for name in functions.keys() & registry.keys():
             check_signature(f"verl's {name}", registry[name], functions[name], unread=unread)
+    _hooks.append(_verl_credit.Hooks({PREFIX + name: spec for name, spec in specs.items()}, required))
     for functions, registry, _ in kinds:
         for name, function in functions.items():
             _registered.put(registry, PREFIX + name, function)
@@ -74,7 +92,22 @@ def register(*, replace: bool = False, any_version: bool = False) -> tuple[list[
 
 def unregister() -> None:
     """Takes back what :func:`register` did; twice does nothing."""
+    while _hooks:
+        _hooks.pop().stop()
     _registered.undo()
+
+
+def _credits(credit: Spec | str | None) -> tuple[dict[str, Spec], str | None]:
+    """The credits by their names, and the one that a trainer must have chosen."""
+    specs = {name: preset() for name, preset in PRESETS.items() if name not in _verl_advantages.VERL}
+    specs = {name: spec for name, spec in specs.items() if not spec.needs & _verl_credit.NOT_GIVEN.keys()}
+    if credit is None:
+        return specs, None
+    spec = load(credit) if isinstance(credit, str) else credit
+    if not isinstance(spec, Spec):
+        raise TypeError(f"credit must be an expression of trajkern.credit or its 'package.module:name', got {credit!r}")
+    _verl_credit.check_given(spec)
+    return specs | {"credit": spec}, PREFIX + "credit"
 
 
 def enable_head(*, any_version: bool = False) -> None:
