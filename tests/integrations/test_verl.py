@@ -330,8 +330,8 @@ def test_page(imported_verl, tmp_path) -> None:
     """docs/verl.md: both commands' options are composed by verl's own configuration and lead to the right functions."""
     page = (ROOT / "docs" / "verl.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M)
-    (module,) = (text for language, text in blocks if language == "python")
-    commands = [shlex.split(text.replace("\\\n", " ")) for language, text in blocks if not language]
+    module = next(text for language, text in blocks if language == "python")
+    commands = [shlex.split(text.replace("\\\n", " ")) for language, text in blocks if not language][:2]
     commands[1] += re.findall(r"`(\+ray_kwargs\S+)`", page)
     (tmp_path / "setup_trajkern.py").write_text(module)
     code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent))

@@ -162,13 +162,16 @@ def actor(**options: Any) -> dict[str, Any]:
     return {"loss_agg_mode": "token-mean", "loss_scale_factor": None, "policy_loss": {"loss_mode": "vanilla"}} | options
 
 
-def config_of(estimator: str, actor_options: dict[str, Any] | None = None, **algorithm: Any) -> Any:
+def config_of(
+    estimator: str, actor_options: dict[str, Any] | None = None, parallel_calls: int = 1, **algorithm: Any
+) -> Any:
     """The part of verl's configuration that advantages read."""
     from omegaconf import OmegaConf
 
     options = {"adv_estimator": estimator, "gamma": 1.0, "lam": 1.0, "use_kl_in_reward": False} | algorithm
+    rollout = {"n": 4, "multi_turn": {"max_parallel_calls": parallel_calls}}
     return OmegaConf.create(
-        {"algorithm": options, "actor_rollout_ref": {"rollout": {"n": 4}, "actor": actor(**(actor_options or {}))}}
+        {"algorithm": options, "actor_rollout_ref": {"rollout": rollout, "actor": actor(**(actor_options or {}))}}
     )
 
 

@@ -243,8 +243,9 @@ class Hooks:
         batch = self.current.get()
         if batch is None:
             _check_rejection(config, spec)
-        rows = _rows_of(data) if batch is None else batch.rows(data, spec)
         root = config._get_root() if hasattr(config, "_get_root") else {}  # the algorithm's options are a part of it
+        _check_calls(root, spec)
+        rows = _rows_of(data) if batch is None else batch.rows(data, spec)
         if "uid" not in data.non_tensor_batch:
             raise ValueError(f"the batch must have uid for {name!r}, which says who shares a prompt; it has none")
         pack = Pack(rows)
@@ -291,6 +292,16 @@ def _check_rejection(config: Any, spec: Spec) -> None:
         raise ValueError(
             f"algorithm.rollout_correction.rollout_rs must be null where a credit needs {', '.join(read)}: the legacy "
             "trainer keeps no mask from before the rejection; trainer.use_v1=True does"
+        )
+
+
+def _check_calls(root: Any, spec: Spec) -> None:
+    """verl keeps no note of which turn a number of ``tool_rewards`` belongs to."""
+    calls = root.get("actor_rollout_ref", {}).get("rollout", {}).get("multi_turn", {}).get("max_parallel_calls", 1)
+    if "span_rewards:call" in spec.needs and calls != 1:
+        raise ValueError(
+            "rollout.multi_turn.max_parallel_calls must be 1 where a credit needs span_rewards:call, so that a turn "
+            f"has one number of tool_rewards; got {calls}"
         )
 
 
