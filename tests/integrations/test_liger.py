@@ -161,6 +161,7 @@ def test_bad_arguments() -> None:
         ({}, {"_input": inputs["_input"].flatten(0, 1)}, r"_input must have shape \[5, 9, 'H'\], got \[45, 16\]"),
         ({}, {"old_per_token_logps": ratio[:, :4]}, "old_per_token_logps must have the mask's shape"),
         ({}, {"vllm_is_ratio": ratio[:, :4]}, r"vllm_is_ratio must have shape \(5, 1\) or \(5, 9\)"),
+        ({}, {"advantages": ratio}, r"advantages must have 1 dimension; got float32\[5, 9\]"),
         (CASES["luspo"], {"vllm_is_ratio": ratio}, r"vllm_is_ratio must have shape \(5, 1\), got"),
         (CASES["vespo"], {"vllm_is_ratio": ratio}, "vllm_is_ratio must be None for loss_type 'vespo'"),
     ):

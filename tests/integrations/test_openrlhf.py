@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import trajkern as tk
+from tests.credit.conftest import rollouts_of
+from trajkern import credit
 from trajkern.integrations import openrlhf as adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +111,20 @@ def test_without_a_mask_and_without_a_token(models, padded_batch) -> None:
     torch.testing.assert_close(ours, theirs)
     empty = adapter.PolicyLoss()(b.new, b.old, b.advantages, torch.zeros_like(b.mask))
     assert [float(x) for x in empty[:3]] == [0, 0, 0] and empty[3:] == (None, None)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_a_credit_in_a_loop_of_ones_own(token_level: bool) -> None:
+    """Its advantages padded, its mask as the actions: the loss of ``loss_inputs``."""
+    x = rollouts_of(0)
+    found = (credit.outcome() + credit.spans("call")).gate("ok")(x)
+    new, old = 0.3 * x.teacher_logprobs - 0.5, x.batch.sampler_logprobs
+    kind = tk.PolicyLoss("grpo", aggregate="token_mean" if token_level else "seq_mean_token_mean")
+    expected, _ = tk.policy_loss(new, old, cu_seqlens=x.batch.cu_seqlens, config=kind, **found.loss_inputs())
+    padded = [x.batch.to_padded(y) for y in (new, old, found.advantages, found.mask)]
+    loss = adapter.PolicyLoss(token_level_loss=token_level)(*padded[:3], action_mask=padded[3])[0]
+    torch.testing.assert_close(loss, expected)
+    assert float(expected) != 0 and not bool(found.keep.all())
 
 
 def test_enable_and_disable(models, monkeypatch: pytest.MonkeyPatch) -> None:
