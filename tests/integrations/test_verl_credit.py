@@ -181,6 +181,23 @@ def test_every_name_of_a_preset_is_its_credit(trainers, name: str) -> None:
         assert bool(whole.any())
 
 
+def test_a_teacher_in_the_queue(trainers, queue: Queue) -> None:
+    """verl's distillation teacher has k tokens a position, among which the one that came next."""
+    adapter.register(credit=credit.directive(where="failed"))
+    rollouts = rollouts_of(6)
+    data = taught(padded(rollouts))
+    real = data.batch["attention_mask"].bool()
+    columns = {
+        name: [x[y] for x, y in zip(data.batch[name], real, strict=True)]
+        for name in ("teacher_ids", "teacher_logprobs")
+    }
+    v1(trainers, queue.put_rollouts(rollouts, **columns))
+    expected = [[-0.1 * y * m * (x.score <= 0) for y, m in zip(x.old, x.mask, strict=True)] for x in rollouts]
+    close(queue.column(rollouts, "advantages"), expected)
+    learns = [[m * (x.score <= 0) for m in x.mask] for x in rollouts]
+    assert queue.column(rollouts, "response_mask") == learns and 0 < sum(map(sum, learns))
+
+
 def test_every_preset_is_a_name_or_refused(trainers) -> None:
     estimators, _ = adapter.register()
     for name, preset in credit.PRESETS.items():

@@ -318,7 +318,8 @@ def _by_sign(kind: str):
         return a, a
 
     estimator.__doc__ = (
-        f"The recipe {kind} (arXiv 2506.01347). What it leaves out gets 0 and counts in the loss's mean."
+        f"The recipe {kind} (arXiv 2506.01347), as verl's registry calls it: what it leaves out gets 0 and counts in "
+        "the loss's mean. In verl's trainers it is the credit of that name, and what it leaves out leaves the loss."
     )
     return estimator
 

@@ -90,7 +90,7 @@ class _Batch:
             columns | _flattened(columns.pop("reward_extra_info", ())),
             [_session(key) for key in self.meta.keys],
             [not tag.get("is_padding", False) for tag in self.meta.tags],
-            None if None in pair else tuple(_of_tokens(x, real) for x in pair),  # type: ignore[arg-type]
+            None if any(x is None for x in pair) else (_of_tokens(pair[0], real), _of_tokens(pair[1], real)),
             self.trainer.tokenizer,
         )
 
