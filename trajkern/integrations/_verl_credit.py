@@ -274,8 +274,8 @@ class Hooks:
         if may_leave_out(spec) or bool(gone[pack.order].any()):
             raise ValueError(
                 f"actor.loss_agg_mode must be 'token-mean' or 'token-sum', and policy_loss.loss_mode none of "
-                f"{', '.join(COUNTS_ALL)}, where {name!r} leaves rollouts out of the loss: a mean over rows divides by "
-                f"ppo_mini_batch_size * rollout.n, whoever is left; got {mode!r} and {loss!r}"
+                f"{', '.join(COUNTS_ALL)}, where {name!r} leaves rollouts out of the loss: verl's means over rows "
+                f"divide by all of them, whoever is left; got {mode!r} and {loss!r}"
             )
 
     def _say_nobody(self, name: str) -> None:
