@@ -85,6 +85,19 @@ def test_by_hand_in_the_default_trainer(trainers, queue: Queue, seed: int) -> No
     assert {"credit/outcome/mean", "credit/spans:turn/std", "credit/spans:call/mean"} <= metrics.keys()
 
 
+def test_the_kl_in_the_reward(trainers, queue: Queue, imported_verl) -> None:
+    """What verl takes off the tokens' rewards is in the rollout's."""
+    adapter.register(credit=credit.outcome(baseline="none", scale="none"))
+    rollouts = rollouts_of(2)
+    batch = queue.put_rollouts(rollouts, ref_log_prob=[1.5 * torch.tensor(x.old) for x in rollouts])
+    config = config_of(NAME, use_kl_in_reward=True, kl_penalty="kl")
+    trainer = SimpleNamespace(config=config, tokenizer=None, kl_ctrl_in_reward=imported_verl.FixedKLController(0.2))
+    trainers.v1.PPOTrainer._compute_advantage(trainer, batch, metrics={})
+    kl = [sum(-0.5 * y * m for y, m in zip(x.old, x.mask, strict=True)) for x in rollouts]
+    expected = [[(x.score - 0.2 * k) * m for m in x.mask] for x, k in zip(rollouts, kl, strict=True)]
+    close(queue.column(rollouts, "advantages"), expected)
+
+
 def test_all_that_learn_leave_the_queue_alone(trainers, queue: Queue) -> None:
     adapter.register(credit=credit.outcome("tone"))
     rollouts = rollouts_of(1)
