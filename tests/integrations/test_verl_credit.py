@@ -158,7 +158,8 @@ def packed_rollouts(rollouts: list[Rollout]) -> credit.Rollouts:
     )
     extra = [x.extra["reward_extra_info"] for x in rollouts]
     turns = [y for x in rollouts for y in x.extra["turn_scores"]]
-    rewards = {name: torch.tensor([float(x[name]) for x in extra]) for name in extra[0]} | {"reward": batch.rewards}
+    rewards = {name: torch.tensor([float(x[name]) for x in extra]) for name in extra[0] if name != "score"}
+    rewards["reward"] = batch.rewards
     spans = tk.Spans(*torch.tensor(calls).unbind(1), len(tokens))
     flags = {"well_formed": torch.tensor([x["well_formed"] for x in extra])}
     scores = {"turn": torch.tensor(turns)}

@@ -97,7 +97,12 @@ def test_row_modes_with_everybody(trainers) -> None:
     ):
         mask = credited(trainers, rollouts, spec, **options).batch["response_mask"]
         assert mask.sum() == sum(sum(x.mask) for x in rollouts)
-    for spec in (credit.recipe("nsr"), credit.outcome().only("call"), 2 * SPEC.clip(-1, 1)):
+    for spec in (
+        credit.recipe("nsr"),
+        credit.outcome().only("call"),
+        2 * SPEC.clip(-1, 1),
+        credit.outcome(credit.outcome().gate("well_formed")),
+    ):
         with pytest.raises(ValueError, match="leaves rollouts out of the loss"):
             credited(trainers, rollouts, spec, **options)
     rollouts[3].extra["reward_extra_info"]["tone"] = None

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from trajkern.credit import Spec
+from trajkern.credit.rollouts import RESERVED
 from trajkern.credit.spec import Gated, Only, Sum
-from trajkern.credit.terms import Directive, Signs
+from trajkern.credit.terms import Directive, Outcome, Signs
 from trajkern.integrations._adapter import Patches, WhenImported, check_signature, held
 from trajkern.integrations._verl_rollouts import LOGPROBS, Pack, Rows, rollouts_of
 
 NOT_GIVEN = {  # what a credit may need -> why no trainer of verl has it
-    "score": "verl forms advantages on its controller, which has no model to score with",
+    "score": "verl forms advantages on its controller, which has no model (a reward function's score is 'reward')",
     "tree": "verl's rollouts share no prefix that it knows of",
     "divergence": "verl forms advantages on its controller, which has no logits",
 }
@@ -52,6 +53,8 @@ def may_leave_out(spec: Spec) -> bool:
             return spec.kind != "w_reinforce"
         case Directive():
             return spec.where == "failed"
+        case Outcome():
+            return isinstance(spec.reward, Spec) and may_leave_out(spec.reward)
     return any(map(may_leave_out, spec.inner))
 
 
@@ -69,7 +72,7 @@ class _Batch:
     def rows(self, data: Any, spec: Spec) -> Rows:
         names = {name.removeprefix("flags:").removeprefix("rows:") for name in spec.needs}
         teacher = ["teacher_ids", "teacher_logprobs"] if "teacher_logprobs" in names else []
-        own = sorted(name for name in names - {*teacher, *COLUMNS, "reward", "rows", "texts"} if ":" not in name)
+        own = sorted(name for name in names - {*RESERVED, *COLUMNS, "reward"} if ":" not in name)
         fields = ["prompts", "responses", "response_mask", "extra_fields", *COLUMNS, *teacher, *own]
         found = dict(self._fetched(fields).items())
         prompts, of_prompts = _padded(found.pop("prompts"))

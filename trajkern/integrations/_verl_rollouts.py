@@ -14,6 +14,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.credit import Rollouts
+from trajkern.credit.rollouts import RESERVED
 
 LOGPROBS = {  # of trajkern's batch -> of verl's
     "old_logprobs": "old_log_probs",
@@ -132,7 +133,7 @@ def rollouts_of(pack: Pack, groups: Sequence[Any], needs: Set[str]) -> Rollouts:
     spans, span_rewards = _spans(pack, needs)
     return Rollouts(
         batch,
-        rewards=numbers,
+        rewards={name: x for name, x in numbers.items() if name not in RESERVED and ":" not in name},
         spans=spans,
         span_rewards=span_rewards,
         flags={name: x != 0 for name, x in numbers.items() if bool(((x == 0) | (x == 1)).all())},
