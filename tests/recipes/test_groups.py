@@ -60,7 +60,12 @@ F, IDS, SF, SI, TF = (
 FLAG, TFLAG, CU = F > 0, TF > 0, torch.empty(N + 1, dtype=torch.int64, device="meta")
 KF, BELIEFS = torch.empty(3, N, device="meta"), torch.empty(S + N, device="meta")
 CALLS: dict[str, Callable[[Tree], object]] = {
-    "tree_grpo": lambda tree: [tree_grpo.leaf_advantages(F, IDS, IDS, estimator=e) for e in tree_grpo.ESTIMATORS],
+    "tree_grpo": lambda tree: [
+        [tree_grpo.leaf_advantages(F, IDS, IDS, estimator=e) for e in tree_grpo.ESTIMATORS],
+        tree_grpo.node_rewards(F[: tree.num_leaves], tree),
+        tree_grpo.token_advantages(TF, TF.long(), TF.long(), TFLAG),
+        tree_grpo.pooled_outcomes(F, IDS, IDS, gate=FLAG),
+    ],
     "treerl": lambda tree: [treerl.node_rewards(F[: tree.num_leaves], tree, form=form) for form in treerl.FORMS],
     "treepo": lambda tree: treepo.advantages(F, IDS[:, None].expand(N, 3)),
     "treerpo": lambda tree: treerpo.node_advantages(F[: tree.num_leaves], tree),

@@ -15,7 +15,7 @@ from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
 from trajkern.credit.terms import Directive, OfTurns, Outcome, Signs
-from trajkern.credit.tree_terms import OfTree
+from trajkern.credit.tree_terms import OfTokens, OfTree
 from trajkern.recipes import TREE_RECIPES, nsr, rlcr, srl, tree_grpo
 
 CENTRED: dict[str, Any] = {"scale": "none", "singleton": "zero"}
@@ -102,7 +102,13 @@ def _toolpo(action: str = "action", span: str = "call") -> Spec:
 
 
 def _tree_grpo(estimator: str = "tree") -> Spec:
-    check_choice("estimator", estimator, tree_grpo.ESTIMATORS)
+    """The estimators of :func:`trajkern.recipes.tree_grpo.leaf_advantages`, "tree_per_token" of its token_advantages
+    for outcomes, and "tree_diff" of its node_rewards, each step's tokens getting the step's reward."""
+    check_choice("estimator", estimator, (*tree_grpo.ESTIMATORS, "tree_per_token", "tree_diff"))
+    if estimator == "tree_diff":
+        return OfTree(name="tree_diff")
+    if estimator == "tree_per_token":
+        return OfTokens() + OfTokens("tree")
     if estimator == "tree":
         return Outcome() + Outcome(within="tree")
     return Outcome(within="tree") if estimator == "tree_inner" else Outcome(reward=Outcome(), within="tree")

@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice
+from trajkern._checks import check_choice, check_flag
 from trajkern.credit.part import Call, Learns, Part
 from trajkern.credit.result import packed_any, to_tokens
 from trajkern.credit.spec import GateSet
-from trajkern.credit.terms import Term, check_name, reward_of
+from trajkern.credit.terms import Outcome, Term, check_name, reward_of
 from trajkern.layouts.tree import Tree
-from trajkern.recipes import TREE_RECIPES
+from trajkern.recipes import TREE_RECIPES, tree_grpo
 from trajkern.recipes.trees import BEFORE_WHITENING
 
+TOKENS_WITHIN = ("group", "tree")
 TREE_TERMS = {**TREE_RECIPES, **BEFORE_WHITENING}
 
 
@@ -95,3 +96,53 @@ class OfTree(Term):
             kind: torch.zeros(where[kind].shape, dtype=x.dtype, device=x.device).masked_scatter(where[kind], x)
             for kind, x in values.items()
         }
+
+
+@dataclass(frozen=True, repr=False)
+class OfTokens(Term):
+    """The outcome at each rollout's last scored token, among all tokens of its group or tree; see
+    :func:`trajkern.recipes.tree_grpo.token_advantages`.
+
+    With ``observations`` every token from a rollout's first scored one on counts, else the scored ones alone.
+    """
+
+    made_by: ClassVar = ("tree_terms.OfTokens", "within")
+    within: str = "group"
+    reward: str = "reward"
+    observations: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("within", self.within, TOKENS_WITHIN)
+        check_name("reward", self.reward)
+        check_flag("observations", self.observations)
+
+    @property
+    def own_needs(self) -> frozenset[str]:
+        return frozenset({self.reward} | ({"tree"} if self.within == "tree" else set()))
+
+    def formed(self, call: Call, gates: GateSet) -> Part:
+        rollouts, reward, passed = call.rollouts, reward_of(call, self.reward, gates), call.passed(gates)
+        missing, ranks = reward.isnan(), rollouts.ranks
+        keep = ~missing if passed is None else passed & ~missing
+        mask, lengths, bounds = (
+            rollouts.batch.loss_mask,
+            rollouts.batch.lengths.long(),
+            rollouts.batch.cu_seqlens.long(),
+        )
+        seen = torch.cat((lengths.new_zeros(1), mask.long().cumsum(0)))
+        begin, end = seen[bounds[:-1]], seen[bounds[1:]]
+        counts = end - begin
+        if self.observations:
+            counts = torch.cat((seen[:1], (seen[1:] > self._each(begin, call)).long().cumsum(0)))[bounds].diff()
+        of_all = (ranks.gather(x) for x in (reward, Outcome(within=self.within)._ids(call), counts))
+        found = tree_grpo.pooled_outcomes(*of_all, gate=ranks.gather(keep))
+        at_last, at_other = (self._each(ranks.own(x), call) for x in found)
+        part = Part(learns=(Learns(keep),), abstains=missing if passed is None else missing & passed)
+        tokens = torch.where(mask & (seen[1:] == self._each(end, call)), at_last, at_other) * call.learning(part)
+        call.report_tokens(f"tokens:{self.within}", tokens, part)
+        return replace(part, tokens=tokens)
+
+    def _each(self, rows: Tensor, call: Call) -> Tensor:
+        """Each token's rollout's value, ``[T]``."""
+        batch = call.rollouts.batch
+        return torch.repeat_interleave(rows, batch.lengths.long(), output_size=batch.num_tokens)

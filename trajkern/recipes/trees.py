@@ -39,6 +39,10 @@ def _tree_grpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     return tree_grpo.leaf_advantages(rewards, tree.leaf_root, tree.leaf_group)
 
 
+def _tree_diff(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
+    return tree_grpo.node_rewards(rewards, tree)
+
+
 def _treerl(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     return treerl.node_rewards(rewards, tree)
 
@@ -111,6 +115,7 @@ def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
 
 TREE_RECIPES: dict[str, TreeRecipe] = {
     "tree_grpo": TreeRecipe(_tree_grpo, "leaf"),
+    "tree_diff": TreeRecipe(_tree_diff, "node"),
     "treerl": TreeRecipe(_treerl, "node"),
     "treepo": TreeRecipe(_treepo, "leaf", within_prompt=True),
     "treerpo": TreeRecipe(_treerpo, "node"),
