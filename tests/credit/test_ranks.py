@@ -28,6 +28,7 @@ SPECS = {
     "delta_belief": credit.recipe("delta_belief", reward="turn"),
     "dro": credit.recipe("dro", drop_fraction=0.4),
     "w_reinforce": credit.recipe("w_reinforce"),
+    "tokens": credit.tree_terms.OfTokens() + credit.tree_terms.OfTokens(observations=False).gate("ok"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajkern.recipes.dro import GATES, gate, keep_groups, length_reward, rank_filter
+from trajkern.recipes.dro import (
+    GATES,
+    Curriculum,
+    gate,
+    keep_groups,
+    length_reward,
+    rank_filter,
+    right_minus_wrong,
+)
 
 # prompt 1: rollouts of ranks (1, 9, 5) and (2, 2, 2); prompt 2: one rollout (8, 1) and one without a token
 RANKS = {
@@ -121,10 +130,6 @@ def test_gate_matches_a_plain_loop(rows: list[tuple[bool, int]], mode: str, thre
     assert gate(passed, groups, mode=mode, threshold=threshold).tolist() == expected
 
 
-def test_default_gate() -> None:
-    assert gate(torch.tensor(PASSED), torch.tensor(GROUPS)).tolist() == PASSED
-
-
 LONG, ONES = torch.ones(2, dtype=torch.int64), torch.ones(2)
 
 
@@ -151,3 +156,63 @@ LONG, ONES = torch.ones(2, dtype=torch.int64), torch.ones(2)
 def test_refuses(make, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_the_default_gate_is_of_groups() -> None:
+    """Two of three, two of two and none of two passed."""
+    passed, groups = torch.tensor(PASSED), torch.tensor(GROUPS)
+    assert gate(passed, groups).tolist() == [True, True, True, True, False, False, True]
+    assert torch.equal(gate(passed, groups), gate(passed, groups, mode="pass_rate", threshold=0.5))
+    assert gate(passed, groups, threshold=1).tolist() == [False, False, False, True, False, False, True]
+
+
+def test_right_minus_wrong(device: str) -> None:
+    """Group 1: 4 and 2 right, 1 wrong: 2. Group 2: 0 right, 3 and 5 wrong: -4. The others have one kind only."""
+    rewards = torch.tensor([4.0, 1, 0, 3, 2, 5, 9, 8], device=device)
+    correct = torch.tensor([1, 0, 1, 0, 1, 0, 1, 0], device=device) > 0
+    groups = torch.tensor([1, 1, 2, 2, 1, 2, 7, 8], device=device)
+    assert float(right_minus_wrong(rewards, correct, groups)) == pytest.approx(-1.0, abs=1e-15)
+    assert float(right_minus_wrong(rewards[:2], correct[:2], groups[:2])) == pytest.approx(3.0, abs=1e-15)
+    assert math.isnan(float(right_minus_wrong(rewards[6:], correct[6:], groups[6:])))
+    with pytest.raises(TypeError, match="correct must have dtype bool"):
+        right_minus_wrong(rewards, rewards, groups)
+
+
+def test_a_curriculum_carries_prompts_over() -> None:
+    curriculum: Curriculum[str] = Curriculum(carry=0.5, seed=3)
+    first = curriculum.next_round(["a", "b", "c", "d", "e"], torch.tensor([True, True, False, True, True]))
+    assert first == ["a", "b", "d", "e"] == list(curriculum.last)
+    second = curriculum.next_round(["x", "a", "y"], [True, True, False])
+    assert second[:2] == ["x", "a"], "what is kept comes first, in its order"
+    assert len(second) == 4 and set(second[2:]) < {"b", "d", "e"}, "half of four, and a is not taken twice"
+    assert second[2:] == sorted(second[2:])
+    assert Curriculum(carry=0).next_round(["a"], [False]) == []
+    everything = Curriculum(carry=1)
+    everything.next_round([1, 2, 3], [True] * 3)
+    assert everything.next_round([4], [True]) == [4, 1, 2, 3]
+    tenth = Curriculum()
+    tenth.next_round(list(range(19)), [True] * 19)
+    assert len(tenth.next_round([], [])) == 1
+
+
+def test_a_curriculum_goes_on_after_json() -> None:
+    one, other = Curriculum(carry=0.4, seed=5), Curriculum(carry=0.4, seed=5)
+    one.next_round(list("abcdefghij"), [True] * 10)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    rounds = [[x.next_round(list("klmno"), [True] * 5), x.next_round(list("pq"), [True, False])] for x in (one, other)]
+    assert rounds[0] == rounds[1]
+    before = other.state_dict()
+    for broken in ({}, {"rounds": -1, "last": []}, {"rounds": 1, "last": ["a", "a"]}, {"rounds": 1, "last": 3}):
+        with pytest.raises(ValueError, match="state must be what Curriculum.state_dict returned"):
+            other.load_state_dict(broken)
+    for prompts, keep, message in (
+        (["a", "a"], [True, True], "prompts must be a sequence in which none is twice"),
+        ("ab", [True, True], "prompts must be a sequence"),
+        (["a"], [], "keep must be 1 flags, one a prompt"),
+        (["a"], torch.tensor([1.0]), "keep must be 1 flags, one a prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.next_round(prompts, keep)
+    assert other.state_dict() == before
+    with pytest.raises(ValueError, match="carry must be at most 1"):
+        Curriculum(carry=2)

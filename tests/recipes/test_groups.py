@@ -73,7 +73,11 @@ CALLS: dict[str, Callable[[Tree], object]] = {
     "vineppo": lambda tree: vineppo.step_advantages(F, F[1:]),
     "gigpo": lambda tree: gigpo.step_advantages(SF, SI, SI, SI, episode_rewards=F),
     "nsr": lambda tree: [nsr.advantages(F, kind=kind) for kind in nsr.KINDS],
-    "toolpo": lambda tree: [toolpo.token_advantages(F, F, IDS, TFLAG, CU), toolpo.fold_preference(F, F)],
+    "toolpo": lambda tree: [
+        toolpo.token_advantages(F, IDS, IDS, TFLAG, CU),
+        toolpo.fold_preference(F, F),
+        toolpo.group_preference(F, FLAG, IDS),
+    ],
     "rlcr": lambda tree: [rlcr.rewards(FLAG, F, well_formed=FLAG), rlcr.calibration(FLAG, F)],
     "delta_belief": lambda tree: [
         delta_belief.turn_rewards(BELIEFS, CU, won=FLAG, penalty=SF),
@@ -84,6 +88,7 @@ CALLS: dict[str, Callable[[Tree], object]] = {
         dro.keep_groups(F, drop_fraction=0.2),
         dro.length_reward(F, F, beta=1),
         [dro.gate(FLAG, IDS, mode=mode) for mode in dro.GATES],
+        dro.right_minus_wrong(F, FLAG, IDS),
     ],
     "srl": lambda tree: [srl.rewards(F, FLAG), srl.keep_groups(F, IDS, min_std=0)],
     "feedback": lambda tree: [

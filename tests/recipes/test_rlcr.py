@@ -1,4 +1,4 @@
-"""RLCR: both rewards, the bins of the calibration error and the AUROC, by hand and against plain loops."""
+"""RLCR: rewards and votes by hand, the bins of the calibration error and the AUROC against plain loops too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajkern.recipes.rlcr import calibration, rewards
+from trajkern.recipes.rlcr import calibration, rewards, vote
 
 CORRECT, CONFIDENCE = [1.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.5, 0.5, 1.0, 0.0]
 TABLE = {"paper": [1, 0.75, -0.25, -1, 0], "code": [1.5, 1.375, 0.875, 0.5, 1]}
@@ -116,3 +116,58 @@ def test_no_answer() -> None:
 def test_refuses(make, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+SAMPLES, STATED = ["12", "7", "7", None, "12", "7"], [0.9, 0.3, 0.2, 1.0, 0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("weighted", (0, "12", 1.0 / 1.8)),  # 0.9 + 0.1 against 0.3 + 0.2 + 0.3
+        ("max", (0, "12", 0.9)),
+        ("majority", (1, "7", 3 / 5)),  # the unread answer has no vote, however sure it is
+    ],
+)
+def test_vote(method: str, expected: tuple) -> None:
+    for confidences in (STATED, torch.tensor(STATED, dtype=torch.float64)):
+        place, answer, confidence = vote(SAMPLES, confidences, method=method)
+        assert (place, answer) == expected[:2]
+        assert confidence == pytest.approx(expected[2], rel=1e-12)
+
+
+def test_vote_ties_go_to_the_first_and_silence_weighs_nothing() -> None:
+    nan = math.nan
+    assert vote("b a a b".split(), [0.5, 0.25, 0.25, 0.0])[:2] == (0, "b")
+    assert vote(["b", "a"], [0.5, 0.5], method="max")[:2] == (0, "b")
+    assert vote(["b", "a", "a", "b"], [nan] * 4, method="majority") == (0, "b", 0.5)
+    assert vote(["b", "a", "a"], [nan, nan, 0.1])[:2] == (1, "a")
+    place, answer, confidence = vote(["b", "a"], [nan, nan])
+    assert (place, answer) == (0, "b") and math.isnan(confidence)
+    for silent in ([], [None, None]):
+        place, answer, confidence = vote(silent, [0.5] * len(silent))
+        assert place is None and answer is None and math.isnan(confidence)
+
+
+def test_a_weighted_vote_beats_the_majority_where_confidences_tell() -> None:
+    """A right sample says so with 0.9, wrong ones agree by chance and say 0.2: by counting, they win."""
+    answers, confidences = ["right", "wrong", "wrong"], [0.9, 0.2, 0.2]
+    assert vote(answers, confidences).answer == "right"
+    assert vote(answers, confidences, method="majority").answer == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("answers", "confidences", "method", "error", "message"),
+    [
+        (["a"], [0.5], "mean", ValueError, "method must be one of 'weighted', 'max', 'majority'"),
+        ("ab", [0.5, 0.5], "max", TypeError, "answers must be a sequence, one answer a sample"),
+        (["a"], [0.5, 0.5], "max", ValueError, "confidences must have one entry for each of the 1 answers, got 2"),
+        (["a", "b"], [0.5, 1.5], "weighted", ValueError, r"confidences must lie in \[0, 1\]; it is 1.5 at index 1"),
+        ([None, "b"], [-1.0, 0.5], "weighted", ValueError, r"confidences must lie in \[0, 1\]; it is -1.0 at index 0"),
+        (["a"], ["high"], "max", TypeError, "confidences must be a number, got 'high'"),
+        (["a"], torch.tensor([1]), "max", TypeError, "confidences must have dtype"),
+    ],
+)
+def test_vote_refuses(answers, confidences, method: str, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        vote(answers, confidences, method=method)

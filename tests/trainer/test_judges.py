@@ -60,7 +60,7 @@ def test_judgements_feed_votes_and_gates() -> None:
         reward_models.meta_vote(judged.complete(slice(0, 1)), torch.tensor([0.1, 0.3, 0.2]), keep=1),
         torch.tensor([0.4]),
     )
-    assert dro.gate(judged.mean() >= 0.5, torch.tensor([0, 0, 0])).tolist() == [False, True, False]
+    assert dro.gate(judged.mean() >= 0.5, torch.tensor([0, 0, 0]), mode="drop_rollout").tolist() == [False, True, False]
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,20 @@ The reflection reward itself weighs a reference answer's tokens; here stand the 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_number, check_values, readable
+from trajkern._checks import check_choice, check_count, check_number, check_values, describe, readable
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, widened
 
+Prompt = TypeVar("Prompt", bound=Hashable)
 GATES = ("drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate")
 SLACK = 1e-9  # a product such as 0.07 * 100 lands above its integer
 
@@ -116,8 +120,9 @@ def gate(
     passed: Tensor,  # [N]
     group_ids: Tensor,  # [N]
     *,
-    mode: str = "drop_rollout",
+    mode: str = "pass_rate",
     threshold: float = 0.5,
+    process_group: Any = None,
 ) -> Tensor:
     """Which rollouts a rubric lets through; bool ``[N]``. A rubric accepts or rejects: it never becomes a reward.
 
@@ -127,13 +132,16 @@ def gate(
         pass_rate                  the groups of which a share of at least ``threshold`` passed
 
     The last three give one value to the whole group. The revised paper enforces its rubric "at the rollout group level"
-    and says no more that could be read, so each reading has its name; the default costs the fewest rollouts.
+    and says no more that could be read, so each reading has its name. The default is of groups: the middle one, which
+    at ``threshold`` 1 asks all of a group to pass.
 
     Args:
         passed: bool ``[N]``.
         group_ids: int64 or int32 ``[N]``; equal ids share a prompt.
         mode: one of the above.
         threshold: in [0, 1]; read by "pass_rate" only.
+        process_group: of torch.distributed, over whose ranks groups are spread, as for
+            :func:`trajkern.group_advantages`; every rank must make the call.
 
     Returns:
         keep, to be given to ``trajkern.group_advantages`` as its gate and to be taken from the loss mask. It may be all
@@ -146,9 +154,110 @@ def gate(
     if mode == "drop_rollout":
         return passed.clone()
     x = passed.double() + 1  # from 1 to 2, where subtracting twice is exact
-    mean = x - group_advantages(x, group_ids, scale="none", singleton="zero")
+    mean = x - group_advantages(x, group_ids, scale="none", singleton="zero", process_group=process_group)
     if mode == "reject_group_if_any_fails":
         return mean == 2
     if mode == "reject_group_if_all_fail":
         return mean > 1
     return mean >= 1 + threshold
+
+
+def right_minus_wrong(
+    rewards: Tensor,  # [N]
+    correct: Tensor,  # [N]
+    group_ids: Tensor,  # [N]
+) -> Tensor:
+    """How far a reward tells right rollouts from wrong ones: mean of the right less mean of the wrong, a group's gap.
+
+    The mean over the groups that have both; NaN where none has. A reward whose gap is not above 0 teaches nothing of
+    what makes an answer right: to be looked at before it trains.
+
+    Args:
+        rewards: float ``[N]``, finite (checked on the CPU), such as :func:`trajkern.reflection_rewards`.
+        correct: bool ``[N]``, by a verifier that the training does not need.
+        group_ids: int64 or int32 ``[N]``; equal ids share a prompt.
+
+    Returns:
+        A scalar, float64.
+    """
+    check_vector("rewards", rewards, None, "", None)
+    count, device = rewards.shape[0], rewards.device
+    check_vector("correct", correct, count, "one flag a rollout", device, (torch.bool,))
+    check_ids("group_ids", group_ids, count, "one id a rollout", device)
+    ids, r = pair_ids(group_ids), rewards.double()
+    right, size = group_sum(correct, ids), group_sum(torch.ones_like(ids), ids)
+    of_right = group_sum(torch.where(correct, r, 0), ids) / right
+    of_wrong = group_sum(torch.where(correct, 0, r), ids) / (size - right)
+    mixed = (right > 0) & (right < size)
+    # every rollout of a group holds its gap: together they weigh one
+    weight = torch.where(mixed, 1 / size.double(), 0)
+    return (weight * torch.where(mixed, of_right - of_wrong, 0)).sum() / weight.sum()
+
+
+class Curriculum(Generic[Prompt]):
+    """Which prompts the next round trains on: those that the filters keep, and some of the last round's.
+
+    A round samples candidates, filters them (:func:`rank_filter`, then :func:`keep_groups`) and trains on
+    :meth:`next_round`. What is carried over keeps a filter that follows the policy from forgetting what it has learnt
+    to do. The authors carry 10 % and do not say which; here by chance, the same for the same seed and rounds.
+
+    Args:
+        carry: the share of the last round's prompts that is trained again, in [0, 1], rounded down.
+        seed: of the draws.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    def __init__(self, *, carry: float = 0.1, seed: int = 0) -> None:
+        self.carry = check_number("carry", carry, low=0, high=1)
+        self.seed = check_count("seed", seed)
+        self._rounds = 0
+        self._last: list[Prompt] = []
+
+    @property
+    def last(self) -> tuple[Prompt, ...]:
+        """The last round's prompts, those that were carried over included."""
+        return tuple(self._last)
+
+    def next_round(self, prompts: Sequence[Prompt], keep: Tensor | Sequence[bool]) -> list[Prompt]:
+        """The prompts of the next round: the kept ones in their order, then those carried over, none twice.
+
+        Args:
+            prompts: the candidates: texts or numbers, no two alike.
+            keep: bool ``[len(prompts)]``, whether the filters keep each.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what it must be and what it was; nothing has changed then.
+        """
+        if isinstance(prompts, str) or len(set(prompts)) != len(prompts):
+            raise ValueError(f"prompts must be a sequence in which none is twice; got {describe(prompts)}")
+        flags = keep.tolist() if isinstance(keep, Tensor) else list(keep)
+        if len(flags) != len(prompts) or not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(f"keep must be {len(prompts)} flags, one a prompt; got {describe(keep)}")
+        kept = [prompt for prompt, flag in zip(prompts, flags, strict=True) if flag]
+        count = math.floor(self.carry * len(self._last) + SLACK)
+        known = set(kept)
+        old = [prompt for prompt in self._last if prompt not in known]
+        drawn = random.Random(f"{self.seed} {self._rounds}").sample(range(len(old)), min(count, len(old)))
+        self._last = kept + [old[at] for at in sorted(drawn)]
+        self._rounds += 1
+        return list(self._last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far and the last one's prompts: JSON data where prompts are texts or numbers."""
+        return {"rounds": self._rounds, "last": list(self._last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the curriculum would have that gave ``state``.
+
+        Raises:
+            ValueError: it is no such state; the curriculum is as it was.
+        """
+        try:
+            rounds, last = check_count("rounds", state["rounds"], low=0), list(state["last"])
+            if len(set(last)) != len(last):
+                raise ValueError("a prompt is twice in last")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"state must be what Curriculum.state_dict returned; {error!r}") from error
+        self._rounds, self._last = rounds, last

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from math import isnan
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_count, check_tensor, readable
+from trajkern._checks import as_number, check_choice, check_count, check_tensor, describe, readable
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_vector
 
 FORMS = ("paper", "code")
+VOTES = ("weighted", "max", "majority")
 TRUTHS = (torch.bool, *INTEGERS, *FLOATS)
 
 
@@ -125,3 +128,74 @@ def _auroc(c: Tensor, q: Tensor) -> Tensor:
     below, upto = (torch.searchsorted(ranked, q, right=right).double() for right in (False, True))
     hits, misses = c.sum(), (1 - c).sum()
     return (((below + upto + 1) / 2 * c).sum() - hits * (hits + 1) / 2) / (hits * misses)
+
+
+class Vote(NamedTuple):
+    """What K samples of one question agree on.
+
+    Attributes:
+        place: where the answer first stands among the samples; None where none of them could be read.
+        answer: that answer.
+        confidence: the share of the cast votes that it won, weighted as they were; with "max" the confidence itself.
+            NaN where no vote weighs anything.
+    """
+
+    place: int | None
+    answer: Hashable | None
+    confidence: float
+
+
+def vote(
+    answers: Sequence[Hashable],
+    confidences: Tensor | Sequence[float],  # [K]
+    *,
+    method: str = "weighted",
+) -> Vote:
+    """The answer that K samples of one question give together, for evaluation.
+
+        weighted  argmax over answers a of the sum of q_k over the samples k that say a
+        max       the answer of the largest q_k
+        majority  argmax over answers a of the number of samples that say a; confidences are not read
+
+    Of equally good answers, the one that stands first.
+
+    Args:
+        answers: K answers in a form that is equal where they mean the same; None for one that could not be read, which
+            casts no vote.
+        confidences: float ``[K]``, or K numbers, in [0, 1]; NaN for one that was not stated, which weighs nothing.
+        method: as above.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    check_choice("method", method, VOTES)
+    if isinstance(answers, (str, Tensor)):
+        raise TypeError(f"answers must be a sequence, one answer a sample; got {describe(answers)}")
+    if isinstance(confidences, Tensor):
+        check_tensor("confidences", confidences, dtypes=FLOATS, ndim=1)
+        confidences = confidences.tolist()
+    if len(confidences) != len(answers):
+        raise ValueError(
+            f"confidences must have one entry for each of the {len(answers)} answers, got {len(confidences)}"
+        )
+    votes: dict[Hashable, float] = {}
+    for at, (answer, confidence) in enumerate(zip(answers, confidences, strict=True)):
+        weight = 1.0 if method == "majority" else _stated(confidence, at)
+        if answer is not None:
+            before = votes.setdefault(answer, 0.0)
+            votes[answer] = max(before, weight) if method == "max" else before + weight
+    if not votes:
+        return Vote(None, None, float("nan"))
+    best = max(votes, key=lambda answer: votes[answer])  # of equal ones the first that was entered
+    total = 1.0 if method == "max" else sum(votes.values())
+    share = votes[best] / total if votes[best] else float("nan")
+    return Vote(list(answers).index(best), best, share)
+
+
+def _stated(confidence: float, at: int) -> float:
+    value = confidence if isinstance(confidence, float) and isnan(confidence) else as_number("confidences", confidence)
+    if isnan(value):
+        return 0.0
+    if not 0 <= value <= 1:
+        raise ValueError(f"confidences must lie in [0, 1]; it is {value} at index {at}")
+    return float(value)
