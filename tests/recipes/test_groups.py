@@ -19,6 +19,7 @@ from trajkern.recipes import (
     nsr,
     reward_models,
     rlcr,
+    sdpo,
     spo,
     srl,
     toolpo,
@@ -95,6 +96,10 @@ CALLS: dict[str, Callable[[Tree], object]] = {
         feedback.majority_vote(KF),
         feedback.token_advantages(F, TF, TF, TFLAG, CU),
         feedback.step_advantages(SF, SI, SI),
+    ],
+    "sdpo": lambda tree: [
+        sdpo.divergence_loss(SF[:, None].expand(S, 5), sdpo.topk(SF[:, None].expand(S, 5), 2), SI, SF, mask=SF > 0),
+        sdpo.peers(F, IDS),
     ],
     "reward_models": lambda tree: [
         reward_models.rule_rewards(KF, IDS[:3], rule="deepseek_grm"),
