@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from trajkern.recipes.skillrl import Attempt, Skill, SkillBank
+from trajkern.recipes.skillrl import Attempt, Sketch, Skill, SkillBank, sentence_embeddings
 
 
 def _texts(bank: SkillBank) -> list[str]:
@@ -115,17 +117,111 @@ def _filled(search: str = "family") -> SkillBank:
     ("search", "family", "k", "expected"),
     [
         ("family", "count", 6, ["4", "5", "3", "general"]),
-        ("family", "count", 2, ["4", "5"]),
+        ("family", "count", 2, ["4", "5", "general"]),
         ("family", "count", 0, []),
-        ("family", "sum", 6, ["3", "general"]),
+        ("family", "sum", 6, ["general"]),  # its own skill is not alike enough
         ("family", None, 6, ["general"]),
         ("family", "unknown", 6, ["general"]),
-        ("all", "sum", 6, ["4", "5", "general", "3", "3"]),
+        ("all", "sum", 6, ["4", "5", "3", "general"]),
+        ("all", "sum", 1, ["4", "general"]),
     ],
 )
 def test_retrieve(search: str, family: str | None, k: int, expected: list[str]) -> None:
-    """Its own family first, then the general; in each the most alike first, of equal ones the older."""
+    """Up to k of the task, the most alike first, of equal ones the older; then the general, always."""
     assert [skill.text for skill in _filled(search).retrieve("count the bears", family, k)] == expected
+
+
+def test_delta_and_the_number_of_general_skills() -> None:
+    bank = _filled()
+    assert [s.text for s in bank.retrieve("count the bears", "sum", delta=-1)] == ["3", "general"]
+    pears = difflib.SequenceMatcher(None, "count the pears", "count the bears", autojunk=False).ratio()
+    assert [s.text for s in bank.retrieve("count the bears", "count", delta=pears)] == ["general"], "above, not at"
+    assert [s.text for s in bank.retrieve("count the bears", "count", delta=pears - 1e-6)] == ["4", "5", "general"]
+    bank.add("count the bees", "another", 1.0)
+    for general, expected in ((None, ["general", "another"]), (1, ["general"]), (0, [])):
+        assert [s.text for s in bank.retrieve("count the bears", None, general=general)] == expected
+
+
+VECTORS = {  # of two dimensions: what a text is about
+    "Add up. Carry the one. Long sums": [2.0, 0.0],
+    "Signs. Mind the sign. When something is subtracted": [3.0, 4.0],
+    "12-7": [0.0, 5.0],
+    "nothing": [0.0, 0.0],
+}
+
+
+def test_embeddings() -> None:
+    """Cosines 0, 4/5 to the prompt; a vector of nothing is like nothing; a skill is embedded once."""
+    asked: list[str] = []
+
+    def embed(texts: Any) -> list[list[float]]:
+        asked.extend(texts)
+        return [VECTORS[text] for text in texts]
+
+    sketches = [
+        Sketch("Add up", "Carry the one", "Long sums"),
+        Sketch("Signs", "Mind the sign", "When something is subtracted"),
+    ]
+    bank = SkillBank(embed=embed, teacher=lambda family, attempts: sketches)
+    bank.add("x", "no", 0.0, "f")
+    bank.update("f", 0.0)
+    assert [s.name for s in bank.retrieve("12-7", "f")] == ["Signs"]
+    assert [s.name for s in bank.retrieve("12-7", "f", delta=-0.1)] == ["Signs", "Add up"]
+    assert bank.retrieve("12-7", "f", delta=0.81) == [] and bank.retrieve("nothing", "f", delta=0) == []
+    assert sorted(asked) == sorted([*list(VECTORS)[:2], *["12-7"] * 3, "nothing"])
+    assert SkillBank(embed=embed).retrieve("12-7") == []
+    for wrong in ([[1.0]], torch.tensor([[1.0], [float("nan")], [0.0]]), torch.ones(3)):
+        bank = SkillBank(embed=lambda texts, wrong=wrong: wrong, teacher=lambda family, attempts: sketches)
+        bank.add("x", "no", 0.0, "f")
+        bank.update("f", 0.0)
+        with pytest.raises(ValueError, match="embed must return 3 finite vectors, one a text"):
+            bank.retrieve("12-7", "f")
+
+
+def test_sentence_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        def encode(self, texts: list[str], convert_to_tensor: bool, show_progress_bar: bool) -> torch.Tensor:
+            assert convert_to_tensor and not show_progress_bar
+            return torch.tensor([[float(len(text)), 1.0] for text in texts])
+
+    assert sentence_embeddings(Model())(("a", "bcd")).tolist() == [[1, 1], [3, 1]]
+    with pytest.raises(TypeError, match="model must be a name, or a SentenceTransformer without options"):
+        sentence_embeddings(3)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'trajkern\[skills\]'"):
+        sentence_embeddings("some/model")
+
+
+def test_success_and_failure_are_stored_differently() -> None:
+    """A success becomes patterns, once a prompt; a failure waits, and becomes lessons when its family is weak."""
+    seen: list[Any] = []
+
+    def distiller(family: str | None, attempt: Attempt) -> list[Sketch | str]:
+        seen.append((family, attempt))
+        return [Sketch(" Add  up", "From the right.", "sums"), "Check it.", "", "Check it."]
+
+    bank = SkillBank(
+        distiller=distiller, teacher=lambda family, attempts: [Sketch("Carry", "Carry the one.")], growth=2
+    )
+    first = bank.add("1+1", "2", 0.5, "sum")
+    assert first == Skill("pattern", "sum", "1+1", "From the right.", 0.5, 0, "Add up", "sums")
+    assert bank.add("1+1", "two", 1.0, "sum") is None and bank.add("2+2", "4", 1.0, "sum") is None
+    assert seen == [("sum", Attempt("1+1", "2", 0.5)), ("sum", Attempt("2+2", "4", 1.0))]
+    assert bank.add("1+9", "1", 0.0, "sum") is None
+    lesson = bank.update("sum", 0.1, general=True)
+    assert lesson == [Skill("lesson", None, "", "Carry the one.", 0.0, 2, "Carry")]
+    assert [(s.kind, s.text) for s in bank.skills] == [
+        ("pattern", "From the right."),
+        ("pattern", "Check it."),
+        ("lesson", "Carry the one."),
+    ]
+    assert bank.retrieve("1+1", "sum", delta=-1) == lesson, "what it taught itself is not shown"
+    twin = SkillBank()
+    twin.load_state_dict(json.loads(json.dumps(bank.state_dict())))
+    assert twin.skills == bank.skills
+    for wrong in ("text", [3], [Sketch("a", 3)], Sketch("a", "b"), iter(["a"])):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="distiller must return a sequence of strings or Sketches"):
+            SkillBank(distiller=lambda family, attempt, wrong=wrong: wrong).add("p", "r", 1.0)
 
 
 def test_similarity_is_difflibs() -> None:
@@ -139,7 +235,7 @@ def test_similarity_is_difflibs() -> None:
     ratios = {p: difflib.SequenceMatcher(None, p, query, autojunk=False).ratio() for p in prompts}
     expected = sorted(prompts, key=lambda prompt: -ratios[prompt])
     assert len(set(ratios.values())) > 5 and min(ratios.values()) > 0.1
-    assert [s.prompt for s in bank.retrieve(query, "f", 8)] == expected
+    assert [s.prompt for s in bank.retrieve(query, "f", 8, delta=0)] == expected
 
 
 def test_a_prompt_is_never_shown_its_own_answer() -> None:
@@ -147,7 +243,7 @@ def test_a_prompt_is_never_shown_its_own_answer() -> None:
     bank.add("p", "the answer", 1.0, "f")
     bank.add("p", "a wrong one", 0.0, "f")
     bank.update("f", 0.0)
-    assert len(bank) == 2 and bank.retrieve("p", "f") == []
+    assert len(bank) == 2 and bank.retrieve("p", "f", delta=-1) == []
     assert len(bank.retrieve("p ", "f")) == 2
 
 
@@ -167,6 +263,13 @@ def test_render() -> None:
     ]
     expected = "Lessons from earlier attempts:\n- Mind the sign.\n- Read twice.\n\n2+2\n4\n\n1+1\n2\n\n1+3"
     assert SkillBank.render("1+3", skills) == expected
+    named = [
+        Skill("pattern", "f", "4+4", "From the right.", 1.0, 4, "Add up", "sums"),
+        Skill("lesson", None, "", "Carry the one.", 0.0, 5, "Carry"),
+    ]
+    listed = "What has worked before:\n- Add up: From the right. Apply when: sums\n\n"
+    listed += "Lessons from earlier attempts:\n- Carry: Carry the one.\n\n"
+    assert SkillBank.render("1+3", [*named, skills[0]]) == f"{listed}1+1\n2\n\n1+3"
     assert SkillBank.render("1+3", skills[:1]) == "1+1\n2\n\n1+3"
     assert SkillBank.render("1+3", []) == "1+3"
 
@@ -204,6 +307,7 @@ def _broken(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         lambda state: state["skills"][0].update(family=3),
         lambda state: state["skills"][0].update(reward="high"),
         lambda state: state["skills"][0].update(number=None),
+        lambda state: state["skills"][0].update(applies=None),
         lambda state: state["skills"][0].pop("text"),
         lambda state: state["skills"][0].update(colour="red"),
         lambda state: state.update(failures=[["f", [{"prompt": "p", "response": 1, "reward": 0.0}]]]),
@@ -236,6 +340,8 @@ def test_a_larger_banks_state_is_refused() -> None:
         ({"lesson_length": 3}, "lesson_length must be at least 4"),
         ({"search": "embedding"}, "search must be one of 'family', 'all'"),
         ({"teacher": "o3"}, "teacher must be callable or None"),
+        ({"embed": "qwen"}, "embed must be callable or None, got 'qwen'"),
+        ({"distiller": 3}, "distiller must be callable or None, got 3"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], match: str) -> None:
@@ -254,6 +360,9 @@ def test_bad_settings(settings: dict[str, Any], match: str) -> None:
         (lambda bank: bank.update("f", 1.1), "success_rate must be at most 1, got 1.1"),
         (lambda bank: bank.update("f", float("nan")), "success_rate must be at least 0, got nan"),
         (lambda bank: bank.retrieve("p", "f", -1), "k must be at least 0, got -1"),
+        (lambda bank: bank.retrieve("p", delta=2), "delta must be at most 1, got 2"),
+        (lambda bank: bank.retrieve("p", general=-1), "general must be at least 0, got -1"),
+        (lambda bank: bank.update("f", 0.5, general="f"), "general must be True or False, got 'f'"),
         (lambda bank: bank.retrieve("p", 3), "family must be a string or None, got 3"),
         (lambda bank: bank.render(b"p", []), "prompt must be a string, got b'p'"),
     ],

@@ -6,51 +6,37 @@ Only the prompt changes: the advantages are plain GRPO's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from trajkern._checks import check_choice, check_count, check_number, describe
-from trajkern.recipes.srl import similarity
+from trajkern._checks import check_choice, check_count, check_flag, check_number, describe
+from trajkern.recipes._skills import (
+    Attempt,
+    Embed,
+    Likeness,
+    Sketch,
+    Skill,
+    check_family,
+    check_state,
+    check_text,
+    cut,
+    ends,
+    line,
+    listed,
+    sentence_embeddings,
+    sketches,
+)
 
-KINDS = ("demonstration", "lesson")
 SEARCH = ("family", "all")
-
-
-class Attempt(NamedTuple):
-    """A failed attempt at ``prompt``."""
-
-    prompt: str
-    response: str
-    reward: float
-
-
-class Skill(NamedTuple):
-    """One entry of the bank.
-
-    Attributes:
-        kind: "demonstration" or "lesson".
-        family: the task family it belongs to; None for a general skill.
-        prompt: what the text was learned from; "" for a teacher's lesson, which is drawn from several prompts.
-        text: the successful response, or the lesson.
-        reward: of the demonstration; of the failed attempt; 0 for a teacher's lesson.
-        number: how many skills the bank had taken in before it. The lower, the older.
-    """
-
-    kind: str
-    family: str | None
-    prompt: str
-    text: str
-    reward: float
-    number: int
-
-
-Teacher = Callable[[str | None, Sequence[Attempt]], Sequence[str]]
+Teacher = Callable[[str | None, Sequence[Attempt]], Sequence[str | Sketch]]
+Distiller = Callable[[str | None, Attempt], Sequence[str | Sketch]]
 
 
 class SkillBank:
-    """Successes kept as demonstrations, failures as short lessons, by task family.
+    r"""Successes kept as demonstrations or patterns, failures as short lessons, by task family.
 
-    A success enters at once. Failures wait until ``update`` finds their family weak; then a teacher makes lessons of
-    them. The authors fill the bank before training and let it grow by lessons only: to do so, add no success later on.
+    A success enters at once, as it is or as the patterns that a distiller finds in it. Failures wait until ``update``
+    finds their family weak; then a teacher makes lessons of them. The authors fill the bank before training and let it
+    grow by lessons only: to do so, add no success later on. Skills without a family are general.
 
     Args:
         threshold: in [0, 1]; a family whose success rate is below it learns lessons. The authors' scripts have 0.4,
@@ -62,11 +48,15 @@ class SkillBank:
         growth: lessons added by one update, at least 1; the authors' 3.
         lines: of a failed response the first and the last ``lines`` are kept, at least 1; the authors keep 5 steps.
         lesson_length: characters of a lesson, at least 4; what is longer is cut. The paper says "concise".
-        search: "family" offers a prompt its own family's skills and, after them, the general ones, as the authors'
-            template mode does; "all" ranks every skill by similarity alone, as their embedding mode does.
-        teacher: called with a family and its failed attempts, oldest first, it returns lessons, best first (the
-            authors ask o3). None states what was tried and failed, the latest attempt first. What it raises goes
-            through, and changes nothing.
+        search: task skills are those of the prompt's own "family", as in the paper and the authors' template mode, or
+            those of "all" families, as in their embedding mode.
+        embed: maps n texts to n vectors, ``[n, d]``, for similarity as their cosine; :func:`sentence_embeddings` makes
+            one. None: 2 M / T as ``difflib.SequenceMatcher(None, skill, prompt, autojunk=False)`` has it.
+        teacher: called with a family and its failed attempts, oldest first, it returns lessons, best first, as texts or
+            :class:`Sketch`\ es (the authors ask o3). None states what was tried and failed, the latest attempt first.
+            What it raises goes through, and changes nothing.
+        distiller: called with a family and a successful attempt, it returns patterns in the same way, and the success
+            itself is not kept; once a prompt. None keeps the success as a demonstration.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -83,7 +73,9 @@ class SkillBank:
         lines: int = 5,
         lesson_length: int = 400,
         search: str = "family",
+        embed: Embed | None = None,
         teacher: Teacher | None = None,
+        distiller: Distiller | None = None,
     ) -> None:
         self.threshold = check_number("threshold", threshold, low=0, high=1)
         self.success_above = check_number("success_above", success_above)
@@ -93,9 +85,11 @@ class SkillBank:
         self.lines = check_count("lines", lines, low=1)
         self.lesson_length = check_count("lesson_length", lesson_length, low=4)
         self.search = check_choice("search", search, SEARCH)
-        if teacher is not None and not callable(teacher):
-            raise TypeError(f"teacher must be callable or None, got {describe(teacher)}")
-        self.teacher = teacher
+        for name, function in (("embed", embed), ("teacher", teacher), ("distiller", distiller)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable or None, got {describe(function)}")
+        self.teacher, self.distiller = teacher, distiller
+        self._likeness = Likeness(embed)
         self._skills: list[Skill] = []  # oldest first
         self._failed: dict[str | None, list[Attempt]] = {}
         self._taken = 0
@@ -109,7 +103,7 @@ class SkillBank:
         return tuple(self._skills)
 
     def add(self, prompt: str, response: str, reward: float, family: str | None = None) -> Skill | None:
-        """Take in a finished attempt; the demonstration that it became, or None.
+        """Take in a finished attempt; the demonstration or the first of the patterns that it became, or None.
 
         A prompt has one demonstration: the one of the highest reward, of equal ones the first. A failure waits for
         ``update``. An empty response becomes neither.
@@ -120,24 +114,26 @@ class SkillBank:
             reward: finite.
             family: None for none: its skills are general.
         """
-        _check_text("prompt", prompt)
-        _check_text("response", response)
+        check_text("prompt", prompt)
+        check_text("response", response)
         reward = check_number("reward", reward)
-        _check_family(family)
+        check_family(family)
         if not response.strip():
             return None
         if reward <= self.success_above:
             waiting = self._failed.setdefault(family, [])
-            waiting.append(Attempt(prompt, _ends(response, self.lines), float(reward)))
+            waiting.append(Attempt(prompt, ends(response, self.lines), float(reward)))
             del waiting[: -self.failures]
             return None
+        if self.distiller is not None:
+            return self._distilled(prompt, response, float(reward), family)
         known = [s for s in self._skills if (s.kind, s.family, s.prompt) == ("demonstration", family, prompt)]
         if known and known[0].reward >= reward:
             return None
         self._skills = [s for s in self._skills if s not in known]
         return self._enter("demonstration", family, prompt, response, float(reward))
 
-    def update(self, family: str | None, success_rate: float) -> list[Skill]:
+    def update(self, family: str | None, success_rate: float, *, general: bool = False) -> list[Skill]:
         """Learn lessons from a family's failures where its success rate is below the threshold; the new lessons.
 
         To be called at every validation. The failures are forgotten either way: the next update sees later ones.
@@ -145,61 +141,62 @@ class SkillBank:
         Args:
             family: None for the attempts without a family.
             success_rate: in [0, 1].
+            general: whether the lessons are for every family, as the authors' code files them, or for this one.
         """
-        _check_family(family)
+        check_family(family)
         success_rate = check_number("success_rate", success_rate, low=0, high=1)
+        filed = None if check_flag("general", general) else family
         waiting = self._failed.get(family, [])
-        lessons: list[tuple[str, Attempt]] = []
+        lessons: list[tuple[Sketch, Attempt]] = []
         if waiting and success_rate < self.threshold:
             lessons = self._lessons(family, waiting)
         self._failed.pop(family, None)
-        added: list[Skill] = []
-        known = {s.text for s in self._skills if s.kind == "lesson" and s.family == family}
-        for text, source in lessons:
-            text = _cut(" ".join(text.split()), self.lesson_length)
-            if text and text not in known and len(added) < self.growth:
-                known.add(text)
-                entered = self._enter("lesson", family, source.prompt, text, source.reward)
-                added += [entered] if entered else []
+        added = self._entered("lesson", filed, lessons)
         return [skill for skill in added if skill in self._skills]
 
-    def retrieve(self, prompt: str, family: str | None = None, k: int = 6) -> list[Skill]:
-        """The ``k`` skills for a prompt, the best first: at most k, as many as there are.
+    def retrieve(
+        self, prompt: str, family: str | None = None, k: int = 6, *, delta: float = 0.4, general: int | None = None
+    ) -> list[Skill]:
+        """The skills for a prompt: up to ``k`` of its task that are like it, the best first, then the general ones.
 
-        They are ranked by the similarity of the prompts, 2 M / T as ``difflib.SequenceMatcher(None, skill, prompt,
-        autojunk=False)`` has it; a teacher's lesson is compared by its text. Of equal ones the older is first. What was
-        learned from this very prompt is never returned: it would tell the answer.
+        General skills are shown always, task skills where :attr:`Skill.wording` is like the prompt by more than
+        ``delta``. Of equally alike ones the older is first. What was learned from this very prompt is never returned:
+        it would tell the answer.
 
         Args:
             prompt: as ``add`` got it.
             family: None for a prompt of no known family: general skills.
-            k: at least 0; the authors' 6.
+            k: at least 0; the authors' 6. 0 returns nothing at all.
+            delta: in [-1, 1]; a task skill is shown where its similarity to the prompt is above this, the paper's 0.4.
+                The authors' code has no such bound: -1.
+            general: at most so many general skills, the most alike; None: all, as in the paper. The authors' code
+                shows 6.
         """
-        _check_text("prompt", prompt)
-        _check_family(family)
-        k = check_count("k", k, low=0)
-        offered = [s for s in self._skills if s.prompt != prompt]
-        if self.search == "family":
-            offered = [s for s in offered if s.family in (family, None)]
-        compared = [skill.prompt or skill.text for skill in offered]
-        likeness = similarity(compared, [prompt] * len(compared), autojunk=False).tolist()
-
-        def rank(at: int) -> tuple[bool, float, int]:
-            foreign = self.search == "family" and offered[at].family != family
-            return foreign, -likeness[at], offered[at].number
-
-        return [offered[at] for at in sorted(range(len(offered)), key=rank)[:k]]
+        check_text("prompt", prompt)
+        check_family(family)
+        k, delta = check_count("k", k, low=0), check_number("delta", delta, low=-1, high=1)
+        general = None if general is None else check_count("general", general, low=0)
+        if k == 0:
+            return []
+        families = {family} if self.search == "family" else {s.family for s in self._skills}
+        offered = [s for s in self._skills if s.prompt != prompt and (s.family is None or s.family in families)]
+        likeness = self._likeness([skill.wording for skill in offered], prompt)
+        ranked = sorted(range(len(offered)), key=lambda at: (-likeness[at], offered[at].number))
+        of_task = [offered[at] for at in ranked if offered[at].family is not None and likeness[at] > delta]
+        return of_task[:k] + [offered[at] for at in ranked if offered[at].family is None][:general]
 
     @staticmethod
     def render(prompt: str, skills: Sequence[Skill]) -> str:
-        """The prompt with the skills before it: lessons as a list, then demonstrations, the best one next to it.
+        """The prompt with the skills before it: patterns, lessons, then demonstrations, the best one next to it.
 
         Without skills it is the prompt itself.
         """
-        _check_text("prompt", prompt)
-        lessons = [f"- {skill.text}\n" for skill in skills if skill.kind == "lesson"]
+        check_text("prompt", prompt)
+        head = ""
+        for kind, title in (("pattern", "What has worked before:"), ("lesson", "Lessons from earlier attempts:")):
+            lines = [listed(skill) for skill in skills if skill.kind == kind]
+            head += f"{title}\n{''.join(lines)}\n" if lines else ""
         shown = [f"{skill.prompt}\n{skill.text}\n\n" for skill in reversed(skills) if skill.kind == "demonstration"]
-        head = f"Lessons from earlier attempts:\n{''.join(lessons)}\n" if lessons else ""
         return f"{head}{''.join(shown)}{prompt}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,7 +217,7 @@ class SkillBank:
             skills = [Skill(**entry) for entry in state["skills"]]
             failed = {family: [Attempt(**entry) for entry in attempts] for family, attempts in state["failures"]}
             taken = state["taken"]
-            _check_state(skills, failed, taken)
+            check_state(skills, failed, taken)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what SkillBank.state_dict returned; {error!r}") from error
         for skill in skills:
@@ -233,18 +230,39 @@ class SkillBank:
         self._failed = {family: attempts[-self.failures :] for family, attempts in failed.items()}
         self._skills, self._taken = skills, taken
 
-    def _lessons(self, family: str | None, waiting: list[Attempt]) -> list[tuple[str, Attempt]]:
-        if self.teacher is None:
-            tried = (f'"{_line(a.response)}" is no answer to "{_line(a.prompt)}"' for a in reversed(waiting))
-            return list(zip(tried, reversed(waiting), strict=True))
-        texts = self.teacher(family, tuple(waiting))
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"teacher must return a sequence of strings, got {describe(texts)}")
-        return [(text, Attempt("", "", 0.0)) for text in texts]
+    def _distilled(self, prompt: str, response: str, reward: float, family: str | None) -> Skill | None:
+        if any((s.kind, s.family, s.prompt) == ("pattern", family, prompt) for s in self._skills):
+            return None
+        assert self.distiller is not None
+        source = Attempt(prompt, response, reward)
+        found = sketches("distiller", self.distiller(family, source))
+        entered = self._entered("pattern", family, [(sketch, source) for sketch in found])
+        return entered[0] if entered else None
 
-    def _enter(self, kind: str, family: str | None, prompt: str, text: str, reward: float) -> Skill | None:
+    def _lessons(self, family: str | None, waiting: list[Attempt]) -> list[tuple[Sketch, Attempt]]:
+        if self.teacher is None:
+            tried = (f'"{line(a.response)}" is no answer to "{line(a.prompt)}"' for a in reversed(waiting))
+            return [(Sketch("", text), a) for text, a in zip(tried, reversed(waiting), strict=True)]
+        found = sketches("teacher", self.teacher(family, tuple(waiting)))
+        return [(sketch, Attempt("", "", 0.0)) for sketch in found]
+
+    def _entered(self, kind: str, family: str | None, found: Sequence[tuple[Sketch, Attempt]]) -> list[Skill]:
+        """The new ones of these, at most ``growth``, as skills that the bank has taken in."""
+        added: list[Skill] = []
+        known = {s.text for s in self._skills if s.kind == kind and s.family == family}
+        for sketch, source in found:
+            name, text, applies = (cut(" ".join(x.split()), self.lesson_length) for x in sketch)
+            if text and text not in known and len(added) < self.growth:
+                known.add(text)
+                entered = self._enter(kind, family, source.prompt, text, source.reward, name, applies)
+                added += [entered] if entered else []
+        return added
+
+    def _enter(
+        self, kind: str, family: str | None, prompt: str, text: str, reward: float, name: str = "", applies: str = ""
+    ) -> Skill | None:
         """The skill, or None where it is the one that has to leave."""
-        new = Skill(kind, family, prompt, text, reward, self._taken)
+        new = Skill(kind, family, prompt, text, reward, self._taken, name, applies)
         self._taken += 1
         self._skills.append(new)
         peers = [s for s in self._skills if (s.kind, s.family) == (kind, family)]
@@ -252,47 +270,8 @@ class SkillBank:
             return new
         leaves = min(peers, key=lambda s: (s.reward if kind == "demonstration" else 0.0, s.number))
         self._skills.remove(leaves)
+        self._likeness.forget(leaves.wording)
         return None if leaves is new else new
 
 
-def _ends(text: str, count: int) -> str:
-    """The first and the last ``count`` lines."""
-    lines = text.strip().splitlines()
-    return "\n".join(lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]])
-
-
-def _line(text: str) -> str:
-    return _cut(" ".join(text.split()), 120)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {describe(value)}")
-
-
-def _check_family(value: Any) -> None:
-    if not isinstance(value, (str, type(None))):
-        raise TypeError(f"family must be a string or None, got {describe(value)}")
-
-
-def _check_state(skills: list[Skill], failed: dict[str | None, list[Attempt]], taken: Any) -> None:
-    check_count("taken", taken, low=0)
-    numbers = [-1, *(skill.number for skill in skills), taken]
-    if any(not isinstance(n, int) for n in numbers) or sorted(set(numbers)) != numbers:
-        raise ValueError(f"the skills' numbers must ascend below taken, got {numbers[1:]}")
-    for skill in skills:
-        check_choice("kind", skill.kind, KINDS)
-        _check_family(skill.family)
-        _check_text("prompt", skill.prompt)
-        _check_text("text", skill.text)
-        check_number("reward", skill.reward)
-    for family, attempts in failed.items():
-        _check_family(family)
-        for attempt in attempts:
-            _check_text("prompt", attempt.prompt)
-            _check_text("response", attempt.response)
-            check_number("reward", attempt.reward)
+__all__ = ["Attempt", "Distiller", "Embed", "Sketch", "Skill", "SkillBank", "Teacher", "sentence_embeddings"]

@@ -1,0 +1,169 @@
+"""What SkillRL's bank keeps, and how like a prompt it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_choice, check_count, check_number, describe
+from trajkern.recipes.srl import similarity
+
+KINDS = ("demonstration", "pattern", "lesson")
+Embed = Callable[[Sequence[str]], Any]
+
+
+class Attempt(NamedTuple):
+    """An attempt at ``prompt``."""
+
+    prompt: str
+    response: str
+    reward: float
+
+
+class Sketch(NamedTuple):
+    """A skill as a teacher words it: a short name, the principle in a sentence or two, and when to apply it."""
+
+    name: str
+    principle: str
+    applies: str = ""
+
+
+class Skill(NamedTuple):
+    """One entry of the bank.
+
+    Attributes:
+        kind: "demonstration", a success as it was; "pattern", what made a success one; "lesson", of failures.
+        family: the task family it belongs to; None for a general skill.
+        prompt: what the text was learned from; "" for a teacher's lesson, which is drawn from several prompts.
+        text: the successful response; or the principle of the pattern or the lesson.
+        reward: of the success; of the failed attempt; 0 for a teacher's lesson.
+        number: how many skills the bank had taken in before it. The lower, the older.
+        name, applies: of a pattern or a lesson, where its teacher gave them: what it is called, and when to apply it.
+    """
+
+    kind: str
+    family: str | None
+    prompt: str
+    text: str
+    reward: float
+    number: int
+    name: str = ""
+    applies: str = ""
+
+    @property
+    def wording(self) -> str:
+        """What a prompt is compared with: name, principle and applicability; without a name, what it was learned
+        from, or else its text."""
+        parts = (self.name, self.text, self.applies)
+        return ". ".join(part for part in parts if part) if self.name else self.prompt or self.text
+
+
+class Likeness:
+    """How like texts are: the cosine of their vectors, which are kept; without ``embed`` what difflib says."""
+
+    def __init__(self, embed: Embed | None) -> None:
+        self.embed = embed
+        self._vectors: dict[str, Tensor] = {}  # of skills' wordings, of length 1
+
+    def __call__(self, wordings: Sequence[str], prompt: str) -> list[float]:
+        if self.embed is None:
+            return similarity(wordings, [prompt] * len(wordings), autojunk=False).tolist()
+        if not wordings:
+            return []
+        new = [text for text in dict.fromkeys((*wordings, prompt)) if text not in self._vectors]
+        found = torch.as_tensor(self.embed(new)) if new else torch.empty(0, 1)
+        if found.ndim != 2 or found.shape[0] != len(new) or not bool(found.isfinite().all()):
+            raise ValueError(f"embed must return {len(new)} finite vectors, one a text; got {describe(found)}")
+        unit = torch.nn.functional.normalize(found.detach().double().cpu(), dim=1)
+        vectors = self._vectors | dict(zip(new, unit, strict=True))
+        self._vectors |= {text: vectors[text] for text in wordings}  # prompts pass by, skills stay
+        return [float(vectors[text] @ vectors[prompt]) for text in wordings]
+
+    def forget(self, wording: str) -> None:
+        """A skill has left."""
+        self._vectors.pop(wording, None)
+
+
+def sentence_embeddings(model: Any = "Qwen/Qwen3-Embedding-0.6B", **options: Any) -> Embed:
+    """Vectors of texts by a model of the package sentence-transformers, for :class:`SkillBank`.
+
+    Args:
+        model: a ``SentenceTransformer``, or what names one: a folder, or a model of the hub; by default the authors'.
+        **options: the constructor's, for a name, such as ``device``.
+
+    Raises:
+        ImportError: a name was given and the package is missing; it is in trajkern's extra "skills".
+    """
+    if isinstance(model, str):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            message = f"sentence_embeddings needs sentence-transformers: pip install 'trajkern[skills]' ({error})"
+            raise ImportError(message) from error
+        model = SentenceTransformer(model, **options)
+    elif options or not hasattr(model, "encode"):
+        raise TypeError(f"model must be a name, or a SentenceTransformer without options; got {describe(model)}")
+    return lambda texts: model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+
+
+def sketches(name: str, found: Any) -> list[Sketch]:
+    if isinstance(found, (str, Sketch)) or not isinstance(found, Sequence):
+        raise TypeError(f"{name} must return a sequence of strings or Sketches, got {describe(found)}")
+    for x in found:
+        parts = x if isinstance(x, Sketch) else (x,)
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"{name} must return a sequence of strings or Sketches, got {describe(x)} in it")
+    return [x if isinstance(x, Sketch) else Sketch("", x) for x in found]
+
+
+def listed(skill: Skill) -> str:
+    named = f"{skill.name}: {skill.text}" if skill.name else skill.text
+    return f"- {named} Apply when: {skill.applies}\n" if skill.applies else f"- {named}\n"
+
+
+def ends(text: str, count: int) -> str:
+    """The first and the last ``count`` lines."""
+    lines = text.strip().splitlines()
+    return "\n".join(lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]])
+
+
+def line(text: str) -> str:
+    return cut(" ".join(text.split()), 120)
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {describe(value)}")
+
+
+def check_family(value: Any) -> None:
+    if not isinstance(value, (str, type(None))):
+        raise TypeError(f"family must be a string or None, got {describe(value)}")
+
+
+def check_state(skills: list[Skill], failed: dict[str | None, list[Attempt]], taken: Any) -> None:
+    check_count("taken", taken, low=0)
+    numbers = [-1, *(skill.number for skill in skills), taken]
+    if any(not isinstance(n, int) for n in numbers) or sorted(set(numbers)) != numbers:
+        raise ValueError(f"the skills' numbers must ascend below taken, got {numbers[1:]}")
+    for skill in skills:
+        check_choice("kind", skill.kind, KINDS)
+        check_family(skill.family)
+        check_text("prompt", skill.prompt)
+        check_text("text", skill.text)
+        check_text("name", skill.name)
+        check_text("applies", skill.applies)
+        check_number("reward", skill.reward)
+    for family, attempts in failed.items():
+        check_family(family)
+        for attempt in attempts:
+            check_text("prompt", attempt.prompt)
+            check_text("response", attempt.response)
+            check_number("reward", attempt.reward)
