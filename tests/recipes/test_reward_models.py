@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajkern.recipes.reward_models import elo, knockout, meta_vote, rule_rewards, vote
+from trajkern.recipes.reward_models import (
+    elo,
+    knockout,
+    majority,
+    meta_loss,
+    meta_vote,
+    round_robin,
+    rule_rewards,
+    verdict,
+    vote,
+)
 
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
 
@@ -135,3 +145,108 @@ ONE = torch.ones(1, 2)
 def test_refuses(make, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_verdict() -> None:
+    texts = [A, f"so: {B}\n", f"{A}{B}", f"{A}{'.' * 60}", "A", ""]
+    assert [verdict(text) for text in texts] == ["A", "B", None, None, None, None]
+
+
+def test_meta_loss(device: str) -> None:
+    """sigmoid(ln 3) = 3/4: a right one costs -ln(3/4), a wrong one -ln(1/4)."""
+    logits = torch.tensor([math.log(3), math.log(3), 0.0], device=device, requires_grad=True)
+    right = torch.tensor([True, False, True], device=device)
+    loss = meta_loss(logits, right)
+    each = [math.log(4 / 3), math.log(4), math.log(2)]
+    assert float(loss.detach()) == pytest.approx(sum(each) / 3, rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.tolist() == pytest.approx([-0.25 / 3, 0.75 / 3, -0.5 / 3], rel=1e-6)
+    weights = torch.tensor([1.0, 3.0, 0.0], device=device)
+    assert float(meta_loss(logits.detach(), right, weights=weights)) == pytest.approx((each[0] + 3 * each[1]) / 4)
+    assert float(meta_loss(logits.detach(), right, weights=0 * weights)) == 0
+    assert float(meta_loss(logits.detach()[:0], right[:0])) == 0
+    far = torch.tensor([1000.0, 1000.0], dtype=torch.float64, device=device)
+    assert float(meta_loss(far, right[:2])) == pytest.approx(500)
+
+
+def test_a_meta_model_learns_which_judgements_are_right() -> None:
+    """Its labels are the judge's own rule; a linear one finds what tells them apart."""
+    scores = torch.tensor([[7, 5], [4, 6], [8, 3], [2, 9]])
+    right = rule_rewards(scores, torch.tensor([0, 0, 0, 0]), rule="deepseek_grm") > 0
+    assert right.tolist() == [True, False, True, False]
+    gap, weight = (scores[:, 0] - scores[:, 1]).float(), torch.zeros(1, requires_grad=True)
+    for _ in range(20):
+        (grad,) = torch.autograd.grad(meta_loss(weight * gap, right), weight)
+        weight = (weight - 0.5 * grad).detach().requires_grad_()
+    rating = (weight * gap).detach()
+    assert ((rating > 0) == right).all()
+    assert meta_vote(scores, rating, keep=2).tolist() == [15, 8]
+
+
+def _by_size(liking: float = 0.0):
+    """Three votes of a judge that finds larger numbers better, of which a share goes to the first place."""
+    asked: list[tuple[int, int]] = []
+
+    def prefer(firsts: list[int], seconds: list[int]) -> torch.Tensor:
+        asked.extend(zip(firsts, seconds, strict=True))
+        better = torch.tensor([float(a > b) for a, b in zip(firsts, seconds, strict=True)])
+        return torch.stack((better, better, torch.full_like(better, math.nan if liking == 0 else liking)))
+
+    return prefer, asked
+
+
+def test_round_robin_feeds_elo() -> None:
+    prefer, asked = _by_size()
+    wins = round_robin(prefer, [5, 9, 7])
+    assert wins.tolist() == [[0, 0, 0], [4, 0, 4], [4, 0, 0]], "two votes in either order; a missing one is no game"
+    assert asked == [(5, 9), (5, 7), (9, 7), (9, 5), (7, 5), (7, 9)]
+    assert elo(wins).argsort(descending=True).tolist() == [1, 2, 0]
+    prefer, asked = _by_size(liking=1.0)
+    assert round_robin(prefer, [5, 9], both_orders=False).tolist() == [[0, 1], [2, 0]] and asked == [(5, 9)]
+    assert round_robin(prefer, [5, 9]).tolist() == [[0, 1], [5, 0]]
+    assert round_robin(prefer, [5]).tolist() == [[0]] and round_robin(prefer, []).shape == (0, 0)
+
+
+def test_majority_feeds_the_knockout() -> None:
+    prefer, asked = _by_size()
+    assert knockout(majority(prefer), [3, 8, 1, 5, 7], seed=2) == 8 and len(asked) == 4
+    compare = majority(_by_size(liking=1.0)[0], both_orders=True)
+    assert compare(2, 1) and not compare(1, 2)
+    draw = majority(lambda firsts, seconds: torch.full((2, len(firsts)), 0.5))
+    assert draw(1, 2) and draw(2, 1), "a tie is the first's"
+    silent = majority(lambda firsts, seconds: torch.full((2, len(firsts)), math.nan))
+    with pytest.raises(ValueError, match="prefer must return a vote that is not missing"):
+        silent(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("votes", "error", "message"),
+    [
+        (True, TypeError, "the result of prefer must be a tensor"),
+        (torch.ones(2), ValueError, "the result of prefer must have 2 dimensions|must be 2-dimensional|prefer must"),
+        (torch.ones(2, 3), ValueError, r"the result of prefer must have shape \[2, 1\]"),
+        (torch.tensor([[0.5], [2.0]]), ValueError, r"must lie in \[0, 1\], or be NaN; it is 2.0 at \[1, 0\]"),
+    ],
+)
+def test_bad_votes(votes, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        round_robin(lambda firsts, seconds: votes, "ab", both_orders=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: meta_loss(torch.ones(2), torch.ones(2)), TypeError, "right must have dtype bool"),
+        (lambda: meta_loss(torch.ones(2), torch.ones(1) > 0), ValueError, r"right must have shape \[2\]"),
+        (lambda: meta_loss(torch.tensor([math.nan]), torch.ones(1) > 0), ValueError, "logits must be finite"),
+        (
+            lambda: meta_loss(torch.ones(1), torch.ones(1) > 0, weights=-torch.ones(1)),
+            ValueError,
+            "weights must be at least 0",
+        ),
+        (lambda: round_robin(None, [1, 2], both_orders=1), TypeError, "both_orders must be True or False"),
+    ],
+)
+def test_refuses_in_training(call, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

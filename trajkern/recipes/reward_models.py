@@ -18,6 +18,7 @@ from trajkern._checks import (
     check_finite,
     check_flag,
     check_number,
+    check_shape,
     check_tensor,
     check_values,
     describe,
@@ -27,9 +28,11 @@ from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_index, check_vector, widened
 
 RULES = ("deepseek_grm", "rm_r1", "rrm")
+VERDICTS = ("A", "B")
 SCORES = (*FLOATS, *INTEGERS)
 TAIL = 80  # characters at the end of a judgement in which its verdict must stand
 Candidate = TypeVar("Candidate")
+Prefer = Callable[[Sequence[Candidate], Sequence[Candidate]], Tensor]
 
 
 def rule_rewards(judgements: Tensor | Sequence[str], labels: Tensor | Sequence[str], *, rule: str) -> Tensor:
@@ -87,10 +90,52 @@ def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[st
         raise ValueError(f"labels must have one entry for each of the {len(texts)} judgements, got {len(labels)}")
     rewards = []
     for text, label in zip(texts, labels, strict=True):
-        check_choice("labels", label, ("A", "B"))
-        verdicts = {x: f"<answer>[[{x}]]</answer>" in text[-TAIL:] for x in "AB"}
-        rewards.append(1.0 if verdicts.pop(label) and not any(verdicts.values()) else -1.0)
+        check_choice("labels", label, VERDICTS)
+        rewards.append(1.0 if verdict(text) == label else -1.0)
     return torch.tensor(rewards, dtype=torch.float32)
+
+
+def verdict(text: str) -> str | None:
+    """ "A" or "B" where ``<answer>[[A]]</answer>``, or that of B, stands in the text's last 80 characters; None where
+    neither does, or both do."""
+    said = [x for x in VERDICTS if f"<answer>[[{x}]]</answer>" in text[-TAIL:]]
+    return said[0] if len(said) == 1 else None
+
+
+def meta_loss(
+    logits: Tensor,  # [N]
+    right: Tensor,  # [N]
+    *,
+    weights: Tensor | None = None,  # [N]
+) -> Tensor:
+    """Binary cross-entropy of a meta reward model: mean of -log sigmoid(z) where right, of -log sigmoid(-z) elsewhere.
+
+    A meta model reads a judgement and says how likely it is right; its ratings choose in :func:`meta_vote`. What is
+    right says the rule that rewards the judge: ``rule_rewards(judgements, labels, rule="deepseek_grm") > 0``.
+
+    Args:
+        logits: float ``[N]``, finite (checked on the CPU): the meta model's rating of each judgement.
+        right: bool ``[N]``.
+        weights: float ``[N]``, finite and at least 0 (checked on the CPU), such as to balance the two kinds; the mean
+            is then the weighted one, 0 where nothing weighs.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits), differentiable in the logits. Without judgements it is 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    check_vector("logits", logits, None, "", None)
+    check_vector("right", right, logits.shape[0], "one flag a judgement", logits.device, (torch.bool,))
+    loss = -torch.nn.functional.logsigmoid(torch.where(right, 1.0, -1.0) * widened(logits))
+    if weights is None:
+        return loss.sum() / max(logits.shape[0], 1)
+    check_vector("weights", weights, logits.shape[0], "one a judgement", logits.device)
+    if readable(weights):
+        check_values("weights", weights, 0)
+    weights = weights.to(loss.dtype)
+    total = weights.sum()
+    return (weights * loss).sum() / torch.where(total == 0, 1, total)
 
 
 def vote(scores: Tensor) -> Tensor:  # [K, N]
@@ -201,3 +246,72 @@ def knockout(
             winners.append(first if first_wins else second)
         left = winners
     return left[0]
+
+
+def round_robin(prefer: Prefer[Candidate], candidates: Sequence[Candidate], *, both_orders: bool = True) -> Tensor:
+    """What a judge of pairs says of every two candidates, for :func:`elo`; float64 ``[C, C]`` on the CPU.
+
+    ``wins[i, j]`` is the sum of the votes for i against j; a missing vote is no game.
+
+    Args:
+        prefer: called once, with the firsts and the seconds of P pairs, it returns float ``[K, P]``, K votes on each: 1
+            where the first is better, 0 where the second is, 0.5 for a draw, NaN for a missing vote.
+        candidates: C of them.
+        both_orders: whether every pair is asked in either order, so that a liking for the first place cancels; else the
+            earlier candidate is always the first.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    both_orders = check_flag("both_orders", both_orders)
+    count = len(candidates)
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    if both_orders:
+        pairs += [(j, i) for i, j in pairs]
+    wins = torch.zeros(count, count, dtype=torch.float64)
+    if pairs:
+        votes = _votes(prefer, [candidates[i] for i, _ in pairs], [candidates[j] for _, j in pairs])
+        first, second = torch.tensor(pairs).unbind(1)
+        wins = wins.index_put((first, second), votes.nansum(0), accumulate=True)
+        wins = wins.index_put((second, first), (1 - votes).nansum(0), accumulate=True)
+    return wins
+
+
+def majority(prefer: Prefer[Candidate], *, both_orders: bool = False) -> Callable[[Candidate, Candidate], bool]:
+    """A comparison for :func:`knockout`: whether most votes are for the first of two.
+
+    A tie goes to the first, which the knockout's draw has put there.
+
+    Args:
+        prefer: as for :func:`round_robin`, called with one pair, or two.
+        both_orders: whether the pair is asked in either order.
+
+    Returns:
+        A function that raises ValueError where every vote is missing: that is no comparison.
+    """
+    both_orders = check_flag("both_orders", both_orders)
+
+    def compare(first: Candidate, second: Candidate) -> bool:
+        firsts, seconds = [first, second], [second, first]
+        votes = _votes(prefer, firsts, seconds) if both_orders else _votes(prefer, firsts[:1], seconds[:1])
+        if both_orders:
+            votes = torch.cat((votes[:, :1], 1 - votes[:, 1:]))
+        if bool(votes.isnan().all()):
+            raise ValueError("prefer must return a vote that is not missing; all are NaN")
+        return float(votes.nanmean()) >= 0.5
+
+    return compare
+
+
+def _votes(prefer: Prefer[Candidate], firsts: list[Candidate], seconds: list[Candidate]) -> Tensor:
+    """float64 ``[K, P]`` on the CPU."""
+    votes: object = prefer(firsts, seconds)
+    check_tensor("the result of prefer", votes, dtypes=FLOATS, ndim=2)
+    assert isinstance(votes, Tensor)
+    check_shape("the result of prefer", votes, (votes.shape[0], len(firsts)), "a column for each pair")
+    wide = votes.detach().double().cpu()
+    legal = wide.isnan() | ((wide >= 0) & (wide <= 1))
+    if not bool(legal.all()):
+        k, p = (~legal).nonzero()[0].tolist()
+        raise ValueError(f"the result of prefer must lie in [0, 1], or be NaN; it is {float(wide[k, p])} at [{k}, {p}]")
+    return wide
