@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.sampling import left_padded
 from trajkern.trainer.tasks.base import Question
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HIGHEST = 10  # of the scores that a judge is asked for
 RUBRIC = "You judge how well a response answers a question: whether it is correct, complete and to the point."
@@ -65,29 +68,12 @@ class JudgeError(RuntimeError):
     """Judgements that could not be had. They are no scores."""
 
 
-class LocalJudge:
-    """A HuggingFace causal language model that reasons before it scores.
+class _Local:
+    """A model on this machine that judges items: tuples of texts."""
 
-    It is asked for a last line "Score:" with a number from 0 to 10. Where its reply has none, it goes on once after
-    "Score:"; where that brings no number either, the vote is missing.
-
-    The same arguments give the same judgements, whatever torch's own generator has drawn. A response's do not depend on
-    what else is judged unless ``batch`` is above 1.
-
-    Args:
-        model: on any device; set to evaluation mode.
-        tokenizer: the model's own. Its chat template is used where it has one.
-        rubric: what makes a good response, in words.
-        max_new_tokens: for the reasoning and its score, at least 1.
-        samples: judgements of each response (K), at least 1; they share one reading of the prompt.
-        temperature: above 0; or 0, for the likeliest token each time (then samples must be 1). Other settings of
-            sampling are the model's ``generation_config``.
-        batch: responses judged together, at least 1: faster, but a draw then depends on all of them.
-        seed: of the draws.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it was.
-    """
+    opening = _OPENING
+    glue = " "  # between the opening and what the model goes on with
+    whole = False  # whether a verdict is read in all of a reply that went on, or after the opening
 
     def __init__(
         self,
@@ -115,17 +101,22 @@ class LocalJudge:
         self._policy = HuggingFacePolicy(model, tokenizer)
 
     @classmethod
-    def load(cls, name: str, **settings: Any) -> LocalJudge:
+    def load(cls, name: str, **settings: Any) -> Self:
         """Load "smollm2", a HuggingFace folder or a .gguf file, in float32; ``settings`` are the constructor's."""
         policy = HuggingFacePolicy.load(name)
         return cls(policy.model, policy._tokenizer, **settings)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
-        pairs = _pairs(prompts, responses)
+    def question(self, *item: str) -> str:
+        return _question(self._rubric, *item)
+
+    def read(self, text: str, ended: bool) -> float:
+        return read_score(text, ended)
+
+    def judged(self, items: Sequence[tuple[str, ...]]) -> Judgements:
         replies: list[list[str]] = []
         scores: list[list[float]] = []
-        for begin in range(0, len(pairs), self._batch):
-            some = pairs[begin : begin + self._batch]
+        for begin in range(0, len(items), self._batch):
+            some = items[begin : begin + self._batch]
             with torch.random.fork_rng([self._model.device] if self._model.device.type == "cuda" else []):
                 drawn = hashlib.sha256(json.dumps([self._seed, some]).encode()).digest()
                 torch.manual_seed(int.from_bytes(drawn[:8], "big", signed=True))
@@ -136,25 +127,27 @@ class LocalJudge:
                 scores.append(list(votes))
         return _judgements(scores, replies, self._samples)
 
-    def _judge(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, float]]:
-        """The texts and scores of ``samples`` judgements a pair, adjacent."""
-        asked = [self._policy.prompt(Question("", _question(self._rubric, *pair), "", {})) for pair in pairs]
+    def _judge(self, items: Sequence[tuple[str, ...]]) -> list[tuple[str, float]]:
+        """The texts and scores of ``samples`` judgements an item, adjacent."""
+        asked = [self._policy.prompt(Question("", self.question(*item), "", {})) for item in items]
         written = self._continue(asked, self._new, self._samples)
         asked = [prompt for prompt in asked for _ in range(self._samples)]
-        opening = self._tokenizer(_OPENING, add_special_tokens=False).input_ids
+        opening = self._tokenizer(self.opening, add_special_tokens=False).input_ids
         out = []
         for tokens in written:
             text = self._text(tokens)
-            out.append((text, read_score(text, ended=tokens[-1:] == [self._policy.eos])))
+            out.append((text, self.read(text, tokens[-1:] == [self._policy.eos])))
         silent = [at for at, (_, score) in enumerate(out) if score != score]
         if not silent:
             return out
         thoughts = [[token for token in written[at] if token != self._policy.eos] for at in silent]
         ends = self._continue([asked[at] + t + opening for at, t in zip(silent, thoughts, strict=True)], 8, 1)
-        for at, thought, end in zip(silent, thoughts, ends, strict=True):
-            line, newline, _ = self._text(end).partition("\n")
-            ended = newline == "\n" or end[-1] == self._policy.eos
-            out[at] = (f"{self._text(thought)}{_OPENING} {line}", read_score(f"Score: {line}", ended))
+        for at, thought, tokens in zip(silent, thoughts, ends, strict=True):
+            line, newline, _ = self._text(tokens).partition("\n")
+            ended = newline == "\n" or tokens[-1] == self._policy.eos
+            end = f"{self.opening}{self.glue}{line}"
+            whole = f"{self._text(thought)}{end}"
+            out[at] = (whole, self.read(whole if self.whole else end, ended))
         return out
 
     def _text(self, tokens: list[int]) -> str:
@@ -184,32 +177,36 @@ class LocalJudge:
         return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 
-class ServerJudge:
-    """A model behind any server that speaks OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama.
+class LocalJudge(_Local):
+    """A HuggingFace causal language model that reasons before it scores.
 
-    A call that fails (a refusal to connect, an error status, silence, an answer that is no completion) is no score: the
-    others are waited for, then :class:`JudgeError` says how many failed and why the first did. A reply that has no
-    score in it, or was cut off before it, is a missing vote.
+    It is asked for a last line "Score:" with a number from 0 to 10. Where its reply has none, it goes on once after
+    "Score:"; where that brings no number either, the vote is missing.
+
+    The same arguments give the same judgements, whatever torch's own generator has drawn. A response's do not depend on
+    what else is judged unless ``batch`` is above 1.
 
     Args:
-        base_url: such as "http://localhost:8000/v1".
-        model: the name that the server knows it by.
-        api_key: None for a server that asks for none; the environment is not consulted.
-        timeout: seconds that a try may be silent before it counts as failed, above 0.
-        retries: tries after the first, at least 0, with growing pauses or those that the server asks for: after a
-            timeout, a lost connection, and the statuses 408, 409, 429 and 500 or more.
-        deadline: seconds for a call with its retries and pauses, above 0: some servers keep a hopeless call alive with
-            blank lines, and are never silent.
-        concurrency: calls under way at once, at least 1.
+        model: on any device; set to evaluation mode.
+        tokenizer: the model's own. Its chat template is used where it has one.
         rubric: what makes a good response, in words.
-        samples: judgements of each response (K), a call each, at least 1.
-        seed: sample k is asked with ``seed + k``, for servers that can repeat themselves; None sends none.
-        options: what else each request says, such as ``{"temperature": 0.5, "max_tokens": 512}``.
+        max_new_tokens: for the reasoning and its score, at least 1.
+        samples: judgements of each response (K), at least 1; they share one reading of the prompt.
+        temperature: above 0; or 0, for the likeliest token each time (then samples must be 1). Other settings of
+            sampling are the model's ``generation_config``.
+        batch: responses judged together, at least 1: faster, but a draw then depends on all of them.
+        seed: of the draws.
 
     Raises:
-        ImportError: without the package openai, which is in trajkern's extra "judge".
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
+        return self.judged(_items(prompts=prompts, responses=responses))
+
+
+class _Server:
+    """A model behind a server that judges items: tuples of texts."""
 
     def __init__(
         self,
@@ -242,15 +239,21 @@ class ServerJudge:
         try:
             import openai
         except ImportError as error:
-            raise ImportError(f"ServerJudge needs openai: pip install 'trajkern[judge]' ({error})") from error
+            raise ImportError(f"{type(self).__name__} needs openai: pip install 'trajkern[judge]' ({error})") from error
         self._connect: Any = openai.AsyncOpenAI
         # a key must be given, or the client would send the environment's to this server
         self._client = {"base_url": base_url, "api_key": api_key or "none", "timeout": timeout, "max_retries": retries}
         self._model, self._rubric, self._samples, self._seed = model, rubric, samples, seed
         self._deadline, self._concurrency, self._options = deadline, concurrency, dict(options or {})
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
-        asked = [_question(self._rubric, *pair) for pair in _pairs(prompts, responses)]
+    def question(self, *item: str) -> str:
+        return _question(self._rubric, *item)
+
+    def read(self, text: str, ended: bool) -> float:
+        return read_score(text, ended)
+
+    def judged(self, items: Sequence[tuple[str, ...]]) -> Judgements:
+        asked = [self.question(*item) for item in items]
         results = _run(self._ask_all(asked))
         failures = [result for result in results if isinstance(result, BaseException)]
         if failures:
@@ -261,7 +264,7 @@ class ServerJudge:
             ) from first
         judged = [result for result in results if not isinstance(result, BaseException)]
         groups = [judged[at : at + self._samples] for at in range(0, len(judged), self._samples)]
-        scores = [[read_score(text, ended) for text, ended in group] for group in groups]
+        scores = [[self.read(text, ended) for text, ended in group] for group in groups]
         return _judgements(scores, [[text for text, _ in group] for group in groups], self._samples)
 
     async def _ask_all(self, asked: Sequence[str]) -> list[tuple[str, bool] | BaseException]:
@@ -289,6 +292,37 @@ class ServerJudge:
             return str(content), choice.finish_reason != "length"
         except (AttributeError, IndexError, TypeError) as error:
             raise ValueError(f"the server's answer is no chat completion: {str(completion)[:200]!r}") from error
+
+
+class ServerJudge(_Server):
+    """A model behind any server that speaks OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama.
+
+    A call that fails (a refusal to connect, an error status, silence, an answer that is no completion) is no score: the
+    others are waited for, then :class:`JudgeError` says how many failed and why the first did. A reply that has no
+    score in it, or was cut off before it, is a missing vote.
+
+    Args:
+        base_url: such as "http://localhost:8000/v1".
+        model: the name that the server knows it by.
+        api_key: None for a server that asks for none; the environment is not consulted.
+        timeout: seconds that a try may be silent before it counts as failed, above 0.
+        retries: tries after the first, at least 0, with growing pauses or those that the server asks for: after a
+            timeout, a lost connection, and the statuses 408, 409, 429 and 500 or more.
+        deadline: seconds for a call with its retries and pauses, above 0: some servers keep a hopeless call alive with
+            blank lines, and are never silent.
+        concurrency: calls under way at once, at least 1.
+        rubric: what makes a good response, in words.
+        samples: judgements of each response (K), a call each, at least 1.
+        seed: sample k is asked with ``seed + k``, for servers that can repeat themselves; None sends none.
+        options: what else each request says, such as ``{"temperature": 0.5, "max_tokens": 512}``.
+
+    Raises:
+        ImportError: without the package openai, which is in trajkern's extra "judge".
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
+        return self.judged(_items(prompts=prompts, responses=responses))
 
 
 def read_score(text: str, ended: bool) -> float:
@@ -326,14 +360,17 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return pool.submit(asyncio.run, work).result()
 
 
-def _pairs(prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str]]:
-    for name, texts in (("prompts", prompts), ("responses", responses)):
+def _items(**named: Sequence[str]) -> list[tuple[str, ...]]:
+    first, *others = named
+    for name, texts in named.items():
         wrong = texts if isinstance(texts, str) else next((x for x in texts if not isinstance(x, str)), None)
         if wrong is not None:
             raise TypeError(f"{name} must be a sequence of strings, got {wrong!r} ({type(wrong).__name__})")
-    if len(prompts) != len(responses):
-        raise ValueError(f"responses must have one for each of the {len(prompts)} prompts, got {len(responses)}")
-    return list(zip(prompts, responses, strict=True))
+    for name in others:
+        if len(named[name]) != len(named[first]):
+            count = len(named[first])
+            raise ValueError(f"{name} must have one for each of the {count} {first}, got {len(named[name])}")
+    return list(zip(*named.values(), strict=True))
 
 
 def _check_text(name: str, value: Any) -> None:

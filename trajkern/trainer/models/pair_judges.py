@@ -1,0 +1,81 @@
+"""Judges of pairs: language models that reason about two responses and then say which is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from trajkern.recipes.reward_models import VERDICTS, verdict
+from trajkern.trainer.models.judges import Judgements, _items, _Local, _Server
+
+_OPENING = "\n<answer>[["
+_ASKED = """
+Reason first, in a few sentences: what does the question ask for, and what do the responses get right or wrong? Then \
+end with a line of its own: <answer>[[A]]</answer> if response A is better, <answer>[[B]]</answer> if response B is."""
+
+
+class PairJudge(Protocol):
+    """Compares responses to prompts, two of each."""
+
+    def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> Judgements:
+        """K votes on each pair: 1 where the first is better, 0 where the second is, NaN where a vote is missing."""
+
+
+def about(judge: PairJudge, prompt: str) -> Callable[[Sequence[str], Sequence[str]], Tensor]:
+    """The judge's votes on responses to one prompt: what :func:`trajkern.recipes.reward_models.round_robin` asks, and
+    :func:`trajkern.recipes.reward_models.majority` for the knockout."""
+    return lambda firsts, seconds: judge([prompt] * len(firsts), firsts, seconds).scores
+
+
+def _question(rubric: str, prompt: str, first: str, second: str) -> str:
+    responses = f"<response_a>\n{first}\n</response_a>\n\n<response_b>\n{second}\n</response_b>"
+    return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n{responses}\n{_ASKED}"
+
+
+def read_verdict(text: str, ended: bool) -> float:
+    """1 for a reply whose verdict is A, 0 for B, NaN without one; see :func:`trajkern.recipes.reward_models.verdict`.
+
+    Args:
+        text: the reply.
+        ended: not read: a verdict is whole or none.
+    """
+    said = verdict(text)
+    return float("nan") if said is None else 1.0 - VERDICTS.index(said)
+
+
+class LocalPairJudge(_Local):
+    """A HuggingFace causal language model that compares two responses; arguments and rules are LocalJudge's.
+
+    It is asked for a last line "<answer>[[A]]</answer>" or "<answer>[[B]]</answer>", in the form that
+    :func:`trajkern.recipes.reward_models.rule_rewards` rewards as "rm_r1". Where its reply has neither, it goes on once
+    after "<answer>[["; where that brings no verdict either, the vote is missing.
+    """
+
+    opening = _OPENING
+    glue = ""
+    whole = True
+
+    def question(self, *item: str) -> str:
+        return _question(self._rubric, *item)
+
+    def read(self, text: str, ended: bool) -> float:
+        return read_verdict(text, ended)
+
+    def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> Judgements:
+        return self.judged(_items(prompts=prompts, firsts=firsts, seconds=seconds))
+
+
+class ServerPairJudge(_Server):
+    """A model behind a server that compares two responses; arguments and failures are ServerJudge's, its words
+    LocalPairJudge's."""
+
+    def question(self, *item: str) -> str:
+        return _question(self._rubric, *item)
+
+    def read(self, text: str, ended: bool) -> float:
+        return read_verdict(text, ended)
+
+    def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> Judgements:
+        return self.judged(_items(prompts=prompts, firsts=firsts, seconds=seconds))
