@@ -18,7 +18,7 @@ from torch import Tensor
 import trajkern as tk
 from tests.device_watch import HostRead, on_meta, watched
 from trajkern import credit, recipes
-from trajkern.recipes import delta_belief, dro, feedback, gigpo, rlcr, srl, toolpo, treepo, treerl
+from trajkern.recipes import delta_belief, dro, feedback, gigpo, rlcr, sdpo, srl, toolpo, tree_grpo, treepo, treerl
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -79,6 +79,14 @@ def _of_recipes() -> dict[str, Callable[[], Any]]:
         "dro.groups": lambda: dro.keep_groups(new(n), drop_fraction=0.3),
         "dro.length": lambda: dro.length_reward(new(n), new(n), beta=0.1),
         "dro.gate": lambda: [dro.gate(flags(n), whole(n), mode=mode) for mode in dro.GATES],
+        "tree_grpo.tokens": lambda: tree_grpo.token_advantages(new(s), whole(s), whole(s), flags(s)),
+        "tree_grpo.pooled": lambda: tree_grpo.pooled_outcomes(new(n), whole(n), whole(n), gate=flags(n)),
+        "toolpo.group": lambda: toolpo.group_preference(new(n), flags(n), whole(n)),
+        "dro.gap": lambda: dro.right_minus_wrong(new(n), flags(n), whole(n)),
+        "sdpo": lambda: [
+            sdpo.divergence_loss(new(s, 9), sdpo.topk(new(s, 9), 3), whole(s), new(s), mask=flags(s)),
+            sdpo.peers(new(n), whole(n)),
+        ],
         "srl": lambda: srl.rewards(new(n), srl.keep_groups(new(n), whole(n), min_std=0.1)),
         "feedback": lambda: feedback.token_advantages(new(n), logprobs, logprobs, batch.loss_mask, cu),
         "feedback.votes": lambda: feedback.majority_vote(new(3, n)),
@@ -115,6 +123,7 @@ def _of_credit() -> dict[str, Callable[[], Any]]:
         name: credit.recipe(name) for name in ("grpo", "psr", "nsr", "w_reinforce", "toolpo", "rlcr", "srl", "feedback")
     }
     specs["delta_belief"] = credit.recipe("delta_belief", reward="turn")
+    specs["tokens"] = credit.presets.OfTokens()
     specs["composed"] = (
         (credit.outcome() + 0.5 * credit.spans("call", within="index")).gate("ok", "pass_rate").asymmetric(0.1)
         + 0.1 * credit.directive(where="failed").only("turn")
