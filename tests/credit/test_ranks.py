@@ -15,6 +15,7 @@ import trajkern as tk
 from tests.credit.conftest import rollouts_of
 from tests.credit.test_scored import Host
 from trajkern import credit
+from trajkern.recipes import dro
 
 RANKS = 2
 SPECS = {
@@ -87,7 +88,9 @@ def _rank(rank: int, store: str, out: str) -> None:
     world = torch.distributed.group.WORLD
     mine = share(everything(), *((0, 5), (5, 12))[rank], world)  # the second group is on both
     found = {name: spec(mine) for name, spec in SPECS.items()}
-    torch.save({name: (x.advantages, x.mask, x.keep) for name, x in found.items()}, f"{out}.{rank}")
+    saved = {name: (x.advantages, x.mask, x.keep) for name, x in found.items()}
+    saved["gate"] = dro.gate(mine.flags["ok"], mine.batch.group_ids, threshold=0.6, process_group=world)
+    torch.save(saved, f"{out}.{rank}")
     extra = {"spans": {} if rank else {"step": mine.spans["turn"]}}
     with pytest.raises(ValueError, match="spans must have the same names on every rank"):
         credit.Rollouts(mine.batch, process_group=world, **extra)
@@ -104,3 +107,5 @@ def test_over_ranks(tmp_path: Path) -> None:
         advantages, mask, keep = (torch.cat(parts) for parts in zip(*(r[name] for r in of_ranks), strict=True))
         torch.testing.assert_close(advantages, found.advantages, rtol=1e-12, atol=1e-12, msg=name)
         assert torch.equal(mask, found.mask) and torch.equal(keep, found.keep), name
+    gate = torch.cat([r["gate"] for r in of_ranks])
+    assert torch.equal(gate, dro.gate(x.flags["ok"], x.batch.group_ids, threshold=0.6)) and 0 < gate.sum() < len(x)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from trajkern.recipes.skillrl import Attempt, Sketch, Skill, SkillBank, sentence_embeddings
+from trajkern.recipes.skillrl import Attempt, Sketch, Skill, SkillBank
 
 
 def _texts(bank: SkillBank) -> list[str]:
@@ -176,20 +175,6 @@ def test_embeddings() -> None:
         bank.update("f", 0.0)
         with pytest.raises(ValueError, match="embed must return 3 finite vectors, one a text"):
             bank.retrieve("12-7", "f")
-
-
-def test_sentence_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Model:
-        def encode(self, texts: list[str], convert_to_tensor: bool, show_progress_bar: bool) -> torch.Tensor:
-            assert convert_to_tensor and not show_progress_bar
-            return torch.tensor([[float(len(text)), 1.0] for text in texts])
-
-    assert sentence_embeddings(Model())(("a", "bcd")).tolist() == [[1, 1], [3, 1]]
-    with pytest.raises(TypeError, match="model must be a name, or a SentenceTransformer without options"):
-        sentence_embeddings(3)
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'trajkern\[skills\]'"):
-        sentence_embeddings("some/model")
 
 
 def test_success_and_failure_are_stored_differently() -> None:

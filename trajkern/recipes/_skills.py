@@ -87,28 +87,6 @@ class Likeness:
         self._vectors.pop(wording, None)
 
 
-def sentence_embeddings(model: Any = "Qwen/Qwen3-Embedding-0.6B", **options: Any) -> Embed:
-    """Vectors of texts by a model of the package sentence-transformers, for :class:`SkillBank`.
-
-    Args:
-        model: a ``SentenceTransformer``, or what names one: a folder, or a model of the hub; by default the authors'.
-        **options: the constructor's, for a name, such as ``device``.
-
-    Raises:
-        ImportError: a name was given and the package is missing; it is in trajkern's extra "skills".
-    """
-    if isinstance(model, str):
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            message = f"sentence_embeddings needs sentence-transformers: pip install 'trajkern[skills]' ({error})"
-            raise ImportError(message) from error
-        model = SentenceTransformer(model, **options)
-    elif options or not hasattr(model, "encode"):
-        raise TypeError(f"model must be a name, or a SentenceTransformer without options; got {describe(model)}")
-    return lambda texts: model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
-
-
 def sketches(name: str, found: Any) -> list[Sketch]:
     if isinstance(found, (str, Sketch)) or not isinstance(found, Sequence):
         raise TypeError(f"{name} must return a sequence of strings or Sketches, got {describe(found)}")

@@ -22,7 +22,6 @@ from trajkern.recipes._skills import (
     ends,
     line,
     listed,
-    sentence_embeddings,
     sketches,
 )
 
@@ -50,8 +49,9 @@ class SkillBank:
         lesson_length: characters of a lesson, at least 4; what is longer is cut. The paper says "concise".
         search: task skills are those of the prompt's own "family", as in the paper and the authors' template mode, or
             those of "all" families, as in their embedding mode.
-        embed: maps n texts to n vectors, ``[n, d]``, for similarity as their cosine; :func:`sentence_embeddings` makes
-            one. None: 2 M / T as ``difflib.SequenceMatcher(None, skill, prompt, autojunk=False)`` has it.
+        embed: maps n texts to n vectors, ``[n, d]``, for similarity as their cosine, as
+            ``trajkern.integrations.sentence_transformers.embeddings`` does. None: 2 M / T as
+            ``difflib.SequenceMatcher(None, skill, prompt, autojunk=False)`` has it.
         teacher: called with a family and its failed attempts, oldest first, it returns lessons, best first, as texts or
             :class:`Sketch`\ es (the authors ask o3). None states what was tried and failed, the latest attempt first.
             What it raises goes through, and changes nothing.
@@ -274,4 +274,4 @@ class SkillBank:
         return None if leaves is new else new
 
 
-__all__ = ["Attempt", "Distiller", "Embed", "Sketch", "Skill", "SkillBank", "Teacher", "sentence_embeddings"]
+__all__ = ["Attempt", "Distiller", "Embed", "Sketch", "Skill", "SkillBank", "Teacher"]
