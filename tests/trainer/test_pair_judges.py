@@ -11,7 +11,14 @@ import torch
 from tests.trainer.test_judges import PROMPTS, RESPONSES, Server, _said, _script, server, tiny  # noqa: F401
 from trajkern.recipes.reward_models import elo, knockout, majority, round_robin, rule_rewards
 from trajkern.trainer.models.judges import JudgeError
-from trajkern.trainer.models.pair_judges import LocalPairJudge, PairJudge, ServerPairJudge, about, read_verdict
+from trajkern.trainer.models.pair_judges import (
+    LocalPairJudge,
+    PairJudge,
+    ServerPairJudge,
+    about,
+    question,
+    read_verdict,
+)
 
 NAN = math.nan
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
@@ -40,10 +47,10 @@ def test_a_local_judge_compares(tiny: tuple[Any, Any], monkeypatch: pytest.Monke
     assert judged.replies[0] == [f"The first is right.\n{A}", f"I cannot say.\n{B}"]
     assert judged.replies[1][1] == "Both are\n<answer>[[maybe"
     assert rule_rewards(judged.replies[0], ["B", "B"], rule="rm_r1").tolist() == [-1, 1]
-    question = asked[0][0]
-    assert question.startswith("Be strict.") and "<response_a>\n2\n</response_a>" in question
-    assert "<response_b>\n3\n</response_b>" in question
-    assert asked[1][0] == f"{question}I cannot say.\n<answer>[["
+    asked_first = question("1+1", "2", "3", "Be strict.")
+    assert asked[0][0].startswith(asked_first) and asked_first.startswith("Be strict.")
+    assert "<response_a>\n2\n</response_a>\n\n<response_b>\n3\n</response_b>" in asked[0][0]
+    assert asked[1][0] == f"{asked[0][0]}I cannot say.\n<answer>[["
 
 
 def test_a_local_judges_draws_are_its_own(tiny: tuple[Any, Any]) -> None:  # noqa: F811

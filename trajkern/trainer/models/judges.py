@@ -107,7 +107,7 @@ class _Local:
         return cls(policy.model, policy._tokenizer, **settings)
 
     def question(self, *item: str) -> str:
-        return _question(self._rubric, *item)
+        return question(*item, rubric=self._rubric)
 
     def read(self, text: str, ended: bool) -> float:
         return read_score(text, ended)
@@ -247,7 +247,7 @@ class _Server:
         self._deadline, self._concurrency, self._options = deadline, concurrency, dict(options or {})
 
     def question(self, *item: str) -> str:
-        return _question(self._rubric, *item)
+        return question(*item, rubric=self._rubric)
 
     def read(self, text: str, ended: bool) -> float:
         return read_score(text, ended)
@@ -342,7 +342,8 @@ def read_score(text: str, ended: bool) -> float:
     return float("nan")
 
 
-def _question(rubric: str, prompt: str, response: str) -> str:
+def question(prompt: str, response: str, rubric: str = RUBRIC) -> str:
+    """What a judge is asked about a response: also what a judge in training is asked."""
     return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n<response>\n{response}\n</response>\n{_ASKED}"
 
 

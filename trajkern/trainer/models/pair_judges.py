@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trajkern.recipes.reward_models import VERDICTS, verdict
-from trajkern.trainer.models.judges import Judgements, _items, _Local, _Server
+from trajkern.trainer.models.judges import RUBRIC, Judgements, _items, _Local, _Server
 
 _OPENING = "\n<answer>[["
 _ASKED = """
@@ -29,7 +29,9 @@ def about(judge: PairJudge, prompt: str) -> Callable[[Sequence[str], Sequence[st
     return lambda firsts, seconds: judge([prompt] * len(firsts), firsts, seconds).scores
 
 
-def _question(rubric: str, prompt: str, first: str, second: str) -> str:
+def question(prompt: str, first: str, second: str, rubric: str = RUBRIC) -> str:
+    """What a judge is asked about two responses: also what a judge in training is asked, to be rewarded by
+    ``rule_rewards(replies, labels, rule="rm_r1")`` with GRPO in any trainer."""
     responses = f"<response_a>\n{first}\n</response_a>\n\n<response_b>\n{second}\n</response_b>"
     return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n{responses}\n{_ASKED}"
 
@@ -58,7 +60,7 @@ class LocalPairJudge(_Local):
     whole = True
 
     def question(self, *item: str) -> str:
-        return _question(self._rubric, *item)
+        return question(*item, rubric=self._rubric)
 
     def read(self, text: str, ended: bool) -> float:
         return read_verdict(text, ended)
@@ -72,7 +74,7 @@ class ServerPairJudge(_Server):
     LocalPairJudge's."""
 
     def question(self, *item: str) -> str:
-        return _question(self._rubric, *item)
+        return question(*item, rubric=self._rubric)
 
     def read(self, text: str, ended: bool) -> float:
         return read_verdict(text, ended)
