@@ -123,7 +123,7 @@ def _of_credit() -> dict[str, Callable[[], Any]]:
         name: credit.recipe(name) for name in ("grpo", "psr", "nsr", "w_reinforce", "toolpo", "rlcr", "srl", "feedback")
     }
     specs["delta_belief"] = credit.recipe("delta_belief", reward="turn")
-    specs["tokens"] = credit.presets.OfTokens()
+    specs["tokens"] = credit.tree_terms.OfTokens()
     specs["composed"] = (
         (credit.outcome() + 0.5 * credit.spans("call", within="index")).gate("ok", "pass_rate").asymmetric(0.1)
         + 0.1 * credit.directive(where="failed").only("turn")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import trajkern as tk
+from trajkern import credit
 from trajkern.recipes.sdpo import TopK, divergence_loss, frozen_teacher, peers, token_losses, topk, update_teacher
 
 LN2, NAN = math.log(2), math.nan
@@ -121,6 +122,29 @@ def test_a_step_moves_the_student_to_the_teacher() -> None:
     loss = divergence_loss(logits, teacher, torch.tensor([0]), max_ratio=None)
     (grad,) = torch.autograd.grad(loss, logits)
     assert grad[0, 2] < 0 < grad[0, 0] and grad[0, 1] > 0
+
+
+def test_what_a_credit_asks_a_host_to_add() -> None:
+    """The first rollout failed: its scored tokens are directed, with the expression's weight."""
+    x = _case()
+    batch = tk.PackedBatch(
+        x["tokens"],
+        torch.tensor([0, 3, 5]),
+        torch.tensor([False, True, True, False, True]),
+        torch.tensor([0, 0]),
+        torch.tensor([0.0, 1.0]),
+        sampler_logprobs=x["old"],
+    )
+    spec = credit.outcome() + 0.5 * credit.divergence(where="failed", k=3, beta=0.3, max_ratio=1.5)
+    found = spec(credit.Rollouts(batch, adds_divergences=True))
+    ((term, weights),) = found.divergences
+    options = {"weights": weights, "mask": found.mask, "beta": term.beta, "max_ratio": term.max_ratio}
+    loss = divergence_loss(x["logits"], topk(x["teacher"], term.k), x["tokens"], x["old"], **options)
+    directed = torch.tensor([False, True, True, False, False])
+    known = {"mask": directed, "beta": 0.3, "max_ratio": 1.5, "normalizer": 3}
+    alone = divergence_loss(x["logits"], topk(x["teacher"], 3), x["tokens"], x["old"], **known)
+    torch.testing.assert_close(loss, 0.5 * alone, rtol=1e-12, atol=0)
+    assert float(alone) > 0
 
 
 @pytest.mark.parametrize(
