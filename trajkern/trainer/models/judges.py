@@ -342,7 +342,7 @@ def read_score(text: str, ended: bool) -> float:
     return float("nan")
 
 
-def question(prompt: str, response: str, rubric: str = RUBRIC) -> str:
+def question(prompt: str, response: str, *, rubric: str = RUBRIC) -> str:
     """What a judge is asked about a response: also what a judge in training is asked."""
     return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n<response>\n{response}\n</response>\n{_ASKED}"
 

@@ -29,7 +29,7 @@ def about(judge: PairJudge, prompt: str) -> Callable[[Sequence[str], Sequence[st
     return lambda firsts, seconds: judge([prompt] * len(firsts), firsts, seconds).scores
 
 
-def question(prompt: str, first: str, second: str, rubric: str = RUBRIC) -> str:
+def question(prompt: str, first: str, second: str, *, rubric: str = RUBRIC) -> str:
     """What a judge is asked about two responses: also what a judge in training is asked, to be rewarded by
     ``rule_rewards(replies, labels, rule="rm_r1")`` with GRPO in any trainer."""
     responses = f"<response_a>\n{first}\n</response_a>\n\n<response_b>\n{second}\n</response_b>"
