@@ -39,5 +39,5 @@ def compare(run: Run) -> list[str]:
 
 
 def _step(run: Run, batch: Any, head: str) -> None:
-    loss, _ = policy_term(run, batch.credit, batch.pairs, None, head, batch.fixed)
+    loss, _ = policy_term(run, batch.lesson, batch.pairs, None, head, batch.fixed)
     loss.backward()

@@ -92,15 +92,22 @@ def test_micro_batches(alone: Callable[..., Path], warm: list[str], arguments: s
     check_same(tmp_path, alone(*changed))
 
 
+NO_KL = "--loss.kl-coef 0 --max-new 12"
+TREES = f"--recipe treerl --task chain_sum_steps --compose.rubric well_formed {NO_KL}"
 RUNS = {
     "3_ranks_that_split_groups": (3, "--updates 2", "--micro-tokens 40"),
     "2_by_2_ranks_of_trees": (4, "--recipe gigpo --loss.kl-coef 0", "--micro-tokens 60 --tensor-parallel 2"),
+    "3_ranks_of_gated_trees": (3, TREES, "--micro-tokens 40"),
+    "3_ranks_of_dro": (3, f"--recipe dro --task chain_sum_steps --temperature 3 --dro.drop-fraction 0.3 {NO_KL}", ""),
+    "3_ranks_of_delta_belief": (3, f"--recipe delta_belief --task twenty_questions {NO_KL}", ""),
+    "3_ranks_of_srl": (3, f"--recipe srl --task chain_sum_steps {NO_KL}", ""),
+    "3_ranks_of_toolpo": (3, f"--recipe toolpo --task tools {NO_KL} --max-new 40", ""),
+    "2_ranks_of_feedback": (2, f"--recipe feedback --task chain_sum_steps {NO_KL}", ""),
 }
+QUICK = ("3_ranks_that_split_groups",)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "trees" in name else ()) for name in RUNS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS])
 def test_ranks_take_the_same_steps(alone: Callable[..., Path], warm: list[str], name: str, tmp_path: Path) -> None:
     ranks, arguments, of_ranks = RUNS[name]
     done = launch(ranks, tmp_path, *warm, *arguments.split(), *of_ranks.split())
@@ -160,11 +167,12 @@ def test_ranks_that_cannot_share_the_work(tmp_path: Path) -> None:
         train(TrainConfig(device="abacus", out=tmp_path))
     three: Any = SimpleNamespace(parts=3)
     for splits, changes, text in (
-        (False, {"prompts": 2, "recipe": "dro"}, r"prompts must be enough for 3 ranks of data \(the recipe dro keeps"),
+        (False, {"prompts": 2}, r"prompts must be enough for 3 ranks of data \(the recipe grpo, or"),
+        (True, {"prompts": 2, "control": "random-rewards"}, r"prompts must be enough for 3 ranks of data \(the recipe"),
         (True, {"prompts": 1, "rollouts": 2}, "prompts must be enough for 3 ranks of data; got 1"),
     ):
         with pytest.raises(ValueError, match=f"^{text}"):
-            system: Any = SimpleNamespace(splits_groups=splits, compares_prompts=False)
+            system: Any = SimpleNamespace(splits_groups=splits)
             check_ranks(TrainConfig(**changes), system, three)
 
 

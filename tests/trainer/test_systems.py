@@ -5,28 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import trajkern as tk
+from trajkern import credit
 from trajkern.recipes import delta_belief, rlcr
 from trajkern.trainer import checkpoint
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
-from trajkern.trainer.compose import Compose
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_pieces
-from trajkern.trainer.setup import load_system
+from trajkern.trainer.ranks import ALONE
+from trajkern.trainer.setup import load_credit, load_system
 from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.systems.base import GroupSystem, Played
 from trajkern.trainer.systems.delta_belief import DeltaBelief
 from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.systems.feedback import Feedback
 from trajkern.trainer.systems.hints import MARK
-from trajkern.trainer.systems.scoring import score_pieces
+from trajkern.trainer.systems.scoring import score, score_pieces
 from trajkern.trainer.systems.srl import steps_of
 from trajkern.trainer.systems.toolpo import ToolPO
 from trajkern.trainer.tasks import Question, load_task
@@ -40,8 +43,21 @@ def model() -> CharacterModel:
     return CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=32))
 
 
-def system_of(model: CharacterModel, task: str, recipe: str, **settings) -> GroupSystem:
-    return load_system(TrainConfig(task=task, recipe=recipe, **settings), load_task(task), model)
+def run_of(model: CharacterModel, task: str, recipe: str, **settings) -> Any:
+    """As much of a run as crediting reads."""
+    config, known = TrainConfig(task=task, recipe=recipe, **settings), load_task(task)
+    system = load_system(config, known, model)
+    return SimpleNamespace(config=config, system=system, spec=load_credit(config, known), policy=model, ranks=ALONE)
+
+
+def credited(run: Any, sample: Played) -> tuple[credit.Rollouts, credit.Credit]:
+    rollouts = collecting.known(run, sample, None, {})
+    return rollouts, run.spec(rollouts)
+
+
+def by_tokens(values: torch.Tensor, sample: Played) -> torch.Tensor:  # [N]
+    """Of the tokens that the policy wrote."""
+    return torch.where(sample.batch.loss_mask, values.repeat_interleave(sample.batch.lengths), 0)
 
 
 def played(
@@ -83,37 +99,44 @@ def test_scores_are_those_of_forwards_one_by_one(model: CharacterModel) -> None:
         torch.testing.assert_close(plain[begin:end], expected, rtol=0, atol=1e-5)
     logits = model(torch.tensor(model.encode("9-1=8")), torch.tensor([0, 5]), torch.tensor([4]))[0]
     assert scores.ranks[3] == 1 + (logits > logits[model.encode("8")[0]]).sum()
+    contexts = [(model.encode(a), b) for a, b, _ in rows]
+    for places in (False, True):
+        found = score(model, contexts, [c for *_, c in rows], ranks=places)
+        torch.testing.assert_close(found[0], plain, rtol=0, atol=1e-5)
+        assert torch.equal(found[1], scores.cu_seqlens) and torch.equal(found[-1], scores.ranks if places else found[1])
 
 
 def test_rlcr_rewards_what_was_stated(model: CharacterModel) -> None:
-    system = system_of(model, "chain_sum_confidence", "rlcr")
-    question = system.task.distinct(0, 1)[0]
+    run = run_of(model, "chain_sum_confidence", "rlcr")
+    question = run.system.task.distinct(0, 1)[0]
     right = question.entry["answer"]
     texts = [f"{right} 90%", f"{right} 20%", "777 90%", f"{right}", f"{right} 140%"]
-    sample = played(system, [question] * 5, [[(t, True)] for t in texts], [0] * 5)
-    signals = system.signals(sample)
+    sample = played(run.system, [question] * 5, [[(t, True)] for t in texts], [0] * 5)
     expected = rlcr.rewards(
         torch.tensor([1.0, 1, 0, 0, 0]),
         torch.tensor([0.9, 0.2, 0.9, 0, 0]),
         well_formed=torch.tensor([1, 1, 1, 0, 0]).bool(),
     )
-    torch.testing.assert_close(signals["rewards"], expected)
-    torch.testing.assert_close(system.credit(sample, signals).advantages, expected - expected.mean())
-    statistics = system.task.statistics([question] * 5, texts)
+    rollouts, found = credited(run, sample)
+    torch.testing.assert_close(run.system.report(rollouts, run.spec.needs)["rlcr"], expected)
+    torch.testing.assert_close(found.rows, expected - expected.mean())
+    statistics = run.system.task.statistics([question] * 5, texts)
     assert statistics["well_formed"] == 0.6
     assert statistics["brier"] == pytest.approx((0.01 + 0.64 + 0.81) / 3)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "learns"), [(False, "all"), (True, "reasoning")])
 @pytest.mark.parametrize("weights", ["variance", "uniform"])
-def test_dro_scores_the_reference_after_each_reasoning(model: CharacterModel, weights: str, masked: bool) -> None:
-    system = system_of(model, "chain_sum_steps", "dro", dro=DRO(weights=weights, masked=masked))
+def test_dro_scores_the_reference_after_each_reasoning(
+    model: CharacterModel, weights: str, masked: bool, learns: str
+) -> None:
+    run = run_of(model, "chain_sum_steps", "dro", dro=DRO(weights=weights, masked=masked, learns=learns))
     one = Question("1+2+3+4=", "", "3\n6\n10", {"answer": "10"})
     two = Question("9-1-1-1=", "", "8\n7\n6", {"answer": "6"})
     texts = ["3\n6\n10", "3\n9", "10", "8\n7\n6", "7\n5\n4"]
     reasoning = ["3\n6\n", "3\n", "", "8\n7\n", "7\n5\n"]
     questions = [one, one, one, two, two]
-    sample = played(system, questions, [[(t, True)] for t in texts], [2, 2, 2, 0, 0])
+    sample = played(run.system, questions, [[(t, True)] for t in texts], [2, 2, 2, 0, 0])
     x = [
         logprob(model, q.prompt + c, model.answer(q.answer.split("\n")[-1]))
         for q, c in zip(questions, reasoning, strict=True)
@@ -125,48 +148,57 @@ def test_dro_scores_the_reference_after_each_reasoning(model: CharacterModel, we
         w = stacked.std(0, correction=0)
         w = w / w.sum() if weights == "variance" else torch.ones_like(w) / len(w)
         expected += [(w * (x[n] - base[n] * masked)).sum() for n in members]
-    signals = system.signals(sample)
-    torch.testing.assert_close(signals["rewards"].double(), torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
-    assert signals["keep"].all()
-    credit = system.credit(sample, signals)
-    torch.testing.assert_close(
-        credit.advantages, tk.group_advantages(signals["rewards"], sample.batch.group_ids), rtol=0, atol=0
-    )
+    rollouts, found = credited(run, sample)
+    rewards = rollouts.reward("reflection")
+    torch.testing.assert_close(rewards.double(), torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
+    assert rollouts.flags["in_reach"].all() and found.keep.all()
+    advantages = by_tokens(tk.group_advantages(rewards, sample.batch.group_ids), sample)
+    works = sample.batch.loss_mask.clone()
+    for n, begin in enumerate(sample.batch.cu_seqlens[:-1].tolist()):
+        answer = begin + len(questions[n].prompt) + len(reasoning[n])
+        works[answer : int(sample.batch.cu_seqlens[n + 1])] = learns == "all"
+    torch.testing.assert_close(found.advantages, torch.where(works, advantages, 0), rtol=0, atol=0)
+    assert torch.equal(found.mask, works & sample.batch.loss_mask)
 
 
 def test_dro_filters_prompts(model: CharacterModel) -> None:
-    system = system_of(model, "chain_sum_steps", "dro", dro=DRO(drop_fraction=0.5, top_k=1))
+    run = run_of(model, "chain_sum_steps", "dro", dro=DRO(drop_fraction=0.5, top_k=1))
     question = Question("1+2+3+4=", "", "3\n6\n10", {"answer": "10"})
     texts = ["3\n6\n10", "3\n6\n10", "3\n9", "4\n1"]  # the first prompt's rollouts agree
-    sample = played(system, [question] * 4, [[(t, True)] for t in texts], [7, 7, 3, 3])
-    keep = system.signals(sample)["keep"]
-    assert not keep[:2].any(), "no deviation: dropped first"
-    assigned = system.credit(
-        sample, {"rewards": torch.tensor([1.0, 2, 3, 4]), "keep": torch.tensor([0, 0, 1, 1]).bool()}
+    sample = played(run.system, [question] * 4, [[(t, True)] for t in texts], [7, 7, 3, 3])
+    rollouts, _ = credited(run, sample)
+    assert not rollouts.flags["in_reach"][:2].any(), "no deviation: dropped first"
+    dealt = credit.Rollouts(
+        sample.batch,
+        rewards={"reflection": torch.tensor([1.0, 2, 3, 4])},
+        flags={"in_reach": torch.tensor([0, 0, 1, 1]).bool()},
+        spans=dict(rollouts.spans),
     )
-    assert assigned.keep.tolist() == [False, False, True, True] and not assigned.advantages[:2].any()
+    found = run.spec(dealt)
+    assert found.keep.tolist() == [False, False, True, True]
+    assert not found.advantages[: int(sample.batch.cu_seqlens[2])].any() and found.advantages.any()
 
 
 def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
     settings = DeltaBelief(scale=0.5, turn_cost=0.1)
-    system = system_of(model, "twenty_questions", "delta_belief", delta_belief=settings)
+    run = run_of(model, "twenty_questions", "delta_belief", delta_belief=settings)
     cat = Question("dog:b+?", "", "", {"entity": "cat", "known": "b"})
     games = [
         [("i", True), ("+", False), ("b", True), ("+", False), ("=cat\n", True)],
         [("=dog\n", True)],
         [("Z", True), ("!", False)],
     ]
-    sample = played(system, [cat] * 3, games, [0, 0, 0])
+    sample = played(run.system, [cat] * 3, games, [0, 0, 0])
     turns = tk.Spans.turns(sample.batch.loss_mask, sample.batch.cu_seqlens)
-    beliefs, bounds = system.beliefs(sample, turns.start, turns.trajectory, torch.tensor([3, 1, 1]))
-    assert bounds.tolist() == [0, 4, 6, 8]
     histories = ["", "i+", "i+b+", None, "", None, "", "Z!"]
     expected = [
         torch.tensor(torch.nan) if h is None else logprob(model, f"dog:b+?{h}=", model.encode("cat\n")).sum()
         for h in histories
     ]
-    torch.testing.assert_close(beliefs, torch.stack(expected), rtol=0, atol=1e-5, equal_nan=True)
-    assigned = system.credit(sample, system.signals(sample))
+    beliefs, bounds = torch.stack(expected), torch.tensor([0, 4, 6, 8])
+    rollouts, found = credited(run, sample)
+    gains = beliefs.diff()[torch.tensor([0, 1, 2, 4, 6])]
+    torch.testing.assert_close(rollouts.span_rewards["gain"], gains, rtol=0, atol=1e-5, equal_nan=True)
     rewards = delta_belief.turn_rewards(
         beliefs,
         bounds,
@@ -175,32 +207,33 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
         scale=0.5,
         turn_cost=0.1,
     )
+    torch.testing.assert_close(rollouts.span_rewards["turn"], rewards, rtol=0, atol=1e-5)
+    rewards = rollouts.span_rewards["turn"]
     where = (turns.trajectory, torch.tensor([0, 1, 2, 0, 0]), torch.zeros(3).long())
     advantages = delta_belief.turn_advantages(rewards, *where)
     per_token = torch.zeros(sample.batch.num_tokens)
     for turn, (begin, end) in enumerate(zip(turns.start.tolist(), turns.end.tolist(), strict=True)):
         per_token[begin:end] = advantages[turn]
-    assert assigned.per_token
-    torch.testing.assert_close(assigned.advantages, per_token)
+    torch.testing.assert_close(found.advantages, per_token)
 
 
 @pytest.mark.parametrize("attribution", [True, False])
 def test_calls_are_credited_to_their_tokens(model: CharacterModel, attribution: bool) -> None:
-    system = system_of(model, "tools", "toolpo", toolpo=ToolPO(attribution=attribution))
+    run = run_of(model, "tools", "toolpo", toolpo=ToolPO(attribution=attribution))
     question = Question("Fe+1=", "", "", {"calls": ["Fe", "26+1"], "answer": "27"})
     games = [
         [("hm<tool>Fe</tool>", True), ("26;", False), ("27", True)],
         [("<tool>1/0</tool>", True), ("error;", False), ("9", True)],
     ]
-    sample = played(system, [question] * 2, games, [0, 0])
-    assigned = system.credit(sample, system.signals(sample))
+    sample = played(run.system, [question] * 2, games, [0, 0])
+    rollouts, found = credited(run, sample)
     mask = sample.batch.loss_mask
     call = [False] * 5 + [False] * 2 + [True] * 15 + [False] * 5 + [False] * 5 + [True] * 16 + [False] * 7
-    assert system.action_mask(sample).tolist() == call
+    assert (rollouts.spans["call"].token_span >= 0).tolist() == call
     # success is 1 and 0, right calls are 1 and 0: each centred is 0.5 and -0.5
     half = torch.tensor([0.5, -0.5]).repeat_interleave(sample.batch.lengths)
     expected = half + half * (torch.tensor(call) if attribution else mask)
-    torch.testing.assert_close(assigned.advantages[mask], expected[mask])
+    torch.testing.assert_close(found.advantages, torch.where(mask, expected, 0))
 
 
 def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
@@ -211,24 +244,30 @@ def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
         ("1+2+3+4=3\n", "6"),
         ("1+2+3+4=3\n6\n", "10"),
     ]
-    system = system_of(model, "chain_sum_steps", "srl")
-    sample = played(system, [steps[2]] * 4, [[(t, True)] for t in ("10\n", "1", "\n", "so</think>10")], [0] * 4)
-    rewards = system.signals(sample)["rewards"]
-    torch.testing.assert_close(rewards, torch.tensor([1.0, 2 / 3, -1.0, 1.0]))
-    assert system.task.reply(steps[0], "3\n").done and system.task.reply(steps[0], "3") is None
+    run = run_of(model, "chain_sum_steps", "srl")
+    texts = ("10\n", "1", "\n", "so</think>10", "1", "1")
+    sample = played(run.system, [steps[2]] * 6, [[(t, True)] for t in texts], [0] * 4 + [1] * 2)
+    rollouts, found = credited(run, sample)
+    rewards = torch.tensor([1.0, 2 / 3, -1.0, 1.0, 2 / 3, 2 / 3])
+    reported = run.system.report(rollouts, run.spec.needs)
+    torch.testing.assert_close(reported["similarity"], rewards)
+    assert found.keep.tolist() == [True] * 4 + [False] * 2 and reported["filtered"] == 2, "the last two score alike"
+    torch.testing.assert_close(found.rows[:4], tk.group_advantages(rewards[:4], torch.zeros(4).long()))
+    assert run.system.task.reply(steps[0], "3\n").done and run.system.task.reply(steps[0], "3") is None
 
 
 def test_the_hinted_policy_teaches(model: CharacterModel) -> None:
     settings = Feedback(reward_weight=0.5, directive_weight=2.0)
-    system = system_of(model, "chain_sum_steps", "feedback", feedback=settings)
+    run = run_of(model, "chain_sum_steps", "feedback", feedback=settings)
+    system = run.system
     question = next(q for q in system.task.distinct(0, 50))
     right, wrong = question.answer, question.answer.split("\n")[0] + "\n99\n99"
     sample = played(system, [question] * 2, [[(right, True)], [(wrong, True)]], [0, 0])
-    assigned = system.credit(sample, system.signals(sample))
+    _, found = credited(run, sample)
     hint = question.answer.split("\n")[1]
     taught = logprob(model, f"{hint}{MARK}{question.prompt}", model.encode(wrong))
     expected = torch.cat((torch.full((len(right),), 0.5), -0.5 + 2 * (taught + 1.5)))
-    torch.testing.assert_close(assigned.advantages[sample.batch.loss_mask], expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found.advantages[sample.batch.loss_mask], expected, rtol=1e-5, atol=2e-5)
     shown = [system.demonstration(q) for q in system.task.distinct(0, 60)]
     marked = sum(model.spelling(pieces[0][0]).count(MARK) for pieces in shown)
     assert 15 < marked < 45
@@ -264,62 +303,3 @@ def test_every_system_trains_and_resumes(config: Make, recipe: str) -> None:
     one, two = (checkpoint.load(r.checkpoint) for r in (whole, resumed))
     assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
     assert one.place["system"] == two.place["system"]
-
-
-def only_even(questions, texts):
-    return [n % 2 == 0 for n in range(len(texts))]
-
-
-def never(questions, texts):
-    return [False] * len(texts)
-
-
-def test_a_gate_takes_rollouts_out_of_every_statistic(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = []
-    original = collecting.credited
-    monkeypatch.setattr(collecting, "credited", lambda r, p, *rest: batches.append(p.batch) or original(r, p, *rest))
-    training.train(config(compose=Compose(rubric=f"{__name__}:only_even"), steps=2))
-    assert [len(b.group_ids) for b in batches] == [32, 32]
-    assert all(b.group_ids.bincount().tolist() == [2] * 16 for b in batches)
-
-
-def test_a_batch_emptied_by_its_gate_is_skipped(config: Make, capsys: pytest.CaptureFixture) -> None:
-    result = training.train(config(compose=Compose(rubric=f"{__name__}:never"), steps=2))
-    records = [json.loads(line) for line in result.metrics.read_text().splitlines()]
-    main = [r for r in records if r["phase"] == "main"]
-    assert [(r["gated_rollouts"], r["emptied_groups"]) for r in main] == [(64, 16), (64, 16)]
-    assert capsys.readouterr().out.count("the gate let no rollout through") == 2
-
-
-def test_weights_behind_the_advantage(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    credited = []
-    original = collecting.credited
-    monkeypatch.setattr(collecting, "credited", lambda run, p, f, v: credited.append((p, f)) or original(run, p, f, v))
-    training.train(config(task="chain_sum_steps", compose=Compose(positive_weight=0.25, hint_weight=0.5), steps=2))
-    for sample, result in credited:
-        batch = sample.batch
-        plain = tk.group_advantages(batch.rewards, batch.group_ids)
-        weighed = torch.where(plain > 0, 0.25 * plain, plain).repeat_interleave(batch.lengths)
-        right = batch.rewards.repeat_interleave(batch.lengths) > 0
-        torch.testing.assert_close(result.advantages[right], weighed[right])
-        assert (result.advantages != weighed)[~right & batch.loss_mask].float().mean() > 0.9
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"recipe": "dro"}, "task must be a task that shows its work, for the recipe dro; got 'chain_sum'"),
-        ({"recipe": "rlcr"}, "task must be a task whose answers state a confidence"),
-        ({"recipe": "toolpo"}, "task must be a task with tools"),
-        ({"recipe": "tree_grpo", "task": "tools"}, "task must be a task without an environment"),
-        ({"recipe": "delta_belief", "task": "twenty_questions", "control": "random-rewards"}, "control must be one of"),
-        ({"recipe": "feedback", "task": "tools"}, "task must be a task that gives hints"),
-        ({"compose": Compose(rubric="nowhere:at_all")}, "compose.rubric must be .*got 'nowhere:at_all'"),
-        ({"compose": Compose(rubric="json:at_all")}, "compose.rubric must be"),
-        ({"compose": Compose(hint_weight=1.0), "task": "tools"}, "task must be one that gives hints"),
-    ],
-    ids=str,
-)
-def test_what_does_not_go_together_is_refused(config: Make, settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        training.train(config(**settings))

@@ -100,13 +100,21 @@ def test_resume_equals_an_uninterrupted_run(
 def test_what_a_recipe_leaves_out_is_not_trained(config: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     trained = []
     original = training.update
-    monkeypatch.setattr(training, "update", lambda run, credit: trained.append(credit) or original(run, credit))
+    monkeypatch.setattr(training, "update", lambda run, lesson: trained.append(lesson) or original(run, lesson))
     training.train(config(recipe=name, steps=3))
-    rewards = torch.cat([credit.forest.rewards for credit in trained])
-    advantages = torch.cat([credit.advantages for credit in trained])
+    rewards = torch.cat([lesson.credit.rollouts.reward("reward") for lesson in trained])
+    advantages = torch.cat([lesson.credit.rows for lesson in trained])
     assert set(rewards.tolist()) == {"psr": {1.0}, "nsr": {0.0}, "w_reinforce": {0.0, 1.0}}[name]
     expected = torch.where(rewards > 0, 0.1 if name == "w_reinforce" else 1.0, -1.0)
     assert torch.equal(advantages, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(TREES, marks=pytest.mark.slow)], ids=str)
+def test_groups_in_which_nothing_differs_stay_if_asked_to(config: Make, changes: dict[str, str]) -> None:
+    runs = [training.train(config(f"{flag}", drop_equal=flag, steps=1, **changes)) for flag in (False, True)]
+    stay, drop = ([r for r in _records(x.metrics.parent) if r["phase"] == "main"][0] for x in runs)
+    assert stay["live_groups"] == drop["live_groups"] and stay["reward"] == drop["reward"]
+    assert stay["num_tokens"] > drop["num_tokens"]
 
 
 def test_ctrl_c_writes_a_checkpoint_and_exits_130(

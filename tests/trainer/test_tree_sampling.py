@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trajkern import recipes
+from trajkern import credit, recipes
 from trajkern.trainer import train as training
 from trajkern.trainer.models.policy import CharacterModel, Policy
 from trajkern.trainer.models.tokenizer import EOS, decode, encode
@@ -141,7 +141,7 @@ def test_every_tree_recipe_trains(config, name: str, capsys: pytest.CaptureFixtu
 
 def test_a_step_in_which_no_token_learns_changes_nothing(config, monkeypatch: pytest.MonkeyPatch) -> None:
     sure = recipes.TREE_RECIPES["spo"]._replace(learns=lambda logprobs: logprobs > 0)
-    monkeypatch.setitem(recipes.TREE_RECIPES, "spo", sure)
+    monkeypatch.setitem(credit.tree_terms.TREE_TERMS, "spo", sure)
     result = training.train(config(recipe="spo", task="chain_sum_steps", steps=2))
     warm, main = (load_file(p) for p in (result.checkpoint.with_name("warmup.safetensors"), result.checkpoint))
     assert all(torch.equal(warm[k], main[k]) for k in warm if k.startswith("policy."))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.trainer.credit import Credit
-from trajkern.trainer.forest import Forest
+from trajkern import credit
+from trajkern.trainer.forest import Forest, Lesson
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.tokenizer import encode
 from trajkern.trainer.models.transformer import ModelConfig
@@ -54,12 +54,12 @@ def flat_outcome(
 
 
 def tree_outcome(
-    model: CharacterModel, credit: Credit, config: tk.PolicyLoss, logprobs: dict[str, Tensor], head: str
+    model: CharacterModel, lesson: Lesson, config: tk.PolicyLoss, logprobs: dict[str, Tensor], head: str
 ) -> dict[str, Any]:
-    pairs = credit.forest.tree.pairs(credit.forest.tokens, credit.loss_mask)
+    pairs = lesson.pairs()
     per_pair = {name: x[pairs.tokens] for name, x in logprobs.items()}
     run: Any = SimpleNamespace(policy=model, config=SimpleNamespace(loss=config, temperature=1.0))
-    loss, metrics = policy_term(run, credit, pairs, per_pair.pop("old_logprobs", None), head, per_pair)
+    loss, metrics = policy_term(run, lesson, pairs, per_pair.pop("old_logprobs", None), head, per_pair)
     del metrics["logprobs"]
     return outcome(model, loss, metrics)
 
@@ -82,6 +82,20 @@ def prepare(model: CharacterModel) -> tuple[tk.PackedBatch, Forest, dict[str, Te
     return batch, forest, {name: x[forest.tree.flat_index] for name, x in packed.items()}, packed
 
 
+def lesson_of(batch: tk.PackedBatch, forest: Forest, spec: credit.Spec, **known: Any) -> Lesson:
+    """What ``spec`` makes of all rollouts."""
+    found = spec(credit.Rollouts(batch, **known))
+    return Lesson.of(found, torch.ones_like(found.keep), forest)
+
+
+def by_hand(advantages: Tensor, forest: Forest, batch: tk.PackedBatch, mask: Tensor) -> Lesson:  # [T], _, _, [T] flat
+    """A credit of these values for each token of the flat rollouts."""
+    lesson = lesson_of(batch, forest, credit.outcome())
+    return dataclasses.replace(
+        lesson, credit=dataclasses.replace(lesson.credit, advantages=advantages * mask, mask=mask, rows=None)
+    )
+
+
 @pytest.mark.parametrize("head", ["fused", "eager"])
 @pytest.mark.parametrize("kind", tk.policy_loss_kinds)
 def test_rollouts_that_share_a_prompt(model: CharacterModel, kind: str, head: str) -> None:
@@ -89,50 +103,52 @@ def test_rollouts_that_share_a_prompt(model: CharacterModel, kind: str, head: st
     assert torch.equal(forest.tokens[forest.tree.flat_index], batch.tokens)
     advantages = tk.group_advantages(batch.rewards, batch.group_ids)
     assert advantages.any()
-    credit = Credit(forest, advantages, "leaf", forest.loss_mask)
+    lesson = lesson_of(batch, forest, credit.outcome())
     for correction in ("none", "sequence_mask"):
         if correction != "none" and kind in ("kl_cov", "clip_cov"):
             continue
         bounds: dict[str, Any] = {"sampler_correction": correction, "sampler_low": 0.95, "sampler_high": 1.05}
         config = tk.PolicyLoss(kind, kl_coef=0.1, entropy_coef=0.01, max_length=5, **bounds)
         expected = flat_outcome(model, batch, advantages, config, flat)
-        check_same(expected, tree_outcome(model, credit, config, packed, head))
+        check_same(expected, tree_outcome(model, lesson, config, packed, head))
 
 
 @pytest.mark.parametrize("head", ["fused", "eager"])
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo", "kl_cov", "gmpo"])
-def test_an_advantage_a_step(model: CharacterModel, kind: str, head: str) -> None:
+def test_an_advantage_a_token(model: CharacterModel, kind: str, head: str) -> None:
     batch, forest, flat, packed = prepare(model)
-    leaf, node = forest.path_nodes
-    assert len(leaf) > forest.tree.num_nodes, "the case needs nodes of several rollouts"
-    advantages = torch.randn(len(leaf), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    mask = forest.loss_mask & (torch.arange(forest.tree.num_tokens) % 5 > 0)
-    scored = mask[forest.tree.flat_index]
-    batch = tk.PackedBatch(batch.tokens, batch.cu_seqlens, scored, batch.group_ids)
-    per_token = torch.repeat_interleave(advantages, forest.tree.node_lengths[node])
+    generator = torch.Generator().manual_seed(4)
+    per_token = torch.randn(batch.num_tokens, generator=generator, dtype=torch.float64)
+    mask = batch.loss_mask & (torch.rand(batch.num_tokens, generator=generator) < 0.8)
+    index = forest.tree.flat_index
+    learns = torch.zeros(2, forest.tree.num_tokens, dtype=torch.bool)
+    learns[0, index[mask]], learns[1, index[~mask]] = True, True
+    assert learns.all(0).any(), "the case needs tokens that learn in one rollout and not in another"
+    lesson, flat_batch = by_hand(per_token, forest, batch, mask), dataclasses.replace(batch, loss_mask=mask)
     config = tk.PolicyLoss(kind, kl_coef=0.1, clip_dual=2.0)
-    expected = flat_outcome(model, batch, per_token[scored], config, flat)
-    for credit in (Credit(forest, advantages, "step", mask), Credit(forest, per_token, "token", mask)):
-        check_same(expected, tree_outcome(model, credit, config, packed, head))
+    expected = flat_outcome(model, flat_batch, per_token[mask], config, flat)
+    check_same(expected, tree_outcome(model, lesson, config, packed, head))
 
 
-@pytest.mark.parametrize("per", ["leaf", "step", "token"])
-@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo", "gmpo", "luspo"])
+@pytest.mark.parametrize("per", ["leaf", "token"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "gspo", "gmpo", "luspo"])
 @pytest.mark.parametrize("most", [1, 14, 25])
 def test_micro_batches_add_up(model: CharacterModel, kind: str, per: str, most: int) -> None:
     """Each holds whole rollouts and at most that many tokens, or one rollout; the sums are the whole batch's."""
-    _, forest, _, packed = prepare(model)
+    batch, forest, _, packed = prepare(model)
     forest = dataclasses.replace(forest, sampler_logprobs=packed["old_logprobs"])
-    shape = {"leaf": forest.tree.num_leaves, "step": len(forest.path_nodes[0]), "token": forest.flat_tokens}[per]
-    advantages = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    mask = forest.loss_mask & (torch.arange(forest.tree.num_tokens) % 5 > 0)
-    whole, config = Credit(forest, advantages, per, mask), tk.PolicyLoss(kind)
+    whole = lesson_of(batch, forest, credit.outcome())
+    if per == "token":
+        generator = torch.Generator().manual_seed(5)
+        advantages = torch.randn(batch.num_tokens, generator=generator, dtype=torch.float64)
+        whole = by_hand(advantages, forest, batch, batch.loss_mask & (torch.arange(batch.num_tokens) % 5 > 0))
+    config = tk.PolicyLoss(kind, max_length=5)
 
-    def outcome_of(credit: Credit, normalizer: float | None) -> dict[str, Any]:
-        pairs = credit.forest.tree.pairs(credit.forest.tokens, credit.loss_mask)
+    def outcome_of(lesson: Lesson, normalizer: float | None) -> dict[str, Any]:
+        pairs = lesson.pairs()
         run: Any = SimpleNamespace(policy=model, config=SimpleNamespace(loss=config, temperature=1.0))
-        old = credit.forest.sampler_logprobs[pairs.tokens]
-        loss, _ = policy_term(run, credit, pairs, old, "fused", {}, normalizer)
+        old = lesson.forest.sampler_logprobs[pairs.tokens]
+        loss, _ = policy_term(run, lesson, pairs, old, "fused", {}, normalizer)
         return outcome(model, loss, {})
 
     pieces = whole.pieces(most)
@@ -142,14 +158,21 @@ def test_micro_batches_add_up(model: CharacterModel, kind: str, per: str, most: 
     check_same(outcome_of(whole, None), {name: sum(x[name] for x in outcomes) for name in outcomes[0]})
 
 
-def test_pruning_keeps_the_rollouts_that_are_left(model: CharacterModel) -> None:
+@pytest.mark.parametrize("tree", [False, True], ids=["prefixes found", "tree pruned"])
+def test_a_lesson_is_of_the_rollouts_that_are_left(model: CharacterModel, tree: bool) -> None:
     batch = make_batch(model)
     forest = Forest.from_batch(batch)
     keep = torch.tensor([True, False, True, True, *[False] * 4, False, True, False, False])
-    pruned = forest.prune(keep)
-    tokens = torch.repeat_interleave(keep, batch.lengths)
-    assert torch.equal(pruned.tokens[pruned.tree.flat_index], batch.tokens[tokens])
-    assert torch.equal(pruned.loss_mask[pruned.tree.flat_index], batch.loss_mask[tokens])
-    assert torch.equal(pruned.tree.leaf_group, batch.group_ids[keep])
-    assert torch.equal(pruned.rewards, batch.rewards[keep])
-    assert pruned.tree.num_tokens < forest.tree.num_tokens
+    found = (credit.outcome() + credit.spans("turn", reward=_lengths))(credit.Rollouts(batch))
+    lesson = Lesson.of(found, keep, forest if tree else None)
+    tokens, index = torch.repeat_interleave(keep, batch.lengths), lesson.forest.tree.flat_index
+    assert torch.equal(lesson.forest.tokens[index], batch.tokens[tokens])
+    assert torch.equal(lesson.forest.loss_mask[index], batch.loss_mask[tokens])
+    assert torch.equal(lesson.forest.tree.leaf_group, batch.group_ids[keep])
+    assert torch.equal(lesson.credit.advantages, found.advantages[tokens]) and found.advantages[tokens].any()
+    assert torch.equal(lesson.credit.mask, found.mask[tokens])
+    assert lesson.forest.tree.num_tokens < forest.tree.num_tokens
+
+
+def _lengths(rollouts: credit.Rollouts) -> Tensor:
+    return rollouts.spans["turn"].lengths

@@ -1,42 +1,51 @@
-"""From questions to credit: sample rollouts, reward and compare them, drop what has nothing to teach."""
+"""From questions to credit: sample rollouts, find what is to be known of them, drop what has nothing to teach."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trajkern.trainer.compose import composed, gated
+from trajkern import credit
+from trajkern.recipes.dro import gate
+from trajkern.trainer.compose import load_rubric
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.credit import Credit
 from trajkern.trainer.evaluate import each, rewards_of
-from trajkern.trainer.forest import Forest
-from trajkern.trainer.packing import select
+from trajkern.trainer.forest import Lesson
 from trajkern.trainer.ranks import Rows
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
-from trajkern.trainer.systems.base import Assigned, GroupSystem, Local, Played, System, Values
-from trajkern.trainer.systems.plain import PlainTrees
+from trajkern.trainer.systems.base import GroupSystem, Local, Played, System, Values
+from trajkern.trainer.systems.hints import hinted_logprobs
+from trajkern.trainer.systems.plain import PlainTrees, differs
+from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.base import Question
 from trajkern.trainer.tree_sampling import grow, leaf_chances, plant, thin
 
 
-def collect(run: Run, questions: list[Question]) -> tuple[Values, Credit | None]:
+def collect(run: Run, questions: list[Question]) -> tuple[Values, Lesson | None]:
     """A step's metrics so far, and what this rank trains of it; None where it has nothing left to learn from."""
     system = run.system
     with run.ranks.gathered(run.policy):
-        if isinstance(system, PlainTrees):
-            values, credit = tree_credit(run, system, questions)
-        else:
-            assert isinstance(system, GroupSystem)
-            values, credit = group_credit(run, system, questions)
+        with run.clock.timing("sampling"):
+            if isinstance(system, PlainTrees):
+                played, rows, sampled = play_trees(run, system, questions)
+            else:
+                assert isinstance(system, GroupSystem)
+                played, rows, sampled = play(run, system, questions)
+        values: Local = {"reward": played.rewards, "sampled": sampled, "rollouts": len(played.questions)}
+        with run.clock.timing("training"):
+            remember(system, played)
+            chances = chances_of(run, rows) if run.config.control == "random-rewards" else None
+            rollouts = known(run, played, chances, values)
+            values |= system.report(rollouts, run.spec.needs)
+            lesson = credited(run, played, rollouts, values)
     merged = run.ranks.merged(values)
     run.clock.sampled += int(merged.pop("sampled") or 0)
     if merged.get("gated_rollouts") == merged.pop("rollouts"):
         run.display.say(f"step {run.step}: the gate let no rollout through; nothing was trained")
-    return merged, credit
+    return merged, lesson
 
 
 def keeps_groups(config: TrainConfig, system: System) -> bool:
@@ -44,90 +53,96 @@ def keeps_groups(config: TrainConfig, system: System) -> bool:
     return config.control == "random-rewards" or config.compose.rubric is not None or not system.splits_groups
 
 
-def group_credit(run: Run, system: GroupSystem, questions: list[Question]) -> tuple[Local, Credit | None]:
-    """A group of rollouts of each question; what they share, the prompt at least, becomes a tree."""
-    config, whole = run.config, keeps_groups(run.config, system)
-    rows = run.ranks.rows(len(questions) * config.rollouts, config.rollouts if whole else 1)
-    with run.clock.timing("sampling"):
-        played, sampled = play(run, system, questions, rows, whole)
-    values: Local = {"reward": played.rewards, "sampled": sampled, "rollouts": len(played.questions)}
-    with run.clock.timing("training"):
-        remember(system, played)
-        chances = chances_of(run, rows) if config.control == "random-rewards" else None
-        played, keep = gated(config.compose, system.task, played, values)
-        if not played.questions and whole:
-            return values, credited(run, played, Assigned(torch.zeros(0)), values)
-        signals = system.signals(played)
-        if chances is not None:
-            source = dealt(played.batch.group_ids, chances[keep])
-            signals = {name: x[source] for name, x in signals.items()}
-        assigned = composed(config.compose, system, played, system.credit(played, signals))
-        values |= assigned.values
-        return values, credited(run, played, assigned, values)
+def known(run: Run, played: Played, chances: Tensor | None, values: Local) -> credit.Rollouts:
+    """The rollouts with all that the run's credit reads; their signals dealt by ``chances`` where there are some."""
+    system, needs, batch = run.system, run.spec.needs, played.batch
+    signals = system.signals(played, needs)
+    kept = judged(run, played, values)
+    if chances is not None:
+        ids = batch.group_ids if kept is None else 2 * batch.group_ids + kept[1]  # those that are compared
+        source = dealt(ids, chances)
+        signals = {name: x[source] for name, x in signals.items()}
+    flags = {name: x for name, x in signals.items() if x.dtype == torch.bool}
+    if kept is not None:
+        flags["rubric"] = kept[0]
+    pairs = list(zip(played.questions, played.texts, strict=True))
+    if "flags:well_formed" in needs:
+        flags["well_formed"] = torch.tensor([system.task.read(q, text).well_formed for q, text in pairs])
+    return credit.Rollouts(
+        batch,
+        rewards={name: x for name, x in signals.items() if name not in flags},
+        flags=flags,
+        tree=None if played.forest is None else played.forest.tree,
+        texts=played.texts,
+        rows=[{**q.entry, "prompt": q.prompt, "text": q.text, "answer": q.answer} for q, _ in pairs],
+        score=scorer(run.policy),
+        teacher_logprobs=hinted_logprobs(system, played) if "teacher_logprobs" in needs else None,
+        process_group=run.ranks.data,
+        **system.known(played, needs),
+    )
 
 
-def play(run: Run, system: GroupSystem, questions: list[Question], rows: Rows, whole: bool) -> tuple[Played, int]:
-    """This rank's rollouts, the share ``rows`` of all, in groups numbered as the questions; and the tokens drawn."""
-    copies = run.config.rollouts
+def judged(run: Run, played: Played, values: Local) -> tuple[Tensor, Tensor] | None:
+    """Which rollouts the rubric accepts, and which its gate lets through, ``[N]`` each; None without a rubric."""
+    compose, groups = run.config.compose, played.batch.group_ids
+    check = load_rubric(compose.rubric, run.system.task)
+    if check is None:
+        return None
+    passed = torch.tensor([bool(x) for x in check(played.questions, played.texts)])
+    keep = gate(passed, groups, mode=compose.gate, threshold=compose.threshold)
+    values["gated_rollouts"] = int((~keep).sum())
+    values["emptied_groups"] = len(groups.unique()) - len(groups[keep].unique())
+    return passed, keep
+
+
+def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local) -> Lesson | None:
+    """The rollouts that are kept, of the groups that have an advantage: the others have nothing to learn from."""
+    found, batch, ranks = run.spec(rollouts), played.batch, run.ranks
+    owner = torch.repeat_interleave(torch.arange(len(rollouts)), batch.lengths)
+    teaches = torch.zeros(len(rollouts), dtype=torch.int32).index_add(0, owner, (found.advantages != 0).int()) > 0
+    if played.forest is not None:
+        teaches = teaches | differs(rollouts) & found.keep  # branches are compared with fewer than all of the prompt's
+    live = torch.zeros(run.config.prompts, dtype=torch.int32).index_add(0, batch.group_ids, teaches.int())
+    live = ranks.sum(live) > 0
+    values["live_groups"] = 0 if ranks.part else int(live.sum())
+    keep = found.keep & live[batch.group_ids] if run.config.drop_equal else found.keep
+    if not found.mask[keep[owner]].any():
+        return None
+    return Lesson.of(found, keep, played.forest)
+
+
+def play(run: Run, system: GroupSystem, questions: list[Question]) -> tuple[Played, Rows, int]:
+    """This rank's share of a group of rollouts of each question, which number the groups; and the tokens drawn."""
+    copies, whole = run.config.rollouts, keeps_groups(run.config, system)
+    rows = run.ranks.rows(len(questions) * copies, copies if whole else 1)
     many, prompts = each(questions, copies), [system.prompt(question) for question in questions]
     talk = environment(run.policy, system.task, many)
     options = sampling_options(run) | {"environment": talk, "ranks": run.ranks, "whole": whole}
     rollouts = sample(run.policy, prompts, copies=copies, **options)
     groups = torch.arange(len(questions)).repeat_interleave(copies)[rows.begin : rows.end]
-    return system.play(rollouts, rows.of(many), groups), int(rollouts.sampled.sum())
+    return system.play(rollouts, rows.of(many), groups), rows, int(rollouts.sampled.sum())
 
 
-def remember(system: GroupSystem, played: Played) -> None:
+def play_trees(run: Run, system: PlainTrees, questions: list[Question]) -> tuple[Played, Rows, int]:
+    """This rank's share of trees of rollouts, grown by expanding random nodes; and the tokens drawn."""
+    shape, rows = run.config.tree, run.ranks.rows(len(questions))
+    prompts = [system.prompt(q) for q in rows.of(questions)]
+    nodes = grow(run.policy, prompts, shape, rows=rows, **sampling_options(run))
+    chances = leaf_chances(shape, rows, run.generator)
+    forest = thin(plant(nodes, shape.trees, rows.begin), shape.keep, chances)
+    many, completions = [questions[g] for g in forest.tree.leaf_group.tolist()], forest.completions()
+    batch = forest.batch(rewards_of(run.policy, run.task, many, completions))
+    texts = [run.policy.text(tokens) for tokens in completions]
+    sampled = sum(len(node.tokens) for node in nodes if node.parent >= 0)
+    return Played(many, texts, batch, forest), rows.times(shape.trees * shape.keep), sampled
+
+
+def remember(system: System, played: Played) -> None:
     """Show the system the rollouts of all ranks, so that what it keeps is the same on each."""
     if system.remembers:
         every = list(zip(played.questions, played.texts, played.rewards.tolist(), strict=True))
         questions, texts, rewards = (list(x) for x in zip(*system.ranks.gather(every), strict=True))
         system.learn(questions, texts, rewards)
-
-
-def credited(run: Run, played: Played, assigned: Assigned, values: Local) -> Credit | None:
-    """The rollouts of the groups in which some advantage is not 0: the others have nothing to learn from."""
-    batch, advantages = played.batch, assigned.advantages
-    groups = batch.group_ids
-    owner = torch.repeat_interleave(torch.arange(len(groups)), batch.lengths)
-    teaches = (advantages != 0).int()
-    if assigned.per_token:
-        teaches = torch.zeros_like(groups, dtype=torch.int32).index_add(0, owner, teaches)
-    if assigned.keep is not None:
-        teaches = teaches * assigned.keep
-    live = torch.zeros(run.config.prompts, dtype=torch.int32).index_add(0, groups, teaches) > 0
-    live = run.ranks.sum(live.int()) > 0
-    values["live_groups"] = 0 if run.ranks.part else int(live.sum())
-    keep = live[groups] if assigned.keep is None else live[groups] & assigned.keep
-    if not keep.any():
-        return None
-    forest = Forest.from_batch(select(batch, keep))
-    advantages = advantages[keep[owner]] if assigned.per_token else advantages[keep]
-    return Credit(forest, advantages, "token" if assigned.per_token else "leaf", forest.loss_mask)
-
-
-def tree_credit(run: Run, system: PlainTrees, questions: list[Question]) -> tuple[Local, Credit | None]:
-    """Trees of rollouts of each question, grown by expanding random nodes."""
-    config, shape = run.config, run.config.tree
-    rows = run.ranks.rows(len(questions))
-    questions = rows.of(questions)
-    with run.clock.timing("sampling"):
-        nodes = grow(run.policy, [system.prompt(q) for q in questions], shape, rows=rows, **sampling_options(run))
-        forest = thin(plant(nodes, shape.trees), shape.keep, leaf_chances(shape, rows, run.generator))
-    groups = forest.tree.leaf_group
-    rewards = rewards_of(run.policy, run.task, [questions[g] for g in groups.tolist()], forest.completions())
-    sampled = sum(len(node.tokens) for node in nodes if node.parent >= 0)
-    values: Local = {"reward": rewards, "sampled": sampled, "rollouts": len(rewards)}
-    if config.control == "random-rewards":
-        rewards = rewards[dealt(groups, chances_of(run, rows.times(shape.trees * shape.keep)))]
-    with run.clock.timing("training"):
-        differs = torch.zeros(len(questions)).index_add(0, groups, rewards)
-        live = (differs > 0) & (differs < torch.bincount(groups))  # rewards are 0 or 1
-        values["live_groups"] = int(live.sum())
-        if not values["live_groups"]:
-            return values, None
-        credit = system.credit(replace(forest, rewards=rewards).prune(live[groups]))
-        return values, credit if credit.loss_mask.any() else None
 
 
 def sampling_options(run: Run) -> dict[str, Any]:

@@ -83,13 +83,16 @@ class TrainConfig:
         task: a reasoning-gym task or a game; an unknown name lists them.
         model: "tiny" (the built-in transformer), "smollm2" (SmolLM2-135M-Instruct),
             or the path of a HuggingFace folder or a .gguf file.
-        recipe: how rewards become advantages; an unknown name lists them.
+        recipe: how rollouts are drawn, and how rewards become advantages; an unknown name lists them.
+        credit: package.module:name of a trajkern.credit expression, in place of the recipe's own.
         control: "none" trains; "random-rewards" deals each group's rewards to its
             rollouts at random; "supervised" spends the same compute on more warm-up.
         seed: decides questions, weights and samples.
         steps: batches of rollouts.
         prompts: questions (groups) a step.
         rollouts: completions of each question; a recipe for trees has ``tree`` instead.
+        drop_equal: whether groups in which nothing differs, so that no token has an advantage, leave the
+            loss and its normaliser; else they stay, and a KL term holds them.
         updates: optimiser steps on each batch.
         temperature: of sampling and of the loss.
         max_new: most tokens of a completion; by default the longest answer's.
@@ -122,11 +125,13 @@ class TrainConfig:
     task: str = "chain_sum"
     model: str = "tiny"
     recipe: str = "grpo"
+    credit: str | None = None
     control: Control = "none"
     seed: int = 0
     steps: int = 300
     prompts: int = 64
     rollouts: int = 8
+    drop_equal: bool = True
     updates: int = 1
     temperature: float = 1.0
     max_new: int | None = None

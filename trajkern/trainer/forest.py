@@ -1,16 +1,17 @@
-"""What one update trains: a tree of rollouts, each shared prefix once."""
+"""Trees of rollouts, each shared prefix once: as they are sampled, and with the credit that an update trains."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern import recipes
+from trajkern.credit import Credit, Rollouts
+from trajkern.trainer.packing import select
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,25 +22,21 @@ class Forest:
     tokens: Tensor  # [T]
     loss_mask: Tensor  # [T] bool, True on what the policy wrote
     sampler_logprobs: Tensor  # [T]
-    rewards: Tensor  # [L]
 
     @classmethod
     def from_batch(cls, batch: tk.PackedBatch) -> Forest:
         """The shared prefixes of rollouts sampled one by one; leaf n is trajectory n."""
-        assert batch.rewards is not None and batch.sampler_logprobs is not None
+        assert batch.sampler_logprobs is not None
         tree = tk.Tree.from_trajectories(batch, on_mismatch="split")
-        tokens, loss_mask, logprobs = (x[tree.source] for x in (batch.tokens, batch.loss_mask, batch.sampler_logprobs))
-        return cls(tree, tokens, loss_mask, logprobs, batch.rewards)
+        per_token = (x[tree.source] for x in (batch.tokens, batch.loss_mask, batch.sampler_logprobs))
+        return cls(replace(tree, source=None), *per_token)
 
-    @property
-    def flat_tokens(self) -> int:
-        """Tokens of the rollouts, each with its own copy of what it shares."""
-        return self.tree.flat_index.shape[0]
-
-    @cached_property
-    def path_nodes(self) -> tuple[Tensor, Tensor]:
-        """(leaf, node) of every step of every rollout, rollout after rollout from its root down, ``[S]`` each."""
-        return recipes.path_nodes(self.tree)
+    def batch(self, rewards: Tensor) -> tk.PackedBatch:  # [L]
+        """The rollouts one by one; trajectory n is leaf n."""
+        tree = self.tree
+        tokens, loss_mask, logprobs = (x[tree.flat_index] for x in (self.tokens, self.loss_mask, self.sampler_logprobs))
+        bounds, groups = tree.flat_cu_seqlens, tree.leaf_group
+        return tk.PackedBatch(tokens, bounds, loss_mask, groups, rewards, sampler_logprobs=logprobs)
 
     def completions(self) -> list[list[int]]:
         """What the policy wrote in each rollout."""
@@ -47,31 +44,87 @@ class Forest:
         tokens, written = self.tokens[index], self.loss_mask[index]
         return [tokens[a:b][written[a:b]].tolist() for a, b in pairwise(bounds)]
 
-    def flat_pairs(self, loss_mask: Tensor) -> tuple[Tensor, Tensor]:  # [T]
-        """For the flat rollouts' scored tokens, their pair among the tree's; and how the rollouts bound them, [L+1]."""
-        number = loss_mask.cumsum(0) - 1
-        index, bounds = self.tree.flat_index, self.tree.flat_cu_seqlens
-        scored = loss_mask[index]
-        counted = torch.cat((scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)))
-        return number[index[scored]], counted[bounds]
-
-    def nodes_of(self, leaves: Tensor) -> Tensor:  # [L] bool
-        """The nodes on the paths of the rollouts marked by ``leaves``, bool ``[M]``."""
-        return tk.subtree_reduce(leaves.float(), self.tree, "max") > 0
-
     def prune(self, keep: Tensor) -> Forest:  # [L] bool
         """The rollouts marked by ``keep`` and what leads to them."""
-        tree, nodes = self.tree, self.nodes_of(keep)
-        number = nodes.cumsum(0) - 1
-        parent = tree.parent[nodes]
-        parent = torch.where(parent < 0, -1, number[parent])
-        groups = torch.arange(tree.num_roots) if tree.group_ids is None else tree.group_ids
-        roots = nodes[tree.parent < 0]
-        tokens = nodes[tree.token_node]
-        return Forest(
-            tk.Tree(parent, tree.node_lengths[nodes], groups[roots]),
-            self.tokens[tokens],
-            self.loss_mask[tokens],
-            self.sampler_logprobs[tokens],
-            self.rewards[keep],
+        tree, nodes = self.tree.pruned(keep)
+        tokens = nodes[self.tree.token_node]
+        return Forest(tree, *(x[tokens] for x in (self.tokens, self.loss_mask, self.sampler_logprobs)))
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What one update trains: rollouts as a forest, and their credit; trajectory n is the path of leaf n."""
+
+    forest: Forest
+    credit: Credit
+
+    @classmethod
+    def of(cls, credit: Credit, rows: Tensor, forest: Forest | None = None) -> Lesson:  # [N] bool
+        """The rollouts marked by ``rows``; ``forest`` is that of all, where there is one."""
+        batch = credit.rollouts.batch
+        tokens, chosen = torch.repeat_interleave(rows, batch.lengths), select(batch, rows)
+        forest = Forest.from_batch(chosen) if forest is None else forest.prune(rows)
+        of_chosen = replace(
+            credit,
+            advantages=credit.advantages[tokens],
+            mask=credit.mask[tokens],
+            keep=credit.keep[rows],
+            divergences=tuple((term, weight[tokens]) for term, weight in credit.divergences),
+            rollouts=Rollouts(chosen, tree=forest.tree),
+            rows=None if credit.rows is None else credit.rows[rows],
         )
+        return cls(forest, of_chosen)
+
+    @property
+    def flat_tokens(self) -> int:
+        """Tokens of the rollouts, each with its own copy of what it shares."""
+        return self.credit.mask.shape[0]
+
+    def pairs(self) -> tk.HeadInputs:
+        """The tree's rows and targets that learn in some rollout."""
+        forest, index = self.forest, self.forest.tree.flat_index
+        learns = torch.zeros_like(forest.loss_mask).index_fill(0, index[self.credit.mask], True)
+        return forest.tree.pairs(forest.tokens, learns)
+
+    def flat(self, pairs: tk.HeadInputs, per_pair: dict[str, Tensor | None]) -> dict[str, Any]:
+        """The arguments of the flat rollouts' loss: what is per pair of the tree, repeated, and the credit."""
+        credit, tree = self.credit, self.forest.tree
+        at = credit.mask.nonzero().squeeze(1)
+        number = torch.zeros(tree.num_tokens, dtype=torch.int64)
+        number[pairs.tokens] = torch.arange(len(pairs.tokens))
+        index = number[tree.flat_index[at]]
+        counted = torch.cat((at.new_zeros(1), credit.mask.cumsum(0)))
+        repeated = {name: None if x is None else x[index] for name, x in per_pair.items()}
+        return repeated | {"cu_seqlens": counted[tree.flat_cu_seqlens], **credit.loss_inputs(at)}
+
+    def units(self, aggregate: str) -> int:
+        """What the loss is divided by: the learning tokens, or the rollouts that have one."""
+        mask = self.credit.mask
+        if not aggregate.startswith("seq_mean"):
+            return int(mask.sum())
+        counted = torch.cat((mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)))
+        return int((counted[self.forest.tree.flat_cu_seqlens].diff() > 0).sum())
+
+    def pieces(self, most: int | None) -> list[Lesson]:
+        """Lessons of at most ``most`` tokens that train the same rollouts; a rollout that is longer stands alone."""
+        tree = self.forest.tree
+        if most is None or tree.num_tokens <= most:
+            return [self]
+        paths: list[list[int]] = [[] for _ in range(tree.num_leaves)]
+        for leaf, node in zip(*(x.tolist() for x in tree.path_nodes), strict=True):
+            paths[leaf].append(node)
+        lengths, room = tree.node_lengths.tolist(), most
+        pieces: list[list[int]] = [[]]
+        included: set[int] = set()
+        for leaf in tree.leaf_order.tolist():  # neighbours share the longest prefixes
+            new = sum(lengths[node] for node in paths[leaf] if node not in included)
+            if new > room and pieces[-1]:
+                pieces.append([])
+                included, room, new = set(), most, sum(lengths[node] for node in paths[leaf])
+            pieces[-1].append(leaf)
+            included.update(paths[leaf])
+            room -= new
+        flags = torch.zeros(len(pieces), tree.num_leaves, dtype=torch.bool)
+        for flag, leaves in zip(flags, pieces, strict=True):
+            flag[torch.tensor(leaves)] = True
+        return [Lesson.of(self.credit, flag, self.forest) for flag in flags]

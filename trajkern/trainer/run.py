@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern.credit import Spec
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
@@ -69,6 +70,7 @@ class Run:
     task: Task
     splits: Splits
     system: System
+    spec: Spec  # what credits the rollouts
     pool: list[Question]  # what the main loop draws from
     policy: Policy
     anchor: Policy | None  # the policy before reinforcement, where the loss has a KL term

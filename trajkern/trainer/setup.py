@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from trajkern.credit import Spec
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups
-from trajkern.trainer.compose import load_rubric
+from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.ranks import ALONE, Ranks
@@ -19,16 +20,17 @@ from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Run, results_folder
 from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
+from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.tasks import load_task
 from trajkern.trainer.tasks.base import Splits, Task
 
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
-    system_type(config.recipe)  # refuses an unknown one before any work
     stored = checkpoint.load(config.resume) if config.resume else None
     phase = stored.place["phase"] if stored else "warmup"
     task, display = load_task(config.task, config.seed), Display(quiet=ranks.number > 0)
+    spec = load_credit(config, task)
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = draw_splits(config, task)
     policy = make_policy(config, splits, ranks)
@@ -50,6 +52,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         task=task,
         splits=splits,
         system=system,
+        spec=spec,
         pool=system.pool(splits),
         policy=policy,
         anchor=anchor,
@@ -129,11 +132,12 @@ def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) 
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=decay, fused=True)
 
 
-def load_system(config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> System:
-    """The system of ``config.recipe``.
+def load_credit(config: TrainConfig, task: Task) -> Spec:
+    """What credits the rollouts of ``config.recipe`` on this task.
 
     Raises:
-        ValueError: an unknown recipe, with the list; a recipe and a task, control or rubric that do not go together.
+        ValueError: an unknown recipe, with the list; a recipe and a task, control or rubric that do not go together; an
+            expression that needs what the rollouts will not know.
     """
     recipe = config.recipe
     kind = system_type(recipe)
@@ -141,11 +145,49 @@ def load_system(config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = 
         raise ValueError(f"task must be {kind.requires.meaning}, for the recipe {recipe}; got {task.name!r}")
     if config.compose.hint_weight and not GIVES_HINTS.met(task):
         raise ValueError(f"task must be one that gives hints, for compose.hint_weight; got {task.name!r}")
-    if config.control == "random-rewards" and not kind.dealable:
-        raise ValueError(f"control must be one of none, supervised for the recipe {recipe}, which rewards turns")
     load_rubric(config.compose.rubric, task)
-    settings = getattr(config, recipe) if kind.settings_type else None
-    return kind(recipe, settings, task, policy, ranks, config.temperature)
+    if config.credit is not None:
+        spec = load_spec(config.credit)
+    else:
+        spec = kind.expression(recipe, settings_of(config))
+        if issubclass(kind, PlainTrees) and config.drop_equal:
+            spec = spec.gate(differs)
+    if config.control == "random-rewards" and (fixed := undealt(spec.needs)):
+        what = f"the recipe {recipe}" if config.credit is None else f"the credit {config.credit}"
+        raise ValueError(
+            f"control must be one of none, supervised for {what}, which reads {fixed}: only what whole rollouts earned "
+            "can be dealt"
+        )
+    spec = composed(spec, config.compose)
+    # a row's columns are known with the first batch
+    names = {"reward", "texts", "rows", "rows:*", "score", "sampler_logprobs", "spans:turn", "flags:well_formed"}
+    names |= kind.knows
+    if config.compose.rubric is not None:
+        names.add("flags:rubric")
+    if kind.asks_task and GIVES_HINTS.met(task):
+        names.add("teacher_logprobs")
+    try:
+        spec.check(names)
+    except ValueError as error:
+        raise ValueError(f"the recipe {recipe} on the task {task.name} cannot give this credit: {error}") from None
+    return spec
+
+
+def undealt(needs: frozenset[str]) -> str:
+    """What of these the control with random rewards cannot deal: all but rewards and flags of rollouts."""
+    kinds = ("span_rewards", "score", "texts", "rows")
+    return ", ".join(sorted(name for name in needs if name.partition(":")[0] in kinds))
+
+
+def settings_of(config: TrainConfig) -> Any:
+    """The recipe's own."""
+    return getattr(config, config.recipe) if system_type(config.recipe).settings_type else None
+
+
+def load_system(config: TrainConfig, task: Task, policy: Policy, ranks: Ranks = ALONE) -> System:
+    """The system of ``config.recipe``."""
+    kind = system_type(config.recipe)
+    return kind(config.recipe, settings_of(config), task, policy, ranks, config.temperature)
 
 
 def check_ranks(config: TrainConfig, system: System, ranks: Ranks) -> None:
@@ -155,11 +197,7 @@ def check_ranks(config: TrainConfig, system: System, ranks: Ranks) -> None:
     check_parts(config.loss, "the run must have one rank of data")
     whole = keeps_groups(config, system)
     if config.prompts * (1 if whole else config.rollouts) < ranks.parts:
-        because = f" (the recipe {config.recipe} keeps a group on one rank)" if whole else ""
+        because = f" (the recipe {config.recipe}, or a rubric or a control, keeps groups on one rank)" if whole else ""
         raise ValueError(f"prompts must be enough for {ranks.parts} ranks of data{because}; got {config.prompts}")
     if config.warmup.batch < ranks.parts:
         raise ValueError(f"warmup.batch must be at least {ranks.parts}, the ranks of data; got {config.warmup.batch}")
-    if config.compose.rubric and system.compares_prompts:
-        raise ValueError(
-            f"compose.rubric must be none for the recipe {config.recipe} on several ranks, which compares all prompts"
-        )

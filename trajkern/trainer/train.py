@@ -121,9 +121,9 @@ def reinforce(run: Run) -> None:
 
 def policy_step(run: Run) -> Values:
     """Sample rollouts, reward them, and descend the policy loss on the prompts whose rewards differ."""
-    values, credit = collect(run, run.draw(run.pool, run.config.prompts))
+    values, lesson = collect(run, run.draw(run.pool, run.config.prompts))
     with run.clock.timing("training"):
-        return values | update(run, credit)
+        return values | update(run, lesson)
 
 
 def supervised_control(run: Run) -> Values:

@@ -138,17 +138,16 @@ def _add(nodes: list[Node], policy: Policy, drawn: Drawn, origins: list[int], be
             parent, at = len(nodes) - 1, stop
 
 
-def plant(nodes: list[Node], trees: int) -> Forest:
-    """The forest of these nodes, every leaf among them; rewards are 0. Each prompt, a group, has ``trees`` trees."""
+def plant(nodes: list[Node], trees: int, first: int = 0) -> Forest:
+    """The forest of these nodes, every leaf among them. Each prompt, a group numbered from ``first``, has ``trees``."""
     lengths = torch.tensor([len(n.tokens) for n in nodes])
     parent = torch.tensor([n.parent for n in nodes])
-    tree = tk.Tree(parent, lengths, torch.arange(int((parent < 0).sum())) // trees)
+    tree = tk.Tree(parent, lengths, first + torch.arange(int((parent < 0).sum())) // trees)
     return Forest(
         tree,
         torch.tensor([token for n in nodes for token in n.tokens]),
         torch.repeat_interleave(parent >= 0, lengths),
         torch.tensor([x for n in nodes for x in n.logprobs]),
-        torch.zeros(tree.num_leaves),
     )
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.trainer.credit import Credit
-from trajkern.trainer.forest import Forest
+from trajkern.trainer.forest import Forest, Lesson
 from trajkern.trainer.models.blocks import Layout
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, pack_pieces, parted
@@ -38,10 +37,10 @@ def score(
 class MicroBatch:
     """A micro-batch, and what the updates on it share and leave behind."""
 
-    def __init__(self, run: Run, credit: Credit) -> None:
-        self.run, self.credit = run, credit
-        config, forest = run.config, credit.forest
-        self.pairs = forest.tree.pairs(forest.tokens, credit.loss_mask)
+    def __init__(self, run: Run, lesson: Lesson) -> None:
+        self.run, self.lesson = run, lesson
+        config, forest = run.config, lesson.forest
+        self.pairs = lesson.pairs()
         self.fixed: dict[str, Any] = {"sampler_logprobs": forest.sampler_logprobs[self.pairs.tokens]}
         if run.anchor is not None:
             with torch.no_grad():
@@ -54,7 +53,7 @@ class MicroBatch:
     def loss(self, normalizer: float | None) -> Tensor:
         """This micro-batch's part of the loss; the first call's log-probs are the old ones of the others."""
         loss, metrics = policy_term(
-            self.run, self.credit, self.pairs, self.old, self.run.config.head, self.fixed, normalizer
+            self.run, self.lesson, self.pairs, self.old, self.run.config.head, self.fixed, normalizer
         )
         logprobs = metrics.pop("logprobs")
         self.old = logprobs if self.old is None else self.old
@@ -66,25 +65,25 @@ class MicroBatch:
         assert self.old is not None
         drift = (self.old - self.fixed["sampler_logprobs"]).abs().max()
         metrics = {name: value.item() for name, value in (self.metrics | {"sampler_drift": drift}).items()}
-        forest = self.credit.forest
-        return metrics | {"trained": forest.flat_tokens, "shared": forest.flat_tokens - forest.tree.num_tokens}
+        flat = self.lesson.flat_tokens
+        return metrics | {"trained": flat, "shared": flat - self.lesson.forest.tree.num_tokens}
 
 
-def update(run: Run, credit: Credit | None) -> Values:
+def update(run: Run, lesson: Lesson | None) -> Values:
     """``config.updates`` optimiser steps on one batch, in micro-batches; nothing where no rank has one.
 
     Each loss is divided by what the batches of all ranks hold together, and gradients are added up. A rank that has
     nothing, or fewer micro-batches than another, goes along with passes that add nothing.
     """
     config, ranks, aggregate = run.config, run.ranks, run.config.loss.resolved_aggregate
-    credits = credit.pieces(config.micro_tokens) if credit else []
-    count = ranks.most(len(credits))
+    lessons = lesson.pieces(config.micro_tokens) if lesson else []
+    count = ranks.most(len(lessons))
     if not count:
         return {}
     normalizer = None
     if aggregate != "token_sum" and (ranks.data or count > 1):
-        normalizer = float(ranks.sum(torch.tensor(credit.units(aggregate) if credit else 0)))
-    pieces, idle = [MicroBatch(run, some) for some in credits], range(count - len(credits))
+        normalizer = float(ranks.sum(torch.tensor(lesson.units(aggregate) if lesson else 0)))
+    pieces, idle = [MicroBatch(run, some) for some in lessons], range(count - len(lessons))
     if run.anchor is not None:
         for _ in idle:
             nothing(run.anchor)
@@ -149,7 +148,7 @@ def reported(run: Run, pieces: list[MicroBatch]) -> Values:
 
 def policy_term(
     run: Run,
-    credit: Credit,
+    lesson: Lesson,
     pairs: tk.HeadInputs,
     old: Tensor | None,  # [P]
     head: str,
@@ -160,28 +159,28 @@ def policy_term(
 
     ``fixed`` are the sampler's and the reference's log-probs, ``[P]`` each, by the names that the loss has for them.
     """
-    config, reads_tree = run.config, credit.reads_tree(run.config.loss)
+    config, forest, reads_tree = run.config, lesson.forest, lesson.credit.fits_tree(run.config.loss)
+    packed: dict[str, Any] = {}
+    if reads_tree:
+        packed = lesson.credit.tree_inputs(config.loss, pairs.tokens, normalizer) | {"cu_seqlens": pairs.cu_seqlens}
     if head == "fused" and reads_tree:
         return tk.linear_policy_loss(
-            run.policy.hidden(credit.forest.tokens, credit.forest.tree, pairs.rows),
+            run.policy.hidden(forest.tokens, forest.tree, pairs.rows),
             targets=pairs.targets,
             old_logprobs=old,
-            advantages=None,
-            cu_seqlens=pairs.cu_seqlens,
             temperature=config.temperature,
             with_entropy=True,
             with_logprobs=True,
-            **credit.packed(config.loss, normalizer),
+            **packed,
             **run.policy.head_arguments(),
             **fixed,
         )
-    stats = _stats(run, credit.forest, pairs, head)
+    stats = _stats(run, forest, pairs, head)
     per_pair: dict[str, Any] = {"logprobs": stats.logprobs, "old_logprobs": old, "entropy": stats.entropy, **fixed}
     if reads_tree:
-        packed = credit.packed(config.loss, normalizer)
-        loss, metrics = tk.policy_loss(**per_pair, advantages=None, cu_seqlens=pairs.cu_seqlens, **packed)
+        loss, metrics = tk.policy_loss(**per_pair, **packed)
     else:
-        loss, metrics = tk.policy_loss(**credit.flat(per_pair), config=config.loss, normalizer=normalizer)
+        loss, metrics = tk.policy_loss(**lesson.flat(pairs, per_pair), config=config.loss, normalizer=normalizer)
     return loss, metrics | {"logprobs": stats.logprobs.detach()}
 
 

@@ -1,18 +1,19 @@
-"""How a recipe plays, rewards and credits in the trainer, and what it asks of a task: what all systems share."""
+"""How a recipe plays and what it knows of its rollouts, and what it asks of a task: what all systems share."""
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern import credit
+from trajkern.trainer.forest import Forest
 from trajkern.trainer.models.policy import Policy
-from trajkern.trainer.packing import Piece, demonstration, pack_rollouts, select
+from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import Rollouts
 from trajkern.trainer.tasks.base import Question, Splits, Task
@@ -37,41 +38,23 @@ GIVES_HINTS = Requirement("a task that gives hints", lambda task: task.gives_hin
 class Played:
     """A step's rollouts: trajectory n of ``batch`` answers ``questions[n]`` with ``texts[n]``.
 
-    ``batch.rewards`` are the verifier's.
+    ``batch.rewards`` are the verifier's. ``forest`` is that of rollouts which were grown as trees, leaf n trajectory n.
     """
 
     questions: list[Question]
     texts: list[str]
     batch: tk.PackedBatch
+    forest: Forest | None = None
 
     @property
     def rewards(self) -> Tensor:
         assert self.batch.rewards is not None
         return self.batch.rewards
 
-    def trajectories(self) -> list[list[int]]:
-        """The tokens of each rollout, its prompt first."""
-        return [x.tolist() for x in self.batch.tokens.split(self.batch.lengths.tolist())]
-
-    def select(self, keep: Tensor) -> Played:  # [N] bool
-        """The rollouts marked by ``keep``."""
-        numbers = keep.nonzero().squeeze(1).tolist()
-        questions, texts = [self.questions[n] for n in numbers], [self.texts[n] for n in numbers]
-        return replace(self, questions=questions, texts=texts, batch=select(self.batch, keep))
-
-
-class Assigned(NamedTuple):
-    """Advantages of the rollouts ``[N]``, or of their tokens ``[T]``; which rollouts are trained; what to report."""
-
-    advantages: Tensor
-    per_token: bool = False
-    keep: Tensor | None = None
-    values: Local = {}
-
 
 @dataclass(eq=False)
 class System:
-    """A recipe in the trainer: what it is told, what it asks for, what it remembers.
+    """A recipe in the trainer: what it is told, what it asks for, what its rollouts know, what it remembers.
 
     Args:
         recipe: its name.
@@ -86,17 +69,16 @@ class System:
             the recipe's name; None where there is nothing to choose.
         requires: of the task; None where any will do.
         splits_groups: whether a group's rollouts may lie on several ranks; else each group is credited on one.
-        compares_prompts: whether a rollout's credit depends on other prompts'.
-        dealable: whether a rollout's signals can be dealt to another of its group, as the control with random rewards
-            does.
+        knows: what its rollouts know beside what all do, by the names of a credit's ``needs``.
+        asks_task: whether its questions are the task's own, for which that may have hints.
         remembers: whether :meth:`learn` keeps anything.
     """
 
     settings_type: ClassVar[type | None] = None
     requires: ClassVar[Requirement | None] = None
     splits_groups: ClassVar[bool] = False
-    compares_prompts: ClassVar[bool] = False
-    dealable: ClassVar[bool] = True
+    knows: ClassVar[frozenset[str]] = frozenset()
+    asks_task: ClassVar[bool] = True
     remembers: ClassVar[bool] = False
 
     recipe: str
@@ -109,6 +91,11 @@ class System:
     def __post_init__(self) -> None:
         """Where a system adds what it makes of these."""
 
+    @classmethod
+    def expression(cls, recipe: str, settings: Any) -> credit.Spec:
+        """The recipe's credit, of what its rollouts know."""
+        return credit.recipe(recipe)
+
     def pool(self, splits: Splits) -> list[Question]:
         """The questions to train on."""
         return splits.train
@@ -120,6 +107,21 @@ class System:
     def demonstration(self, question: Question) -> list[Piece]:
         """A trajectory of the warm-up."""
         return [(self.prompt(question), False), *demonstration(self.policy, self.task.pieces(question))]
+
+    def known(self, played: Played, needs: frozenset[str]) -> dict[str, Any]:
+        """What there is to know of the rollouts beside their signals: arguments of ``trajkern.credit.Rollouts``.
+
+        ``needs`` of it are read; what is cheap to know may be there anyway.
+        """
+        return {}
+
+    def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:  # [N] each
+        """What each rollout earned: named rewards, and flags (bool); the control with random rewards deals them."""
+        return {"reward": played.rewards}
+
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        """What to report of a step, where it was needed."""
+        return {}
 
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         """Called after every step of whole rollouts with those of all ranks, where ``remembers``."""
@@ -135,19 +137,13 @@ class System:
         """The inverse of :meth:`state`."""
 
 
-class GroupSystem(System, abc.ABC):
-    """Groups of whole rollouts of each question, rewarded by the verifier."""
+class GroupSystem(System):
+    """Groups of whole rollouts of each question, rewarded by the verifier; ranks may share a group."""
+
+    splits_groups = True
 
     def play(self, rollouts: Rollouts, questions: list[Question], groups: Tensor) -> Played:  # [N]
         """Read and verify these rollouts, the n-th of ``questions[n]``, in group ``groups[n]``."""
         texts = [self.policy.text(tokens) for tokens in rollouts.completions()]
         rewards = torch.tensor([self.task.reward(q, text) for q, text in zip(questions, texts, strict=True)])
         return Played(questions, texts, pack_rollouts(rollouts, rewards, groups))
-
-    def signals(self, played: Played) -> dict[str, Tensor]:  # [N] each
-        """What each rollout earned, for :meth:`credit` to compare; and for the control with random rewards to deal."""
-        return {"rewards": played.rewards}
-
-    @abc.abstractmethod
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        """The advantages."""

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from trajkern import Spans, spread
-from trajkern.recipes import delta_belief
-from trajkern.trainer.packing import Piece
-from trajkern.trainer.systems.base import Assigned, GroupSystem, Played, Requirement
-from trajkern.trainer.systems.scoring import score_pieces
+from trajkern import Spans, credit
+from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
+from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.twenty_questions import END, GUESS, TwentyQuestions, read_game
 
 INVALID = -5.0  # a turn that says nothing
@@ -40,60 +37,51 @@ class DeltaBelief:
 
 
 class TurnBeliefs(GroupSystem):
-    """After every turn of every rollout the policy is asked for the hidden entity, all in one packed forward."""
+    """Knows the rewards "turn" of the policy's turns, and "gain", what each added to its belief in the hidden entity.
+
+    After every turn of every rollout the policy is asked for that, all in one packed forward.
+    """
 
     settings_type = DeltaBelief
     requires = Requirement(
         "a task that knows a hidden answer: twenty_questions", lambda task: isinstance(task, TwentyQuestions)
     )
-    dealable = False  # rollouts differ in their number of turns
+    splits_groups = False  # what reads alike scores alike to the bit only in one forward
+    knows = frozenset({"span_rewards:turn", "span_rewards:gain", "span_rewards:penalty"})
 
     settings: DeltaBelief
     task: TwentyQuestions
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        settings, batch = self.settings, played.batch
+    @classmethod
+    def expression(cls, recipe: str, settings: DeltaBelief) -> credit.Spec:
+        return credit.recipe(recipe, reward="turn", finished=settings.finished)
+
+    def known(self, played: Played, needs: frozenset[str]) -> dict[str, Any]:
+        batch, settings = played.batch, self.settings
         turns = Spans.turns(batch.loss_mask, batch.cu_seqlens)
         counts = torch.bincount(turns.trajectory, minlength=len(played.texts))
-        beliefs, bounds = self.beliefs(played, turns.start, turns.trajectory, counts)
         penalty = torch.tensor(self._penalties(played, counts.tolist())) * settings.penalties
-        options: dict[str, Any] = {"scale": settings.scale, "clip": settings.clip, "win_reward": settings.win_reward}
-        won = signals["rewards"] > 0
-        rewards = delta_belief.turn_rewards(
-            beliefs, bounds, won=won, penalty=penalty, turn_cost=settings.turn_cost, **options
+        if not needs & {"span_rewards:turn", "span_rewards:gain"}:
+            return {"span_rewards": {"penalty": penalty}}
+        asked = credit.Rollouts(
+            batch,
+            rows=[{"belief_target": q.entry["entity"] + END, "belief_probe": GUESS} for q in played.questions],
+            flags={"finished": torch.tensor([read_game(text).guess is not None for text in played.texts])},
+            span_rewards={"penalty": penalty},
+            score=scorer(self.policy),
         )
-        where = (turns.trajectory, turns.index, batch.group_ids)
-        advantages = delta_belief.turn_advantages(rewards, *where, finished=settings.finished)
-        gain = beliefs.diff()
-        return Assigned(
-            spread(advantages, turns),
-            per_token=True,
-            values={"turn_reward": rewards, "belief_gain": gain[gain.isfinite()]},
-        )
+        options: dict[str, Any] = {name: getattr(settings, name) for name in ("scale", "clip", "win_reward")}
+        reward = credit.scored.BeliefGain(turn_cost=settings.turn_cost, **options)
+        beliefs, bounds = reward.beliefs(asked)
+        after = torch.arange(len(turns)) + turns.trajectory + 1
+        rewards = {"turn": reward(asked), "gain": beliefs[after] - beliefs[after - 1], "penalty": penalty}
+        return {"span_rewards": rewards}
 
-    def beliefs(self, played: Played, start: Tensor, trajectory: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(hidden entity) before the first turn and after each, NaN after a guess; and the rollouts' bounds."""
-        batch, asked = played.batch, []
-        bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
-        every = played.trajectories()
-        starts: list[list[int]] = [[] for _ in every]
-        for position, n in zip((start - batch.cu_seqlens[trajectory]).tolist(), trajectory.tolist(), strict=True):
-            starts[n].append(position)
-        pieces: list[list[Piece]] = []
-        for n, (question, text, tokens) in enumerate(zip(played.questions, played.texts, every, strict=True)):
-            target = self.policy.encode(question.entry["entity"] + END)
-            ends = [*starts[n], len(tokens)] if starts[n] else [len(tokens)]
-            if read_game(text).guess is not None:
-                ends.pop()
-            asked += [int(bounds[n]) + turn for turn in range(len(ends))]
-            pieces += [[(tokens[:stop] + self.policy.encode(GUESS), False), (target, True)] for stop in ends]
-        owner = torch.searchsorted(bounds, torch.tensor(asked), right=True) - 1
-        scores = score_pieces(self.policy, pieces, batch.group_ids[owner])
-        lengths = scores.cu_seqlens.diff()
-        belief = torch.zeros(len(pieces)).index_add(
-            0, torch.arange(len(pieces)).repeat_interleave(lengths), scores.logprobs
-        )
-        return torch.full((int(bounds[-1]),), torch.nan).index_copy(0, torch.tensor(asked), belief), bounds
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        if "turn" not in rollouts.span_rewards:
+            return {}
+        gain = rollouts.span_rewards["gain"]
+        return {"turn_reward": rollouts.span_rewards["turn"], "belief_gain": gain[gain.isfinite()]}
 
     def _penalties(self, played: Played, counts: list[int]) -> list[float]:
         """One a turn; an end-of-sequence token that no question or guess goes with is a turn, too."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-import trajkern as tk
+from trajkern import Spans, credit
 from trajkern.recipes import dro
-from trajkern.trainer.packing import Piece
-from trajkern.trainer.systems.base import SHOWS_WORK, Assigned, GroupSystem, Played
-from trajkern.trainer.systems.scoring import score_pieces
+from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
+from trajkern.trainer.systems.scoring import scorer
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class DRO:
         length_weight: of the reward for an answer as long as the reference.
         length_beta: its slope.
         outcome_weight: of the verifier's reward; the system needs none.
+        learns: the tokens that are trained: the reasoning's (the reward does not depend on the answer that was sampled
+            after it), or all.
     """
 
     weights: Literal["variance", "uniform"] = "variance"
@@ -38,70 +40,69 @@ class DRO:
     length_weight: float = 0.0
     length_beta: float = 1.0
     outcome_weight: float = 0.0
+    learns: Literal["reasoning", "all"] = "reasoning"
 
 
 class Reflection(GroupSystem):
-    """One scoring forward of the reference answer under each rollout's lines of work; no verifier needed.
+    """Knows the reward "reflection", the flag "in_reach" and the spans "reasoning", each rollout's lines of work.
 
-    The reference's tokens are weighed by their deviation over the group (or equally), the prompts on which rollouts
-    differ least can be dropped, as can those whose reference is out of reach.
+    One scoring forward of the reference answer under the reasoning; no verifier needed.
     """
 
     settings_type = DRO
     requires = SHOWS_WORK
-    compares_prompts = True
+    splits_groups = False  # what reads alike scores alike to the bit only in one forward
+    knows = frozenset({"reflection", "flags:in_reach", "spans:reasoning"})
 
     settings: DRO
 
-    def signals(self, played: Played) -> dict[str, Tensor]:
-        settings, groups = self.settings, played.batch.group_ids
-        scores = score_pieces(self.policy, self._reasoned(played), groups, ranks=settings.top_k > 0)
-        baseline = score_pieces(self.policy, self._masked(played), groups).logprobs if settings.masked else None
-        reflection = tk.reflection_rewards(scores.logprobs, scores.cu_seqlens, groups, baseline=baseline)
-        rewards = reflection.rewards
-        if settings.weights == "uniform":
-            gain = scores.logprobs if baseline is None else scores.logprobs - baseline
-            lengths = scores.cu_seqlens.diff()
-            owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-            rewards = torch.zeros_like(rewards).index_add(0, owner, gain) / lengths
+    @classmethod
+    def expression(cls, recipe: str, settings: DRO) -> credit.Spec:
+        spec = credit.outcome("reflection").gate("in_reach")
+        return spec.only("reasoning") if settings.learns == "reasoning" else spec
+
+    def known(self, played: Played, needs: frozenset[str]) -> dict[str, Any]:
+        return {"spans": {"reasoning": self.reasoning(played)}}
+
+    def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
+        if not needs & {"reflection", "flags:in_reach"}:
+            return {"reward": played.rewards}
+        settings = self.settings
+        rollouts = credit.Rollouts(
+            played.batch,
+            rows=[{"reference": self.policy.answer(_answer(q.answer))} for q in played.questions],
+            score=scorer(self.policy),
+            process_group=self.ranks.data,
+            **self.known(played, needs),
+        )
+        reward = credit.scored.Reflection(
+            weights=settings.weights, masked=settings.masked, outcome_weight=settings.outcome_weight
+        )
+        in_reach = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)
         reference = torch.tensor([len(_answer(q.answer)) for q in played.questions])
         written = torch.tensor([len(_answer(text)) for text in played.texts])
-        rewards = rewards + settings.length_weight * dro.length_reward(written, reference, beta=settings.length_beta)
-        rewards = rewards + settings.outcome_weight * played.rewards
-        keep = self._of_prompts_that_differ(groups, reflection.group_score)
-        if scores.ranks is not None:
-            worst: dict[str, Any] = {"worst_fraction": settings.worst_fraction, "top_k": settings.top_k}
-            keep = keep & dro.rank_filter(scores.ranks, scores.cu_seqlens, groups, **worst)
-        return {"rewards": rewards, "keep": keep}
+        of_length = dro.length_reward(written, reference, beta=settings.length_beta)
+        rewards = reward(rollouts) + settings.length_weight * of_length
+        return {"reward": played.rewards, "reflection": rewards, "in_reach": in_reach(rollouts)}
 
-    def _of_prompts_that_differ(self, groups: Tensor, group_score: Tensor) -> Tensor:  # [N], [G] -> [N] bool
-        """The rollouts that are left when the prompts of all ranks with the lowest scores are dropped."""
-        numbers, place = groups.unique(return_inverse=True)
-        scored = self.ranks.gather(list(zip(numbers.tolist(), group_score.tolist(), strict=True)))
-        stays = dro.keep_groups(torch.tensor([score for _, score in scored]), drop_fraction=self.settings.drop_fraction)
-        at = {group: n for n, (group, _) in enumerate(scored)}
-        return stays[torch.tensor([at[group] for group in numbers.tolist()])[place]]
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        if "in_reach" not in rollouts.flags:
+            return {}
+        filtered = int((~rollouts.flags["in_reach"]).sum())
+        return {"reflection": rollouts.reward("reflection"), "filtered": filtered}
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        rewards, keep = signals["rewards"], signals["keep"]
-        advantages = tk.group_advantages(rewards, played.batch.group_ids, gate=keep)
-        return Assigned(advantages, keep=keep, values={"reflection": rewards, "filtered": int((~keep).sum())})
-
-    def _reasoned(self, played: Played) -> list[list[Piece]]:
-        """Each rollout up to its last newline, then the reference answer."""
-        rows = zip(played.trajectories(), played.batch.loss_mask.split(played.batch.lengths.tolist()), strict=True)
-        pieces = []
-        for question, (tokens, scored) in zip(played.questions, rows, strict=True):
-            begin = int(scored.int().argmax())  # the completion's first token
-            end = len(tokens)
-            while end > begin and not self.policy.spelling(tokens[end - 1 : end]).endswith("\n"):
-                end -= 1
-            pieces.append([(tokens[:end], False), (self.policy.answer(_answer(question.answer)), True)])
-        return pieces
-
-    def _masked(self, played: Played) -> list[list[Piece]]:
-        """The prompt, then the reference answer."""
-        return [[(self.prompt(q), False), (self.policy.answer(_answer(q.answer)), True)] for q in played.questions]
+    def reasoning(self, played: Played) -> Spans:
+        """Each completion up to its last newline."""
+        batch, ranges = played.batch, []
+        for n, (first, last) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+            begin = first + int(batch.loss_mask[first:last].int().argmax())  # the completion's first token
+            tokens, stop = batch.tokens[first:last].tolist(), last
+            while stop > begin and not self.policy.spelling(tokens[stop - 1 - first : stop - first]).endswith("\n"):
+                stop -= 1
+            if stop > begin:
+                ranges.append((begin, stop, n, 0))
+        start, end, owner, index = torch.tensor(ranges, dtype=torch.int64).view(-1, 4).unbind(1)
+        return Spans(start, end, owner, index, batch.num_tokens)
 
 
 def _answer(text: str) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from trajkern.recipes import feedback
+from trajkern import credit
 from trajkern.trainer.packing import Piece, demonstration
-from trajkern.trainer.systems.base import GIVES_HINTS, Assigned, GroupSystem, Played
-from trajkern.trainer.systems.hints import hinted, hinted_logprobs
+from trajkern.trainer.systems.base import GIVES_HINTS, GroupSystem, Local
+from trajkern.trainer.systems.hints import hinted
 from trajkern.trainer.tasks.base import Question
 
 
@@ -40,6 +38,11 @@ class HintedTeacher(GroupSystem):
 
     settings: Feedback
 
+    @classmethod
+    def expression(cls, recipe: str, settings: Feedback) -> credit.Spec:
+        weights = {"reward_weight": settings.reward_weight, "directive_weight": settings.directive_weight}
+        return credit.recipe(recipe, **weights)
+
     def demonstration(self, question: Question) -> list[Piece]:
         number = zlib.crc32(question.prompt.encode())
         if number % 1000 >= 1000 * self.settings.hinted:
@@ -50,19 +53,8 @@ class HintedTeacher(GroupSystem):
         shown = self.policy.prompt(hinted(question, hint or ""))
         return [(shown, False), *demonstration(self.policy, self.task.pieces(question))]
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        settings, batch = self.settings, played.batch
-        assert batch.sampler_logprobs is not None
-        verdict = 2 * (signals["rewards"] > 0).float() - 1
-        teacher = hinted_logprobs(self, played)
-        advantages = feedback.token_advantages(
-            verdict,
-            teacher,
-            batch.sampler_logprobs,
-            batch.loss_mask,
-            batch.cu_seqlens,
-            reward_weight=settings.reward_weight,
-            directive_weight=settings.directive_weight,
-        )
-        gap = (teacher - batch.sampler_logprobs)[batch.loss_mask]
-        return Assigned(advantages, per_token=True, values={"directive": gap})
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        if "teacher_logprobs" not in needs:
+            return {}
+        assert rollouts.teacher_logprobs is not None and rollouts.log_ratio_base is not None
+        return {"directive": (rollouts.teacher_logprobs - rollouts.log_ratio_base)[rollouts.batch.loss_mask]}

@@ -1,34 +1,29 @@
-"""Recipes that are functions of a batch or of a tree with rewards, and ask no more of the trainer."""
+"""Recipes that read a batch or a tree with rewards, and ask no more of the trainer."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
-from trajkern import recipes
-from trajkern.trainer.credit import Credit, credit_of
-from trajkern.trainer.forest import Forest
-from trajkern.trainer.systems.base import Assigned, GroupSystem, Played, Requirement, System
+from trajkern import credit
+from trajkern.recipes import srl
+from trajkern.trainer.systems.base import GroupSystem, Requirement, System
 
 
 class PlainGroups(GroupSystem):
-    """A recipe of ``trajkern.recipes.RECIPES``, which counts a group's rollouts over the ranks that hold them."""
-
-    splits_groups = True
-
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        batch = replace(played.batch, rewards=signals["rewards"])
-        result = recipes.RECIPES[self.recipe](batch, process_group=self.ranks.data)
-        advantages, keep = result if isinstance(result, tuple) else (result, None)
-        return Assigned(advantages, keep=keep)
+    """A recipe that compares a group's rollouts."""
 
 
 class PlainTrees(System):
-    """A recipe of ``trajkern.recipes.TREE_RECIPES``, which compares the branches of trees of rollouts."""
+    """A recipe that compares the branches of trees of rollouts."""
 
     requires = Requirement("a task without an environment", lambda task: not task.interactive)
+    knows = frozenset({"tree"})
 
-    def credit(self, forest: Forest) -> Credit:
-        """What the recipe makes of the forest's rewards."""
-        return credit_of(recipes.TREE_RECIPES[self.recipe], forest)
+
+def differs(rollouts: credit.Rollouts) -> Tensor:
+    """Whether a rollout's prompt has rollouts of different rewards, bool ``[N]``."""
+    gather, own = rollouts.ranks.gather, rollouts.ranks.own
+    return own(srl.keep_groups(gather(rollouts.reward("reward")), gather(rollouts.batch.group_ids), min_std=0))
+
+
+differs.needs = frozenset({"reward"})  # type: ignore[attr-defined]

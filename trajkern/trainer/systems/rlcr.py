@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import trajkern as tk
-from trajkern.recipes import rlcr
-from trajkern.trainer.systems.base import Assigned, GroupSystem, Played, Requirement
+from trajkern import credit
+from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,22 @@ class RLCR:
 
 
 class Calibrated(GroupSystem):
-    """The reward of :func:`trajkern.recipes.rlcr.rewards`, centred in its group and not scaled, as the authors do."""
+    """Knows the reward "confidence", NaN where none was stated."""
 
     settings_type = RLCR
     requires = Requirement("a task whose answers state a confidence", lambda task: task.states_confidence)
+    knows = frozenset({"confidence"})
 
     settings: RLCR
 
-    def signals(self, played: Played) -> dict[str, Tensor]:
-        answers = [self.task.read(q, text) for q, text in zip(played.questions, played.texts, strict=True)]
-        correct = torch.tensor([answer.correct for answer in answers])
-        confidence = torch.tensor([answer.confidence or 0.0 for answer in answers])
-        well_formed = torch.tensor([answer.confidence is not None for answer in answers])
-        return {"rewards": rlcr.rewards(correct, confidence, form=self.settings.form, well_formed=well_formed)}
+    @classmethod
+    def expression(cls, recipe: str, settings: RLCR) -> credit.Spec:
+        return credit.recipe(recipe, form=settings.form)
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        rewards = signals["rewards"]
-        advantages = tk.group_advantages(rewards, played.batch.group_ids, scale="none", singleton="zero")
-        return Assigned(advantages, values={"rlcr": rewards})
+    def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
+        answers = [self.task.read(q, text) for q, text in zip(played.questions, played.texts, strict=True)]
+        stated = [torch.nan if answer.confidence is None else answer.confidence for answer in answers]
+        return {"reward": played.rewards, "confidence": torch.tensor(stated)}
+
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        return {"rlcr": credit.presets.Calibration(self.settings.form)(rollouts)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,3 +49,28 @@ def score_pieces(
     index = (mask.cumsum(0) - 1)[tree.flat_index[scored]]
     counted = torch.cat((scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)))
     return Scores(logprobs[index], counted[tree.flat_cu_seqlens], rank[index] if ranks else None)
+
+
+def scorer(policy: Policy) -> Callable[..., Any]:
+    """``score`` of :class:`trajkern.credit.Rollouts`."""
+    return partial(score, policy)
+
+
+def score(
+    policy: Policy, contexts: Sequence[Any], targets: Sequence[Any], *, temperature: float = 1.0, ranks: bool = False
+) -> tuple[Tensor, ...]:
+    """Log-probs of each target in its context, the targets' boundaries and, with ``ranks``, the tokens' places."""
+    before, after = ([encoded(policy, x) for x in some] for some in (contexts, targets))
+    pieces: list[list[Piece]] = [[(x, False), (y, True)] for x, y in zip(before, after, strict=True)]
+    shortest = min(map(len, before), default=0)
+    begins: dict[tuple[int, ...], int] = {}  # prefixes are sought among contexts of one beginning
+    groups = torch.tensor([begins.setdefault(tuple(x[:shortest]), len(begins)) for x in before], dtype=torch.int64)
+    scores = score_pieces(policy, pieces, groups, temperature=temperature, ranks=ranks)
+    return (scores.logprobs, scores.cu_seqlens) if scores.ranks is None else (*scores[:2], scores.ranks)
+
+
+def encoded(policy: Policy, x: Any) -> list[int]:
+    """A text, a list of token ids, or a tuple of such, as tokens."""
+    if isinstance(x, str):
+        return policy.encode(x)
+    return [token for part in x for token in encoded(policy, part)] if isinstance(x, tuple) else list(x)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-import trajkern as tk
+from trajkern import credit
 from trajkern.recipes.skillrl import SkillBank
 from trajkern.trainer.models.tokenizer import ALPHABET
-from trajkern.trainer.systems.base import Assigned, GroupSystem, Played
+from trajkern.trainer.systems.base import GroupSystem, Local
 from trajkern.trainer.tasks.base import Question, Splits
 
 _READABLE = frozenset(ALPHABET)
@@ -55,9 +53,8 @@ class SkillBased(GroupSystem):
         prompt, text = (self.bank.render(x, skills) for x in (question.prompt, question.text))
         return self.policy.prompt(question._replace(prompt=prompt, text=text))
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        advantages = tk.group_advantages(signals["rewards"], played.batch.group_ids)
-        return Assigned(advantages, values={"skills": float(len(self.bank))})
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        return {"skills": float(len(self.bank))}
 
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         for question, text, reward in zip(questions, texts, rewards, strict=True):

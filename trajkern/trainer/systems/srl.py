@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import trajkern as tk
+from trajkern import credit
 from trajkern.recipes import srl
-from trajkern.trainer.systems.base import SHOWS_WORK, Assigned, GroupSystem, Local, Played
+from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 
 THOUGHT = "</think>"  # what stands before it is monologue and not scored
@@ -51,33 +51,38 @@ class NextStep(Task):
 
 
 class StepImitation(GroupSystem):
-    """GRPO on :func:`trajkern.recipes.srl.rewards`; exercises whose rollouts score alike are left out.
+    """Knows the reward "similarity", NaN for a step that is not well-formed.
 
     The exercises are those of the warm-up's demonstrations: the same solutions that supervised training imitates.
     """
 
     settings_type = SRL
     requires = SHOWS_WORK
+    knows = frozenset({"similarity"})
+    asks_task = False
 
     settings: SRL
 
     def __post_init__(self) -> None:
         self.task = NextStep(self.task)
 
+    @classmethod
+    def expression(cls, recipe: str, settings: SRL) -> credit.Spec:
+        return credit.recipe(recipe, penalty=settings.penalty, min_std=settings.min_std)
+
     def pool(self, splits: Splits) -> list[Question]:
         return [step for question in splits.demonstrations for step in steps_of(question)]
 
-    def signals(self, played: Played) -> dict[str, Tensor]:
+    def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         actions = [_action(text) for text in played.texts]
         alike = srl.similarity(actions, [q.answer for q in played.questions]).float()
         well_formed = torch.tensor([bool(action) for action in actions])
-        return {"rewards": srl.rewards(alike, well_formed, penalty=self.settings.penalty)}
+        return {"reward": played.rewards, "similarity": torch.where(well_formed, alike, torch.nan)}
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
-        rewards, groups = signals["rewards"], played.batch.group_ids
-        keep = srl.keep_groups(rewards, groups, min_std=self.settings.min_std)
-        values: Local = {"similarity": rewards, "filtered": int((~keep).sum())}
-        return Assigned(tk.group_advantages(rewards, groups, gate=keep), keep=keep, values=values)
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        likeness = credit.presets.StepLikeness(self.settings.penalty)
+        differ = credit.presets.Varies(likeness, self.settings.min_std)(rollouts)
+        return {"similarity": likeness(rollouts), "filtered": int((~differ).sum())}
 
 
 def steps_of(question: Question) -> list[Question]:

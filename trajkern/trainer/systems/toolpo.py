@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trajkern import Spans
+from trajkern import Spans, credit
 from trajkern.recipes import toolpo
-from trajkern.trainer.systems.base import Assigned, GroupSystem, Played, Requirement
+from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
 from trajkern.trainer.tasks.tools import CALL, END, ToolTask
 
 
@@ -27,37 +28,46 @@ class ToolPO:
 
 
 class ToolRewards(GroupSystem):
-    """Advantages of :func:`trajkern.recipes.toolpo.token_advantages`; a call's tokens include its delimiters."""
+    """Knows the reward "action" of right calls, and the spans "call", each with its delimiters."""
 
     settings_type = ToolPO
     requires = Requirement("a task with tools", lambda task: isinstance(task, ToolTask))
+    knows = frozenset({"action", "spans:call"})
 
     settings: ToolPO
     task: ToolTask
 
-    def signals(self, played: Played) -> dict[str, Tensor]:
+    @classmethod
+    def expression(cls, recipe: str, settings: ToolPO) -> credit.Spec:
+        if settings.attribution:
+            return credit.recipe(recipe)
+        centred: dict[str, Any] = {"scale": "none", "singleton": "zero"}
+        return credit.outcome(**centred) + credit.outcome("action", **centred)
+
+    def known(self, played: Played, needs: frozenset[str]) -> dict[str, Any]:
+        return {"spans": {"call": self.calls(played)}}
+
+    def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         calls = [self.task.right_calls(q, text) for q, text in zip(played.questions, played.texts, strict=True)]
         right = torch.tensor(calls, dtype=torch.float32)
         action = toolpo.action_rewards(right, torch.zeros_like(right), call_weight=self.settings.call_weight)
-        return {"rewards": played.rewards, "action": action}
+        return {"reward": played.rewards, "action": action}
 
-    def credit(self, played: Played, signals: dict[str, Tensor]) -> Assigned:
+    def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
+        return {"action_reward": rollouts.reward("action")}
+
+    def calls(self, played: Played) -> Spans:
+        """Of each turn of the policy that ends with a call, from the call's beginning."""
         batch = played.batch
-        mask = self.action_mask(played) if self.settings.attribution else batch.loss_mask
-        where = (batch.group_ids, mask, batch.cu_seqlens)
-        advantages = toolpo.token_advantages(signals["rewards"], signals["action"], *where)
-        return Assigned(advantages, per_token=True, values={"action_reward": signals["action"]})
-
-    def action_mask(self, played: Played) -> Tensor:  # [T] bool
-        """The tokens of calls: of each turn of the policy that ends with one, from the call's beginning."""
-        batch, mask = played.batch, torch.zeros_like(played.batch.loss_mask)
         turns = Spans.turns(batch.loss_mask, batch.cu_seqlens)
-        for begin, end in zip(turns.start.tolist(), turns.end.tolist(), strict=True):
+        starts = turns.start.clone()
+        for turn, (begin, end) in enumerate(zip(turns.start.tolist(), turns.end.tolist(), strict=True)):
             tokens = batch.tokens[begin:end].tolist()
-            if not self.policy.spelling(tokens).endswith(END):
-                continue
             first = len(tokens)
-            while first and CALL not in self.policy.spelling(tokens[first:]):
-                first -= 1
-            mask[begin + first : end] = True
-        return mask
+            if self.policy.spelling(tokens).endswith(END):
+                while first and CALL not in self.policy.spelling(tokens[first:]):
+                    first -= 1
+            starts[turn] = begin + first
+        called = starts < turns.end
+        end, owner, index = (x[called] for x in (turns.end, turns.trajectory, turns.index))
+        return Spans(starts[called], end, owner, index, batch.num_tokens)
