@@ -108,6 +108,16 @@ def test_an_expression_of_ones_own(config: Make, lessons: list) -> None:
     torch.testing.assert_close(lesson.credit.rows, expected[live[batch.group_ids]])
 
 
+def test_a_divergence_is_a_term_of_the_loss(config: Make, lessons: list) -> None:
+    settings = {"task": "chain_sum_steps", "credit": f"{__name__}:distils", "micro_tokens": 400}
+    result = training.train(config(**settings, steps=1))
+    ((_, lesson),) = lessons
+    ((term, weight),) = lesson.credit.divergences
+    assert term.k == 5 and set(weight.tolist()) == {0.0, 0.5}
+    record = [r for r in map(json.loads, result.metrics.read_text().splitlines()) if r["phase"] == "main"][0]
+    assert record["divergence"] > 1e-4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -125,7 +135,7 @@ def test_an_expression_of_ones_own(config: Make, lessons: list) -> None:
             "the recipe srl on the task chain_sum_steps cannot give this credit: .* needs 'teacher_logprobs'",
         ),
         ({"credit": f"{__name__}:asks_too_much"}, "recipe grpo .* needs 'spans:sentence', .* they have spans:turn"),
-        ({"credit": f"{__name__}:distils"}, r"credit.divergence\(.*\) needs 'divergence'"),
+        ({"credit": f"{__name__}:distils", "task": "tools"}, r"credit.divergence\(.*\) needs 'divergence'"),
         ({"credit": f"{__name__}:never"}, "credit must name a trajkern.credit.Spec"),
         ({"credit": "nowhere:spec"}, "\"package.module:name\" is expected, got 'nowhere:spec'"),
         (

@@ -11,13 +11,14 @@ from trajkern import credit
 from trajkern.recipes.dro import gate
 from trajkern.trainer.compose import load_rubric
 from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.divergence import HINTED
 from trajkern.trainer.evaluate import each, rewards_of
 from trajkern.trainer.forest import Lesson
 from trajkern.trainer.ranks import Rows
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, System, Values
-from trajkern.trainer.systems.hints import hinted_logprobs
+from trajkern.trainer.systems.hints import hinted_logprobs, hinted_prompts
 from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.base import Question
@@ -68,15 +69,20 @@ def known(run: Run, played: Played, chances: Tensor | None, values: Local) -> cr
     pairs = list(zip(played.questions, played.texts, strict=True))
     if "flags:well_formed" in needs:
         flags["well_formed"] = torch.tensor([system.task.read(q, text).well_formed for q, text in pairs])
+    rows = [{**q.entry, "prompt": q.prompt, "text": q.text, "answer": q.answer} for q, _ in pairs]
+    prompts: list[list[int] | None] = [None] * len(rows)
+    if needs & {"teacher_logprobs", "divergence"}:
+        prompts = hinted_prompts(system, played)
     return credit.Rollouts(
         batch,
         rewards={name: x for name, x in signals.items() if name not in flags},
         flags=flags,
         tree=None if played.forest is None else played.forest.tree,
         texts=played.texts,
-        rows=[{**q.entry, "prompt": q.prompt, "text": q.text, "answer": q.answer} for q, _ in pairs],
+        rows=[{**row, HINTED: prompt} for row, prompt in zip(rows, prompts, strict=True)],
         score=scorer(run.policy),
-        teacher_logprobs=hinted_logprobs(system, played) if "teacher_logprobs" in needs else None,
+        teacher_logprobs=hinted_logprobs(system, played, prompts) if "teacher_logprobs" in needs else None,
+        adds_divergences=True,
         process_group=run.ranks.data,
         **system.known(played, needs),
     )
@@ -99,7 +105,8 @@ def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local)
     """The rollouts that are kept, of the groups that have an advantage: the others have nothing to learn from."""
     found, batch, ranks = run.spec(rollouts), played.batch, run.ranks
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), batch.lengths)
-    teaches = torch.zeros(len(rollouts), dtype=torch.int32).index_add(0, owner, (found.advantages != 0).int()) > 0
+    moves = torch.stack([found.advantages != 0, *(weight != 0 for _, weight in found.divergences)]).any(0)
+    teaches = torch.zeros(len(rollouts), dtype=torch.int32).index_add(0, owner, moves.int()) > 0
     if played.forest is not None:
         teaches = teaches | differs(rollouts) & found.keep  # branches are compared with fewer than all of the prompt's
     live = torch.zeros(run.config.prompts, dtype=torch.int32).index_add(0, batch.group_ids, teaches.int())

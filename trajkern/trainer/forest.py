@@ -63,6 +63,7 @@ class Lesson:
         """The rollouts marked by ``rows``; ``forest`` is that of all, where there is one."""
         batch = credit.rollouts.batch
         tokens, chosen = torch.repeat_interleave(rows, batch.lengths), select(batch, rows)
+        columns = credit.rollouts.rows and [credit.rollouts.rows[n] for n in rows.nonzero().squeeze(1).tolist()]
         forest = Forest.from_batch(chosen) if forest is None else forest.prune(rows)
         of_chosen = replace(
             credit,
@@ -70,7 +71,7 @@ class Lesson:
             mask=credit.mask[tokens],
             keep=credit.keep[rows],
             divergences=tuple((term, weight[tokens]) for term, weight in credit.divergences),
-            rollouts=Rollouts(chosen, tree=forest.tree),
+            rollouts=Rollouts(chosen, tree=forest.tree, rows=columns),
             rows=None if credit.rows is None else credit.rows[rows],
         )
         return cls(forest, of_chosen)

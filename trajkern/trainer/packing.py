@@ -41,6 +41,17 @@ def parted(trajectories: Sequence[Sequence[Piece]], most: int | None) -> list[Se
     return list(parts)
 
 
+def runs(tokens: list[int], scored: list[bool]) -> list[Piece]:
+    """Maximal stretches of a rollout that are scored or not; the first is the prompt."""
+    out: list[Piece] = []
+    for token, flag in zip(tokens, scored, strict=True):
+        if out and out[-1][1] == flag:
+            out[-1][0].append(token)
+        else:
+            out.append(([token], flag))
+    return out
+
+
 def demonstration(policy: Policy, pieces: Sequence[tuple[str, bool]]) -> list[Piece]:
     """The tokens of an answer in parts, its end included and learned."""
     return [*((policy.encode(text), learned) for text, learned in pieces), ([policy.eos], True)]

@@ -43,6 +43,8 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         checkpoint.restore_optimizer(stored, optimizer, policy)
     system = load_system(config, task, policy, ranks)
     check_ranks(config, system, ranks)
+    if "divergence" in spec.needs and ranks.mesh:
+        raise ValueError(f"the run must have one rank for a credit with a divergence; got {ranks.mesh.size()}")
     max_new = config.max_new or longest_answer(policy, splits)
     out = ranks.told(results_folder(config) if ranks.number == 0 else None)
     assert out is not None
@@ -165,7 +167,7 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
     if config.compose.rubric is not None:
         names.add("flags:rubric")
     if kind.asks_task and GIVES_HINTS.met(task):
-        names.add("teacher_logprobs")
+        names |= {"teacher_logprobs", "divergence"}
     try:
         spec.check(names)
     except ValueError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.trainer.divergence import divergence_term
 from trajkern.trainer.forest import Forest, Lesson
 from trajkern.trainer.models.blocks import Layout
 from trajkern.trainer.models.policy import Policy
@@ -50,13 +51,20 @@ class MicroBatch:
         self.old: Tensor | None = None
         self.metrics: dict[str, Tensor] = {}
 
-    def loss(self, normalizer: float | None) -> Tensor:
-        """This micro-batch's part of the loss; the first call's log-probs are the old ones of the others."""
+    def loss(self, normalizer: float | None, learning: int) -> Tensor:
+        """This micro-batch's part of the loss; the first call's log-probs are the old ones of the others.
+
+        ``learning`` is how many tokens learn in all micro-batches.
+        """
         loss, metrics = policy_term(
             self.run, self.lesson, self.pairs, self.old, self.run.config.head, self.fixed, normalizer
         )
         logprobs = metrics.pop("logprobs")
         self.old = logprobs if self.old is None else self.old
+        if self.lesson.credit.divergences:
+            part = divergence_term(self.run.policy, self.lesson, self.run.config.temperature, learning)
+            loss = loss + part
+            metrics["divergence"] = part.detach()
         self.metrics = metrics | {"loss": loss.detach()}
         return loss
 
@@ -83,12 +91,13 @@ def update(run: Run, lesson: Lesson | None) -> Values:
     normalizer = None
     if aggregate != "token_sum" and (ranks.data or count > 1):
         normalizer = float(ranks.sum(torch.tensor(lesson.units(aggregate) if lesson else 0)))
+    learning = lesson.units("token_mean") if lesson else 0
     pieces, idle = [MicroBatch(run, some) for some in lessons], range(count - len(lessons))
     if run.anchor is not None:
         for _ in idle:
             nothing(run.anchor)
     for _ in range(config.updates):
-        losses = (piece.loss(normalizer) for piece in pieces)
+        losses = (piece.loss(normalizer, learning) for piece in pieces)
         norm = optimise(run, chain(losses, (nothing(run.policy) for _ in idle)))
     if pieces:
         run.last = pieces[-1]
@@ -131,7 +140,7 @@ def reported(run: Run, pieces: list[MicroBatch]) -> Values:
     merged: Values = {}
     for name in batches[0]:
         every = [values[name] for values in batches]
-        if name in ("loss", "num_tokens", "trained", "shared"):
+        if name in ("loss", "divergence", "num_tokens", "trained", "shared"):
             merged[name] = sum(every)
         elif name in ("ratio_max", "sampler_drift"):
             merged[name] = max(every)
