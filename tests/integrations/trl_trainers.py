@@ -17,6 +17,15 @@ transformers = pytest.importorskip("transformers")
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 
 
+SIZES = {
+    "per_device_train_batch_size": 4,
+    "num_generations": 2,
+    "max_completion_length": 6,
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+}
+
+
 def tokenizer() -> Any:
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
@@ -45,17 +54,76 @@ def length_reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(x))) for x in completions]
 
 
-def trainer_of(folder: Path, kind: str = "GRPO", model: Any = None, processing: Any = None, **options: Any) -> Any:
-    """A trainer of a model that is as random as its seed."""
+def words(completions: list[str]) -> list[list[str]]:
+    return [x.split() for x in completions]
+
+
+def won(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(x)) % 2) for x in words(completions)]
+
+
+def action(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(w in "aeiou" for w in x)) for x in words(completions)]
+
+
+def confidence(completions: list[str], **_: Any) -> list[float | None]:
+    """None where the first word comes late in the alphabet."""
+    return [None if not x or x[0] > "t" else sum(w < "m" for w in x) / 8 for x in words(completions)]
+
+
+def similarity(completions: list[str], **_: Any) -> list[float | None]:
+    return [None if not x or x[-1] > "t" else sum(w < "k" for w in x) / 8 for x in words(completions)]
+
+
+REWARDS = {
+    "rewards": [won, action, confidence, similarity],
+    "reward_weights": [1.0, 0.0, 0.0, 0.0],
+    "columns": {
+        "fine": [True, False, True, True] * 2,
+        "reference": ["a b", "c", "d e f", "g"] * 2,
+        "belief_target": ["a", "b c", "d", "e"] * 2,
+    },
+}
+
+
+def spoken(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions that anyone can repeat: a turn, for most also what a tool said, and a second turn."""
+    rank, size = trainer.accelerator.process_index, trainer.num_generations
+    rows: list[tuple[list[int], list[int]]] = []
+    for i, prompt in enumerate(prompts):
+        number = (rank * len(prompts) + i) % size
+        g = torch.Generator().manual_seed(sum(prompt.encode()) + 1000 * trainer.state.global_step + 17 * number)
+        lengths = torch.randint(1, 4, (3,), generator=g).tolist()
+        mask = [1] * lengths[0] + ([0] * lengths[1] + [1] * lengths[2] if number else [])
+        rows.append((torch.randint(3, 29, (len(mask),), generator=g).tolist(), mask))
+    ids = trainer.processing_class(text=prompts)["input_ids"]
+    return {
+        "prompt_ids": ids,
+        "completion_ids": [x for x, _ in rows],
+        "logprobs": None,
+        "env_mask": [x for _, x in rows],
+    }
+
+
+def trainer_of(
+    folder: Path,
+    kind: str = "GRPO",
+    model: Any = None,
+    processing: Any = None,
+    rewards: Any = length_reward,
+    columns: dict[str, list[Any]] | None = None,
+    rollout_func: Any = None,
+    **options: Any,
+) -> Any:
+    """A trainer of a model that is as random as its seed, on eight prompts with further columns."""
     if model is None:  # a trainer with a reference loads it from where the model came from
         tiny().save_pretrained(folder / "model")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    data = datasets.Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"] * 2, "n": list(range(8))})
+    data = datasets.Dataset.from_dict(
+        {"prompt": ["a b c", "d e", "f", "g h i j"] * 2, "n": list(range(8)), **(columns or {})}
+    )
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=6,
         logging_steps=1,
         report_to=[],
         use_cpu=True,
@@ -63,17 +131,28 @@ def trainer_of(folder: Path, kind: str = "GRPO", model: Any = None, processing: 
         seed=3,
         bf16=False,
         save_strategy="no",
-        **{"max_steps": 3, "learning_rate": 1e-2} | options,
+        **SIZES | options,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return getattr(trl, f"{kind}Trainer")(
             model=model,
-            reward_funcs=length_reward,
+            reward_funcs=rewards,
             args=config,
             train_dataset=data,
             processing_class=processing or tokenizer(),
+            **({} if rollout_func is None else {"rollout_func": rollout_func}),
         )
+
+
+def examples_of(trainer: Any) -> list[dict[str, Any]]:
+    """Two prompts, each as often as it is rolled out."""
+    return [dict(trainer.train_dataset[n]) for n in (0, 1) for _ in range(4)]
+
+
+def generated(trainer: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return trainer._generate_and_score_completions(examples_of(trainer))
 
 
 def batch(sequence_weights: bool = False) -> dict[str, Tensor]:

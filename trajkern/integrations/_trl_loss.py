@@ -24,6 +24,7 @@ from trajkern.integrations._adapter import (
     padded_rows,
 )
 
+COUNTED = "trajkern_counted"  # completions of a generation, of all ranks, that a loss's mean is of, where not all are
 _LEAST = -18.420680743952367  # log 1e-8, TRL's bound of a weight's logarithm
 _unread: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that hold tensors where TRL holds numbers
 _CONTROLLER = ("entropy_coef", "_last_world_entropy")  # numbers that an adaptive entropy bonus moves
@@ -160,7 +161,8 @@ def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         raise ValueError(f"advantages must have shape [B] for RLOOTrainer; got {a.ndim} dimensions")
     config = tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high)
     of_one_token = torch.arange(new.shape[0] + 1, device=new.device)
-    loss, _ = tk.policy_loss(new, old, a, of_one_token, config=config, per_token=False)
+    rows = _rows(self, inputs, new.shape[0])
+    loss, _ = tk.policy_loss(new, old, a, of_one_token, config=config, per_token=False, normalizer=rows)
     metrics = self._metrics["train" if self.model.training else "eval"]
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * auxiliary
@@ -198,13 +200,25 @@ def read_all_logged() -> None:
         read_logged(trainer)
 
 
-def _scored(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The completions' log-probs and entropies ``[B, L]``, and a mixture's balancing loss."""
+def note(trainer: Any, values: dict[str, Tensor]) -> None:
+    """Adds numbers of this rank to what the trainer logs, each as the mean over ranks; no one waits for them."""
+    every = trainer.accelerator.gather(torch.stack([x.float() for x in values.values()])[None]).nanmean(0)
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, x in zip(values, every.unbind(), strict=True):
+        metrics[name].append(x)
+    _unread.add(trainer)
+
+
+def policy_logprobs(self: Any, model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
+    """The completions' log-probs and, where asked for, entropies ``[B, L]`` and a mixture's balancing loss."""
     ids, attention = (torch.cat((inputs[f"prompt_{x}"], inputs[f"completion_{x}"]), 1) for x in ("ids", "mask"))
     score = self._get_per_token_logps_and_entropies
     others = {name: inputs.get(name) for name in inspect.signature(score).parameters if name not in _PASSED}
-    keep = inputs["completion_ids"].shape[1]
-    return score(model, ids, attention, keep, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled, **others)
+    return score(model, ids, attention, inputs["completion_ids"].shape[1], **others, **options)
+
+
+def _scored(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    return policy_logprobs(self, model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled)
 
 
 def _weighted(
@@ -235,9 +249,17 @@ def _normalizer(self: Any, inputs: dict[str, Any], mask: Tensor, accumulation: f
     if self.loss_type == "bnpo":
         return mask.sum().float().clamp(min=1)
     if self.loss_type not in ("cispo", "dapo", "vespo"):
-        return max(mask.shape[0], 1)
+        return _rows(self, inputs, mask.shape[0])
     count = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
     return count * accumulation / self.args.steps_per_generation if self.model.training else count
+
+
+def _rows(self: Any, inputs: dict[str, Any], rows: int) -> Tensor | float:
+    """How many completions the mean of a micro-batch is of: its own, or its share of a generation's that count."""
+    if COUNTED not in inputs:
+        return max(rows, 1)
+    count = inputs[COUNTED].clamp(min=1.0) / self.accelerator.num_processes
+    return count / self.args.steps_per_generation if self.model.training else count
 
 
 def _bonus(self: Any, entropy: Tensor, mask: Tensor, accumulation: float) -> Tensor:

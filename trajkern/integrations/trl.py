@@ -1,8 +1,9 @@
-"""TRL (1.15 and 1.16): the fused head and the packed loss in GRPOTrainer and RLOOTrainer, by one line.
+"""TRL (1.15 and 1.16): the fused head, the packed loss and a credit in GRPOTrainer and RLOOTrainer, by one line.
 
     from trajkern.integrations import trl
 
     trl.enable(trainer)      # or GRPOTrainer itself, before trainers are made; trl.disable(trainer) undoes it
+    trl.enable(trainer, credit=credit.outcome().asymmetric(positive=0.1))
 
 Two things are replaced, and nothing that they return changes but for rounding. The head that ``add_fused_lm_head``
 gave the model computes only positions with a label, by :func:`trajkern.linear_token_stats`; it is one for the process,
@@ -14,17 +15,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern import recipes
+from trajkern import credit as credits
+from trajkern._checks import describe
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._trl_credit import ByCredit, Generation, check_advantages, hooks, with_penalty
 from trajkern.integrations._trl_loss import check_fit, check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
+from trajkern.integrations._trl_score import asked
 from trajkern.integrations._wrapped import autocasted
 
 TESTED = ("1.15.0", "1.16.0")
@@ -35,9 +40,9 @@ _enabled: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of a target -> it, an
 
 
 class Rollouts(NamedTuple):
-    """What a recipe sees of one generation: the rewards of all ranks, the completions of this one."""
+    """What a function sees of one generation: the rewards of all ranks, the completions of this one."""
 
-    rewards: Tensor  # [N] over all ranks: the weighted sum of the reward functions, NaN where none could score
+    rewards: Tensor  # [N] over all ranks: the reward functions' sum, weighted and clipped; NaN where none could score
     group_ids: Tensor  # [N] equal for completions of one prompt
     here: slice  # this rank's rows of them
     completion_ids: Tensor  # [B, L]
@@ -49,38 +54,59 @@ class Rollouts(NamedTuple):
 Recipe = Callable[[Rollouts], Tensor]  # advantages of this rank's completions, [B] or [B, L]
 
 
-def enable(trainer_or_class: Any, recipe: str | Recipe | None = None, *, any_version: bool = False) -> None:
+def enable(
+    trainer_or_class: Any,
+    recipe: str | Recipe | None = None,
+    *,
+    credit: credits.Spec | str | None = None,
+    spans: Mapping[str, Callable[[credits.Rollouts], tk.Spans]] | None = None,
+    span_rewards: Mapping[str, Callable[[credits.Rollouts], Tensor]] | None = None,
+    teacher_logprobs: Callable[[credits.Rollouts], Tensor] | None = None,
+    any_version: bool = False,
+) -> None:
     """Make a trainer, or every one of a class made from now on, use trajkern's head and loss. Twice is as once.
+
+    A credit is computed of a whole generation. It has, by name: each reward function's own values, and "reward", their
+    sum as the trainer weighs and clips it; a flag for each column of the data set that is a bool in every row; the
+    rows; the completions as texts; the spans "turn", runs of what the policy wrote; and ``score`` by the policy. What
+    it leaves out is in no mask and counts in no normaliser. Options that shape TRL's own advantages, ``scale_rewards``
+    and ``multi_objective_aggregation``, say nothing then. RLOOTrainer takes one value a rollout, to which its KL's is
+    added, by its own baseline.
 
     Args:
         trainer_or_class: a GRPOTrainer or RLOOTrainer, or one of these classes or a subclass.
-        recipe: whence the advantages come instead of from TRL: a function of :class:`Rollouts`, or the name of one in
-            ``trajkern.recipes.RECIPES``. What a recipe leaves out gets the advantage 0 here, and counts in the
-            normaliser as TRL's own does.
+        recipe: whence the advantages come instead of from TRL: the name of a credit in ``trajkern.credit.PRESETS``, or
+            a function of :class:`Rollouts`. What a function leaves out gets 0 and counts in the normaliser as in TRL.
+        credit: whence the advantages come, an expression of ``trajkern.credit`` or its "package.module:name".
+        spans: of a credit; name -> function of its rollouts that returns their spans of this name.
+        span_rewards: of a credit; name -> function of its rollouts, with the spans, that returns ``[S]``.
+        teacher_logprobs: of a credit; a function of its rollouts that returns ``[T]``.
         any_version: do not warn of a version of TRL that this was not tested with.
 
     Raises:
         ImportError: TRL is missing.
         RuntimeError: a version of it whose loss or head takes or reads something that these do not know.
         TypeError: something else than such a trainer, or one with a loss of its own.
-        ValueError: an option of the trainer that the loss cannot honour, a recipe that does not exist, or a tokenizer
-            with tokens that the model does not have. For a class it is raised when a trainer is made.
+        ValueError: an option of the trainer that the loss cannot honour; a recipe that does not exist, or both a recipe
+            and a credit; a credit that the trainer cannot feed, by the term and what it lacks; a tokenizer with tokens
+            that the model does not have. For a class it is raised when a trainer is made, and for columns of the data
+            set at the first batch.
     """
     check_version("trl", TESTED, any_version)
     kind = _kind(trainer_or_class)
-    chosen = _named(recipe) if isinstance(recipe, str) else recipe
-    if chosen is not None and not callable(chosen):
-        raise TypeError(f"recipe must be a name, a function or None, got {type(recipe).__name__}")
+    crediting = _crediting(recipe, credit, {"spans": spans, "span_rewards": span_rewards}, teacher_logprobs)
     a_class = isinstance(trainer_or_class, type)
+    if isinstance(crediting, ByCredit):
+        crediting.check_kind(kind)
     if not a_class:
-        _check(trainer_or_class, kind)
+        _check(trainer_or_class, kind, crediting)
     check_head()
     disable(trainer_or_class)
     put: dict[str, Any] = {"_compute_loss": _LOSSES[kind]} | _reading(trainer_or_class)
-    if chosen is not None:
-        put |= _credited(trainer_or_class, chosen)
+    if crediting is not None:
+        put |= hooks(trainer_or_class, crediting)
     if a_class:
-        put["__init__"] = _checked(trainer_or_class.__init__, kind)
+        put["__init__"] = _checked(trainer_or_class.__init__, kind, crediting)
     _enabled[id(trainer_or_class)] = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}
     for name, function in put.items():
         setattr(trainer_or_class, name, function if a_class else functools.partial(function, trainer_or_class))
@@ -114,18 +140,20 @@ def _kind(target: Any) -> str:
     raise TypeError(f"trainer_or_class must be a GRPOTrainer or an RLOOTrainer, got {cls.__name__}")
 
 
-def _checked(init: Callable[..., None], kind: str) -> Callable[..., None]:
+def _checked(init: Callable[..., None], kind: str, crediting: ByCredit | ByFunction | None) -> Callable[..., None]:
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
-        _check(self, kind)
+        _check(self, kind, crediting)
 
     return checked_init
 
 
-def _check(trainer: Any, kind: str) -> None:
+def _check(trainer: Any, kind: str, crediting: ByCredit | ByFunction | None) -> None:
     if kind == "GRPOTrainer":
         check_loss(trainer)
+    if crediting is not None:
+        crediting.check(trainer)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     known = embedding_count(trainer.accelerator.unwrap_model(trainer.model))
     if known is not None and (largest := max(tokenizer.get_vocab().values(), default=0)) >= known:
@@ -166,6 +194,9 @@ class _FusedHead:
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = autocasted(hidden, weight, bias)
+        if (wanted := asked()) is not None:
+            wanted.see(hidden, weight, bias, targets)
+            temperature = wanted.temperature
         names = {
             "entropy": "entropy",
             "log_sum_sq_probs": "sum_sq_probs",
@@ -205,60 +236,67 @@ def _put_head() -> None:
 # advantages
 
 
-def _named(name: str) -> Recipe:
-    if name not in recipes.RECIPES:
-        raise ValueError(f"recipe must be a function or one of {', '.join(recipes.RECIPES)}; got {name!r}")
+@dataclass(frozen=True, eq=False)
+class ByFunction:
+    """A function of :class:`Rollouts` in the place of a trainer's advantages."""
 
-    def advantages(rollouts: Rollouts) -> Tensor:
-        count, device = rollouts.rewards.shape[0], rollouts.rewards.device
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        empty = torch.zeros(count + 1, dtype=torch.int64, device=device)
-        # recipes read groups and rewards; a completion that could not be scored is alone, and learns nothing
-        unscored, alone = rollouts.rewards.isnan(), count + torch.arange(count, device=device)
-        groups = torch.where(unscored, alone, rollouts.group_ids)
-        batch = tk.PackedBatch(none, empty, none.bool(), groups, rollouts.rewards.nan_to_num())
-        credit = recipes.RECIPES[name](batch)
-        of_all = torch.where(credit[1], credit[0], 0) if isinstance(credit, tuple) else credit
-        return torch.where(unscored, 0, of_all)[rollouts.here]
+    function: Recipe
 
-    return advantages
+    def check(self, trainer: Any) -> None:
+        check_advantages(trainer)
+
+    def __call__(self, trainer: Any, generation: Generation) -> dict[str, Any]:
+        written, here = generation.written, generation.here
+        mask = written.to(generation.inputs["completion_mask"].dtype)
+        rewards, ids = generation.rewards, generation.inputs["completion_ids"]
+        rollouts = Rollouts(rewards, generation.group_ids, here, ids, mask, generation.examples, generation.inputs)
+        advantages = self.function(rollouts)
+        shapes = [list(mask.shape[:1]), *([] if generation.one_action else [list(mask.shape)])]
+        if list(advantages.shape) not in shapes:
+            legal = " or ".join(map(str, shapes))
+            raise ValueError(f"recipe must return advantages of shape {legal}; got {list(advantages.shape)}")
+        advantages = advantages.to(mask.device)
+        return {"advantages": with_penalty(trainer, generation, advantages, ~rewards[here].isnan())}
 
 
-def _credited(target: Any, recipe: Recipe) -> dict[str, Callable[..., Any]]:
-    """The trainer's methods that score and credit, with the recipe's advantages in the place of TRL's."""
-    cls: Any = target if isinstance(target, type) else type(target)
-    score, generate = held(cls, "_calculate_rewards"), held(cls, "_generate_and_score_completions")
+def _crediting(
+    recipe: str | Recipe | None,
+    spec: credits.Spec | str | None,
+    spans: Mapping[str, Any],
+    teacher: Callable[[credits.Rollouts], Tensor] | None,
+) -> ByCredit | ByFunction | None:
+    """What makes the advantages; None where TRL does."""
+    if recipe is not None and spec is not None:
+        raise ValueError("recipe and credit must not both be given: add credit.recipe(...) to the credit")
+    feeds: dict[str, Any] = {name: _functions(name, value) for name, value in spans.items() if value is not None}
+    if teacher is not None:
+        feeds["teacher_logprobs"] = _function("teacher_logprobs", teacher)
+    if isinstance(recipe, str):
+        spec = _named(recipe)
+    if isinstance(spec, str):
+        spec = credits.load(spec)
+    if spec is not None:
+        if not isinstance(spec, credits.Spec):
+            raise TypeError(f"credit must be an expression of trajkern.credit, got {describe(spec)}")
+        return ByCredit(spec, **feeds)
+    if feeds:
+        raise ValueError(f"{next(iter(feeds))} must be given with a credit or the name of a recipe, which read it")
+    return None if recipe is None else ByFunction(_function("recipe", recipe, "a name, a function or None"))
 
-    @functools.wraps(score)
-    def calculate(self: Any, *args: Any, **options: Any) -> Tensor:
-        self._trajkern_scores = score(self, *args, **options)
-        return self._trajkern_scores
 
-    @functools.wraps(generate)
-    def credited(self: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        generated = generate(self, examples)
-        scores = self._trajkern_scores
-        unscored = scores.isnan().all(1)
-        rewards = (scores * self.reward_weights.to(scores.device)).nansum(1).masked_fill(unscored, torch.nan)
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        count, rank = len(examples), self.accelerator.process_index
-        mask = generated["completion_mask"]
-        if "tool_mask" in generated:
-            mask = mask * generated["tool_mask"]
-        rollouts = Rollouts(
-            rewards,
-            torch.arange(rewards.shape[0], device=rewards.device) // size,
-            slice(rank * count, (rank + 1) * count),
-            generated["completion_ids"],
-            mask,
-            examples,
-            generated,
-        )
-        advantages = recipe(rollouts)
-        if tuple(advantages.shape) not in ((count,), tuple(mask.shape)):
-            raise ValueError(
-                f"recipe must return advantages of shape [{count}] or {list(mask.shape)}; got {list(advantages.shape)}"
-            )
-        return generated | {"advantages": advantages.to(mask.device)}
+def _named(name: str) -> credits.Spec:
+    if name not in credits.PRESETS:
+        raise ValueError(f"recipe must be a function or one of {', '.join(credits.PRESETS)}; got {name!r}")
+    return credits.recipe(name)
 
-    return {"_calculate_rewards": calculate, "_generate_and_score_completions": credited}
+
+def _functions(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of names to functions of rollouts, got {describe(value)}")
+    return {key: _function(f"{name}[{key!r}]", function) for key, function in value.items()}
+
+
+def _function(name: str, value: Any, legal: str = "a function of rollouts") -> Any:
+    if not callable(value):
+        raise TypeError(f"{name} must be {legal}, got {type(value).__name__}")
+    return value
