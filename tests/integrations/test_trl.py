@@ -314,8 +314,8 @@ def test_the_oldest_version() -> None:
         [sys.executable, "-c", "import trl; print(trl.__version__)"], env=environment, capture_output=True, text=True
     )
     assert imported.stdout.strip().splitlines()[-1:] == [adapter.TESTED[0]], imported.stdout + imported.stderr
-    losses = str(Path(__file__).with_name("test_trl_loss.py"))
-    chosen = ["-k", "(kl] or same) and not smollm2", __file__, losses]
+    others = [str(Path(__file__).with_name(f"test_trl_{x}.py")) for x in ("loss", "credit", "credit_rloo")]
+    chosen = ["-k", "(kl] or same or composed or score or own_adv) and not smollm2", __file__, *others]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -92,6 +92,47 @@ def test_what_a_credit_is_given(trainer: Any) -> None:
     assert rollouts.flags.keys() == {"fine"} and rollouts.process_group is None
 
 
+def test_log_probs_that_trl_has(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old ones and the sampler's, of which one is missing; weights of what does not learn are 1, as TRL has them."""
+    generate = trl.GRPOTrainer._generate_and_score_completions
+    shape: list[torch.Size] = []
+
+    def as_with_a_sampler(self: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        made = generate(self, examples)
+        g, shape[:] = torch.Generator().manual_seed(1), [made["completion_ids"].shape]
+        old, sampler, ratio = (torch.randn(shape[0], generator=g) for _ in range(3))
+        sampler[0, 0] = torch.nan
+        return made | {
+            "old_per_token_logps": old,
+            "sampling_per_token_logps": sampler,
+            "importance_sampling_ratio": ratio.exp(),
+        }
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", as_with_a_sampler)
+    rollouts = seen(trainer)
+    g, mask = torch.Generator().manual_seed(1), rollouts.batch.loss_mask
+    old, sampler, ratio = (torch.randn(shape[0], generator=g) for _ in range(3))
+    sampler[0, 0] = old[0, 0]
+    written = torch.zeros(shape[0], dtype=torch.bool)
+    for n, row in enumerate(spoken([x["prompt"] for x in examples_of(trainer)], trainer)["env_mask"]):
+        written[n, : len(row)] = torch.tensor(row) > 0
+    for packed, padded in ((rollouts.batch.old_logprobs, old), (rollouts.batch.sampler_logprobs, sampler)):
+        assert packed is not None and torch.equal(packed[mask], padded[written])
+    adapter.enable(trainer, credit=credit.outcome().gate(loud))
+    made = generated(trainer)
+    learns = made["tool_mask"].bool()
+    assert 0 < int(learns.sum()) < int(written.sum())
+    assert torch.equal(made["importance_sampling_ratio"], torch.where(learns, ratio.exp(), 1.0))
+
+
+def test_a_trainer_s_own_credit_goes_before_its_class_s(trainer: Any) -> None:
+    adapter.enable(trl.GRPOTrainer, credit=credit.outcome("similarity"))
+    adapter.enable(trainer, "psr")
+    assert set(generated(trainer)["advantages"].tolist()) == {0.0, 1.0}
+    adapter.disable(trainer)
+    assert generated(trainer)["advantages"].unique().numel() > 2
+
+
 def calls(rollouts: credit.Rollouts) -> tk.Spans:
     """The last two tokens of every turn that has three."""
     turns = rollouts.spans["turn"]
@@ -169,19 +210,22 @@ def test_a_run_that_leaves_nothing_out_is_trl_s(tmp_path: Path) -> None:
     """GRPO's own advantages as a credit, over micro-batches of a generation, with completions that nobody scores."""
 
     def reward(completions: list[str], **_: Any) -> list[float | None]:
-        return [None if x.startswith("a") else float(len(x)) for x in completions]
+        return [None if x[0] < "f" else float(x[0] < "p") for x in completions]
 
     logs = []
     for ours in (False, True):
-        trainer = trainer_of(tmp_path, rewards=reward, gradient_accumulation_steps=2, beta=0.05, loss_type="grpo")
+        options = {"gradient_accumulation_steps": 2, "beta": 0.05, "loss_type": "grpo", "max_steps": 2}
+        trainer = trainer_of(tmp_path, rewards=reward, rollout_func=spoken, **options)
         if ours:
-            adapter.enable(trainer, credit=credit.outcome(eps=1e-4) + 0.0 * credit.outcome(silent))
+            own = credit.outcome(eps=1e-4, singleton="zero") + 0.0 * credit.outcome(silent)  # which keeps everybody
+            adapter.enable(trainer, credit=own)
         trainer.train()
         adapter.disable(trainer)
         logs.append([x for x in trainer.state.log_history if "loss" in x])
-    for theirs, own in zip(*logs, strict=True):
+    assert any(x["reward_std"] > 0 and x["grad_norm"] > 0 for x in logs[0])
+    for theirs, mine in zip(*logs, strict=True):
         for name in ("loss", "grad_norm", "kl", "entropy", "reward"):
-            assert own[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
 def silent(rollouts: credit.Rollouts) -> Tensor:

@@ -171,7 +171,7 @@ def test_completions_that_trl_masks_count_as_in_trl(
     compared(trainer, grpo_loss, part)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_advantages_of_tokens(loss_type: str, level: str, grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are TRL's own loss, too."""

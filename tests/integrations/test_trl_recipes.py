@@ -191,7 +191,11 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer_of(tmp_path_factory.mktemp("recipes"), rollout_func=spoken, **REWARDS, **sizes)
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+LIKE_OTHERS = ("skillrl", "psr", "w_reinforce")
+CASES = [pytest.param(x, marks=pytest.mark.slow if x in LIKE_OTHERS else ()) for x in BY_HAND]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_two_steps_have_the_credit_that_hands_compute(name: str, trainer: Any) -> None:
     adapter.enable(trainer, name, **FEEDS.get(name, {}))
     generate, expected, made = trainer._generate_and_score_completions, [], []
