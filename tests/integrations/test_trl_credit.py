@@ -316,6 +316,12 @@ def test_names_of_rewards(tmp_path: Path) -> None:
         adapter.enable(twice, credit=credit.outcome())
     with pytest.raises(ValueError, match="none of them 'reward'.* got 'reward' twice"):
         adapter.enable(trainer_of(tmp_path, rewards=[won, reward]), credit=credit.outcome())
+
+    def score(completions: list[str], **_: Any) -> list[float]:
+        return won(completions)
+
+    with pytest.raises(ValueError, match="reward_funcs must not be called tree, .* got 'score'"):
+        adapter.enable(trainer_of(tmp_path, rewards=[won, score]), credit=credit.outcome())
     alone = trainer_of(tmp_path, rewards=reward)
     adapter.enable(alone, credit=credit.outcome())
 

@@ -41,8 +41,9 @@ SPECS = {
 }
 
 
+EVERY_TIME = {("grpo", "few"), *((x, "tokens") for x in ("grpo", "bnpo", "dapo", "luspo"))}
 CASES = [
-    pytest.param(loss_type, kept, marks=() if kept == "tokens" or loss_type == "grpo" else pytest.mark.slow)
+    pytest.param(loss_type, kept, marks=() if (loss_type, kept) in EVERY_TIME else pytest.mark.slow)
     for loss_type in LOSSES
     for kept in SPECS
 ]
@@ -172,7 +173,7 @@ def test_completions_that_trl_masks_count_as_in_trl(
 
 
 @pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", [pytest.param(x, marks=() if x == "vespo" else pytest.mark.slow) for x in LOSSES])
 def test_advantages_of_tokens(loss_type: str, level: str, grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are TRL's own loss, too."""
     options = {"loss_type": loss_type, "epsilon_high": 3.0, "importance_sampling_level": level}

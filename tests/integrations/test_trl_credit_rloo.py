@@ -91,7 +91,7 @@ def test_rloo_takes_one_value_a_rollout(tmp_path: Path) -> None:
     adapter.enable(trainer, credit=whole)
     assert generated(trainer)["advantages"].shape == (8,)
     for spec, says in (
-        (credit.outcome() + credit.spans("turn", reward=turn_lengths), "credit.spans.name='turn'"),
+        (credit.outcome() + credit.spans("turn", reward=turn_lengths), r"credit.spans\('turn', reward="),
         (credit.directive(), r"credit.directive\(\)"),
         (credit.outcome().on("turn"), r"credit.outcome\(\).on\('turn'\)"),
         (2 * credit.outcome().only("turn"), r"credit.outcome\(\).only\('turn'\)"),

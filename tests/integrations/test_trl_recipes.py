@@ -191,7 +191,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer_of(tmp_path_factory.mktemp("recipes"), rollout_func=spoken, **REWARDS, **sizes)
 
 
-LIKE_OTHERS = ("skillrl", "psr", "w_reinforce")
+LIKE_OTHERS = ("grpo", "skillrl", "psr", "w_reinforce", "rlcr", "srl")
 CASES = [pytest.param(x, marks=pytest.mark.slow if x in LIKE_OTHERS else ()) for x in BY_HAND]
 
 
