@@ -121,15 +121,15 @@ def test_a_divergence_is_a_term_of_the_loss(config: Make, lessons: list) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "dro"}, "task must be a task that shows its work, for the recipe dro; got 'chain_sum'"),
-        ({"recipe": "rlcr"}, "task must be a task whose answers state a confidence"),
-        ({"recipe": "toolpo"}, "task must be a task with tools"),
-        ({"recipe": "tree_grpo", "task": "tools"}, "task must be a task without an environment"),
+        ({"recipe": "dro"}, "task must be one with `reference`.*, for the recipe dro; got 'chain_sum'"),
+        ({"recipe": "rlcr"}, "task must be one whose answers state a confidence"),
+        ({"recipe": "toolpo"}, "task must be one with `action_spans` .*, for the recipe toolpo; got 'chain_sum'"),
+        ({"recipe": "tree_grpo", "task": "tools"}, "task must be one without an environment"),
         ({"recipe": "delta_belief", "task": "twenty_questions", "control": "random-rewards"}, "control must be one of"),
-        ({"recipe": "feedback", "task": "tools"}, "task must be a task that gives hints"),
+        ({"recipe": "feedback", "task": "tools"}, "task must be one with `hint`, for the recipe feedback; got 'tools'"),
         ({"compose": Compose(rubric="nowhere:at_all")}, "compose.rubric must be .*got 'nowhere:at_all'"),
         ({"compose": Compose(rubric="json:at_all")}, "compose.rubric must be"),
-        ({"compose": Compose(hint_weight=1.0), "task": "tools"}, "task must be one that gives hints"),
+        ({"compose": Compose(hint_weight=1.0), "task": "tools"}, "task must be one with `hint`, for compose"),
         (
             {"compose": Compose(hint_weight=1.0), "task": "chain_sum_steps", "recipe": "srl"},
             "the recipe srl on the task chain_sum_steps cannot give this credit: .* needs 'teacher_logprobs'",

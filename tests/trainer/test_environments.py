@@ -93,6 +93,12 @@ def test_tools() -> None:
     assert task.reward(question, right[:-1]) == 0 and task.reward(question, "") == 0
     twice = "<tool>Fe</tool>26;<tool>Fe</tool>26;<tool>37+26</tool>63;63"
     assert task.right_calls(question, twice) == 1
+    spans = [(twice[begin:end], right) for begin, end, right in task.action_spans(question, twice)]
+    expected = [("<tool>Fe</tool>", True), ("<tool>Fe</tool>", False), ("<tool>37+26</tool>", False)]
+    assert spans == expected
+    odd = "<tool>Fe<tool>Fe</tool>26;x</tool>error;<tool>Fe</tool>26;<tool>U"
+    spans = [(odd[begin:end], right) for begin, end, right in task.action_spans(question, odd)]
+    assert spans == [("<tool>Fe</tool>", False), ("x</tool>", False), ("<tool>Fe</tool>", True)]
     for call, result in (
         ("U", "92"),
         ("9-12", "-3"),

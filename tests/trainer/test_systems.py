@@ -238,7 +238,7 @@ def test_calls_are_credited_to_their_tokens(model: CharacterModel, attribution: 
 
 def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
     question = Question("1+2+3+4=", "Add.", "3\n6\n10", {})
-    steps = steps_of(question)
+    steps = steps_of(question, question.answer)
     assert [(s.prompt, s.answer) for s in steps] == [
         ("1+2+3+4=", "3"),
         ("1+2+3+4=3\n", "6"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 
 def cli_main(argv: list[str]) -> int:
@@ -13,6 +14,9 @@ def cli_main(argv: list[str]) -> int:
     from trajkern.trainer.run import Interrupted
     from trajkern.trainer.train import train
 
+    folder = str(Path.cwd())
+    if not {"", folder} & set(sys.path):
+        sys.path.append(folder)  # where flags may name modules, as under python -m
     try:
         train(parse(argv))
     except Interrupted as stopped:

@@ -80,7 +80,8 @@ class TrainConfig:
     """Train a small language model on a reasoning task with trajkern's ops.
 
     Args:
-        task: a reasoning-gym task or a game; an unknown name lists them.
+        task: a reasoning-gym task or a game (an unknown name lists them), a .jsonl file of your
+            own, or package.module:Class, a subclass of trajkern.trainer.tasks.Task.
         model: "tiny" (the built-in transformer), "smollm2" (SmolLM2-135M-Instruct),
             or the path of a HuggingFace folder or a .gguf file.
         recipe: how rollouts are drawn, and how rewards become advantages; an unknown name lists them.

@@ -13,6 +13,7 @@ from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.tasks.base import Question, Task
+from trajkern.trainer.tasks.capabilities import FamilyTask
 
 _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from training's
 
@@ -21,13 +22,15 @@ _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from
 class Accuracy:
     """Shares of questions answered: by a sample on average, by any of k samples, by the most likely text.
 
-    ``details`` holds pass@2, pass@4, ... up to the number of samples, and what the task reports besides.
+    ``details`` holds pass@2, pass@4, ... up to the number of samples, and what the task reports besides; ``families``
+    holds pass@1 of the questions of each family, where the task has families.
     """
 
     pass_at_1: float
     pass_at_k: float
     greedy: float | None
     details: dict[str, float | None] = field(default_factory=dict)
+    families: dict[str, float] = field(default_factory=dict)
 
 
 def rewards_of(policy: Policy, task: Task, questions: Sequence[Question], completions: list[list[int]]) -> Tensor:
@@ -88,4 +91,15 @@ def evaluate(
         rewards.amax(1).mean().item(),
         torch.cat(best).mean().item() if greedy else None,
         {k: v if v == v else None for k, v in details.items()},  # JSON has no NaN
+        by_family(task, questions, rewards),
     )
+
+
+def by_family(task: Task, questions: Sequence[Question], rewards: Tensor) -> dict[str, float]:  # [Q, n]
+    """The mean reward of each family's questions; empty where the task has no families."""
+    if not isinstance(task, FamilyTask):
+        return {}
+    means: dict[str, list[float]] = {}
+    for question, mean in zip(questions, rewards.mean(1, dtype=torch.float64).tolist(), strict=True):
+        means.setdefault(task.family(question), []).append(mean)
+    return {family: sum(some) / len(some) for family, some in means.items()}

@@ -23,7 +23,7 @@ from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import Ranks, full
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.systems import System
-from trajkern.trainer.tasks.base import Question, Splits, Task
+from trajkern.trainer.tasks import Question, Splits, Task, task_label
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -102,6 +102,7 @@ class Run:
             "step": self.step,
             "before": self.before and asdict(self.before),
             "system": self.system.state(),
+            "data": self.task.fingerprint,
             "clock": vars(self.clock),
             "metrics": self.metrics.size,
         }
@@ -158,7 +159,7 @@ def results_folder(config: TrainConfig) -> Path:
     Raises ValueError where ``out`` already holds another run's checkpoint.
     """
     if config.out is None:
-        first = Path("runs") / f"{config.task}-{config.arm}-seed{config.seed}"
+        first = Path("runs") / f"{task_label(config.task)}-{config.arm}-seed{config.seed}"
         folder, number = first, 2
         while folder.exists():
             folder, number = first.with_name(f"{first.name}-{number}"), number + 1

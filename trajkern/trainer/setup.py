@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from trajkern.credit import Spec
+from trajkern.recipes import TREE_RECIPES
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups
 from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
 from trajkern.trainer.models.policy import Policy, load_policy
+from trajkern.trainer.models.tokenizer import ALPHABET
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Run, results_folder
 from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
 from trajkern.trainer.systems.plain import PlainTrees, differs
-from trajkern.trainer.tasks import load_task
-from trajkern.trainer.tasks.base import Splits, Task
+from trajkern.trainer.tasks import JsonlTask, Splits, Task, load_task
 
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
@@ -31,8 +32,11 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     phase = stored.place["phase"] if stored else "warmup"
     task, display = load_task(config.task, config.seed), Display(quiet=ranks.number > 0)
     spec = load_credit(config, task)
+    if stored and stored.place["config"]["task"] == config.task and stored.place["data"] != task.fingerprint:
+        raise ValueError(f"task must be as it was to resume {config.resume}; {config.task} has changed since")
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = draw_splits(config, task)
+    check_splits(config, splits)
     policy = make_policy(config, splits, ranks)
     anchor = make_anchor(config, splits, ranks, policy) if phase == "main" else None
     optimizer = make_optimizer(config, task, policy, phase)
@@ -45,6 +49,9 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     check_ranks(config, system, ranks)
     if "divergence" in spec.needs and ranks.mesh:
         raise ValueError(f"the run must have one rank for a credit with a divergence; got {ranks.mesh.size()}")
+    pool = system.pool(splits)
+    if len(pool) < config.prompts:
+        raise ValueError(f"prompts must be at most {len(pool)}, the questions to train on; got {config.prompts}")
     max_new = config.max_new or longest_answer(policy, splits)
     out = ranks.told(results_folder(config) if ranks.number == 0 else None)
     assert out is not None
@@ -55,7 +62,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         splits=splits,
         system=system,
         spec=spec,
-        pool=system.pool(splits),
+        pool=pool,
         policy=policy,
         anchor=anchor,
         generator=torch.Generator(ranks.device).manual_seed(config.seed),
@@ -143,10 +150,7 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
     """
     recipe = config.recipe
     kind = system_type(recipe)
-    if kind.requires and not kind.requires.met(task):
-        raise ValueError(f"task must be {kind.requires.meaning}, for the recipe {recipe}; got {task.name!r}")
-    if config.compose.hint_weight and not GIVES_HINTS.met(task):
-        raise ValueError(f"task must be one that gives hints, for compose.hint_weight; got {task.name!r}")
+    check_task(config, task)
     load_rubric(config.compose.rubric, task)
     if config.credit is not None:
         spec = load_spec(config.credit)
@@ -161,9 +165,8 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
             "can be dealt"
         )
     spec = composed(spec, config.compose)
-    # a row's columns are known with the first batch
-    names = {"reward", "texts", "rows", "rows:*", "score", "sampler_logprobs", "spans:turn", "flags:well_formed"}
-    names |= kind.knows
+    names = {"reward", "texts", "rows", "score", "spans:turn", "flags:well_formed", *kind.knows}
+    names |= {need for need in spec.needs if need.startswith("rows:")}  # known with the first batch
     if config.compose.rubric is not None:
         names.add("flags:rubric")
     if kind.asks_task and GIVES_HINTS.met(task):
@@ -173,6 +176,29 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
     except ValueError as error:
         raise ValueError(f"the recipe {recipe} on the task {task.name} cannot give this credit: {error}") from None
     return spec
+
+
+def check_task(config: TrainConfig, task: Task) -> None:
+    """Raise ValueError where the task lacks a capability that the recipe or a hint's term asks for, or the built-in
+    model the characters of a file."""
+    requires = system_type(config.recipe).requires
+    if requires and not requires.met(task):
+        raise ValueError(f"task must be {requires.meaning}, for the recipe {config.recipe}; got {task.name!r}")
+    if config.compose.hint_weight and not GIVES_HINTS.met(task):
+        raise ValueError(f"task must be {GIVES_HINTS.meaning}, for compose.hint_weight; got {task.name!r}")
+    if isinstance(task, JsonlTask) and config.model == "tiny":
+        task.check_characters(ALPHABET)
+
+
+def check_splits(config: TrainConfig, splits: Splits) -> None:
+    """Raise ValueError where questions have no answer to show, and something is to be made of it."""
+    shown, supervised = len(splits.demonstrations), config.warmup.steps > 0 or config.control == "supervised"
+    if supervised and not shown:
+        raise ValueError(f"task must have answers or references to imitate in the warm-up; {config.task!r} has none")
+    if config.model != "tiny" and shown < config.shots:
+        raise ValueError(f"shots must be at most {shown}, the demonstrations of {config.task!r}; got {config.shots}")
+    if config.max_new is None and not all(q.answer for q in (*splits.demonstrations, *splits.validation)):
+        raise ValueError(f"max_new must be given for {config.task!r}: not all of its questions have an answer to show")
 
 
 def undealt(needs: frozenset[str]) -> str:
@@ -197,6 +223,8 @@ def check_ranks(config: TrainConfig, system: System, ranks: Ranks) -> None:
     if ranks.parts == 1:
         return
     check_parts(config.loss, "the run must have one rank of data")
+    if config.recipe in TREE_RECIPES and TREE_RECIPES[config.recipe].of_batch and config.credit is None:
+        raise ValueError(f"the run must have one rank of data with recipe {config.recipe!r}: it compares all prompts")
     whole = keeps_groups(config, system)
     if config.prompts * (1 if whole else config.rollouts) < ranks.parts:
         because = f" (the recipe {config.recipe}, or a rubric or a control, keeps groups on one rank)" if whole else ""

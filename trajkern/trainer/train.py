@@ -157,7 +157,7 @@ def validate(run: Run, values: Values) -> Accuracy:
     accuracy = measured(run, run.splits.validation)
     values |= {"val_pass@1": accuracy.pass_at_1, "val_pass@k": accuracy.pass_at_k}
     values |= {f"val_{name}": value for name, value in accuracy.details.items()}
-    run.system.validated(accuracy.pass_at_1)
+    run.system.validated(accuracy.pass_at_1, accuracy.families)
     return accuracy
 
 

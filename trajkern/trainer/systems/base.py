@@ -17,6 +17,7 @@ from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import Rollouts
 from trajkern.trainer.tasks.base import Question, Splits, Task
+from trajkern.trainer.tasks.capabilities import HintTask, ReferenceTask
 
 Values = dict[str, float | int | None]  # a step's metrics
 # One rank's: a tensor counts with each of its elements, a pair (x, n) as n elements of mean x, integers are added up.
@@ -30,8 +31,8 @@ class Requirement(NamedTuple):
     met: Callable[[Task], bool]
 
 
-SHOWS_WORK = Requirement("a task that shows its work", lambda task: task.shows_work)
-GIVES_HINTS = Requirement("a task that gives hints", lambda task: task.gives_hints)
+SHOWS_WORK = Requirement("one with `reference`, a worked solution", lambda task: isinstance(task, ReferenceTask))
+GIVES_HINTS = Requirement("one with `hint`", lambda task: isinstance(task, HintTask))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +127,8 @@ class System:
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         """Called after every step of whole rollouts with those of all ranks, where ``remembers``."""
 
-    def validated(self, pass_at_1: float) -> None:
-        """Called after every validation."""
+    def validated(self, pass_at_1: float, families: dict[str, float]) -> None:
+        """Called after every validation, with its pass@1 of all questions and of those of each family."""
 
     def state(self) -> Any:
         """JSON data for the checkpoint."""

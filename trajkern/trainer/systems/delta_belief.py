@@ -10,21 +10,21 @@ import torch
 from trajkern import Spans, credit
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
 from trajkern.trainer.systems.scoring import scorer
-from trajkern.trainer.tasks.twenty_questions import END, GUESS, TwentyQuestions, read_game
+from trajkern.trainer.tasks.capabilities import Belief, BeliefTask, PenaltyTask
 
 INVALID = -5.0  # a turn that says nothing
 
 
 @dataclass(frozen=True)
 class DeltaBelief:
-    """Recipe delta_belief; a task that can be asked for its belief (twenty_questions).
+    """Recipe delta_belief; a task whose policy can be asked for its belief (twenty_questions).
 
     Args:
         scale: of the gain in log-probability of the hidden answer.
         clip: whether a loss of belief counts as none.
         win_reward: of every turn of a game that is won.
         turn_cost: of every turn, for each turn.
-        penalties: whether invalid and repeated questions cost.
+        penalties: whether invalid and repeated turns cost what the task says; a task that says nothing has none.
         finished: how the statistics of a turn count rollouts that had ended before it.
     """
 
@@ -37,20 +37,17 @@ class DeltaBelief:
 
 
 class TurnBeliefs(GroupSystem):
-    """Knows the rewards "turn" of the policy's turns, and "gain", what each added to its belief in the hidden entity.
+    """Knows the rewards "turn" of the policy's turns, and "gain", what each added to its belief in the hidden answer.
 
     After every turn of every rollout the policy is asked for that, all in one packed forward.
     """
 
     settings_type = DeltaBelief
-    requires = Requirement(
-        "a task that knows a hidden answer: twenty_questions", lambda task: isinstance(task, TwentyQuestions)
-    )
+    requires = Requirement("one with `belief_target`, a hidden answer", lambda task: isinstance(task, BeliefTask))
     splits_groups = False  # what reads alike scores alike to the bit only in one forward
     knows = frozenset({"span_rewards:turn", "span_rewards:gain", "span_rewards:penalty"})
 
     settings: DeltaBelief
-    task: TwentyQuestions
 
     @classmethod
     def expression(cls, recipe: str, settings: DeltaBelief) -> credit.Spec:
@@ -63,10 +60,11 @@ class TurnBeliefs(GroupSystem):
         penalty = torch.tensor(self._penalties(played, counts.tolist())) * settings.penalties
         if not needs & {"span_rewards:turn", "span_rewards:gain"}:
             return {"span_rewards": {"penalty": penalty}}
+        asking = self._asking(played)
         asked = credit.Rollouts(
             batch,
-            rows=[{"belief_target": q.entry["entity"] + END, "belief_probe": GUESS} for q in played.questions],
-            flags={"finished": torch.tensor([read_game(text).guess is not None for text in played.texts])},
+            rows=[{"belief_target": belief.target, "belief_probe": belief.probe} for belief, _ in asking],
+            flags={"finished": torch.tensor([finished for _, finished in asking])},
             span_rewards={"penalty": penalty},
             score=scorer(self.policy),
         )
@@ -83,8 +81,22 @@ class TurnBeliefs(GroupSystem):
         gain = rollouts.span_rewards["gain"]
         return {"turn_reward": rollouts.span_rewards["turn"], "belief_gain": gain[gain.isfinite()]}
 
+    def _asking(self, played: Played) -> list[tuple[Belief, bool]]:
+        """How each rollout's belief is asked for, and whether it ended with what is not to be asked after."""
+        assert isinstance(self.task, BeliefTask)
+        asking = []
+        for question, text in zip(played.questions, played.texts, strict=True):
+            first, last = (self.task.belief_target(question, x) for x in ("", text))
+            if first is None or last not in (None, first):
+                one = "one Belief after every turn of a question, None after the last at most"
+                raise ValueError(f"belief_target of task {self.task.name} must be {one}; got {first}, then {last}")
+            asking.append((first, last is None))
+        return asking
+
     def _penalties(self, played: Played, counts: list[int]) -> list[float]:
         """One a turn; an end-of-sequence token that no question or guess goes with is a turn, too."""
+        if not isinstance(self.task, PenaltyTask):
+            return [0.0] * sum(counts)
         out = []
         for question, text, count in zip(played.questions, played.texts, counts, strict=True):
             penalties = self.task.penalties(question, text)

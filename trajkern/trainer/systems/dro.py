@@ -13,11 +13,13 @@ from trajkern import Spans, credit
 from trajkern.recipes import dro
 from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
 from trajkern.trainer.systems.scoring import scorer
+from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.tasks.capabilities import ReferenceTask
 
 
 @dataclass(frozen=True)
 class DRO:
-    """Recipe dro; a task that shows its work.
+    """Recipe dro; a task with worked solutions.
 
     Args:
         weights: of the reference answer's tokens: by their deviation over a group's rollouts, or equal.
@@ -70,7 +72,7 @@ class Reflection(GroupSystem):
         settings = self.settings
         rollouts = credit.Rollouts(
             played.batch,
-            rows=[{"reference": self.policy.answer(_answer(q.answer))} for q in played.questions],
+            rows=[{"reference": self.policy.answer(self.reference(q))} for q in played.questions],
             score=scorer(self.policy),
             process_group=self.ranks.data,
             **self.known(played, needs),
@@ -79,7 +81,7 @@ class Reflection(GroupSystem):
             weights=settings.weights, masked=settings.masked, outcome_weight=settings.outcome_weight
         )
         in_reach = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)
-        reference = torch.tensor([len(_answer(q.answer)) for q in played.questions])
+        reference = torch.tensor([len(self.reference(q)) for q in played.questions])
         written = torch.tensor([len(_answer(text)) for text in played.texts])
         of_length = dro.length_reward(written, reference, beta=settings.length_beta)
         rewards = reward(rollouts) + settings.length_weight * of_length
@@ -90,6 +92,11 @@ class Reflection(GroupSystem):
             return {}
         filtered = int((~rollouts.flags["in_reach"]).sum())
         return {"reflection": rollouts.reward("reflection"), "filtered": filtered}
+
+    def reference(self, question: Question) -> str:
+        """The answer that ends the task's own solution."""
+        assert isinstance(self.task, ReferenceTask)
+        return _answer(self.task.reference(question))
 
     def reasoning(self, played: Played) -> Spans:
         """Each completion up to its last newline."""

@@ -10,6 +10,7 @@ from trajkern.trainer.packing import Piece, demonstration
 from trajkern.trainer.systems.base import GIVES_HINTS, GroupSystem, Local
 from trajkern.trainer.systems.hints import hinted
 from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.tasks.capabilities import HintTask
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class HintedTeacher(GroupSystem):
             return super().demonstration(question)
         lines = question.answer.split("\n")
         at = number // 1000 % len(lines)
+        assert isinstance(self.task, HintTask)
         hint = self.task.hint(question, "\n".join(lines[:at]))
         shown = self.policy.prompt(hinted(question, hint or ""))
         return [(shown, False), *demonstration(self.policy, self.task.pieces(question))]

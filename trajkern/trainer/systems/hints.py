@@ -9,6 +9,7 @@ from trajkern.trainer.packing import runs
 from trajkern.trainer.systems.base import Played, System
 from trajkern.trainer.systems.scoring import score_pieces
 from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.tasks.capabilities import HintTask
 
 MARK = "|"  # between a hint and the question, for a model of characters
 
@@ -19,6 +20,7 @@ def hinted(question: Question, hint: str) -> Question:
 
 def hinted_prompts(system: System, played: Played) -> list[list[int] | None]:
     """Each rollout's prompt with the task's hint before it; None where there is no hint, as for what was right."""
+    assert isinstance(system.task, HintTask)
     prompts: list[list[int] | None] = []
     for question, text, right in zip(played.questions, played.texts, played.rewards.tolist(), strict=True):
         hint = None if right else system.task.hint(question, text)

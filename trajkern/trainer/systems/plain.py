@@ -16,7 +16,7 @@ class PlainGroups(GroupSystem):
 class PlainTrees(System):
     """A recipe that compares the branches of trees of rollouts."""
 
-    requires = Requirement("a task without an environment", lambda task: not task.interactive)
+    requires = Requirement("one without an environment", lambda task: not task.interactive)
     knows = frozenset({"tree"})
 
 

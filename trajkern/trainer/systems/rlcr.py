@@ -27,7 +27,7 @@ class Calibrated(GroupSystem):
     """Knows the reward "confidence", NaN where none was stated."""
 
     settings_type = RLCR
-    requires = Requirement("a task whose answers state a confidence", lambda task: task.states_confidence)
+    requires = Requirement("one whose answers state a confidence", lambda task: task.states_confidence)
     knows = frozenset({"confidence"})
 
     settings: RLCR

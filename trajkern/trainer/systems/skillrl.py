@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from trajkern import credit
 from trajkern.recipes.skillrl import SkillBank
-from trajkern.trainer.models.tokenizer import ALPHABET
 from trajkern.trainer.systems.base import GroupSystem, Local
 from trajkern.trainer.tasks.base import Question, Splits
+from trajkern.trainer.tasks.capabilities import family_of
 
-_READABLE = frozenset(ALPHABET)
+UNDECODED = "\N{REPLACEMENT CHARACTER}"  # where a pretrained model's tokens are no text
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class SkillBased(GroupSystem):
         self.bank = SkillBank(threshold=self.settings.threshold, capacity=self.settings.capacity)
 
     def pool(self, splits: Splits) -> list[Question]:
-        for question in splits.demonstrations[: self.settings.capacity]:
-            self.bank.add(question.prompt, question.answer, 1.0, self.task.name)
+        shown = Counter[str]()
+        for question in splits.demonstrations:
+            family = family_of(self.task, question)
+            shown[family] += 1
+            if shown[family] <= self.settings.capacity:
+                self.bank.add(question.prompt, question.answer, 1.0, family)
         return splits.train
 
     def prompt(self, question: Question) -> list[int]:
-        skills = self.bank.retrieve(question.prompt, self.task.name, self.settings.top_k)
+        skills = self.bank.retrieve(question.prompt, family_of(self.task, question), self.settings.top_k)
         prompt, text = (self.bank.render(x, skills) for x in (question.prompt, question.text))
         return self.policy.prompt(question._replace(prompt=prompt, text=text))
 
@@ -58,11 +63,12 @@ class SkillBased(GroupSystem):
 
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         for question, text, reward in zip(questions, texts, rewards, strict=True):
-            if set(text) <= _READABLE:
-                self.bank.add(question.prompt, text, reward, self.task.name)
+            if UNDECODED not in text:
+                self.bank.add(question.prompt, text, reward, family_of(self.task, question))
 
-    def validated(self, pass_at_1: float) -> None:
-        self.bank.update(self.task.name, pass_at_1)
+    def validated(self, pass_at_1: float, families: dict[str, float]) -> None:
+        for family, rate in (families or {self.task.name: pass_at_1}).items():
+            self.bank.update(family, rate)
 
     def state(self) -> Any:
         return self.bank.state_dict()

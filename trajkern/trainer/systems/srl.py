@@ -12,13 +12,14 @@ from trajkern import credit
 from trajkern.recipes import srl
 from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
+from trajkern.trainer.tasks.capabilities import ReferenceTask
 
 THOUGHT = "</think>"  # what stands before it is monologue and not scored
 
 
 @dataclass(frozen=True)
 class SRL:
-    """Recipe srl; a task that shows its work.
+    """Recipe srl; a task with worked solutions.
 
     Args:
         penalty: the reward of a step that is not well-formed.
@@ -36,11 +37,12 @@ class NextStep(Task):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task.name, task.seed)
-        self._task = task
+        assert isinstance(task, ReferenceTask)
+        self._task, self.solution = task, task.reference
 
     def questions(self, split: int) -> Iterator[Question]:
         for question in self._task.questions(split):
-            yield from steps_of(question)
+            yield from steps_of(question, self.solution(question))
 
     def read(self, question: Question, text: str) -> Answer:
         return Answer(_action(text) == question.answer)
@@ -64,14 +66,14 @@ class StepImitation(GroupSystem):
     settings: SRL
 
     def __post_init__(self) -> None:
-        self.task = NextStep(self.task)
+        self.task: NextStep = NextStep(self.task)
 
     @classmethod
     def expression(cls, recipe: str, settings: SRL) -> credit.Spec:
         return credit.recipe(recipe, penalty=settings.penalty, min_std=settings.min_std)
 
     def pool(self, splits: Splits) -> list[Question]:
-        return [step for question in splits.demonstrations for step in steps_of(question)]
+        return [step for question in splits.demonstrations for step in steps_of(question, self.task.solution(question))]
 
     def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         actions = [_action(text) for text in played.texts]
@@ -85,9 +87,9 @@ class StepImitation(GroupSystem):
         return {"similarity": likeness(rollouts), "filtered": int((~differ).sum())}
 
 
-def steps_of(question: Question) -> list[Question]:
-    """Each line of the answer, posed after those before it."""
-    lines = question.answer.split("\n")
+def steps_of(question: Question, solution: str) -> list[Question]:
+    """Each line of the solution, posed after those before it."""
+    lines = solution.split("\n")
     before = ["".join(f"{line}\n" for line in lines[:at]) for at in range(len(lines))]
     return [
         Question(question.prompt + shown, f"{question.text}\n{shown}", line, question.entry)

@@ -51,19 +51,25 @@ class Splits:
 class Task(abc.ABC):
     """A named task at one seed, which decides every split; other seeds draw other questions.
 
+    What else recipes ask of a task is in ``capabilities``.
+
     Attributes:
         demonstrations: answers that take the built-in transformer into the warm-up's validation band.
         weight_decay: of the warm-up.
         interactive: whether an environment replies within a rollout; see :meth:`reply`.
-        shows_work: whether answers have lines of work before the last one.
         states_confidence: whether answers end with a confidence.
+        alphabet: what prompts and answers are written in, the built-in model's; draws with other characters are passed
+            over. None for any, where a pretrained model plays.
+        fingerprint: of the data behind the questions, which must not change while a run is resumed; empty where the
+            name and the seed say everything.
     """
 
     demonstrations: int = 3000
     weight_decay: float = 0.5
     interactive = False
-    shows_work = False
     states_confidence = False
+    alphabet: frozenset[str] | None = _CHARACTERS
+    fingerprint: str = ""
 
     def __init__(self, name: str, seed: int = 0) -> None:
         self.name, self.seed = name, seed
@@ -88,15 +94,6 @@ class Task(abc.ABC):
         """The demonstration in parts: a text, and whether the policy is to learn it; the rest is the environment's."""
         return [(question.answer, True)]
 
-    def hint(self, question: Question, text: str) -> str | None:
-        """What would have helped the rollout ``text``, in the environment's words; None where there is nothing."""
-        return None
-
-    @property
-    def gives_hints(self) -> bool:
-        """Whether :meth:`hint` is more than this class's."""
-        return type(self).hint is not Task.hint
-
     def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
         """What else an evaluation reports of these rollouts."""
         return {}
@@ -105,11 +102,14 @@ class Task(abc.ABC):
         """The distinct questions among ``draws`` of a split, at most ``most``, whose prompts are not in ``taken``."""
         by_prompt: dict[str, Question] = {}
         for question in itertools.islice(self.questions(split), draws):
-            if question.prompt not in taken and set(question.prompt + question.answer) <= _CHARACTERS:
+            if question.prompt not in taken and self._spelt(question):
                 by_prompt.setdefault(question.prompt, question)
             if len(by_prompt) == most:
                 break
         return list(by_prompt.values())
+
+    def _spelt(self, question: Question) -> bool:
+        return self.alphabet is None or set(question.prompt + question.answer) <= self.alphabet
 
     def splits(self, *, heldout: int, validation: int, demonstrations: int | None, train: int) -> Splits:
         """Draw the four splits: each avoids the prompts of held-out and validation, and repeats none of its own.
@@ -128,7 +128,9 @@ class Task(abc.ABC):
         for split, (name, count) in enumerate(wanted.items()):
             some = drawn[name] = self.distinct(split, 50 * count, taken, count)
             if len(some) < count:
-                raise ValueError(f"{name} must be at most {len(some)} for task {self.name}, got {count}")
+                passed_over = sum(not self._spelt(q) for q in itertools.islice(self.questions(split), 50 * count))
+                others = f" ({passed_over} draws have characters outside its alphabet)" if passed_over else ""
+                raise ValueError(f"{name} must be at most {len(some)} for task {self.name}, got {count}{others}")
             if name != "demonstrations":
                 taken |= {question.prompt for question in some}
         return Splits(**drawn, train=self.distinct(3, train, taken))

@@ -117,13 +117,23 @@ SPECS: dict[str, Spec] = {
 
 
 class GymTask(Task):
-    """A task of ``SPECS``. Its entries are reasoning-gym's, which also verifies the answers."""
+    """A task of ``SPECS``. Its entries are reasoning-gym's, which also verifies the answers.
+
+    It offers ``reference`` where answers show their work, and ``hint`` unless they state a confidence.
+    """
+
+    hint: Callable[[Question, str], str | None]
+    reference: Callable[[Question], str]
 
     def __init__(self, name: str, seed: int = 0) -> None:
         super().__init__(name, seed)
         self._spec = SPECS[name]
         self.demonstrations, self.weight_decay = self._spec.demonstrations, self._spec.weight_decay
-        self.shows_work, self.states_confidence = self._spec.work is not None, self._spec.confidence
+        self.states_confidence = self._spec.confidence
+        if self._spec.work:
+            self.reference = _shown_work
+        if not self.states_confidence:
+            self.hint = _missing_line
         self._gym = require("reasoning_gym")
         self._verifier = self._dataset(seed=0, size=1)
 
@@ -154,14 +164,6 @@ class GymTask(Task):
                 answer += f" {10 * (zlib.crc32(prompt.encode()) % 11)}%"
             yield Question(prompt, text, answer, entry)
 
-    def hint(self, question: Question, text: str) -> str | None:
-        """The first line of the shown answer that ``text`` does not have at its place."""
-        if self._spec.confidence:
-            return None
-        theirs = text.split("\n")
-        lines = enumerate(question.answer.split("\n"))
-        return next((line for at, line in lines if at >= len(theirs) or theirs[at] != line), None)
-
     def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
         """Calibration of the well-formed answers, where they state a confidence."""
         if not self._spec.confidence:
@@ -172,3 +174,14 @@ class GymTask(Task):
         scores = rlcr.calibration(correct, torch.tensor([a.confidence for a in stated], dtype=torch.float64))
         values = {"ece": scores.ece, "brier": scores.brier, "auroc": scores.auroc}
         return {k: v.item() for k, v in values.items()} | {"well_formed": len(stated) / max(len(answers), 1)}
+
+
+def _shown_work(question: Question) -> str:
+    return question.answer
+
+
+def _missing_line(question: Question, text: str) -> str | None:
+    """The first line of the shown answer that ``text`` does not have at its place."""
+    theirs = text.split("\n")
+    lines = enumerate(question.answer.split("\n"))
+    return next((line for at, line in lines if at >= len(theirs) or theirs[at] != line), None)

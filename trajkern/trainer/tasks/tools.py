@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from trajkern.trainer.tasks.base import STREAM, Answer, Question, Reply, Task
+from trajkern.trainer.tasks.capabilities import Action
 
 CALL, END = "<tool>", "</tool>"
 TOOLS = {"tools": (2, 2), "tools_long": (2, 3)}  # fewest and most terms
@@ -55,9 +56,12 @@ class ToolTask(Task):
         turns = [piece for call in question.entry["calls"] for piece in _turn(call)]
         return [*turns, (question.entry["answer"], True)]
 
+    def action_spans(self, question: Question, text: str) -> list[Action]:
+        return calls_in(text, question.entry["calls"], lambda call: f"{_result(call)};")
+
     def right_calls(self, question: Question, text: str) -> int:
         """How many of the calls that the question needs were made."""
-        return len(set(question.entry["calls"]) & set(_CALL.findall(text)))
+        return sum(action.right for action in self.action_spans(question, text))
 
     def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
         """Calls of a rollout, and the share of those needed that were made."""
@@ -65,6 +69,22 @@ class ToolTask(Task):
         right = sum(self.right_calls(q, text) for q, text in zip(questions, texts, strict=True))
         needed = sum(len(q.entry["calls"]) for q in questions)
         return {"calls": calls / max(len(texts), 1), "right_calls": right / max(needed, 1)}
+
+
+def calls_in(text: str, needed: Iterable[str], reply: Callable[[str], str] = lambda call: "") -> list[Action]:
+    """Every ``<tool>...</tool>`` in ``text``, right where it is ``needed`` and has not been made before.
+
+    After each the text goes on with ``reply`` of it. An end without a beginning is a wrong call, from where the turn
+    begins.
+    """
+    due, begin, actions = set(needed), 0, []
+    while (stop := text.find(END, begin)) >= 0:
+        turn, end = text[begin:stop], stop + len(END)
+        call = turn.partition(CALL)[2]  # one within another is none that is needed
+        actions.append(Action(max(text.rfind(CALL, begin, stop), begin), end, call in due))
+        due.discard(call)
+        begin = end + len(reply(turn.rpartition(CALL)[2]))
+    return actions
 
 
 def _term(rng: random.Random) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from trajkern.trainer.tasks.base import STREAM, Answer, Question, Reply, Task
+from trajkern.trainer.tasks.capabilities import Belief
 from trajkern.trainer.tasks.entities import ATTRIBUTES, ENTITIES, KINDS
 
 GUESS, END = "=", "\n"
@@ -66,6 +67,9 @@ class TwentyQuestions(Task):
     def pieces(self, question: Question) -> list[tuple[str, bool]]:
         play, _, name = question.answer.partition(GUESS)
         return [(character, at % 2 == 0) for at, character in enumerate(play)] + [(GUESS + name, True)]
+
+    def belief_target(self, question: Question, text: str) -> Belief | None:
+        return None if read_game(text).guess is not None else Belief(GUESS, question.entry["entity"] + END)
 
     def penalties(self, question: Question, text: str) -> list[float]:
         """Of each turn: -5 for what is no question, -1 where the answer was known, 0 otherwise and for the guess."""

@@ -1,0 +1,64 @@
+"""Where in a pack the actions are that a task finds in texts."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+import torch
+
+from trajkern import Spans
+from trajkern.trainer.models.policy import Policy
+from trajkern.trainer.systems.base import Played
+from trajkern.trainer.tasks.base import Task
+from trajkern.trainer.tasks.capabilities import Action, ActionTask
+
+
+def actions_of(task: Task, played: Played) -> list[list[Action]]:
+    """Those of each rollout, in characters of its text.
+
+    Raises:
+        ValueError: a task whose actions are not ascending and disjoint, or leave the text.
+    """
+    assert isinstance(task, ActionTask)
+    found = []
+    for question, text in zip(played.questions, played.texts, strict=True):
+        actions, last = task.action_spans(question, text), 0
+        for action in actions:
+            if not last <= action.begin < action.end <= len(text):
+                expected = f"ascending, disjoint and not empty in a text of {len(text)} characters"
+                raise ValueError(f"the action_spans of task {task.name} must be {expected}; got {actions}")
+            last = action.end
+        found.append(actions)
+    return found
+
+
+def action_spans(policy: Policy, played: Played, actions: list[list[Action]]) -> Spans:
+    """The tokens of each action, numbered in its rollout; one that only overlaps counts whole, for the earlier action.
+
+    The environment's tokens are no part of the loss, so a span may cover some.
+    """
+    batch, rows = played.batch, []
+    bounds = batch.cu_seqlens.tolist()
+    for n, some in enumerate(actions):
+        begin = bounds[n] + int(batch.loss_mask[bounds[n] : bounds[n + 1]].int().argmax())  # after the prompt
+        tokens = batch.tokens[begin : bounds[n + 1]].tolist()
+        for number, (first, end) in enumerate(token_ranges(policy, tokens, some)):
+            rows.append((begin + first, begin + end, n, number))
+    start, stop, owner, index = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
+    return Spans(start, stop, owner, index, batch.num_tokens)
+
+
+def token_ranges(policy: Policy, tokens: list[int], actions: list[Action]) -> list[tuple[int, int]]:
+    """The first token of each action in a completion, and the one after its last."""
+
+    def written(count: int) -> int:
+        return len(policy.spelling(tokens[:count]))
+
+    counts, whole = range(len(tokens) + 1), policy.spelling(tokens)
+    cut = whole.index(policy.text(tokens))  # the text that actions are marked in may begin later
+    ranges, last = [], 0
+    for action in actions:
+        first = max(bisect_right(counts, cut + action.begin, key=written) - 1, last)
+        last = max(bisect_left(counts, cut + action.end, key=written), first)
+        ranges.append((first, last))
+    return ranges

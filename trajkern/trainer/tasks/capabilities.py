@@ -1,0 +1,82 @@
+"""What a task may offer beside questions and a verifier. It offers a capability by having the method, and no more.
+
+A class defines the method, or, where only some of its tasks can answer, sets it on those in ``__init__``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from trajkern.trainer.tasks.base import Question, Task
+
+
+class Belief(NamedTuple):
+    """How a policy is asked what it believes: what is written for it, and the hidden answer that it should go on with.
+
+    The log-probability of ``target`` after ``probe`` is the belief.
+    """
+
+    probe: str
+    target: str
+
+
+class Action(NamedTuple):
+    """Characters ``begin:end`` of a rollout's text, in which the policy acted, and whether it was right to."""
+
+    begin: int
+    end: int
+    right: bool
+
+
+@runtime_checkable
+class BeliefTask(Protocol):
+    """A task with a hidden answer that the policy comes to know turn by turn."""
+
+    def belief_target(self, question: Question, text: str) -> Belief | None:
+        """How to ask for the belief after ``text``, a rollout up to one of its turns: alike after each of a question's.
+        None where it is not to be asked, as after a guess."""
+
+
+@runtime_checkable
+class PenaltyTask(Protocol):
+    """A task that knows turns to be invalid or of no use."""
+
+    def penalties(self, question: Question, text: str) -> list[float]:
+        """At most 0, of each turn of the policy in ``text``."""
+
+
+@runtime_checkable
+class ActionTask(Protocol):
+    """A task whose rollouts act: call tools, for one."""
+
+    def action_spans(self, question: Question, text: str) -> list[Action]:
+        """The actions in ``text``, in order and disjoint."""
+
+
+@runtime_checkable
+class HintTask(Protocol):
+    """A task that can help a rollout that went wrong."""
+
+    def hint(self, question: Question, text: str) -> str | None:
+        """What would have helped the rollout ``text``, in the environment's words; None where there is nothing."""
+
+
+@runtime_checkable
+class FamilyTask(Protocol):
+    """A task of several kinds of questions."""
+
+    def family(self, question: Question) -> str:
+        """The name of the question's kind."""
+
+
+@runtime_checkable
+class ReferenceTask(Protocol):
+    """A task that knows a worked solution of each question."""
+
+    def reference(self, question: Question) -> str:
+        """The solution, a step a line, the answer on the last one."""
+
+
+def family_of(task: Task, question: Question) -> str:
+    """The question's family; that of a task without families is the task."""
+    return task.family(question) if isinstance(task, FamilyTask) else task.name
