@@ -30,7 +30,8 @@ _CASES = {
     "reflection_rewards": (),  # the number of groups is data: see tests/test_reflection.py
     "policy_loss": ("grpo", "dapo_full", "gspo_full", "kl_cov", "branch_cispo", "tree_grpo", "tree_gspo"),
 }
-LONG = ("tree_gspo", "tree_grpo", "tree_full", "kl_cov", "dapo_full", "gspo_full")  # graphs of more than three seconds
+# graphs of more than three seconds
+LONG = ("tree_gspo", "tree_grpo", "tree_full", "kl_cov", "dapo_full", "gspo_full", "gspo", "full")
 _PAIRS = [(s, c) for s in SPECS for c in s.cases if c.name in _CASES[s.name]]
 
 

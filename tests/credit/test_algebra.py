@@ -33,7 +33,7 @@ def sixtyfourths(low: int, high: int) -> st.SearchStrategy[float]:
     return st.integers(64 * low, 64 * high).map(lambda x: x / 64)
 
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 
 
 def tokens_of(spec: credit.Spec, rollouts: credit.Rollouts) -> torch.Tensor:

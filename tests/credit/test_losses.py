@@ -57,11 +57,12 @@ SPECS = {
     "leaves": credit.recipe("treepo").gate("ok"),
     "unlikely tokens": credit.recipe("spo"),
 }
+KINDS = ("cispo", "sapo", "luspo")
 WHOLE = ("rows", "gated rows", "whitened rows", "leaves")
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("kind", ("grpo", "cispo", "sapo", "gspo", "luspo"))
+@pytest.mark.parametrize("kind", ("grpo", "gspo", *(pytest.param(x, marks=pytest.mark.slow) for x in KINDS)))
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_tree_is_flat(name: str, kind: str, aggregate: str) -> None:
     x, old = grown(len(name))

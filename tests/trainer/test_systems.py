@@ -293,7 +293,10 @@ def a_task_for(recipe: str) -> str:
     return next(name for name in names if needed is None or needed.met(load_task(name)))
 
 
-@pytest.mark.parametrize("recipe", SYSTEMS)
+QUICK = ("toolpo", "delta_belief", "feedback")  # spans, scores and a teacher
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in SYSTEMS])
 def test_every_system_trains_and_resumes(config: Make, recipe: str) -> None:
     settings = {"recipe": recipe, "task": a_task_for(recipe), "max_new": 30, "steps": 4}
     whole = training.train(config("whole", **settings))

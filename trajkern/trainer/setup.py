@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from trajkern.credit import Spec
-from trajkern.recipes import TREE_RECIPES
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups
 from trajkern.trainer.compose import composed, load_rubric, load_spec
@@ -165,8 +164,9 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
             "can be dealt"
         )
     spec = composed(spec, config.compose)
-    names = {"reward", "texts", "rows", "score", "spans:turn", "flags:well_formed", *kind.knows}
-    names |= {need for need in spec.needs if need.startswith("rows:")}  # known with the first batch
+    # a row's columns are known with the first batch
+    names = {"reward", "texts", "rows", "rows:*", "score", "sampler_logprobs", "spans:turn", "flags:well_formed"}
+    names |= kind.knows
     if config.compose.rubric is not None:
         names.add("flags:rubric")
     if kind.asks_task and GIVES_HINTS.met(task):
@@ -223,8 +223,6 @@ def check_ranks(config: TrainConfig, system: System, ranks: Ranks) -> None:
     if ranks.parts == 1:
         return
     check_parts(config.loss, "the run must have one rank of data")
-    if config.recipe in TREE_RECIPES and TREE_RECIPES[config.recipe].of_batch and config.credit is None:
-        raise ValueError(f"the run must have one rank of data with recipe {config.recipe!r}: it compares all prompts")
     whole = keeps_groups(config, system)
     if config.prompts * (1 if whole else config.rollouts) < ranks.parts:
         because = f" (the recipe {config.recipe}, or a rubric or a control, keeps groups on one rank)" if whole else ""
