@@ -143,6 +143,9 @@ class Rollouts:
     @property
     def names(self) -> set[str]:
         """What there is to read, as a credit's ``needs`` calls it."""
+        return self.once("names", self._names)
+
+    def _names(self) -> set[str]:
         found = {*self.rewards} if self.rewards else set()
         for kind in ("spans", "span_rewards", "flags"):
             found |= {f"{kind}:{name}" for name in getattr(self, kind)}
@@ -265,6 +268,11 @@ def widened(x: Tensor) -> Tensor:
 def _span_reward(name: str, x: Any, device: torch.device) -> Tensor:
     check_tensor(f"span_rewards[{name!r}]", x, dtypes=_REWARDS, ndim=1, device=device)
     return widened(x.detach())
+
+
+def spans_each(owner: Tensor, count: int) -> Tensor:  # [S] int64
+    """How many spans each of ``count`` rollouts has, int64 ``[N]``."""
+    return torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(0, owner, torch.ones_like(owner))
 
 
 def check_counted(name: str, x: Tensor, where: Tensor) -> None:

@@ -22,7 +22,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit.part import written_call
-from trajkern.credit.rollouts import Rollouts, widened
+from trajkern.credit.rollouts import Rollouts, spans_each, widened
 from trajkern.ops.reflection import reflection_rewards
 from trajkern.recipes import delta_belief, dro
 from trajkern.recipes._groups import pair_ids
@@ -210,7 +210,7 @@ def _ends_of(rollouts: Rollouts, name: str) -> list[int]:
 def _beliefs(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """See :meth:`BeliefGain.beliefs`."""
     turns, device = rollouts.spans["turn"], rollouts.device
-    counts = group_counts(turns.trajectory, len(rollouts))
+    counts = spans_each(turns.trajectory.long(), len(rollouts))
     bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
     asked, contexts, targets = [], [], []
     for n, stops in enumerate(_stops(rollouts, counts.tolist())):
@@ -237,10 +237,3 @@ def _stops(rollouts: Rollouts, counts: list[int]) -> Iterator[list[int]]:
         stops = [start - low for start in starts[first : first + count]] + [high - low]
         first += count
         yield stops[:-1] if over[n] and count else stops
-
-
-def group_counts(owner: Tensor, count: int) -> Tensor:
-    """How many spans each rollout has, int64 ``[N]``."""
-    return torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(
-        0, owner.long(), torch.ones_like(owner, dtype=torch.int64)
-    )

@@ -13,7 +13,7 @@ from trajkern._checks import check_choice, check_count, check_number
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit.part import Call, Function, Learns, Part, named, needs_of, resolved_function, written, written_call
 from trajkern.credit.result import to_tokens
-from trajkern.credit.rollouts import check_counted, widened
+from trajkern.credit.rollouts import check_counted, spans_each, widened
 from trajkern.credit.spec import GateSet, Spec
 from trajkern.ops.advantage import BASELINES, SCALES, SINGLETONS, group_advantages
 from trajkern.recipes import delta_belief, nsr
@@ -187,9 +187,7 @@ class OfTurns(Term):
         if passed is not None:
             values, weights = torch.where(passed[owner], values, 0), torch.where(passed[owner], weights, 0)
         call.report("delta_belief", values, weights)
-        turned = torch.zeros(len(rollouts), dtype=torch.int64, device=rollouts.device).index_add(
-            0, owner, torch.ones_like(owner)
-        )
+        turned = spans_each(owner, len(rollouts))
         keep = torch.ones_like(turned, dtype=torch.bool) if passed is None else passed
         return Part(spans={"turn": values}, learns=(Learns(keep, None, turned == 0),))
 
@@ -266,7 +264,7 @@ class Signs(Term):
         return frozenset((self.reward,))
 
     def formed(self, call: Call, gates: GateSet) -> Part:
-        reward, passed = call.rollouts.rewards[self.reward], call.passed(gates)  # type: ignore[index]
+        reward, passed = call.rollouts.reward(self.reward), call.passed(gates)
         scored = ~reward.isnan()
         rows, keep = nsr.advantages(reward.nan_to_num(), kind=self.kind, positive_weight=self.positive_weight)
         keep = keep & scored if passed is None else keep & scored & passed

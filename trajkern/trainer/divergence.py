@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.recipes import sdpo
 from trajkern.trainer.forest import Lesson
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import pack_pieces, runs
@@ -66,8 +67,7 @@ def measured(
         both = {**head, **of_teacher, "teacher_hidden": teacher}
         return tk.linear_divergence(states, beta=term.beta, temperature=temperature, **both)
     with torch.no_grad():
-        logits = policy(pack.tokens, pack.cu_seqlens, rows).float() / temperature
-    likely, ids = logits.log_softmax(-1).topk(min(term.k, logits.shape[1]))
-    each = torch.arange(len(rows)).repeat_interleave(ids.shape[1])
-    of_policy = tk.linear_logprobs(states, targets=ids.flatten(), rows=each, temperature=temperature, **head)
-    return tk.topk_divergence(of_policy.view_as(likely), likely, beta=term.beta)
+        likely = sdpo.topk(policy(pack.tokens, pack.cu_seqlens, rows), term.k, temperature=temperature)
+    each = torch.arange(len(rows)).repeat_interleave(likely.ids.shape[1])
+    of_policy = tk.linear_logprobs(states, targets=likely.ids.flatten(), rows=each, temperature=temperature, **head)
+    return tk.topk_divergence(of_policy.view_as(likely.logprobs), likely.logprobs, beta=term.beta)
