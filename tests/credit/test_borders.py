@@ -263,3 +263,17 @@ def test_no_rollouts() -> None:
     for name in ("grpo", "nsr", "feedback", "dro", "delta_belief"):
         found = credit.recipe(name)(x)
         assert found.advantages.shape == found.mask.shape == found.keep.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_integers_that_float32_does_not_tell_apart(dtype: torch.dtype) -> None:
+    x, large = rollouts(), torch.tensor([2**24 + 1, 2**24, 0, 0], dtype=dtype)
+    for make in (
+        lambda: credit.Rollouts(x.batch, {"reward": large}),
+        lambda: credit.Rollouts(x.batch, span_rewards={"turn": -large}),
+        lambda: credit.outcome(lambda rollouts: large)(x),
+    ):
+        with pytest.raises(ValueError, match=r"must be integers of a magnitude of at most 2\^24"):
+            make()
+    exact = credit.outcome(scale="none", singleton="zero")(credit.Rollouts(x.batch, {"reward": large.double()}))
+    assert exact.rows is not None and exact.rows[0] - exact.rows[1] == 1

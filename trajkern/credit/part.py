@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_shape, check_tensor, describe
+from trajkern._checks import check_shape, check_tensor, describe, readable
 from trajkern.credit.result import to_tokens
-from trajkern.credit.rollouts import Rollouts
+from trajkern.credit.rollouts import Rollouts, check_whole
 from trajkern.layouts.spans import Spans
 from trajkern.ops.span import span_reduce, spread
 
@@ -110,6 +110,8 @@ class Call:
         name = f"the result of {named(key[0] if key else function)}"
         check_tensor(name, x, dtypes=dtypes, device=self.rollouts.device)
         check_shape(name, x, (count,), what)
+        if readable(x):
+            check_whole(name, x)
         return x.detach()
 
     def passed(self, gates: frozenset[Any]) -> Tensor | None:

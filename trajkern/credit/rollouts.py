@@ -199,6 +199,7 @@ class Rollouts:
     def _reward(self, name: str, x: Any) -> Tensor:
         check_tensor(name, x, dtypes=_REWARDS, device=self.device)
         check_shape(name, x, (len(self),), "one reward a rollout")
+        check_whole(name, x)
         return widened(x.detach())
 
     def _check_spans(self, name: str, x: Any) -> None:
@@ -267,7 +268,14 @@ def widened(x: Tensor) -> Tensor:
 
 def _span_reward(name: str, x: Any, device: torch.device) -> Tensor:
     check_tensor(f"span_rewards[{name!r}]", x, dtypes=_REWARDS, ndim=1, device=device)
+    check_whole(f"span_rewards[{name!r}]", x)
     return widened(x.detach())
+
+
+def check_whole(name: str, x: Tensor) -> None:
+    """ValueError for integers that float32 does not tell apart. Reads device values."""
+    if x.dtype in INTEGERS and bool((x.abs() > 2**24).any()):
+        raise ValueError(f"{name} must be integers of a magnitude of at most 2^24, which float32 holds, or float64")
 
 
 def spans_each(owner: Tensor, count: int) -> Tensor:  # [S] int64
