@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trajkern._bench.experiments.arms import run_arms
-from trajkern._bench.experiments.comparisons import COMPARISONS
+from trajkern._bench.experiments.rows import COMPARISONS
 
 OUT, REPORT = Path("runs/reproduce"), Path("bench/reproduction.md")
 SEEDS = (10, 11, 12)  # settings were chosen on seed 0

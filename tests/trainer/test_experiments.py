@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from trajkern._bench.experiments import controls, reproduce
-from trajkern._bench.experiments.comparisons import COMPARISONS, Comparison
+from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
 from trajkern._bench.experiments.reproduce import measured, table
+from trajkern._bench.experiments.rows import COMPARISONS
 from trajkern.trainer.config import TrainConfig, parse
 from trajkern.trainer.train import train
 
@@ -29,10 +30,21 @@ def test_every_arm_has_flags_that_the_trainer_knows(row: str) -> None:
         assert config.seed == 3 and config.steps > 0
 
 
+def test_a_row_names_its_own_arms() -> None:
+    arms = {"one": "", "two": ""}
+    for test, said in (
+        (Test("pass@1", "one"), "against must be .* one of two; got 'one'"),
+        (Test("pass@1", "two", matters=0.0), "matters must be above 0 or None, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Comparison("c", "n", "", arms, (test,))
+    with pytest.raises(ValueError, match="panel.arms must be arms, one, two; got three"):
+        Comparison("c", "n", "", arms, (), panel=Panel(arms=("one", "three")))
+
+
 def test_a_row_runs_once_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {
-        "small": Comparison("nothing", SMALL, {"grpo": "--recipe grpo", "psr": "--recipe psr"}, ("pass@1", "pass@4"))
-    }
+    arms = {"grpo": "--recipe grpo", "psr": "--recipe psr"}
+    rows = {"small": Comparison("nothing", "nothing", SMALL, arms, (Test("pass@1", "psr"),), ("pass@1", "pass@4"))}
     monkeypatch.setattr(reproduce, "COMPARISONS", rows)
     monkeypatch.setattr(reproduce, "COMMON", "--time-limit 1e9 --threads 1")
     monkeypatch.setattr(reproduce, "OUT", tmp_path / "runs")
@@ -50,7 +62,7 @@ def test_a_row_runs_once_and_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_table_is_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Comparison("c", "-f", {"one": "", "two": ""}, ("pass@1", "val_pass@1 >= 0.5"))
+    row = Comparison("c", "n", "-f", {"one": "", "two": ""}, (), ("pass@1", "val_pass@1 >= 0.5"))
     monkeypatch.setattr(reproduce, "COMPARISONS", {"r": row})
 
     def result(arm: str, seed: int, value: float, curve: list[list[float]]) -> dict:
