@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trajkern.trainer.evaluate import by_family
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.ranks import ALONE
-from trajkern.trainer.systems.actions import actions_of, token_ranges
+from trajkern.trainer.systems.actions import actions_of, token_ranges, tokens_within
 from trajkern.trainer.systems.base import Played
 from trajkern.trainer.tasks import (
     Action,
@@ -135,6 +136,15 @@ def test_an_action_s_tokens_are_those_that_overlap_it() -> None:
     assert token_ranges(policy, tokens, actions) == [(1, 2), (2, 5), (6, 8)]
     halves = [Action(0, 5, True), Action(5, 6, False), Action(6, 8, True)]
     assert token_ranges(policy, tokens, halves) == [(1, 3), (3, 4), (4, 4)], "a token is of one action"
+
+
+def test_a_part_s_tokens_are_those_within_it() -> None:
+    """Spelt "  A1\\nB2\\nC": the text is all but the blanks, and some tokens write across the ends of a line."""
+    policy: Any = Pieces(" ", " A", "1\n", "B", "2", "\nC")
+    tokens = [0, 1, 2, 3, 4, 5]
+    assert tokens_within(policy, tokens, 0, 3) == (0, 3) and tokens_within(policy, tokens, 0, 0) == (0, 0)
+    assert tokens_within(policy, tokens, 3, 6) == (3, 5), "the last newline is of the next line's token"
+    assert tokens_within(policy, tokens, 6, 7) == (6, 6) and tokens_within(policy, tokens, 2, 2) == (3, 3)
 
 
 @pytest.mark.parametrize("actions", [[(0, 2), (1, 3)], [(2, 2)], [(0, 9)], [(-1, 1)]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 
 import torch
 
@@ -51,14 +52,25 @@ def action_spans(policy: Policy, played: Played, actions: list[list[Action]]) ->
 def token_ranges(policy: Policy, tokens: list[int], actions: list[Action]) -> list[tuple[int, int]]:
     """The first token of each action in a completion, and the one after its last."""
 
-    def written(count: int) -> int:
-        return len(policy.spelling(tokens[:count]))
-
-    counts, whole = range(len(tokens) + 1), policy.spelling(tokens)
-    cut = whole.index(policy.text(tokens))  # the text that actions are marked in may begin later
-    ranges, last = [], 0
+    ranges, last, (counts, written, cut) = [], 0, _spelt(policy, tokens)
     for action in actions:
         first = max(bisect_right(counts, cut + action.begin, key=written) - 1, last)
         last = max(bisect_left(counts, cut + action.end, key=written), first)
         ranges.append((first, last))
     return ranges
+
+
+def tokens_within(policy: Policy, tokens: list[int], begin: int, end: int) -> tuple[int, int]:
+    """The first token of a completion that lies wholly in characters ``begin:end`` of its text, and the one after the
+    last. What stands before the text is part of its beginning."""
+    counts, written, cut = _spelt(policy, tokens)
+    first, last = (bisect_left(counts, cut + at if at else 0, key=written) for at in (begin, end))
+    last -= written(last) > (cut + end if end else 0)
+    return first, max(first, last)
+
+
+def _spelt(policy: Policy, tokens: list[int]) -> tuple[range, Callable[[int], int], int]:
+    """How many tokens there may be, how many characters so many write, and where among these the text begins."""
+    whole = policy.spelling(tokens)
+    cut = whole.index(policy.text(tokens))  # the text that parts are marked in may begin later
+    return range(len(tokens) + 1), lambda count: len(policy.spelling(tokens[:count])), cut

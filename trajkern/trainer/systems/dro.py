@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from trajkern import Spans, credit
 from trajkern.recipes import dro
+from trajkern.trainer.systems.actions import tokens_within
 from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
 from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.base import Question
-from trajkern.trainer.tasks.capabilities import ReferenceTask
+from trajkern.trainer.tasks.capabilities import ReferenceTask, reasoning_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DRO:
 
 
 class Reflection(GroupSystem):
-    """Knows the reward "reflection", the flag "in_reach" and the spans "reasoning", each rollout's lines of work.
+    """Knows the reward "reflection", the flag "in_reach" and the spans "reasoning", of which a rollout has one or none.
 
     One scoring forward of the reference answer under the reasoning; no verifier needed.
     """
@@ -82,7 +82,9 @@ class Reflection(GroupSystem):
         )
         in_reach = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)
         reference = torch.tensor([len(self.reference(q)) for q in played.questions])
-        written = torch.tensor([len(_answer(text)) for text in played.texts])
+        written = torch.tensor(
+            [len(self.answer(q, text)) for q, text in zip(played.questions, played.texts, strict=True)]
+        )
         of_length = dro.length_reward(written, reference, beta=settings.length_beta)
         rewards = reward(rollouts) + settings.length_weight * of_length
         return {"reward": played.rewards, "reflection": rewards, "in_reach": in_reach(rollouts)}
@@ -96,22 +98,21 @@ class Reflection(GroupSystem):
     def reference(self, question: Question) -> str:
         """The answer that ends the task's own solution."""
         assert isinstance(self.task, ReferenceTask)
-        return _answer(self.task.reference(question))
+        return self.answer(question, self.task.reference(question))
+
+    def answer(self, question: Question, text: str) -> str:
+        """Without the reasoning."""
+        return text[reasoning_of(self.task, question, text)[1] :]
 
     def reasoning(self, played: Played) -> Spans:
-        """Each completion up to its last newline."""
-        batch, ranges = played.batch, []
-        for n, (first, last) in enumerate(pairwise(batch.cu_seqlens.tolist())):
-            begin = first + int(batch.loss_mask[first:last].int().argmax())  # the completion's first token
-            tokens, stop = batch.tokens[first:last].tolist(), last
-            while stop > begin and not self.policy.spelling(tokens[stop - 1 - first : stop - first]).endswith("\n"):
-                stop -= 1
-            if stop > begin:
-                ranges.append((begin, stop, n, 0))
-        start, end, owner, index = torch.tensor(ranges, dtype=torch.int64).view(-1, 4).unbind(1)
-        return Spans(start, end, owner, index, batch.num_tokens)
-
-
-def _answer(text: str) -> str:
-    """Without the lines of work."""
-    return text.rpartition("\n")[2]
+        """The tokens of each completion that lie wholly in its reasoning."""
+        batch, rows = played.batch, []
+        bounds = batch.cu_seqlens.tolist()
+        for n, (question, text) in enumerate(zip(played.questions, played.texts, strict=True)):
+            begin = bounds[n] + int(batch.loss_mask[bounds[n] : bounds[n + 1]].int().argmax())  # after the prompt
+            tokens = batch.tokens[begin : bounds[n + 1]].tolist()
+            first, end = tokens_within(self.policy, tokens, *reasoning_of(self.task, question, text))
+            if first < end:
+                rows.append((begin + first, begin + end, n, 0))
+        start, stop, owner, index = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
+        return Spans(start, stop, owner, index, batch.num_tokens)

@@ -14,8 +14,10 @@ from trajkern.trainer.tasks.capabilities import (
     FamilyTask,
     HintTask,
     PenaltyTask,
+    ReasoningTask,
     ReferenceTask,
     family_of,
+    reasoning_of,
 )
 from trajkern.trainer.tasks.gym import SPECS, GymTask
 from trajkern.trainer.tasks.jsonl import JsonlTask
@@ -80,12 +82,14 @@ __all__ = [
     "JsonlTask",
     "PenaltyTask",
     "Question",
+    "ReasoningTask",
     "ReferenceTask",
     "Reply",
     "Splits",
     "Task",
     "family_of",
     "load_task",
+    "reasoning_of",
     "task_label",
     "task_names",
 ]

@@ -77,6 +77,30 @@ class ReferenceTask(Protocol):
         """The solution, a step a line, the answer on the last one."""
 
 
+@runtime_checkable
+class ReasoningTask(Protocol):
+    """A task that knows which part of a text is reasoning; elsewhere it is all up to the last newline."""
+
+    def reasoning(self, question: Question, text: str) -> tuple[int, int]:
+        """Where in ``text`` the reasoning begins and ends, in characters; what stands behind it is the answer."""
+
+
 def family_of(task: Task, question: Question) -> str:
     """The question's family; that of a task without families is the task."""
     return task.family(question) if isinstance(task, FamilyTask) else task.name
+
+
+def reasoning_of(task: Task, question: Question, text: str) -> tuple[int, int]:
+    """Where in ``text`` the reasoning begins and ends.
+
+    Raises:
+        ValueError: a task whose reasoning is no part of the text.
+    """
+    if not isinstance(task, ReasoningTask):
+        return 0, text.rfind("\n") + 1
+    begin, end = task.reasoning(question, text)
+    if not 0 <= begin <= end <= len(text):
+        raise ValueError(
+            f"the reasoning of task {task.name} must be a part of a text of {len(text)} characters; got {begin}:{end}"
+        )
+    return begin, end
