@@ -16,7 +16,9 @@ from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.systems.base import Played
+from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.systems.plain import differs
 
 Make = Callable[..., TrainConfig]
@@ -89,6 +91,27 @@ def test_flags_add_to_any_recipe(config: Make, lessons: list, recipe: str) -> No
     assert (rollouts.teacher_logprobs != rollouts.batch.sampler_logprobs)[wrong].float().mean() > 0.9
 
 
+def test_flags_dealt_to_other_prompts() -> None:
+    """Three prompts, whose rollouts lie apart, and the flags of the third, the first and the second in their place."""
+    groups, flags = torch.tensor([1, 0, 2, 1, 0, 2]), torch.tensor([0, 1, 1, 0, 0, 1]).bool()
+    found = collecting.exchanged(flags, groups, torch.tensor([2, 0, 1]), ALONE)
+    assert found.int().tolist() == [1, 1, 0, 0, 1, 0]
+
+
+def test_a_random_drop_keeps_as_many_prompts(config: Make, lessons: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, original = [], collecting.exchanged
+    monkeypatch.setattr(collecting, "exchanged", lambda flags, *rest: own.append(flags) or original(flags, *rest))
+    settings = {"task": "chain_sum_steps", "recipe": "dro", "dro": DRO(drop_fraction=0.25), "control": "random-drop"}
+    training.train(config(**settings, steps=3))
+    for flags, (rollouts, lesson) in zip(own, lessons, strict=True):
+        dealt, groups = rollouts.flags["in_reach"], rollouts.batch.group_ids
+        assert flags.sum() == dealt.sum() == 12 * 4
+        assert torch.isin(lesson.credit.rollouts.batch.group_ids, groups[dealt]).all()
+    assert not all(
+        torch.equal(flags, rollouts.flags["in_reach"]) for flags, (rollouts, _) in zip(own, lessons, strict=True)
+    )
+
+
 own_credit = credit.outcome() + 0.5 * credit.outcome("confidence", baseline="none", scale="none").gate("well_formed")
 distils = credit.outcome() + 0.5 * credit.divergence(where="failed", k=5)
 asks_too_much = credit.outcome() + credit.outcome().on("sentence")
@@ -126,6 +149,10 @@ def test_a_divergence_is_a_term_of_the_loss(config: Make, lessons: list) -> None
         ({"recipe": "toolpo"}, "task must be one with `action_spans` .*, for the recipe toolpo; got 'chain_sum'"),
         ({"recipe": "tree_grpo", "task": "tools"}, "task must be one without an environment"),
         ({"recipe": "delta_belief", "task": "twenty_questions", "control": "random-rewards"}, "control must be one of"),
+        (
+            {"control": "random-drop"},
+            "control must not be random-drop for the recipe grpo, which drops nothing by a flag",
+        ),
         ({"recipe": "feedback", "task": "tools"}, "task must be one with `hint`, for the recipe feedback; got 'tools'"),
         ({"compose": Compose(rubric="nowhere:at_all")}, "compose.rubric must be .*got 'nowhere:at_all'"),
         ({"compose": Compose(rubric="json:at_all")}, "compose.rubric must be"),

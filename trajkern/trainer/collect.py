@@ -14,7 +14,7 @@ from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.divergence import HINTED
 from trajkern.trainer.evaluate import each, rewards_of
 from trajkern.trainer.forest import Lesson
-from trajkern.trainer.ranks import Rows
+from trajkern.trainer.ranks import Ranks, Rows
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, System, Values
@@ -38,8 +38,11 @@ def collect(run: Run, questions: list[Question]) -> tuple[Values, Lesson | None]
         values: Local = {"reward": played.rewards, "sampled": sampled, "rollouts": len(played.questions)}
         with run.clock.timing("training"):
             remember(system, played)
-            chances = chances_of(run, rows) if run.config.control == "random-rewards" else None
-            rollouts = known(run, played, chances, values)
+            control, order = run.config.control, None
+            chances = chances_of(run, rows) if control == "random-rewards" else None
+            if control == "random-drop":
+                order = torch.randperm(len(questions), generator=run.generator, device=run.generator.device)
+            rollouts = known(run, played, chances, values, order)
             values |= system.report(rollouts, run.spec.needs)
             lesson = credited(run, played, rollouts, values)
     merged = run.ranks.merged(values)
@@ -51,11 +54,19 @@ def collect(run: Run, questions: list[Question]) -> tuple[Values, Lesson | None]
 
 def keeps_groups(config: TrainConfig, system: System) -> bool:
     """Whether each group is played and credited on one rank: to deal or to gate rollouts takes all of their group."""
-    return config.control == "random-rewards" or config.compose.rubric is not None or not system.splits_groups
+    dealt = config.control in ("random-rewards", "random-drop")
+    return dealt or config.compose.rubric is not None or not system.splits_groups
 
 
-def known(run: Run, played: Played, chances: Tensor | None, values: Local) -> credit.Rollouts:
-    """The rollouts with all that the run's credit reads; their signals dealt by ``chances`` where there are some."""
+def known(
+    run: Run,
+    played: Played,
+    chances: Tensor | None,  # [N] in [0, 1)
+    values: Local,
+    order: Tensor | None = None,  # [G]
+) -> credit.Rollouts:
+    """The rollouts with all that the run's credit reads; where they are given, their signals dealt by ``chances``, or
+    the flags of prompt ``order[g]`` to prompt g."""
     system, needs, batch = run.system, run.spec.needs, played.batch
     signals = system.signals(played, needs)
     kept = judged(run, played, values)
@@ -69,6 +80,8 @@ def known(run: Run, played: Played, chances: Tensor | None, values: Local) -> cr
     pairs = list(zip(played.questions, played.texts, strict=True))
     if "flags:well_formed" in needs:
         flags["well_formed"] = torch.tensor([system.task.read(q, text).well_formed for q, text in pairs])
+    if order is not None:
+        flags = {name: exchanged(flag, batch.group_ids, order, run.ranks) for name, flag in flags.items()}
     rows = [{**q.entry, "prompt": q.prompt, "text": q.text, "answer": q.answer} for q, _ in pairs]
     prompts: list[list[int] | None] = [None] * len(rows)
     if needs & {"teacher_logprobs", "divergence"}:
@@ -166,3 +179,13 @@ def dealt(groups: Tensor, chances: Tensor) -> Tensor:  # [N], [N] in [0, 1)
     order = chances.argsort()
     order = order[groups[order].argsort(stable=True)]
     return torch.empty_like(order).scatter(0, groups.argsort(stable=True), order)
+
+
+def exchanged(flags: Tensor, groups: Tensor, order: Tensor, ranks: Ranks) -> Tensor:  # [N], [N], [G]
+    """The flags of prompt ``order[g]`` as those of prompt g, ``[N]``: as many are kept of as many prompts.
+
+    Each rank holds whole groups, in their order, and all groups are of one size.
+    """
+    place, own = groups.argsort(stable=True), groups.unique()
+    every = torch.tensor(ranks.gather(flags[place].view(len(own), -1).tolist()), dtype=flags.dtype)
+    return torch.empty_like(flags).scatter(0, place, every[order[own]].flatten())

@@ -18,7 +18,7 @@ from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.tree_sampling import TreeShape
 
 PROGRAM = "trajkern train"
-Control = Literal["none", "random-rewards", "supervised"]
+Control = Literal["none", "random-rewards", "random-drop", "supervised"]
 Head = Literal["fused", "eager"]
 T = TypeVar("T")
 
@@ -87,7 +87,8 @@ class TrainConfig:
         recipe: how rollouts are drawn, and how rewards become advantages; an unknown name lists them.
         credit: package.module:name of a trajkern.credit expression, in place of the recipe's own.
         control: "none" trains; "random-rewards" deals each group's rewards to its
-            rollouts at random; "supervised" spends the same compute on more warm-up.
+            rollouts at random; "random-drop" deals each prompt's flags, by which a gate drops, to
+            another at random; "supervised" spends the same compute on more warm-up.
         seed: decides questions, weights and samples.
         steps: batches of rollouts.
         prompts: questions (groups) a step.

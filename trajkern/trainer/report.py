@@ -61,7 +61,7 @@ class Display:
     """A progress bar on a terminal, a line every few seconds elsewhere; nothing where ``quiet``."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = require("rich.console").Console(soft_wrap=True, highlight=False, quiet=quiet)
+        self._console = require("rich.console").Console(soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0

@@ -157,13 +157,15 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
         spec = kind.expression(recipe, settings_of(config))
         if issubclass(kind, PlainTrees) and config.drop_equal:
             spec = spec.gate(differs)
+    what = f"the recipe {recipe}" if config.credit is None else f"the credit {config.credit}"
     if config.control == "random-rewards" and (fixed := undealt(spec.needs)):
-        what = f"the recipe {recipe}" if config.credit is None else f"the credit {config.credit}"
         raise ValueError(
             f"control must be one of none, supervised for {what}, which reads {fixed}: only what whole rollouts earned "
             "can be dealt"
         )
     spec = composed(spec, config.compose)
+    if config.control == "random-drop" and not any(name.startswith("flags:") for name in spec.needs):
+        raise ValueError(f"control must not be random-drop for {what}, which drops nothing by a flag of its rollouts")
     # a row's columns are known with the first batch
     names = {"reward", "texts", "rows", "rows:*", "score", "sampler_logprobs", "spans:turn", "flags:well_formed"}
     names |= kind.knows
