@@ -14,6 +14,7 @@ from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.tasks.base import Question, Task
 from trajkern.trainer.tasks.capabilities import FamilyTask
+from trajkern.trainer.votes import votes
 
 _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from training's
 
@@ -22,8 +23,9 @@ _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from
 class Accuracy:
     """Shares of questions answered: by a sample on average, by any of k samples, by the most likely text.
 
-    ``details`` holds pass@2, pass@4, ... up to the number of samples, and what the task reports besides; ``families``
-    holds pass@1 of the questions of each family, where the task has families.
+    ``details`` holds pass@2, pass@4, ... up to the number of samples, vote@2, vote@4, ... where the task's answers can
+    be voted on, and what the task reports besides; ``families`` holds pass@1 of the questions of each family, where the
+    task has families.
     """
 
     pass_at_1: float
@@ -85,7 +87,7 @@ def evaluate(
     rewards = torch.cat(passed)
     powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     details: dict[str, float | None] = {f"pass@{k}": pass_at(rewards, k) for k in powers}
-    details |= task.statistics(asked, texts)
+    details |= votes(task, asked, texts, rewards) | task.statistics(asked, texts)
     return Accuracy(
         rewards.mean().item(),
         rewards.amax(1).mean().item(),

@@ -16,6 +16,7 @@ from trajkern.trainer.tasks.capabilities import (
     PenaltyTask,
     ReasoningTask,
     ReferenceTask,
+    VoteTask,
     family_of,
     reasoning_of,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "Reply",
     "Splits",
     "Task",
+    "VoteTask",
     "family_of",
     "load_task",
     "reasoning_of",

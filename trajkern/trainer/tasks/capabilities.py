@@ -5,6 +5,7 @@ A class defines the method, or, where only some of its tasks can answer, sets it
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from trajkern.trainer.tasks.base import Question, Task
@@ -83,6 +84,15 @@ class ReasoningTask(Protocol):
 
     def reasoning(self, question: Question, text: str) -> tuple[int, int]:
         """Where in ``text`` the reasoning begins and ends, in characters; what stands behind it is the answer."""
+
+
+@runtime_checkable
+class VoteTask(Protocol):
+    """A task in which several answers to a question can be put to the vote."""
+
+    def ballot(self, question: Question, text: str) -> Hashable | None:
+        """What ``text`` answers, in a form that is equal where answers mean the same, so that they earn the same; None
+        where it cannot be read."""
 
 
 def family_of(task: Task, question: Question) -> str:

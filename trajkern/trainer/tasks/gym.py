@@ -119,7 +119,7 @@ SPECS: dict[str, Spec] = {
 class GymTask(Task):
     """A task of ``SPECS``. Its entries are reasoning-gym's, which also verifies the answers.
 
-    It offers ``reference`` where answers show their work, and ``hint`` unless they state a confidence.
+    It offers ``ballot``, ``reference`` where answers show their work, and ``hint`` unless they state a confidence.
     """
 
     hint: Callable[[Question, str], str | None]
@@ -142,15 +142,23 @@ class GymTask(Task):
 
     def read(self, question: Question, text: str) -> Answer:
         """The verifier reads the last line where work is shown, and what stands before the confidence."""
+        answer, confidence = self._parts(text)
+        if answer is None:
+            return Answer(False, None, False)
+        return Answer(self._verifier.score_answer(answer, question.entry) >= PASSING_SCORE, confidence, True)
+
+    def ballot(self, question: Question, text: str) -> str | None:
+        return self._parts(text)[0]
+
+    def _parts(self, text: str) -> tuple[str | None, float | None]:
+        """What the verifier scores, None in a text that it does not read; and the confidence, where one is stated."""
         confidence = None
         if self._spec.confidence:
             parts = _CONFIDENCE.fullmatch(text)
             if not parts or int(parts[2]) > 100:
-                return Answer(False, None, False)
+                return None, None
             text, confidence = parts[1], int(parts[2]) / 100
-        if self._spec.work:
-            text = text.rpartition("\n")[2]
-        return Answer(self._verifier.score_answer(text, question.entry) >= PASSING_SCORE, confidence, True)
+        return text.rpartition("\n")[2] if self._spec.work else text, confidence
 
     def questions(self, split: int) -> Iterator[Question]:
         dataset = self._dataset(seed=(self.seed * 16 + split + 1) * STREAM, size=STREAM)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trajkern.trainer.tasks.base import Answer, Question, Splits, Task
 from trajkern.trainer.tasks.capabilities import Action
 from trajkern.trainer.tasks.tools import calls_in
-from trajkern.trainer.tasks.verifiers import Row, Verifier, load_verifier, problem
+from trajkern.trainer.tasks.verifiers import BALLOTS, Row, Verifier, load_verifier, problem
 
 TEXTS = ("prompt", "answer", "verifier", "reference", "hint", "family")
 COLUMNS = (*TEXTS, "actions", "data")
@@ -24,7 +24,8 @@ class JsonlTask(Task):
 
     A prompt's hash decides for good whether it is held out (10 %), for validation (10 %) or for training (80 %); the
     seed decides the order in which training questions are taken. A capability is offered where a line has its column:
-    ``hint``, ``family``, ``reference``, ``action_spans`` for the column ``actions``.
+    ``hint``, ``family``, ``reference``, ``action_spans`` for the column ``actions``; and
+    ``ballot`` where all verifiers are built-in ones.
 
     Raises:
         ValueError: a file that cannot be read or is empty; a line that is no such object, naming file, line, what was
@@ -37,6 +38,7 @@ class JsonlTask(Task):
     family: Callable[[Question], str]
     reference: Callable[[Question], str]
     action_spans: Callable[[Question, str], list[Action]]
+    ballot: Callable[[Question, str], Hashable | None]
 
     def __init__(self, name: str, seed: int = 0) -> None:
         super().__init__(name, seed)
@@ -56,6 +58,8 @@ class JsonlTask(Task):
             self.hint = lambda question, text: question.entry.get("hint")
         if any("actions" in row for row in self.rows):
             self.action_spans = lambda question, text: calls_in(text, question.entry.get("actions", ()))
+        if self._verifiers.keys() <= BALLOTS.keys():
+            self.ballot = lambda question, text: BALLOTS[question.entry["verifier"]](text)
 
     def read(self, question: Question, text: str) -> Answer:
         return self._verifiers[question.entry["verifier"]](question.entry, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from decimal import Decimal
 from typing import Any
 
@@ -23,8 +23,8 @@ def exact(row: Row, text: str) -> Answer:
 
 def number(row: Row, text: str) -> Answer:
     """The last number in the text has the answer's value: ``so 1,234.50.`` is ``1234.5``."""
-    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return Answer(bool(found) and _value(found[-1]) == _value(row["answer"].strip()), well_formed=bool(found))
+    found = _number_in(text)
+    return Answer(found == _value(row["answer"].strip()), well_formed=found is not None)
 
 
 def regex(row: Row, text: str) -> Answer:
@@ -38,6 +38,20 @@ def last_line(row: Row, text: str) -> Answer:
 
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "number": number, "regex": regex, "last_line": last_line}
+
+
+def _number_in(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return _value(found[-1]) if found else None
+
+
+# What a text answers in a verifier's eyes, None where it finds nothing: texts that answer alike are right alike.
+BALLOTS: dict[str, Callable[[str], Hashable | None]] = {
+    "exact": str.strip,
+    "number": _number_in,
+    "regex": str.strip,
+    "last_line": lambda text: text.strip().rpartition("\n")[2].strip(),
+}
 
 
 def load_verifier(name: str) -> Verifier:
