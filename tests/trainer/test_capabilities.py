@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.systems.actions import actions_of, token_ranges, tokens_within
 from trajkern.trainer.systems.base import Played
+from trajkern.trainer.systems.toolpo import ToolPO
 from trajkern.trainer.tasks import (
     Action,
     ActionTask,
@@ -31,6 +34,7 @@ from trajkern.trainer.tasks import (
     Question,
     ReferenceTask,
     Reply,
+    SimulatedTask,
     Task,
     load_task,
 )
@@ -41,14 +45,14 @@ OFFERED = {
     "chain_sum": {HintTask},
     "chain_sum_steps": {HintTask, ReferenceTask},
     "chain_sum_confidence": set(),
-    "tools": {ActionTask},
+    "tools": {ActionTask, SimulatedTask},
     "twenty_questions": {BeliefTask, PenaltyTask},
 }
 
 
 @pytest.mark.parametrize("name", OFFERED)
 def test_who_offers_what(name: str) -> None:
-    protocols = (HintTask, ReferenceTask, ActionTask, BeliefTask, PenaltyTask, FamilyTask)
+    protocols = (HintTask, ReferenceTask, ActionTask, BeliefTask, PenaltyTask, FamilyTask, SimulatedTask)
     assert {p for p in protocols if isinstance(load_task(name), p)} == OFFERED[name]
 
 
@@ -112,6 +116,69 @@ def test_a_family_s_lessons_follow_its_own_accuracy(config: Callable[..., TrainC
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     assert by_family(Boxes("boxes"), [red, green, red], rewards) == {"r": 0.25, "g": 1.0}
     assert by_family(load_task("tools"), [red, green, red], rewards) == {}
+
+
+class WithTool(Boxes):
+    """Boxes whose question is put to a tool."""
+
+    tool: Callable[[str], str]
+
+    def reply(self, question: Question, text: str) -> Reply | None:
+        return Reply(self.tool(text[-1])) if text[-1:] in ("a", "b") else None
+
+    def simulated(self, simulate: Callable[[str], str]) -> Task:
+        task = WithTool(self.name, self.seed)
+        task.tool = simulate
+        return task
+
+
+def simulator(call: str) -> str:
+    ASKED.append("simulator")
+    return "-"
+
+
+ASKED: list[str] = []
+
+
+def test_simulated_tools_answer_in_training_and_in_no_evaluation(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_task(name: str, seed: int) -> Task:
+        task = WithTool(name, seed)
+        task.tool = lambda call: ASKED.append("tool") or "+"
+        return task
+
+    monkeypatch.setattr(setup, "load_task", load_task)
+    settings = {"task": "boxes", "recipe": "toolpo", "toolpo": ToolPO(simulate=f"{__name__}:simulator")}
+    training.train(config(**settings, max_new=8, steps=1, warmup=replace(BRIEF, steps=20, check_every=100)))
+    assert [who for who, _ in groupby(ASKED)] == ["tool", "simulator", "tool"]
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "message"),
+    [
+        ("tools", "nowhere:tool", 'toolpo.simulate: "package.module:name" is expected, got .nowhere:tool'),
+        ("tools", f"{__name__}:ASKED", r"toolpo.simulate must be package.module:function; .* is \["),
+        (f"{__name__}:Boxes", f"{__name__}:simulator", "task must be one with `simulated`, for toolpo.simulate; got"),
+    ],
+)
+def test_simulators_that_cannot_be(task: str, name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.train(TrainConfig(task=task, recipe="toolpo", toolpo=ToolPO(simulate=name), out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+class Counts(Boxes):
+    """Rewards are whole numbers."""
+
+    def reward(self, question: Question, text: str) -> int:
+        return len(text) % 3
+
+
+def test_rewards_may_be_counts(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "load_task", lambda name, seed: Counts(name, seed))
+    result = training.train(config(task="boxes", recipe="toolpo", max_new=8, steps=1, warmup=BRIEF))
+    assert result.after.pass_at_1 > 0
 
 
 class Pieces:

@@ -16,7 +16,7 @@ from trajkern.trainer.tasks.tools import ELEMENTS, ToolTask
 from trajkern.trainer.tasks.twenty_questions import LIMIT, TwentyQuestions, read_game
 
 
-@pytest.fixture(params=["tools", "tools_long", "twenty_questions"])
+@pytest.fixture(params=["tools", "tools_long", "tools_fold", "twenty_questions"])
 def task(request: pytest.FixtureRequest) -> Task:
     return load_task(request.param, seed=2)
 
@@ -93,11 +93,11 @@ def test_tools() -> None:
     assert task.reward(question, right[:-1]) == 0 and task.reward(question, "") == 0
     twice = "<tool>Fe</tool>26;<tool>Fe</tool>26;<tool>37+26</tool>63;63"
     assert task.right_calls(question, twice) == 1
-    spans = [(twice[begin:end], right) for begin, end, right in task.action_spans(question, twice)]
+    spans = [(twice[x.begin : x.end], x.right) for x in task.action_spans(question, twice)]
     expected = [("<tool>Fe</tool>", True), ("<tool>Fe</tool>", False), ("<tool>37+26</tool>", False)]
     assert spans == expected
     odd = "<tool>Fe<tool>Fe</tool>26;x</tool>error;<tool>Fe</tool>26;<tool>U"
-    spans = [(odd[begin:end], right) for begin, end, right in task.action_spans(question, odd)]
+    spans = [(odd[x.begin : x.end], x.right) for x in task.action_spans(question, odd)]
     assert spans == [("<tool>Fe</tool>", False), ("x</tool>", False), ("<tool>Fe</tool>", True)]
     for call, result in (
         ("U", "92"),
@@ -111,6 +111,49 @@ def test_tools() -> None:
     assert task.reply(question, "<tool>Fe</tool") is None
     assert (ELEMENTS["H"], ELEMENTS["Au"], ELEMENTS["Og"], len(ELEMENTS)) == (1, 79, 118, 118)
     assert task.statistics([question, question], [right, "63"]) == {"calls": 1.0, "right_calls": 0.5}
+
+
+def test_folding() -> None:
+    task = ToolTask("tools_fold")
+    question = Question("Fe+37-Cu=", "", "", {"calls": ["Fe", "Cu", "26+37", "63-29"], "answer": "34"})
+    lookups = "<tool>Fe</tool>26;<tool>Cu</tool>29;"
+    assert task.reply(question, f"{lookups}<fold>26+37-29</fold>") == Reply("34;")
+    assert task.reply(question, f"{lookups}<fold>no sum</fold>") == Reply("error;")
+    text = f"{lookups}<fold>26+37-29</fold>34;<fold>Fe</fold>error;<tool>Fe</tool>26;34"
+    found = [(text[x.begin : x.end], x.right, x.folds) for x in task.action_spans(question, text)]
+    assert found == [
+        ("<tool>Fe</tool>", True, False),
+        ("<tool>Cu</tool>", True, False),
+        ("<fold>26+37-29</fold>", False, True),
+        ("<fold>Fe</fold>", False, True),
+        ("<tool>Fe</tool>", False, False),
+    ]
+    assert task.reward(question, text) == 1
+    shown = [q.answer for q in task.distinct(2, 60)]
+    assert 15 < sum("<fold>" in text for text in shown) < 45
+    plain = ToolTask("tools_long")
+    assert plain.reply(question, "<fold>1+1</fold>") is None and not plain.action_spans(question, "<fold>1+1</fold>")
+
+
+def test_simulated_tools() -> None:
+    """A simulator's answer stands in the place of the tools', of any length; calls are judged as ever."""
+    task, asked = ToolTask("tools"), []
+
+    def simulate(call: str) -> str:
+        asked.append(call)
+        return {"Fe": "twenty <tool>six</tool>"}.get(call, "63")
+
+    played = task.simulated(simulate)
+    question = Question("Fe+37=", "", "", {"calls": ["Fe", "26+37"], "answer": "63"})
+    assert played.reply(question, "<tool>Fe</tool>") == Reply("twenty <tool>six</tool>;") and asked == ["Fe"]
+    text = "<tool>Fe</tool>twenty <tool>six</tool>;<tool>26+37</tool>63;63"
+    assert [(x.end, x.right) for x in played.action_spans(question, text)] == [(15, True), (57, True)]
+    assert played.reward(question, text) == 1 and asked == ["Fe"]
+    assert task.reply(question, "<tool>Fe</tool>") == Reply("26;"), "the task itself asks its own tools"
+    with pytest.raises(TypeError, match=r"simulate must return a string, got 26 \(int\) for the call 'Fe'"):
+        task.simulated(lambda call: 26).reply(question, "<tool>Fe</tool>")
+    with pytest.raises(ValueError, match="simulate must return a text without ';' for task tools, got '2;6'"):
+        task.simulated(lambda call: "2;6").reply(question, "<tool>Fe</tool>")
 
 
 def test_a_game() -> None:

@@ -23,7 +23,7 @@ class Simulator(Protocol):
     Whether a call was right is judged by the call, as ever, not by the answer.
     """
 
-    def __call__(self, call: str) -> str:
+    def __call__(self, call: str, /) -> str:
         """What the tool would have said. An error that a tool reports is a text like any other; what is raised goes
         through, and ends the rollout."""
 

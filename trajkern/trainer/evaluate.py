@@ -38,7 +38,8 @@ class Accuracy:
 def rewards_of(policy: Policy, task: Task, questions: Sequence[Question], completions: list[list[int]]) -> Tensor:
     """The verifier's reward for each completion of its question, ``[N]``."""
     pairs = zip(questions, completions, strict=True)
-    return torch.tensor([task.reward(question, policy.text(tokens)) for question, tokens in pairs])
+    earned = [task.reward(question, policy.text(tokens)) for question, tokens in pairs]
+    return torch.tensor(earned, dtype=torch.float32)  # a count or a verdict is a reward, too
 
 
 def each(items: Sequence, copies: int) -> list:

@@ -183,9 +183,7 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
 def check_task(config: TrainConfig, task: Task) -> None:
     """Raise ValueError where the task lacks a capability that the recipe or a hint's term asks for, or the built-in
     model the characters of a file."""
-    requires = system_type(config.recipe).requires
-    if requires and not requires.met(task):
-        raise ValueError(f"task must be {requires.meaning}, for the recipe {config.recipe}; got {task.name!r}")
+    system_type(config.recipe).check(config.recipe, settings_of(config), task)
     if config.compose.hint_weight and not GIVES_HINTS.met(task):
         raise ValueError(f"task must be {GIVES_HINTS.meaning}, for compose.hint_weight; got {task.name!r}")
     if isinstance(task, JsonlTask) and config.model == "tiny":

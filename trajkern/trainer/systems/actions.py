@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from trajkern import Spans
+from trajkern import PackedBatch, Spans
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.systems.base import Played
 from trajkern.trainer.tasks.base import Task
@@ -39,14 +39,19 @@ def action_spans(policy: Policy, played: Played, actions: list[list[Action]]) ->
     The environment's tokens are no part of the loss, so a span may cover some.
     """
     batch, rows = played.batch, []
-    bounds = batch.cu_seqlens.tolist()
-    for n, some in enumerate(actions):
-        begin = bounds[n] + int(batch.loss_mask[bounds[n] : bounds[n + 1]].int().argmax())  # after the prompt
-        tokens = batch.tokens[begin : bounds[n + 1]].tolist()
+    for n, ((begin, last), some) in enumerate(zip(completions(batch), actions, strict=True)):
+        tokens = batch.tokens[begin:last].tolist()
         for number, (first, end) in enumerate(token_ranges(policy, tokens, some)):
             rows.append((begin + first, begin + end, n, number))
     start, stop, owner, index = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
     return Spans(start, stop, owner, index, batch.num_tokens)
+
+
+def completions(batch: PackedBatch) -> list[tuple[int, int]]:
+    """The tokens of each rollout after its prompt, the environment's too."""
+    bounds = batch.cu_seqlens.tolist()
+    masks = batch.loss_mask.split(batch.lengths.tolist())
+    return [(begin + int(x.int().argmax()), end) for begin, end, x in zip(bounds, bounds[1:], masks, strict=False)]
 
 
 def token_ranges(policy: Policy, tokens: list[int], actions: list[Action]) -> list[tuple[int, int]]:

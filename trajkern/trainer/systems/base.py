@@ -97,6 +97,12 @@ class System:
         """The recipe's credit, of what its rollouts know."""
         return credit.recipe(recipe)
 
+    @classmethod
+    def check(cls, recipe: str, settings: Any, task: Task) -> None:
+        """Raise ValueError where ``task`` lacks what the recipe asks of it."""
+        if cls.requires and not cls.requires.met(task):
+            raise ValueError(f"task must be {cls.requires.meaning}, for the recipe {recipe}; got {task.name!r}")
+
     def pool(self, splits: Splits) -> list[Question]:
         """The questions to train on."""
         return splits.train
@@ -146,5 +152,6 @@ class GroupSystem(System):
     def play(self, rollouts: Rollouts, questions: list[Question], groups: Tensor) -> Played:  # [N]
         """Read and verify these rollouts, the n-th of ``questions[n]``, in group ``groups[n]``."""
         texts = [self.policy.text(tokens) for tokens in rollouts.completions()]
-        rewards = torch.tensor([self.task.reward(q, text) for q, text in zip(questions, texts, strict=True)])
+        earned = [self.task.reward(q, text) for q, text in zip(questions, texts, strict=True)]
+        rewards = torch.tensor(earned, dtype=torch.float32)  # a count or a verdict is a reward, too
         return Played(questions, texts, pack_rollouts(rollouts, rewards, groups))

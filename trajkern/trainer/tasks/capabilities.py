@@ -5,7 +5,7 @@ A class defines the method, or, where only some of its tasks can answer, sets it
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from trajkern.trainer.tasks.base import Question, Task
@@ -22,11 +22,15 @@ class Belief(NamedTuple):
 
 
 class Action(NamedTuple):
-    """Characters ``begin:end`` of a rollout's text, in which the policy acted, and whether it was right to."""
+    """Characters ``begin:end`` of a rollout's text, in which the policy acted, and whether it was right to.
+
+    An action that ``folds`` the rollout's memory is credited by what it saves, not by being right.
+    """
 
     begin: int
     end: int
     right: bool
+    folds: bool = False
 
 
 @runtime_checkable
@@ -52,6 +56,14 @@ class ActionTask(Protocol):
 
     def action_spans(self, question: Question, text: str) -> list[Action]:
         """The actions in ``text``, in order and disjoint."""
+
+
+@runtime_checkable
+class SimulatedTask(Protocol):
+    """A task with tools, which something else may play while the policy is trained."""
+
+    def simulated(self, simulate: Callable[[str], str]) -> Task:
+        """This task, its tools' answers being ``simulate(call)``, a text, for each call that the policy makes."""
 
 
 @runtime_checkable
