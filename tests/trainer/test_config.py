@@ -79,6 +79,8 @@ def test_json_round_trip() -> None:
         ("--rollouts 1", "rollouts must be at least 2, got 1"),
         ("--tree.keep 9", "tree.keep must be at most tree.rounds .* = 3, got 9"),
         ("--temperature 0", "temperature must be above 0, got 0.0"),
+        ("--token-limit 0", "token_limit must be at least 1, got 0"),
+        ("--token-limit 9 --control supervised", "token_limit must not be given with control 'supervised'"),
         ("--resume nowhere.safetensors", "checkpoint must be an existing file; got nowhere.safetensors"),
         ("--control placebo", "placebo"),
         ("--stepz 3", "--stepz"),

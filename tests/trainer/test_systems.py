@@ -197,6 +197,7 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
     ]
     beliefs, bounds = torch.stack(expected), torch.tensor([0, 4, 6, 8])
     rollouts, found = credited(run, sample)
+    assert run.system.scored == 6 * len("cat\n")
     gains = beliefs.diff()[torch.tensor([0, 1, 2, 4, 6])]
     torch.testing.assert_close(rollouts.span_rewards["gain"], gains, rtol=0, atol=1e-5, equal_nan=True)
     rewards = delta_belief.turn_rewards(

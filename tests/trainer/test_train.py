@@ -27,7 +27,7 @@ Make = Callable[..., TrainConfig]
 def _records(folder: Path) -> list[dict]:
     """The metrics without what depends on the clock."""
     lines = (folder / METRICS).read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens/s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens/s", "seconds")} for line in lines]
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, step: str, after: int) -> None:
@@ -74,11 +74,15 @@ TREES = {"recipe": "tree_grpo", "task": "chain_sum_steps"}
 
 @pytest.mark.parametrize(
     ("step", "after", "changes"),
-    [("supervised_step", 5, {}), ("policy_step", 3, {}), ("policy_step", 3, TREES)],
+    [
+        ("supervised_step", 5, {}),
+        ("policy_step", 3, {"steps": 50, "token_limit": 1200}),
+        ("policy_step", 3, TREES),
+    ],
     ids=["warm-up", "main", "trees"],
 )
 def test_resume_equals_an_uninterrupted_run(
-    config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int, changes: dict[str, str]
+    config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int, changes: dict[str, Any]
 ) -> None:
     whole = training.train(config("whole", **changes))
     with monkeypatch.context() as patch:
@@ -90,7 +94,7 @@ def test_resume_equals_an_uninterrupted_run(
     resumed = training.train(parse(["--resume", str(checkpoint)]))
     assert resumed.checkpoint == checkpoint
     expected, came = load_file(whole.checkpoint), load_file(resumed.checkpoint)
-    assert expected.keys() == came.keys()
+    assert expected.keys() == came.keys() and resumed.steps == whole.steps
     assert [k for k in expected if not torch.equal(expected[k], came[k])] == []
     assert _records(resumed.metrics.parent) == _records(whole.metrics.parent)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
@@ -202,6 +206,23 @@ def test_the_time_limit_says_when_it_bites(config: Make, capsys: pytest.CaptureF
     result = training.train(config(time_limit=1e-6))
     assert result.steps == 0
     assert "time limit of 1e-06 s reached: stopped after 0 of 6 steps" in capsys.readouterr().out
+
+
+def test_the_token_limit_stops_the_run_and_its_learning_rate(
+    config: Make, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    original = training.set_lr
+    monkeypatch.setattr(training, "set_lr", lambda run, lr: (rates.append(lr), original(run, lr)))
+    begun = training.train(config(steps=2))
+    tokens = [r["tokens"] for r in _records(begun.metrics.parent) if r["phase"] == "main"]
+    assert tokens[1] == begun.clock.sampled and not begun.clock.scored
+    limit = 2 * tokens[1]
+    result = training.train(config("limited", steps=100, token_limit=limit))
+    spent = [r["tokens"] for r in _records(result.metrics.parent) if r["phase"] == "main"]
+    assert spent[0] == tokens[0] and spent[-2] < limit <= spent[-1]
+    assert f"token limit of {limit:,} reached: stopped after {result.steps} of 100 steps" in capsys.readouterr().out
+    assert rates[-result.steps :] == [5e-4 * (1 - 0.9 * x / limit) for x in [0, *spent[:-1]]]
 
 
 def test_damaged_or_foreign_checkpoints_overwrite_nothing(config: Make) -> None:

@@ -20,14 +20,13 @@ from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, System, Values
 from trajkern.trainer.systems.hints import hinted_logprobs, hinted_prompts
 from trajkern.trainer.systems.plain import PlainTrees, differs
-from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.base import Question
 from trajkern.trainer.tree_sampling import grow, leaf_chances, plant, thin
 
 
 def collect(run: Run, questions: list[Question]) -> tuple[Values, Lesson | None]:
     """A step's metrics so far, and what this rank trains of it; None where it has nothing left to learn from."""
-    system = run.system
+    system, scored = run.system, run.system.scored
     with run.ranks.gathered(run.policy):
         with run.clock.timing("sampling"):
             if isinstance(system, PlainTrees):
@@ -45,8 +44,10 @@ def collect(run: Run, questions: list[Question]) -> tuple[Values, Lesson | None]
             rollouts = known(run, played, chances, values, order)
             values |= system.report(rollouts, run.spec.needs)
             lesson = credited(run, played, rollouts, values)
+            values["scored"] = system.scored - scored
     merged = run.ranks.merged(values)
     run.clock.sampled += int(merged.pop("sampled") or 0)
+    run.clock.scored += int(merged.pop("scored") or 0)
     if merged.get("gated_rollouts") == merged.pop("rollouts"):
         run.display.say(f"step {run.step}: the gate let no rollout through; nothing was trained")
     return merged, lesson
@@ -93,7 +94,7 @@ def known(
         tree=None if played.forest is None else played.forest.tree,
         texts=played.texts,
         rows=[{**row, HINTED: prompt} for row, prompt in zip(rows, prompts, strict=True)],
-        score=scorer(run.policy),
+        score=system.score,
         teacher_logprobs=hinted_logprobs(system, played, prompts) if "teacher_logprobs" in needs else None,
         adds_divergences=True,
         process_group=run.ranks.data,

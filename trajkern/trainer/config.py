@@ -106,6 +106,8 @@ class TrainConfig:
             divide the ranks that torchrun starts.
         device: cpu, or cuda: one GPU a rank.
         time_limit: seconds after which no further step starts.
+        token_limit: tokens, sampled and scored by the policy for a reward in the main loop, after which no further
+            step starts; the learning rate then decays with them where they are ahead of the steps. By default none.
         threads: torch threads; by default one a physical core.
         head: "fused" never forms the logits; "eager" does, and shows at the end what that
             costs in time and memory.
@@ -144,6 +146,7 @@ class TrainConfig:
     tensor_parallel: int = 1
     device: str = "cpu"
     time_limit: float = 240.0
+    token_limit: int | None = None
     threads: int | None = None
     head: Head = "fused"
     reference: bool = False
@@ -173,6 +176,11 @@ class TrainConfig:
             raise ValueError(f"micro_tokens must be at least 1, got {self.micro_tokens}")
         if self.micro_tokens:
             check_parts(self.loss, "micro_tokens must not be given")
+        if self.token_limit is not None:
+            if self.token_limit < 1:
+                raise ValueError(f"token_limit must be at least 1, got {self.token_limit}")
+            if self.control == "supervised":
+                raise ValueError("token_limit must not be given with control 'supervised', which samples nothing")
         if self.questions < self.prompts:
             raise ValueError(f"questions must be at least prompts = {self.prompts}, got {self.questions}")
 

@@ -38,6 +38,7 @@ class Clock:
     """Tokens and seconds of sampling and of optimisation."""
 
     sampled: int = 0
+    scored: int = 0  # beside those sampled and trained: what a reward asked the policy about
     sampling: float = 0.0
     trained: int = 0
     shared: int = 0  # of those trained, what a prefix shared with another rollout saved
@@ -89,8 +90,10 @@ class Run:
     began: float = field(default_factory=time.monotonic)
 
     def record(self, values: dict[str, float | int | None]) -> None:
-        """Write a step's metrics and show them."""
-        values = {**values, "tokens/s": round(self.clock.rate)}
+        """Write a step's metrics and show them, with the phase's tokens and seconds so far."""
+        clock = self.clock
+        spent = {"tokens": clock.sampled + clock.scored, "seconds": round(clock.sampling + clock.training, 3)}
+        values = {**values, **spent, "tokens/s": round(clock.rate)}
         self.metrics.write(self.phase, self.step, values)
         self.display.step(self.step, values)
 

@@ -96,16 +96,15 @@ def begin_main(run: Run) -> None:
 
 
 def reinforce(run: Run) -> None:
-    """The main loop: a fixed number of steps, under a time limit that says so when it bites."""
+    """The main loop: a fixed number of steps, under limits of time and tokens that say so when they bite."""
     config = run.config
     run.display.begin(config.arm, config.steps, run.step)
     while run.step < config.steps:
         run.between_steps()
-        if run.ranks.any(time.monotonic() - run.began > config.time_limit):
-            limit = f"time limit of {config.time_limit:g} s reached"
-            run.display.say(f"{limit}: stopped after {run.step} of {config.steps} steps")
+        if limit := reached_limit(run):
+            run.display.say(f"{limit} reached: stopped after {run.step} of {config.steps} steps")
             break
-        decay = 1 - 0.9 * run.step / config.steps
+        decay = 1 - 0.9 * max(run.step / config.steps, share_of_tokens(run))
         if config.control == "supervised":
             set_lr(run, config.warmup.lr * decay)
             values = supervised_control(run)
@@ -117,6 +116,20 @@ def reinforce(run: Run) -> None:
             validate(run, values)
         run.record(values)
     run.display.end()
+
+
+def reached_limit(run: Run) -> str | None:
+    """The limit after which no further step starts, in words, once it is reached."""
+    config = run.config
+    if run.ranks.any(time.monotonic() - run.began > config.time_limit):
+        return f"time limit of {config.time_limit:g} s"
+    return f"token limit of {config.token_limit:,}" if share_of_tokens(run) >= 1 else None
+
+
+def share_of_tokens(run: Run) -> float:
+    """Of the token limit, what the main loop has sampled and scored; 0 without a limit."""
+    limit = run.config.token_limit
+    return (run.clock.sampled + run.clock.scored) / limit if limit else 0.0
 
 
 def policy_step(run: Run) -> Values:

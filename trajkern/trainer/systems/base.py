@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import Rollouts
+from trajkern.trainer.systems.scoring import score
 from trajkern.trainer.tasks.base import Question, Splits, Task
 from trajkern.trainer.tasks.capabilities import HintTask, ReferenceTask
 
@@ -73,6 +74,7 @@ class System:
         knows: what its rollouts know beside what all do, by the names of a credit's ``needs``.
         asks_task: whether its questions are the task's own, for which that may have hints.
         remembers: whether :meth:`learn` keeps anything.
+        scored: tokens whose log-prob was asked for so far, by :meth:`score` or under hints.
     """
 
     settings_type: ClassVar[type | None] = None
@@ -88,9 +90,16 @@ class System:
     policy: Policy
     ranks: Ranks = ALONE
     temperature: float = 1.0
+    scored: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         """Where a system adds what it makes of these."""
+
+    def score(self, contexts: Sequence[Any], targets: Sequence[Any], **options: Any) -> Any:
+        """``score`` of ``trajkern.credit.Rollouts``, by the policy; the targets' tokens are counted."""
+        found = score(self.policy, contexts, targets, **options)
+        self.scored += len(found[0])
+        return found
 
     @classmethod
     def expression(cls, recipe: str, settings: Any) -> credit.Spec:

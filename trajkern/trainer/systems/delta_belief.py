@@ -9,7 +9,6 @@ import torch
 
 from trajkern import Spans, credit
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
-from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.capabilities import Belief, BeliefTask, PenaltyTask
 
 INVALID = -5.0  # a turn that says nothing
@@ -66,7 +65,7 @@ class TurnBeliefs(GroupSystem):
             rows=[{"belief_target": belief.target, "belief_probe": belief.probe} for belief, _ in asking],
             flags={"finished": torch.tensor([finished for _, finished in asking])},
             span_rewards={"penalty": penalty},
-            score=scorer(self.policy),
+            score=self.score,
         )
         options: dict[str, Any] = {name: getattr(settings, name) for name in ("scale", "clip", "win_reward")}
         reward = credit.scored.BeliefGain(turn_cost=settings.turn_cost, **options)

@@ -12,7 +12,6 @@ from trajkern import Spans, credit
 from trajkern.recipes import dro
 from trajkern.trainer.systems.actions import tokens_within
 from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
-from trajkern.trainer.systems.scoring import scorer
 from trajkern.trainer.tasks.base import Question
 from trajkern.trainer.tasks.capabilities import ReferenceTask, reasoning_of
 
@@ -73,7 +72,7 @@ class Reflection(GroupSystem):
         rollouts = credit.Rollouts(
             played.batch,
             rows=[{"reference": self.policy.answer(self.reference(q))} for q in played.questions],
-            score=scorer(self.policy),
+            score=self.score,
             process_group=self.ranks.data,
             **self.known(played, needs),
         )

@@ -44,5 +44,6 @@ def hinted_logprobs(system: System, played: Played, prompts: list[list[int] | No
     among = torch.zeros(len(bounds) - 1, dtype=torch.bool).index_fill(0, torch.tensor(taught), True)
     where = torch.repeat_interleave(among, batch.lengths)
     scores = score_pieces(system.policy, pieces, batch.group_ids[taught], temperature=system.temperature)
+    system.scored += len(scores.logprobs)
     logprobs = scores.logprobs.to(batch.sampler_logprobs.dtype)
     return batch.sampler_logprobs.masked_scatter(where & batch.loss_mask, logprobs)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +48,6 @@ def score_pieces(
     index = (mask.cumsum(0) - 1)[tree.flat_index[scored]]
     counted = torch.cat((scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)))
     return Scores(logprobs[index], counted[tree.flat_cu_seqlens], rank[index] if ranks else None)
-
-
-def scorer(policy: Policy) -> Callable[..., Any]:
-    """``score`` of :class:`trajkern.credit.Rollouts`."""
-    return partial(score, policy)
 
 
 def score(
