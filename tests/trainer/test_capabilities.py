@@ -17,7 +17,7 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig, WarmUp
 from trajkern.trainer.evaluate import by_family
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
-from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.policy import CharacterModel, Policy
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.systems.actions import actions_of, token_ranges, tokens_within
 from trajkern.trainer.systems.base import Played
@@ -184,14 +184,17 @@ def test_rewards_may_be_counts(config: Callable[..., TrainConfig], monkeypatch: 
 class Pieces:
     """A policy that spells a token as the piece of that number."""
 
-    def __init__(self, *pieces: str) -> None:
-        self.pieces = pieces
+    text = Policy.text
+
+    def __init__(self, *pieces: str, left_out: str | None = None) -> None:
+        self.pieces, self.left_out = pieces, left_out
 
     def spelling(self, tokens: list[int]) -> str:
         return "".join(self.pieces[t] for t in tokens)
 
-    def text(self, tokens: list[int]) -> str:
-        return self.spelling(tokens).strip()
+    def answer_in(self, spelling: str) -> slice:
+        begin = len(spelling) - len(spelling.lstrip()) if self.left_out is None else len(self.left_out)
+        return slice(begin, len(spelling.rstrip()))
 
 
 def test_an_action_s_tokens_are_those_that_overlap_it() -> None:
@@ -203,6 +206,9 @@ def test_an_action_s_tokens_are_those_that_overlap_it() -> None:
     assert token_ranges(policy, tokens, actions) == [(1, 2), (2, 5), (6, 8)]
     halves = [Action(0, 5, True), Action(5, 6, False), Action(6, 8, True)]
     assert token_ranges(policy, tokens, halves) == [(1, 3), (3, 4), (4, 4)], "a token is of one action"
+    echo = Pieces("<t>", "x", "<t>", "x", left_out="<t>x")
+    assert echo.text([0, 1, 2, 3]) == "<t>x"
+    assert token_ranges(echo, [0, 1, 2, 3], [Action(0, 3, True)]) == [(2, 3)], "not in what is left out, which is alike"
 
 
 def test_a_part_s_tokens_are_those_within_it() -> None:

@@ -140,8 +140,8 @@ class HuggingFacePolicy(Policy):
     def spelling(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def text(self, tokens: list[int]) -> str:
-        return self.spelling(tokens).strip()
+    def answer_in(self, spelling: str) -> slice:
+        return slice(len(spelling) - len(spelling.lstrip()), len(spelling.rstrip()))
 
 
 def _head_form(model: Any) -> dict[str, Any]:

@@ -86,9 +86,14 @@ class Policy(nn.Module, abc.ABC):
     def spelling(self, tokens: list[int]) -> str:
         """The characters that ``tokens`` stand for."""
 
+    def answer_in(self, spelling: str) -> slice:
+        """Which of these characters are the answer."""
+        return slice(0, len(spelling))
+
     def text(self, tokens: list[int]) -> str:
         """The answer that ``tokens`` spell."""
-        return self.spelling(tokens)
+        spelling = self.spelling(tokens)
+        return spelling[self.answer_in(spelling)]
 
     def steps(self, tokens: list[int]) -> list[int]:
         """How many tokens each step of a completion has: a step ends with a newline or a tool call."""

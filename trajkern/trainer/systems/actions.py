@@ -76,6 +76,5 @@ def tokens_within(policy: Policy, tokens: list[int], begin: int, end: int) -> tu
 
 def _spelt(policy: Policy, tokens: list[int]) -> tuple[range, Callable[[int], int], int]:
     """How many tokens there may be, how many characters so many write, and where among these the text begins."""
-    whole = policy.spelling(tokens)
-    cut = whole.index(policy.text(tokens))  # the text that parts are marked in may begin later
+    cut = policy.answer_in(policy.spelling(tokens)).start  # the text that parts are marked in may begin later
     return range(len(tokens) + 1), lambda count: len(policy.spelling(tokens[:count])), cut
