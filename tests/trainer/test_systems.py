@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_pieces
 from trajkern.trainer.ranks import ALONE
-from trajkern.trainer.setup import load_credit, load_system
+from trajkern.trainer.setup import load_credit, load_system, longest_answer
 from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.systems.base import GroupSystem, Played
 from trajkern.trainer.systems.delta_belief import DeltaBelief
@@ -30,9 +30,10 @@ from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.systems.feedback import Feedback
 from trajkern.trainer.systems.hints import MARK
 from trajkern.trainer.systems.scoring import score, score_pieces
-from trajkern.trainer.systems.srl import steps_of
+from trajkern.trainer.systems.srl import SRL, StepImitation, steps_of
 from trajkern.trainer.systems.toolpo import ToolPO
-from trajkern.trainer.tasks import Question, load_task
+from trajkern.trainer.tasks import Answer, Question, Reply, Task, load_task
+from trajkern.trainer.train import mean_lengths
 
 Make = Callable[..., TrainConfig]
 
@@ -269,7 +270,7 @@ def test_folds_are_credited_by_what_they_save(model: CharacterModel) -> None:
 
 def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
     question = Question("1+2+3+4=", "Add.", "3\n6\n10", {})
-    steps = steps_of(question, question.answer)
+    steps = steps_of(load_task("chain_sum_steps"), question)
     assert [(s.prompt, s.answer) for s in steps] == [
         ("1+2+3+4=", "3"),
         ("1+2+3+4=3\n", "6"),
@@ -285,6 +286,48 @@ def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
     assert found.keep.tolist() == [True] * 4 + [False] * 2 and reported["filtered"] == 2, "the last two score alike"
     torch.testing.assert_close(found.rows[:4], tk.group_advantages(rewards[:4], torch.zeros(4).long()))
     assert run.system.task.reply(steps[0], "3\n").done and run.system.task.reply(steps[0], "3") is None
+
+
+class Echo(Task):
+    """An environment that answers each line with its number, and ends after ``last`` of them."""
+
+    interactive, last = True, 2
+
+    def questions(self, split: int) -> Iterator[Question]:
+        yield from (Question(f"{digit}?", "?", "a\nb", {}) for digit in range(10))
+
+    def read(self, question: Question, text: str) -> Answer:
+        return Answer(text == "a\n1b\n")
+
+    def reply(self, question: Question, text: str) -> Reply | None:
+        count = text.count("\n")
+        return Reply(str(count) if count < self.last else "", count >= self.last) if text.endswith("\n") else None
+
+    def pieces(self, question: Question) -> list[tuple[str, bool]]:
+        return [("~a\n", True), ("1", False), ("~b\n", True)]
+
+    def reference(self, question: Question) -> str:
+        return question.answer
+
+
+def test_an_environment_writes_within_a_solution(model: CharacterModel) -> None:
+    task, settings = Echo("echo"), SRL(thought_end="~", demonstrations=2)
+    question = task.distinct(0, 1)[0]
+    assert [(s.prompt, s.answer) for s in steps_of(task, question)] == [("0?", "a"), ("0?a\n1", "b")]
+    system = StepImitation("srl", settings, task, model)
+    shown = [(model.spelling(tokens), learned) for tokens, learned in system.imitation(question)]
+    assert shown == [("0?", False), ("a\n", True), ("1", False), ("b\n", True), ("", True)]
+    assert [system.task.action(text) for text in ("th~a\n", "b", "th~")] == ["a", "b", ""]
+    splits = task.splits(heldout=1, validation=1, demonstrations=4, train=10)
+    assert [step.prompt for step in system.pool(splits)] == ["2?", "2?a\n1", "3?", "3?a\n1"]
+    assert longest_answer(model, task, splits) == len("~a\n1~b\n") + 1
+    assert mean_lengths(system.foreseen(splits)) == (2 + 3 / 2, 2), "a line of one character and its end"
+    assert mean_lengths([system.imitation(q) for q in system.imitated(splits)]) == (2, 6)
+    with pytest.raises(ValueError, match="srl.demonstrations must be at most 4, the warm-up's; got 5"):
+        StepImitation("srl", SRL(demonstrations=5), task, model).pool(splits)
+    task.last = 1
+    with pytest.raises(ValueError, match="reference of task echo must end where .* does, after 1 lines; '0[?]' has 2"):
+        steps_of(task, question)
 
 
 def test_the_hinted_policy_teaches(model: CharacterModel) -> None:

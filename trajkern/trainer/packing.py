@@ -17,7 +17,7 @@ Piece = tuple[list[int], bool]  # tokens, and whether they are scored
 
 def pack_pieces(trajectories: Sequence[Sequence[Piece]], group_ids: Tensor | None = None) -> tk.PackedBatch:
     """A trajectory of each sequence of pieces; by default each is a group of its own."""
-    lengths = torch.tensor([0] + [sum(len(tokens) for tokens, _ in pieces) for pieces in trajectories])
+    lengths = torch.tensor([0, *map(token_count, trajectories)])
     every = [piece for pieces in trajectories for piece in pieces]
     return tk.PackedBatch(
         tokens=torch.tensor([token for tokens, _ in every for token in tokens], dtype=torch.int64),
@@ -27,12 +27,17 @@ def pack_pieces(trajectories: Sequence[Sequence[Piece]], group_ids: Tensor | Non
     )
 
 
+def token_count(pieces: Sequence[Piece]) -> int:
+    """The tokens of a trajectory, or of a part of one."""
+    return sum(len(tokens) for tokens, _ in pieces)
+
+
 def parted(trajectories: Sequence[Sequence[Piece]], most: int | None) -> list[Sequence[Sequence[Piece]]]:
     """Runs of trajectories of at most ``most`` tokens together; one that is longer stands alone."""
     parts: list[list[Sequence[Piece]]] = []
     room = 0.0
     for trajectory in trajectories:
-        length = sum(len(tokens) for tokens, _ in trajectory)
+        length = token_count(trajectory)
         if not parts or length > room:
             parts.append([])
             room = math.inf if most is None else most

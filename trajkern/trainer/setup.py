@@ -16,6 +16,7 @@ from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.models.tokenizer import ALPHABET
+from trajkern.trainer.packing import demonstration, token_count
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.run import METRICS, Run, results_folder
@@ -51,7 +52,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     pool = system.pool(splits)
     if len(pool) < config.prompts:
         raise ValueError(f"prompts must be at most {len(pool)}, the questions to train on; got {config.prompts}")
-    max_new = config.max_new or longest_answer(policy, splits)
+    max_new = config.max_new or longest_answer(policy, task, splits)
     out = ranks.told(results_folder(config) if ranks.number == 0 else None)
     assert out is not None
     run = Run(
@@ -87,9 +88,10 @@ def draw_splits(config: TrainConfig, task: Task) -> Splits:
     )
 
 
-def longest_answer(policy: Policy, splits: Splits) -> int:
-    """In tokens, its end included."""
-    return max(len(policy.answer(q.answer)) for q in (*splits.demonstrations, *splits.validation))
+def longest_answer(policy: Policy, task: Task, splits: Splits) -> int:
+    """In tokens, with what an environment writes and its end."""
+    shown = (demonstration(policy, task.pieces(q)) for q in (*splits.demonstrations, *splits.validation))
+    return max(map(token_count, shown))
 
 
 def open_metrics(config: TrainConfig, ranks: Ranks, out: Path, stored: checkpoint.Checkpoint | None) -> Metrics:

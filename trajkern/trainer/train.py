@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ import trajkern as tk
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy, evaluate
+from trajkern.trainer.packing import Piece, token_count
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import joined
 from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible
@@ -65,7 +67,7 @@ def warm_up(run: Run) -> None:
     while run.step < settings.steps:
         run.between_steps()
         set_lr(run, settings.lr * min(1.0, (run.step + 1) / RAMP))
-        values: Values = {"loss": supervised_step(run)}
+        values: Values = {"loss": supervised_step(run, run.splits.demonstrations, run.system.demonstration)}
         run.step += 1
         accuracy = validate(run, values) if run.step % settings.check_every == 0 else None
         run.record(values)
@@ -77,12 +79,12 @@ def warm_up(run: Run) -> None:
     run.display.end()
 
 
-def supervised_step(run: Run) -> float:
-    """One optimiser step of cross-entropy on a batch of demonstrations."""
+def supervised_step(run: Run, pool: list[Question], show: Callable[[Question], list[Piece]]) -> float:
+    """One optimiser step of cross-entropy on a batch of what is shown of the questions in ``pool``."""
     with run.clock.timing("training"):
-        questions = run.draw(run.splits.demonstrations, run.config.warmup.batch)
+        questions = run.draw(pool, run.config.warmup.batch)
         share = run.ranks.rows(len(questions)).of(questions)
-        return imitate(run, [run.system.demonstration(question) for question in share])
+        return imitate(run, [show(question) for question in share])
 
 
 def begin_main(run: Run) -> None:
@@ -99,6 +101,7 @@ def reinforce(run: Run) -> None:
     """The main loop: a fixed number of steps, under limits of time and tokens that say so when they bite."""
     config = run.config
     run.display.begin(config.arm, config.steps, run.step)
+    batches = batches_a_step(run) if config.control == "supervised" else 0.0
     while run.step < config.steps:
         run.between_steps()
         if limit := reached_limit(run):
@@ -107,7 +110,7 @@ def reinforce(run: Run) -> None:
         decay = 1 - 0.9 * max(run.step / config.steps, share_of_tokens(run))
         if config.control == "supervised":
             set_lr(run, config.warmup.lr * decay)
-            values = supervised_control(run)
+            values = supervised_control(run, batches)
         else:
             set_lr(run, config.lr * decay)
             values = policy_step(run)
@@ -139,11 +142,10 @@ def policy_step(run: Run) -> Values:
         return values | update(run, lesson)
 
 
-def supervised_control(run: Run) -> Values:
-    """As many supervised steps as cost one policy step."""
-    batches = batches_a_step(run)
-    count = math.floor((run.step + 1) * batches) - math.floor(run.step * batches)
-    losses = [supervised_step(run) for _ in range(count)]
+def supervised_control(run: Run, batches: float) -> Values:
+    """As many supervised steps as cost one policy step: ``batches`` of them."""
+    count, system = math.floor((run.step + 1) * batches) - math.floor(run.step * batches), run.system
+    losses = [supervised_step(run, system.imitated(run.splits), system.imitation) for _ in range(count)]
     return {"loss": sum(losses) / len(losses) if losses else None, "batches": count}
 
 
@@ -152,17 +154,25 @@ def batches_a_step(run: Run) -> float:
 
     A forward pass over a token counts 1, its backward pass 2. A policy step is charged its prompts and completions once
     for sampling and all its rollouts three times for training, those dropped for equal rewards too, and as if no prefix
-    were shared.
+    were shared; its lengths are those foreseen.
     """
-    config, policy, shown = run.config, run.policy, run.splits.demonstrations
-    prompt = sum(len(policy.prompt(q)) for q in shown) / len(shown)
-    answer = sum(len(policy.answer(q.answer)) for q in shown) / len(shown)
+    config, system = run.config, run.system
+    shown = sum(mean_lengths([system.imitation(q) for q in system.imitated(run.splits)]))
+    prompt, answer = mean_lengths(system.foreseen(run.splits))
     drawn = trained = config.rollouts
     if isinstance(run.system, PlainTrees):
         drawn, trained = config.tree.trees * config.tree.leaves, config.tree.trees * config.tree.keep
     sampling = prompt + drawn * answer
     cost = config.prompts * (sampling + 3 * config.updates * trained * (prompt + answer))
-    return cost / (3 * config.warmup.batch * (prompt + answer))
+    return cost / (3 * config.warmup.batch * shown)
+
+
+def mean_lengths(trajectories: list[list[Piece]]) -> tuple[float, float]:
+    """The mean number of tokens in their prompts, which come first, and of those behind."""
+    prompt, rest = (
+        sum(map(token_count, parts)) for parts in ((x[:1] for x in trajectories), (x[1:] for x in trajectories))
+    )
+    return prompt / len(trajectories), rest / len(trajectories)
 
 
 def validate(run: Run, values: Values) -> Accuracy:

@@ -124,6 +124,18 @@ class System:
         """A trajectory of the warm-up."""
         return [(self.prompt(question), False), *demonstration(self.policy, self.task.pieces(question))]
 
+    def imitated(self, splits: Splits) -> list[Question]:
+        """What the supervised control imitates."""
+        return splits.demonstrations
+
+    def imitation(self, question: Question) -> list[Piece]:
+        """A trajectory of the supervised control."""
+        return self.demonstration(question)
+
+    def foreseen(self, splits: Splits) -> list[list[Piece]]:
+        """Trajectories of the lengths that rollouts are to have, a prompt first, as far as can be told beforehand."""
+        return [self.imitation(question) for question in self.imitated(splits)]
+
     def known(self, played: Played, needs: frozenset[str]) -> dict[str, Any]:
         """What there is to know of the rollouts beside their signals: arguments of ``trajkern.credit.Rollouts``.
 

@@ -40,7 +40,7 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """Questions with no prompt in common between held-out, validation and the two training sets."""
+    """Questions of which none is both in held-out or validation and in another set."""
 
     heldout: list[Question]
     validation: list[Question]
@@ -98,21 +98,26 @@ class Task(abc.ABC):
         """What else an evaluation reports of these rollouts."""
         return {}
 
+    def identity(self, question: Question) -> str:
+        """What tells a question from others: its prompt, unless an environment says later what is asked."""
+        return question.prompt
+
     def distinct(self, split: int, draws: int, taken: Collection[str] = (), most: int | None = None) -> list[Question]:
-        """The distinct questions among ``draws`` of a split, at most ``most``, whose prompts are not in ``taken``."""
-        by_prompt: dict[str, Question] = {}
+        """The distinct questions among ``draws`` of a split, at most ``most``, of identities that are not ``taken``."""
+        found: dict[str, Question] = {}
         for question in itertools.islice(self.questions(split), draws):
-            if question.prompt not in taken and self._spelt(question):
-                by_prompt.setdefault(question.prompt, question)
-            if len(by_prompt) == most:
+            identity = self.identity(question)
+            if identity not in taken and self._spelt(question):
+                found.setdefault(identity, question)
+            if len(found) == most:
                 break
-        return list(by_prompt.values())
+        return list(found.values())
 
     def _spelt(self, question: Question) -> bool:
         return self.alphabet is None or set(question.prompt + question.answer) <= self.alphabet
 
     def splits(self, *, heldout: int, validation: int, demonstrations: int | None, train: int) -> Splits:
-        """Draw the four splits: each avoids the prompts of held-out and validation, and repeats none of its own.
+        """Draw the four splits: each avoids the questions of held-out and validation, and repeats none of its own.
 
         Args:
             heldout, validation: questions to find.
@@ -132,5 +137,5 @@ class Task(abc.ABC):
                 others = f" ({passed_over} draws have characters outside its alphabet)" if passed_over else ""
                 raise ValueError(f"{name} must be at most {len(some)} for task {self.name}, got {count}{others}")
             if name != "demonstrations":
-                taken |= {question.prompt for question in some}
+                taken |= {self.identity(question) for question in some}
         return Splits(**drawn, train=self.distinct(3, train, taken))

@@ -87,7 +87,7 @@ class ReferenceTask(Protocol):
     """A task that knows a worked solution of each question."""
 
     def reference(self, question: Question) -> str:
-        """The solution, a step a line, the answer on the last one."""
+        """The solution, a step a line, the answer on the last one; without what an environment writes after a line."""
 
 
 @runtime_checkable
