@@ -90,17 +90,23 @@ class SkillBank:
                 raise TypeError(f"{name} must be callable or None, got {describe(function)}")
         self.teacher, self.distiller = teacher, distiller
         self._likeness = Likeness(embed)
-        self._skills: list[Skill] = []  # oldest first
+        self._shelves: dict[str | None, list[Skill]] = {}  # of each family, oldest first
         self._failed: dict[str | None, list[Attempt]] = {}
         self._taken = 0
 
     def __len__(self) -> int:
-        return len(self._skills)
+        return sum(map(len, self._shelves.values()))
 
     @property
     def skills(self) -> tuple[Skill, ...]:
         """All skills, the oldest first."""
-        return tuple(self._skills)
+        every = (skill for shelf in self._shelves.values() for skill in shelf)
+        return tuple(sorted(every, key=lambda skill: skill.number))
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Those that have skills, in order."""
+        return tuple(sorted(family for family, shelf in self._shelves.items() if shelf and family is not None))
 
     def add(self, prompt: str, response: str, reward: float, family: str | None = None) -> Skill | None:
         """Take in a finished attempt; the demonstration or the first of the patterns that it became, or None.
@@ -127,10 +133,11 @@ class SkillBank:
             return None
         if self.distiller is not None:
             return self._distilled(prompt, response, float(reward), family)
-        known = [s for s in self._skills if (s.kind, s.family, s.prompt) == ("demonstration", family, prompt)]
-        if known and known[0].reward >= reward:
+        known = self._of_prompt("demonstration", family, prompt)
+        if known and known.reward >= reward:
             return None
-        self._skills = [s for s in self._skills if s not in known]
+        if known:
+            self._shelves[family].remove(known)
         return self._enter("demonstration", family, prompt, response, float(reward))
 
     def update(self, family: str | None, success_rate: float, *, general: bool = False) -> list[Skill]:
@@ -152,7 +159,7 @@ class SkillBank:
             lessons = self._lessons(family, waiting)
         self._failed.pop(family, None)
         added = self._entered("lesson", filed, lessons)
-        return [skill for skill in added if skill in self._skills]
+        return [skill for skill in added if skill in self._shelves[filed]]
 
     def retrieve(
         self, prompt: str, family: str | None = None, k: int = 6, *, delta: float = 0.4, general: int | None = None
@@ -178,10 +185,11 @@ class SkillBank:
         general = None if general is None else check_count("general", general, low=0)
         if k == 0:
             return []
-        families = {family} if self.search == "family" else {s.family for s in self._skills}
-        offered = [s for s in self._skills if s.prompt != prompt and (s.family is None or s.family in families)]
+        shelves = {family, None} if self.search == "family" else self._shelves.keys()
+        offered = [skill for name in shelves for skill in self._shelves.get(name, ()) if skill.prompt != prompt]
+        offered.sort(key=lambda skill: skill.number)
         likeness = self._likeness([skill.wording for skill in offered], prompt)
-        ranked = sorted(range(len(offered)), key=lambda at: (-likeness[at], offered[at].number))
+        ranked = sorted(range(len(offered)), key=lambda at: -likeness[at])
         of_task = [offered[at] for at in ranked if offered[at].family is not None and likeness[at] > delta]
         return of_task[:k] + [offered[at] for at in ranked if offered[at].family is None][:general]
 
@@ -202,7 +210,7 @@ class SkillBank:
     def state_dict(self) -> dict[str, Any]:
         """The bank's content as JSON data; the settings are the constructor's."""
         return {
-            "skills": [skill._asdict() for skill in self._skills],
+            "skills": [skill._asdict() for skill in self.skills],
             "failures": [[family, [a._asdict() for a in attempts]] for family, attempts in self._failed.items()],
             "taken": self._taken,
         }
@@ -228,10 +236,17 @@ class SkillBank:
                     f" it has {count} {skill.kind}s of family {skill.family!r}"
                 )
         self._failed = {family: attempts[-self.failures :] for family, attempts in failed.items()}
-        self._skills, self._taken = skills, taken
+        self._shelves, self._taken = {}, taken
+        for skill in skills:
+            self._shelves.setdefault(skill.family, []).append(skill)
+
+    def _of_prompt(self, kind: str, family: str | None, prompt: str) -> Skill | None:
+        """The first of this kind that was learned from ``prompt``."""
+        shelf = self._shelves.get(family, ())
+        return next((skill for skill in shelf if skill.prompt == prompt and skill.kind == kind), None)
 
     def _distilled(self, prompt: str, response: str, reward: float, family: str | None) -> Skill | None:
-        if any((s.kind, s.family, s.prompt) == ("pattern", family, prompt) for s in self._skills):
+        if self._of_prompt("pattern", family, prompt):
             return None
         assert self.distiller is not None
         source = Attempt(prompt, response, reward)
@@ -249,7 +264,7 @@ class SkillBank:
     def _entered(self, kind: str, family: str | None, found: Sequence[tuple[Sketch, Attempt]]) -> list[Skill]:
         """The new ones of these, at most ``growth``, as skills that the bank has taken in."""
         added: list[Skill] = []
-        known = {s.text for s in self._skills if s.kind == kind and s.family == family}
+        known = {skill.text for skill in self._shelves.get(family, ()) if skill.kind == kind}
         for sketch, source in found:
             name, text, applies = (cut(" ".join(x.split()), self.lesson_length) for x in sketch)
             if text and text not in known and len(added) < self.growth:
@@ -264,12 +279,13 @@ class SkillBank:
         """The skill, or None where it is the one that has to leave."""
         new = Skill(kind, family, prompt, text, reward, self._taken, name, applies)
         self._taken += 1
-        self._skills.append(new)
-        peers = [s for s in self._skills if (s.kind, s.family) == (kind, family)]
+        shelf = self._shelves.setdefault(family, [])
+        shelf.append(new)
+        peers = [skill for skill in shelf if skill.kind == kind]
         if len(peers) <= self.capacity:
             return new
         leaves = min(peers, key=lambda s: (s.reward if kind == "demonstration" else 0.0, s.number))
-        self._skills.remove(leaves)
+        shelf.remove(leaves)
         self._likeness.forget(leaves.wording)
         return None if leaves is new else new
 

@@ -151,6 +151,10 @@ class System:
         """What to report of a step, where it was needed."""
         return {}
 
+    def statistics(self, questions: list[Question]) -> dict[str, float]:
+        """What an evaluation on these questions reports of how they are posed."""
+        return {}
+
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         """Called after every step of whole rollouts with those of all ranks, where ``remembers``."""
 
