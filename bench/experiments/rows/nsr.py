@@ -1,13 +1,19 @@
-"""Learning from failures beside learning from successes."""
+"""Learning from failures beside learning from successes, at equal accuracy."""
 
 from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
 
+_LEVEL = "distinct at pass@1 = 0.9"
+
 ROW = Comparison(
-    claim="learning from failures keeps pass@k at large k, where learning from successes alone loses it (2506.01347)",
-    needs="many right answers to a question, several updates a batch",
-    flags="--task chain_sum --steps 150 --eval.samples 32 --eval.heldout 256",
-    arms={name: f"--recipe {name}" for name in ("w_reinforce", "nsr", "psr", "grpo")},
-    tests=(Test("pass@32", "psr"), Test("pass@32", "grpo")),
-    measures=("pass@1", "pass@2", "pass@4", "pass@8", "pass@16", "pass@32"),
-    panel=Panel("pass@k"),
+    claim="learning from failures keeps diversity, and with it pass@k at large k; learning from successes loses it"
+    " (2506.01347)",
+    needs="many right answers to a question, a start at which half of all samples are right, several updates a batch:"
+    " three digits that complete a sum",
+    flags="--task trajkern._bench.experiments.tasks.puzzle:Puzzle --steps 120 --prompts 32 --rollouts 8 --updates 8"
+    " --lr 5e-4 --warmup.steps 600 --warmup.check-every 50 --warmup.pass-at-1 0.5 --warmup.pass-at-k 0.9"
+    " --eval.samples 64 --eval.heldout 96 --eval.validation 48 --eval.every 10",
+    arms={name: f"--recipe {name}" for name in ("nsr", "w_reinforce", "psr", "grpo")},
+    tests=(Test(_LEVEL, "psr"), Test(_LEVEL, "grpo")),
+    measures=(_LEVEL, "distinct", *(f"pass@{2**i}" for i in range(7)), "greedy"),
+    panel=Panel("curve", ("distinct",), over="pass@1", label="distinct right answers in 64 samples"),
 )

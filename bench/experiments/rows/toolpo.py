@@ -1,17 +1,53 @@
-"""Right calls credited to their tokens beside whole rollouts."""
+"""Right calls credited to their tokens, beside whole rollouts and beside the outcome alone."""
 
-from trajkern._bench.experiments.comparisons import Comparison, Test
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trajkern import credit
+from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
+from trajkern.trainer.collect import dealt
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A reward, dealt at random to the rollouts of its group: the batch's tokens decide to whom."""
+
+    reward: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset((self.reward,))
+
+    def __call__(self, rollouts: credit.Rollouts) -> Tensor:
+        batch = rollouts.batch
+        generator = torch.Generator().manual_seed(int(batch.tokens.sum()))
+        chances = torch.rand(len(rollouts), generator=generator)
+        return rollouts.reward(self.reward)[dealt(batch.group_ids, chances)]
+
+
+_CENTRED = {"scale": "none", "singleton": "zero"}
+# ToolPO, but for whose calls a rollout's calls are credited
+RANDOM_CALLS = credit.outcome(**_CENTRED) + credit.outcome(Dealt("action"), **_CENTRED).on("call")
 
 ROW = Comparison(
-    claim="crediting right calls to the tokens that made them beats crediting whole rollouts (2510.21618)",
-    needs="several calls a rollout, few rollouts with all of them right",
-    flags="--task tools --steps 60 --warmup.steps 320 --warmup.check-every 40 --warmup.pass-at-1 0.15"
-    " --warmup.pass-at-k 0.3 --eval.heldout 256 --eval.validation 64 --eval.every 40",
+    claim="crediting right calls to the tokens that made them beats crediting whole rollouts and the outcome alone"
+    " (2510.21618)",
+    needs="calls whose rewards vary for reasons of their own, and an answer that is hard even with all calls right:"
+    " five lookups, of which demonstrations guess half, then a sort",
+    flags="--task trajkern._bench.experiments.tasks.lookups:Lookups --steps 50 --prompts 32 --rollouts 8 --lr 1e-3"
+    " --warmup.steps 400 --warmup.check-every 100 --warmup.pass-at-1 2 --eval.heldout 256 --eval.validation 96"
+    " --eval.every 10",
     arms={
         "toolpo": "--recipe toolpo",
-        "no attribution": "--recipe toolpo --toolpo.no-attribution",
-        "outcome only": "--recipe grpo",
+        "spread over the rollout": "--recipe toolpo --toolpo.no-attribution",
+        "outcome only": "--recipe toolpo --toolpo.call-weight 0",
+        "other rollouts' calls": f"--recipe toolpo --credit {__name__}:RANDOM_CALLS",
     },
-    tests=(Test("pass@1", "no attribution"), Test("pass@1", "outcome only")),
-    measures=("pass@1", "pass@8", "greedy", "right_calls", "calls"),
+    tests=(Test("pass@1", "spread over the rollout"), Test("pass@1", "outcome only")),
+    measures=("pass@1", "pass@8", "greedy", "found", "all_found", "right_given_all", "mean pass@1"),
+    panel=Panel("curve"),
 )
