@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in long)
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of tests live to the end: each collection of garbage would walk them all, for as long as a test takes."""
+    gc.collect()
+    gc.freeze()
+
+
 def _devices(config: pytest.Config) -> list[str]:
     asked = config.getoption("--device")
     if asked:
@@ -60,11 +67,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("device", _devices(metafunc.config))
         return
     backend, rows, ids = metafunc.config.getoption("--backend"), [], []
+    on_threads = metafunc.definition.get_closest_marker("on_threads") is not None
     specs = [s for s in SPECS if s.triton_dtypes or backend != "triton"]
     for device in _devices(metafunc.config):
         for spec in specs:
             for case in spec.cases[:: metafunc.config.getoption("--one-in")] if "case" in names else (None,):
                 if case and backend == "triton" and (case.mixed or case.large and device == "cpu"):
+                    continue
+                if on_threads and not (case.large and spec.own_sums):
                     continue
                 for dtype in _dtypes(spec, device, backend) if "dtype" in names else (None,):
                     values = {"spec": spec, "case": case, "dtype": dtype, "device": device}

@@ -29,9 +29,8 @@ def test_twice(spec, case, dtype, device) -> None:
     _assert_same_bits(_call(spec, inputs), _call(spec, inputs))
 
 
+@pytest.mark.on_threads
 def test_threads(spec, case, dtype) -> None:
-    if not case.large or not spec.own_sums:
-        return  # runs on one thread anyway, or on a library's terms
     inputs = spec.inputs(case, dtype)
     before = torch.get_num_threads()
     try:

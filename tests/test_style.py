@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def _functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
 
@@ -63,15 +65,20 @@ def _parameters(function: ast.FunctionDef) -> int:
     return named + (arguments.vararg is not None) + (arguments.kwarg is not None)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_file_length(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+def test_file_length() -> None:
+    long = {_name(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > MAX_FILE_LINES}
+    assert not long, f"longer than {MAX_FILE_LINES} lines: {long}"
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=_name)
-def test_function_length(path: Path) -> None:
+def test_functions(path: Path) -> None:
+    """Public ops, their twins in the reference and launched Triton kernels (``*_kernel``) may have more parameters."""
     long = {f.name: lines for f in _functions(path) if (lines := _code_lines(f)) > MAX_FUNCTION_LINES}
     assert not long, f"{_name(path)}: longer than {MAX_FUNCTION_LINES} lines: {long}"
+    legal = {*tk.__all__, *OTHERS_SIGNATURES.get(_name(path), ())}
+    many = {f.name: n for f in _functions(path) if (n := _parameters(f)) > MAX_PARAMETERS and f.name not in legal}
+    many = {name: n for name, n in many.items() if not name.endswith("_kernel")}
+    assert not many, f"{_name(path)}: more than {MAX_PARAMETERS} parameters: {many}"
 
 
 def test_few_lines_are_laid_out_by_hand() -> None:
@@ -79,19 +86,10 @@ def test_few_lines_are_laid_out_by_hand() -> None:
     assert sum(n for _, n in skips) <= MAX_FMT_SKIPS, skips
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=_name)
-def test_parameters(path: Path) -> None:
-    """Public ops, their twins in the reference and launched Triton kernels (``*_kernel``) may have more, grouped."""
-    legal = {*tk.__all__, *OTHERS_SIGNATURES.get(_name(path), ())}
-    many = {f.name: n for f in _functions(path) if (n := _parameters(f)) > MAX_PARAMETERS and f.name not in legal}
-    many = {name: n for name, n in many.items() if not name.endswith("_kernel")}
-    assert not many, f"{_name(path)}: more than {MAX_PARAMETERS} parameters: {many}"
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=_name)
-def test_no_environment_variables(path: Path) -> None:
+def test_no_environment_variables() -> None:
     """What a call does is decided by its arguments; the one knob is the build's TRAJKERN_CUDA."""
-    assert not re.search(r"\bos\.environ\b|\bgetenv\b|\bimport environ\b", path.read_text())
+    reads = re.compile(r"\bos\.environ\b|\bgetenv\b|\bimport environ\b")
+    assert not [_name(path) for path in SHIPPED if reads.search(path.read_text())]
 
 
 @pytest.mark.parametrize("path", HOT, ids=_name)
@@ -106,9 +104,9 @@ def test_no_host_reads(path: Path) -> None:
     assert reads == HOST_READS_ALLOWED.get(_name(path), set())
 
 
-@pytest.mark.parametrize("path", TEXT, ids=_name)
-def test_no_leftovers(path: Path) -> None:
+def test_no_leftovers() -> None:
     marks = "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"])
     places = "|".join(["work", "root", "home", "tmp"])
-    marks_left = re.findall(rf"\b(?:{marks})\b|(?<![\w.])/(?:{places})/[a-z]\S*", path.read_text())
-    assert not marks_left, f"{_name(path)}: {marks_left}"
+    mark = re.compile(rf"\b(?:{marks})\b|(?<![\w.])/(?:{places})/[a-z]\S*")
+    left = {_name(path): found for path in TEXT if (found := mark.findall(path.read_text()))}
+    assert not left, left

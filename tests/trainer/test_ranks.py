@@ -95,6 +95,7 @@ def test_micro_batches(alone: Callable[..., Path], warm: list[str], arguments: s
 NO_KL = "--loss.kl-coef 0 --max-new 12"
 TREES = f"--recipe treerl --task chain_sum_steps --compose.rubric well_formed {NO_KL}"
 RUNS = {
+    "2_ranks_that_split_groups": (2, "--updates 2", "--micro-tokens 40"),
     "3_ranks_that_split_groups": (3, "--updates 2", "--micro-tokens 40"),
     "2_by_2_ranks_of_trees": (4, "--recipe gigpo --loss.kl-coef 0", "--micro-tokens 60 --tensor-parallel 2"),
     "3_ranks_of_gated_trees": (3, TREES, "--micro-tokens 40"),
@@ -104,7 +105,7 @@ RUNS = {
     "3_ranks_of_toolpo": (3, f"--recipe toolpo --task tools {NO_KL} --max-new 40", ""),
     "2_ranks_of_feedback": (2, f"--recipe feedback --task chain_sum_steps {NO_KL}", ""),
 }
-QUICK = ("3_ranks_that_split_groups",)
+QUICK = ("2_ranks_that_split_groups",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS])

@@ -143,7 +143,9 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_130(
     [{}, TREES, pytest.param({"recipe": "gigpo", "task": "chain_sum_steps"}, marks=pytest.mark.slow)],
     ids=str,
 )
-@pytest.mark.parametrize("other", [{"reference": True}, {"head": "eager"}], ids=str)
+@pytest.mark.parametrize(
+    "other", [pytest.param({"reference": True}, marks=pytest.mark.slow), {"head": "eager"}], ids=str
+)
 def test_another_way_to_compute_gives_the_same_curve(
     config: Make, changes: dict[str, str], other: dict[str, Any]
 ) -> None:
