@@ -38,6 +38,8 @@ def pairs_of(
     """
     device, count, keys = head.hidden.device, head.targets.shape[0], head.keys
     is_by_pair = head.rows is None or head.support_ids is not None
+    if is_by_pair and exact:
+        return _one_a_slot(head, keep, multiple)
     number = torch.arange(count, device=device) if is_by_pair else head.rows
     assert number is not None
     if keep is None:
@@ -58,12 +60,34 @@ def pairs_of(
     if exact:
         index = index[: int(keep.sum())]
     slot = slot[index]
-    row = key.clamp_max(max(keys - 1, 0))
-    if is_by_pair and head.rows is not None:
-        row = head.rows[row].clamp(0, head.hidden.shape[0] - 1)
     offsets = torch.searchsorted(slot, torch.arange(slots + 1, device=device))
-    distinct = head.rows is None or head.support_ids is None
-    return Pairs(row, key, key == keys if has_idle else None, index, slot, offsets, distinct)
+    return Pairs(_rows_of(head, key), key, key == keys if has_idle else None, index, slot, offsets, _is_distinct(head))
+
+
+def _one_a_slot(head: Head, keep: Tensor | None, multiple: int) -> Pairs:
+    """Where no two pairs share a slot: their own order."""
+    count, device = head.targets.shape[0], head.targets.device
+    index = torch.arange(count, device=device) if keep is None else keep.nonzero()[:, 0]
+    used = index.shape[0]
+    padding = -used % multiple
+    key = torch.cat((index, index.new_full((padding,), count))) if padding else index
+    offsets = torch.arange(used + padding + 1, device=device)
+    slot = offsets[:used]
+    if padding:
+        offsets = offsets.clamp_max(used)
+    return Pairs(_rows_of(head, key), key, key == count if padding else None, index, slot, offsets, _is_distinct(head))
+
+
+def _rows_of(head: Head, key: Tensor) -> Tensor:
+    """The row of each slot's key, some row for the idle."""
+    row = key.clamp_max(max(head.keys - 1, 0))
+    if head.rows is None or head.support_ids is None:
+        return row
+    return head.rows[row].clamp(0, head.hidden.shape[0] - 1)
+
+
+def _is_distinct(head: Head) -> bool:
+    return head.rows is None or head.support_ids is None
 
 
 def in_range(head: Head, vocabulary: int) -> Tensor:
