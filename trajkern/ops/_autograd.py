@@ -18,6 +18,30 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+class _NoBackward:
+    """The ctx of a forward that no backward follows."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``; where nothing asks for a gradient its forward alone, since apply takes as long as a kernel."""
+    if torch.compiler.is_dynamo_compiling() or is_transformed():
+        return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(_NoBackward(), *args)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return function.apply(*args)
+    with torch.no_grad():  # what stands in a tuple may require a gradient, and gets none
+        return function.forward(_NoBackward(), *args)
+
+
 def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False) -> Callable[[Backward], Backward]:
     """Decorates the backward of these public ops' Function: where a second derivative could follow, it names them.
 

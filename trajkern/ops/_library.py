@@ -18,6 +18,8 @@ from trajkern.ops._autograd import is_transformed
 Function = TypeVar("Function", bound=Callable[..., Any])
 FLAGS = ("mask", "loss_mask", "gate", "selected")  # arguments of ops that have no sign
 LIBRARY = torch.library.Library("trajkern", "DEF")
+_dispatch_modes, _transforms_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_profiler_enabled = torch.autograd._profiler_enabled
 
 
 def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
@@ -47,7 +49,8 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
         for y in tensors_of(args):
             if y is not None and y.is_neg():  # the dispatcher resolves a sign that is a bit of the view
                 return op(*args)
-        _increment_versions(args, written)
+        if written:
+            _increment_versions(args, written)
         return launchers["cpu" if x.is_cpu else x.device.type](*args)
 
     return call
@@ -128,11 +131,7 @@ def _count_writes(name: str, op: Any, written: list[int]) -> None:
 
 def _is_watched() -> bool:
     """Whether a dispatch mode, a function transform or a profiler wants to see the op."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-    )
+    return _dispatch_modes() > 0 or _transforms_active() or _profiler_enabled()
 
 
 def recorded(function: Function) -> Function:
@@ -148,7 +147,7 @@ def recorded(function: Function) -> Function:
             return function(*args, **kwargs)
         if is_transformed():
             return _transformed(name, function, args, kwargs)
-        if not torch.autograd._profiler_enabled():
+        if not _profiler_enabled():
             return function(*args, **kwargs)
         with torch.profiler.record_function(name):
             return function(*args, **kwargs)

@@ -29,7 +29,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import GAE
 from trajkern.ops import _rank_moments
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 
 BASELINES = ("mean", "leave_one_out", "none")
@@ -199,7 +199,7 @@ def group_advantages(
     r = _accumulated(rewards)
     rows = laid_out(group_ids, torch.int64), laid_out(gate, torch.bool), laid_out(weights, r.dtype)
     rule = BASELINES.index(baseline), SCALES.index(scale), float(ddof), float(eps), SINGLETONS.index(singleton)
-    return _GroupAdvantages.apply(r, rows, rule)
+    return applied(_GroupAdvantages, r, rows, rule)
 
 
 def _check_values(rewards: Tensor, gate: Tensor | None, weights: Tensor | None) -> None:
@@ -233,7 +233,7 @@ def discounted_returns(
     if _backends.wants_reference("advantage", rewards):
         return _backends.reference().discounted_returns(rewards, cu_seqlens, gamma=gamma, mask=mask)
     mask = laid_out(mask, torch.bool)
-    return _GAE.apply(_accumulated(rewards), None, laid_out(cu_seqlens, torch.int64), None, mask, float(gamma), 1.0)
+    return applied(_GAE, _accumulated(rewards), None, laid_out(cu_seqlens, torch.int64), None, mask, float(gamma), 1.0)
 
 
 @recorded
@@ -281,7 +281,7 @@ def gae(
     v = laid_out(values, r.dtype)
     last = laid_out(bootstrap, r.dtype)
     mask = laid_out(mask, torch.bool)
-    advantages = _GAE.apply(r, v, laid_out(cu_seqlens, torch.int64), last, mask, float(gamma), float(lam))
+    advantages = applied(_GAE, r, v, laid_out(cu_seqlens, torch.int64), last, mask, float(gamma), float(lam))
     return GAE(advantages, advantages + (v if mask is None else torch.where(mask, v, 0)))
 
 
@@ -333,4 +333,4 @@ def whiten(
         return _rank_moments.whiten(x, mask=mask, ranks=process_group, **options)
     if _backends.wants_reference("advantage", x):
         return _backends.reference().whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, eps=eps)
-    return _Whiten.apply(_accumulated(x), laid_out(mask, torch.bool), shift_mean, ddof, float(eps))
+    return applied(_Whiten, _accumulated(x), laid_out(mask, torch.bool), shift_mean, ddof, float(eps))

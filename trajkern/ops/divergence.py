@@ -35,7 +35,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._head_arguments import check_logit_scales, check_projection
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
@@ -157,7 +157,7 @@ def linear_divergence(
             temperature=temperature,
             mask=mask,
         )
-    return _LinearDivergence.apply(*heads[0][:3], (*heads[0][3:], *heads[1], beta, vocabulary))
+    return applied(_LinearDivergence, *heads[0][:3], (*heads[0][3:], *heads[1], beta, vocabulary))
 
 
 class _Side(NamedTuple):

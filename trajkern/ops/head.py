@@ -19,7 +19,7 @@ from trajkern import _backends
 from trajkern._checks import check_choice, describe, readable
 from trajkern._results import TokenStats
 from trajkern._tiles.arguments import Head
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 
@@ -246,5 +246,5 @@ def checked_token_stats(arguments: HeadArguments, head: Head, outputs: Sequence[
     if _backends.wants_reference("head", head.hidden):
         return _backends.reference().linear_token_stats(**reference_arguments(arguments, head), outputs=outputs)
     bits = sum(1 << OUTPUTS.index(name) for name in set(outputs))
-    logprobs, *statistics = _LinearTokenStats.apply(*head[:3], head[3:], bits)
+    logprobs, *statistics = applied(_LinearTokenStats, *head[:3], head[3:], bits)
     return TokenStats(logprobs, **dict(zip(_named(bits), statistics, strict=True)))

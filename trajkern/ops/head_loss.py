@@ -18,7 +18,7 @@ from trajkern._tiles.arguments import Head
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import METRICS
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
@@ -203,5 +203,5 @@ def _one_pass(
     dtype = accumulator(head_arguments.hidden)
     loss_arguments = read_branch(loss_arguments.laid_out(dtype), dtype)
     inputs = loss_arguments.inputs()._replace(mask=None)  # a graph takes no tensor twice, and the head has it
-    loss, metrics, logprobs = _LinearPolicyLoss.apply(*head[:3], (*head[3:], *inputs, int(with_entropy)))
+    loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], (*head[3:], *inputs, int(with_entropy)))
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True)), logprobs

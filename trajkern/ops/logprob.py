@@ -26,7 +26,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 from trajkern.ops._temperature import check_temperature
 
@@ -176,7 +176,7 @@ def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Seq
         _check_overwritten(logits)
     bits = sum(1 << i for i, name in enumerate(OUTPUTS) if name in outputs) if outputs else 0
     rows = laid_out(targets, torch.int64), temperatures, temperature, laid_out(mask, torch.bool)
-    return _TokenStats.apply(logits, rows, bits, inplace)
+    return applied(_TokenStats, logits, rows, bits, inplace)
 
 
 def _check(logits, targets, temperature, mask) -> tuple[Tensor | None, float]:

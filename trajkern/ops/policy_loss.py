@@ -22,7 +22,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.inputs import LossInputs
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.tree import branch_coefficients
@@ -228,7 +228,7 @@ def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: Los
 
 
 def _formed(logprobs: Tensor, entropy: Tensor | None, selected: Tensor | None, arguments: LossArguments) -> Result:
-    loss, metrics = _PolicyLoss.apply(logprobs, entropy, selected, arguments.inputs())
+    loss, metrics = applied(_PolicyLoss, logprobs, entropy, selected, arguments.inputs())
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 

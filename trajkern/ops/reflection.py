@@ -38,7 +38,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Reflection
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 
 
@@ -202,7 +202,7 @@ def _apply(
     x = laid_out(logprobs, accumulator(logprobs))
     bounds = laid_out(cu_seqlens, torch.int64)
     groups = _reflection_groups(laid_out(group_ids, torch.int64), bounds, x.shape[0])
-    results = _Reflection.apply(x, laid_out(baseline, x.dtype), (bounds, *groups), ddof, normalize, rewarded)
+    results = applied(_Reflection, x, laid_out(baseline, x.dtype), (bounds, *groups), ddof, normalize, rewarded)
     return results, groups[1]
 
 

@@ -21,7 +21,7 @@ from trajkern._results import Branch
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 
 # What a token has of its span's gradient: all of it, a length-th of it, all or nothing as a kernel chooses one token by
@@ -115,7 +115,7 @@ def span_reduce(
     op = check_choice("op", op, REDUCTIONS)
     if _backends.wants_reference("span", x):
         return _backends.reference().span_reduce(x, spans, op)
-    return SpanReduce.apply(_accumulated(x), *_ranges(spans), op)
+    return applied(SpanReduce, _accumulated(x), *_ranges(spans), op)
 
 
 @recorded
@@ -151,7 +151,7 @@ def spread(
     check_shape("values", values, (count,), what)
     if _backends.wants_reference("span", values):
         return _backends.reference().spread(values, layout)
-    return _Spread.apply(_accumulated(values), *_ranges(layout), layout.num_tokens)
+    return applied(_Spread, _accumulated(values), *_ranges(layout), layout.num_tokens)
 
 
 def _ranges(layout: Spans | PackedBatch | Tree) -> tuple[Tensor, Tensor]:

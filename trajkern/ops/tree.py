@@ -33,7 +33,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.tree import Tree
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 
 REDUCTIONS = ("sum", "mean", "max", "min", "var")
@@ -166,7 +166,7 @@ def subtree_reduce(
         if readable(leaf_values):
             check_squarable("leaf_values", leaf_values)
         return _backends.reference().subtree_reduce(leaf_values, tree, op)
-    return _SubtreeReduce.apply(_accumulated(leaf_values), REDUCTIONS.index(op), tree.arrays)
+    return applied(_SubtreeReduce, _accumulated(leaf_values), REDUCTIONS.index(op), tree.arrays)
 
 
 @recorded
@@ -215,7 +215,7 @@ def sibling_advantages(
             node_values, tree, baseline=baseline, scale=scale, ddof=ddof, eps=eps, singleton=singleton
         )
     rule = BASELINES.index(baseline), scale == "std", float(ddof), float(eps), singleton == "zero"
-    return _SiblingAdvantages.apply(_accumulated(node_values), rule, tree.arrays)
+    return applied(_SiblingAdvantages, _accumulated(node_values), rule, tree.arrays)
 
 
 @recorded
@@ -252,4 +252,4 @@ def branch_coefficients(
         return _backends.reference().branch_coefficients(leaf_advantages, tree, leaf_weights=leaf_weights)
     x = _accumulated(leaf_advantages)
     weights = None if leaf_weights is None else laid_out(leaf_weights.detach(), x.dtype)
-    return Branch(*_BranchCoefficients.apply(x, weights, tree.arrays))
+    return Branch(*applied(_BranchCoefficients, x, weights, tree.arrays))

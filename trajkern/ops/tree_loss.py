@@ -19,7 +19,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 from trajkern.ops import span
 from trajkern.ops import tree as ops
-from trajkern.ops._autograd import differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once
 
 _SUM = ops.REDUCTIONS.index("sum")
 
@@ -85,8 +85,8 @@ def path_sums(
         leaf, index = torch.arange(tree.num_leaves, device=values.device), flat.flat_index
         leaf = torch.repeat_interleave(leaf, flat.flat_lengths, output_size=index.shape[0])
         return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[index])
-    sums = span.SpanReduce.apply(values, offsets[:-1], offsets[1:], "sum")
-    return _PathSums.apply(sums, values.new_zeros(tree.num_leaves), tree.arrays)
+    sums = applied(span.SpanReduce, values, offsets[:-1], offsets[1:], "sum")
+    return applied(_PathSums, sums, values.new_zeros(tree.num_leaves), tree.arrays)
 
 
 def check_branch(arguments: LossArguments, logprobs: Tensor) -> None:
