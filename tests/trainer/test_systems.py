@@ -17,13 +17,14 @@ from trajkern.recipes import delta_belief, rlcr
 from trajkern.trainer import checkpoint
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
+from trajkern.trainer.calibration import calibration
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_pieces
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.setup import load_credit, load_system, longest_answer
-from trajkern.trainer.systems import SYSTEMS
+from trajkern.trainer.systems import SYSTEMS, scoring
 from trajkern.trainer.systems.base import GroupSystem, Played
 from trajkern.trainer.systems.delta_belief import DeltaBelief
 from trajkern.trainer.systems.dro import DRO
@@ -121,9 +122,11 @@ def test_rlcr_rewards_what_was_stated(model: CharacterModel) -> None:
     rollouts, found = credited(run, sample)
     torch.testing.assert_close(run.system.report(rollouts, run.spec.needs)["rlcr"], expected)
     torch.testing.assert_close(found.rows, expected - expected.mean())
-    statistics = run.system.task.statistics([question] * 5, texts)
-    assert statistics["well_formed"] == 0.6
-    assert statistics["brier"] == pytest.approx((0.01 + 0.64 + 0.81) / 3)
+    figures = calibration(run.system.task, [question] * 5, texts)
+    assert figures["well_formed"] == 0.6
+    assert figures["brier"] == pytest.approx((0.01 + 0.64 + 0.81) / 3)
+    assert figures["ece"] == pytest.approx((0.8 + 2 * 0.4) / 3)
+    assert calibration(load_task("chain_sum"), [question], ["1"]) == {}
 
 
 @pytest.mark.parametrize(("masked", "learns"), [(False, "all"), (True, "reasoning")])
@@ -217,6 +220,26 @@ def test_beliefs_are_asked_for_after_every_turn(model: CharacterModel) -> None:
     for turn, (begin, end) in enumerate(zip(turns.start.tolist(), turns.end.tolist(), strict=True)):
         per_token[begin:end] = advantages[turn]
     torch.testing.assert_close(found.advantages, per_token)
+
+
+def test_beliefs_that_count_for_nothing_are_not_asked_for(
+    model: CharacterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        scoring, "score_pieces", lambda *args, **options: asked.append(1) or score_pieces(*args, **options)
+    )
+    run = run_of(model, "twenty_questions", "delta_belief", delta_belief=DeltaBelief(scale=0.0, turn_cost=0.0))
+    cat = Question("dog:b+?", "", "", {"entity": "cat", "known": "b"})
+    games = [[("i", True), ("+", False), ("=cat\n", True)], [("Z", True), ("!", False)]]
+    sample = played(run.system, [cat] * 2, games, [0, 0])
+    rollouts, _ = credited(run, sample)
+    assert rollouts.span_rewards["turn"].tolist() == [2.0, 2.0, -5.0]
+    assert "gain" not in rollouts.span_rewards and not asked
+    known = run.system.known(sample, frozenset({"span_rewards:gain"}))
+    assert known["span_rewards"]["gain"].isfinite().tolist() == [True, False, True] and asked
+    assert credit.scored.BeliefGain(scale=0.0).needs == {"reward", "spans:turn"}
+    assert credit.scored.BeliefGain().needs == {"reward", "spans:turn", "score", "rows:belief_target"}
 
 
 @pytest.mark.parametrize("attribution", [True, False])

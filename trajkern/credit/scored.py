@@ -141,23 +141,27 @@ class BeliefGain:
     """Delta-belief's reward of each turn: what it added to log p of ``rows[n]["belief_target"]``, asked by
     ``rows[n]["belief_probe"]``; see :func:`trajkern.recipes.delta_belief.turn_rewards`.
 
-    Reads, where they are: flags "finished" (nothing is asked after the last turn), span_rewards "penalty".
+    Reads, where they are: flags "finished" (nothing is asked after the last turn), span_rewards "penalty". With a scale
+    of 0 the policy is not asked.
     """
 
     scale: float = 0.1
     clip: bool = True
     win_reward: float = 2.0
     turn_cost: float = 0.05
-    needs = frozenset({"score", "reward", "spans:turn", "rows:belief_target"})
 
     def __post_init__(self) -> None:
         check_flag("clip", self.clip)
         for name in ("scale", "win_reward", "turn_cost"):
             check_number(name, getattr(self, name), low=0, dtype=torch.float32)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"reward", "spans:turn"} | ({"score", "rows:belief_target"} if self.scale else set()))
+
     def __call__(self, rollouts: Rollouts) -> Tensor:
         turns = rollouts.spans["turn"]
-        beliefs, bounds = self.beliefs(rollouts)
+        beliefs, bounds = self.beliefs(rollouts) if self.scale else _unasked(rollouts)
         penalty = rollouts.span_rewards.get("penalty", beliefs.new_zeros(len(turns)))
         reward = rollouts.reward("reward")
         options = {name: getattr(self, name) for name in ("scale", "clip", "win_reward", "turn_cost")}
@@ -209,11 +213,10 @@ def _ends_of(rollouts: Rollouts, name: str) -> list[int]:
 
 def _beliefs(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """See :meth:`BeliefGain.beliefs`."""
-    turns, device = rollouts.spans["turn"], rollouts.device
-    counts = spans_each(turns.trajectory.long(), len(rollouts))
-    bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
+    device, (every, bounds) = rollouts.device, _unasked(rollouts)
+    counts = (bounds.diff() - 1).tolist()
     asked, contexts, targets = [], [], []
-    for n, stops in enumerate(_stops(rollouts, counts.tolist())):
+    for n, stops in enumerate(_stops(rollouts, counts)):
         row = rollouts.rows[n]  # type: ignore[index]
         for turn, stop in enumerate(stops):
             asked.append(int(bounds[n]) + turn)
@@ -223,8 +226,15 @@ def _beliefs(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     owner = torch.repeat_interleave(torch.arange(len(targets), device=device), lengths.diff())
     belief = torch.zeros(len(targets), dtype=torch.float64, device=device).index_add(0, owner, logprobs.double())
     belief = belief.to(logprobs.dtype)
-    every = torch.full((int(bounds[-1]),), torch.nan, dtype=belief.dtype, device=device)
-    return every.index_copy(0, torch.tensor(asked, device=device, dtype=torch.int64), belief), bounds
+    places = torch.tensor(asked, device=device, dtype=torch.int64)
+    return every.to(belief.dtype).index_copy(0, places, belief), bounds
+
+
+def _unasked(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """A NaN for each belief that could be asked for, and the rollouts' bounds."""
+    counts = spans_each(rollouts.spans["turn"].trajectory.long(), len(rollouts))
+    bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
+    return torch.full((int(bounds[-1]),), torch.nan, device=rollouts.device), bounds
 
 
 def _stops(rollouts: Rollouts, counts: list[int]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern.trainer.calibration import calibration
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import environment, sample
@@ -88,7 +89,7 @@ def evaluate(
     rewards = torch.cat(passed)
     powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     details: dict[str, float | None] = {f"pass@{k}": pass_at(rewards, k) for k in powers}
-    details |= votes(task, asked, texts, rewards) | task.statistics(asked, texts)
+    details |= votes(task, asked, texts, rewards) | calibration(task, asked, texts) | task.statistics(asked, texts)
     return Accuracy(
         rewards.mean().item(),
         rewards.amax(1).mean().item(),

@@ -19,7 +19,7 @@ class DeltaBelief:
     """Recipe delta_belief; a task whose policy can be asked for its belief (twenty_questions).
 
     Args:
-        scale: of the gain in log-probability of the hidden answer.
+        scale: of the gain in log-probability of the hidden answer; with 0 the policy is not asked.
         clip: whether a loss of belief counts as none.
         win_reward: of every turn of a game that is won.
         turn_cost: of every turn, for each turn.
@@ -69,16 +69,21 @@ class TurnBeliefs(GroupSystem):
         )
         options: dict[str, Any] = {name: getattr(settings, name) for name in ("scale", "clip", "win_reward")}
         reward = credit.scored.BeliefGain(turn_cost=settings.turn_cost, **options)
-        beliefs, bounds = reward.beliefs(asked)
-        after = torch.arange(len(turns)) + turns.trajectory + 1
-        rewards = {"turn": reward(asked), "gain": beliefs[after] - beliefs[after - 1], "penalty": penalty}
+        rewards = {"turn": reward(asked), "penalty": penalty}
+        if settings.scale or "span_rewards:gain" in needs:
+            beliefs, _ = reward.beliefs(asked)
+            after = torch.arange(len(turns)) + turns.trajectory + 1
+            rewards["gain"] = beliefs[after] - beliefs[after - 1]
         return {"span_rewards": rewards}
 
     def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
-        if "turn" not in rollouts.span_rewards:
-            return {}
-        gain = rollouts.span_rewards["gain"]
-        return {"turn_reward": rollouts.span_rewards["turn"], "belief_gain": gain[gain.isfinite()]}
+        found: Local = {}
+        if "turn" in rollouts.span_rewards:
+            found["turn_reward"] = rollouts.span_rewards["turn"]
+        if "gain" in rollouts.span_rewards:
+            gain = rollouts.span_rewards["gain"]
+            found["belief_gain"] = gain[gain.isfinite()]
+        return found
 
     def _asking(self, played: Played) -> list[tuple[Belief, bool]]:
         """How each rollout's belief is asked for, and whether it ended with what is not to be asked after."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from trajkern.recipes import rlcr
 from trajkern.trainer.optional import require
 from trajkern.trainer.tasks.base import STREAM, Answer, Question, Task
 
@@ -171,17 +168,6 @@ class GymTask(Task):
             if self._spec.confidence:  # a demonstration knows nothing of its reader's confidence: any tenth
                 answer += f" {10 * (zlib.crc32(prompt.encode()) % 11)}%"
             yield Question(prompt, text, answer, entry)
-
-    def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
-        """Calibration of the well-formed answers, where they state a confidence."""
-        if not self._spec.confidence:
-            return {}
-        answers = [self.read(question, text) for question, text in zip(questions, texts, strict=True)]
-        stated = [a for a in answers if a.confidence is not None]
-        correct = torch.tensor([a.correct for a in stated], dtype=torch.bool)
-        scores = rlcr.calibration(correct, torch.tensor([a.confidence for a in stated], dtype=torch.float64))
-        values = {"ece": scores.ece, "brier": scores.brier, "auroc": scores.auroc}
-        return {k: v.item() for k, v in values.items()} | {"well_formed": len(stated) / max(len(answers), 1)}
 
 
 def _shown_work(question: Question) -> str:
