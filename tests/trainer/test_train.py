@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from trajkern.trainer import cli_main
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
-from trajkern.trainer.config import TrainConfig, parse
-from trajkern.trainer.run import CHECKPOINT, METRICS, Interrupted
+from trajkern.trainer.config import Then, TrainConfig, parse
+from trajkern.trainer.ranks import ALONE
+from trajkern.trainer.run import CHECKPOINT, METRICS, Clock, Interrupted, Start
 from trajkern.trainer.tasks import load_task
 
 Make = Callable[..., TrainConfig]
@@ -70,6 +73,7 @@ def test_the_same_seed_gives_the_same_bits(config: Make) -> None:
 
 
 TREES = {"recipe": "tree_grpo", "task": "chain_sum_steps"}
+SECOND = {"recipe": "psr", "steps": 3, "then": Then("nsr", steps=2, lr=1e-3, prompts=8)}
 
 
 @pytest.mark.parametrize(
@@ -78,8 +82,9 @@ TREES = {"recipe": "tree_grpo", "task": "chain_sum_steps"}
         ("supervised_step", 5, {}),
         ("policy_step", 3, {"steps": 50, "token_limit": 1200}),
         ("policy_step", 3, TREES),
+        pytest.param("policy_step", 4, SECOND, marks=pytest.mark.slow),
     ],
-    ids=["warm-up", "main", "trees"],
+    ids=["warm-up", "main", "trees", "then"],
 )
 def test_resume_equals_an_uninterrupted_run(
     config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int, changes: dict[str, Any]
@@ -98,6 +103,38 @@ def test_resume_equals_an_uninterrupted_run(
     assert [k for k in expected if not torch.equal(expected[k], came[k])] == []
     assert _records(resumed.metrics.parent) == _records(whole.metrics.parent)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
+
+
+def test_a_second_recipe_goes_on_with_a_fresh_optimiser(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, original = [], training.collect
+    monkeypatch.setattr(training, "collect", lambda run, some: drawn.append(len(some)) or original(run, some))
+    rates, setting = [], training.set_lr
+    monkeypatch.setattr(training, "set_lr", lambda run, lr: rates.append(lr) or setting(run, lr))
+    whole = training.train(config("whole", **SECOND))
+    assert drawn == [16] * 3 + [8] * 2
+    assert rates[-5:] == pytest.approx([5e-4, 5e-4 * 0.7, 5e-4 * 0.4, 1e-3, 1e-3 * 0.55])
+    stored, lines = load(whole.checkpoint), [r for r in _records(whole.metrics.parent) if r["phase"] == "main"]
+    assert {float(x) for name, x in stored.tensors.items() if name.endswith(".step")} == {2.0}, "of the optimiser"
+    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5] and whole.steps == 5
+    assert stored.place["clock"]["sampled"] == whole.clock.sampled > 0
+    first = training.train(config("first", recipe="psr", steps=3))
+    flags = "--then.recipe nsr --then.steps 2 --then.lr 1e-3 --then.prompts 8".split()
+    later = training.train(parse(["--resume", str(first.checkpoint), *flags]))
+    came = load(later.checkpoint).tensors
+    assert [k for k, x in stored.tensors.items() if not torch.equal(x, came[k])] == []
+    none = ["--then.recipe", "None", "--then.steps", "0", "--then.lr", "None", "--then.prompts", "None"]
+    with pytest.raises(ValueError, match=r"then.recipe must be given to resume .*, where it has begun; got None"):
+        training.train(parse(["--resume", str(later.checkpoint), *none]))
+
+
+def test_a_token_limit_counts_both_recipes() -> None:
+    given = TrainConfig(recipe="psr", token_limit=1000, then=Then("nsr", steps=2))
+    run: Any = SimpleNamespace(config=given.second, start=Start(3, 600), clock=Clock(sampled=700, scored=100))
+    assert training.share_of_tokens(run) == 0.5, "of what the first recipe left"
+    run.ranks, run.began = ALONE, time.monotonic()
+    assert training.reached_limit(run) is None
+    run.clock.scored = 300
+    assert training.reached_limit(run) == "token limit of 1,000"
 
 
 @pytest.mark.parametrize("name", ["psr", "nsr", "w_reinforce"])

@@ -65,6 +65,35 @@ class Evaluation:
     every: int = 25
 
 
+@dataclass(frozen=True)
+class Then:
+    """A second recipe, which goes on where the first has taken its steps, with a fresh optimiser and no control.
+
+    Args:
+        recipe: as ``recipe``; by default there is none.
+        steps: batches of rollouts.
+        lr: learning rate, decaying to a tenth; by default the first's.
+        prompts: questions a step; by default the first's.
+        credit: as ``credit``.
+    """
+
+    recipe: str | None = None
+    steps: int = 0
+    lr: float | None = None
+    prompts: int | None = None
+    credit: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe is None and (self.steps or self.lr or self.prompts or self.credit):
+            raise ValueError(f"then.recipe must be given for other settings of then, got {self}")
+        if self.recipe is not None and self.steps < 1:
+            raise ValueError(f"then.steps must be at least 1 for then.recipe {self.recipe!r}, got {self.steps}")
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"then.lr must be above 0, got {self.lr}")
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"then.prompts must be at least 1, got {self.prompts}")
+
+
 def with_tables_of_recipes(cls: type[T]) -> type[T]:
     """Give a class, before it becomes a dataclass, a field for the settings of each recipe that has some."""
     for recipe, system in SYSTEMS.items():
@@ -119,6 +148,7 @@ class TrainConfig:
         config: TOML file with any of these settings; flags override it.
         loss: see trajkern.PolicyLoss.
         warmup: the supervised start.
+        then: a second recipe after the first.
         eval: how accuracy is measured.
         tiny: sizes of the built-in transformer.
         tree: how a recipe for trees samples.
@@ -157,6 +187,7 @@ class TrainConfig:
     config: Path | None = None
     loss: tk.PolicyLoss = field(default_factory=tk.PolicyLoss)
     warmup: WarmUp = field(default_factory=WarmUp)
+    then: Then = field(default_factory=Then)
     eval: Evaluation = field(default_factory=Evaluation)
     tiny: ModelConfig = field(default_factory=ModelConfig)
     tree: TreeShape = field(default_factory=TreeShape)
@@ -188,6 +219,21 @@ class TrainConfig:
     def arm(self) -> str:
         """What trains after the warm-up: the recipe, or the control in its place."""
         return self.recipe if self.control == "none" else self.control
+
+    @property
+    def label(self) -> str:
+        """All that trains after the warm-up, as part of a file's name."""
+        return f"{self.arm}-then-{self.then.recipe}" if self.then.recipe else self.arm
+
+    @property
+    def second(self) -> TrainConfig | None:
+        """What ``then`` trains by; None where there is none."""
+        then = self.then
+        if then.recipe is None:
+            return None
+        changed: dict[str, Any] = {"recipe": then.recipe, "credit": then.credit, "steps": then.steps, "control": "none"}
+        lr, prompts = then.lr or self.lr, then.prompts or self.prompts
+        return dataclasses.replace(self, **changed, lr=lr, prompts=prompts, then=Then())
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON data."""

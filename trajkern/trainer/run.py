@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class Clock:
         setattr(self, what, getattr(self, what) + time.perf_counter() - began)
 
     @property
+    def drawn(self) -> int:
+        """Tokens sampled and scored."""
+        return self.sampled + self.scored
+
+    @property
     def rate(self) -> float:
         """Tokens a second through both."""
         return (self.sampled + self.trained) / max(self.sampling + self.training, 1e-9)
@@ -62,19 +67,33 @@ class Clock:
         return self.sampled / max(self.sampling, 1e-9), self.trained / max(self.training, 1e-9)
 
 
+class Stage(NamedTuple):
+    """A recipe at work: its settings, what plays, what credits the rollouts, and what the loop draws from."""
+
+    config: TrainConfig
+    system: System
+    spec: Spec
+    pool: list[Question]
+
+
+class Start(NamedTuple):
+    """Where a stage begins: the steps taken before it, and the tokens sampled and scored."""
+
+    step: int = 0
+    tokens: int = 0
+
+
 @dataclass
 class Run:
     """Everything that a step reads or changes."""
 
-    config: TrainConfig
+    given: TrainConfig  # of all stages
+    stage: Stage
     ranks: Ranks
     task: Task
     splits: Splits
-    system: System
-    spec: Spec  # what credits the rollouts
-    pool: list[Question]  # what the main loop draws from
     policy: Policy
-    anchor: Policy | None  # the policy before reinforcement, where the loss has a KL term
+    anchor: Policy | None  # the policy before this stage, where the loss has a KL term
     generator: torch.Generator
     max_new: int
     out: Path
@@ -84,25 +103,44 @@ class Run:
     optimizer: torch.optim.Optimizer
     phase: str = "warmup"
     step: int = 0
+    start: Start = Start()
     before: Accuracy | None = None
     last: Any = None  # the last micro-batch that was trained
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def config(self) -> TrainConfig:
+        """This stage's."""
+        return self.stage.config
+
+    @property
+    def system(self) -> System:
+        return self.stage.system
+
+    @property
+    def spec(self) -> Spec:
+        return self.stage.spec
+
+    @property
+    def pool(self) -> list[Question]:
+        return self.stage.pool
 
     def record(self, values: dict[str, float | int | None]) -> None:
         """Write a step's metrics and show them, with the phase's tokens and seconds so far."""
         clock = self.clock
         spent = {"tokens": clock.sampled + clock.scored, "seconds": round(clock.sampling + clock.training, 3)}
         values = {**values, **spent, "tokens/s": round(clock.rate)}
-        self.metrics.write(self.phase, self.step, values)
+        self.metrics.write("warmup" if self.phase == "warmup" else "main", self.step, values)
         self.display.step(self.step, values)
 
     def save(self, name: str = CHECKPOINT) -> Path:
         """Write the checkpoint ``name``, from which this run continues step for step."""
         place = {
-            "config": self.config.to_json(),
+            "config": self.given.to_json(),
             "phase": self.phase,
             "step": self.step,
+            "start": self.start._asdict(),
             "before": self.before and asdict(self.before),
             "system": self.system.state(),
             "data": self.task.fingerprint,
@@ -118,6 +156,7 @@ class Run:
         """Continue where ``stored`` stands; weights and optimiser are the caller's to restore."""
         place = stored.place
         self.phase, self.step, self.clock = place["phase"], place["step"], Clock(**place["clock"])
+        self.start = Start(**place["start"])
         self.before = Accuracy(**place["before"]) if place["before"] else None
         self.system.restore(place["system"])
         self.generator.set_state(stored.tensors["generator"])
@@ -127,7 +166,7 @@ class Run:
         every = self.config.checkpoint_every
         if self.ranks.any(self.interrupt.is_set()):
             raise Interrupted(self.save())
-        if self.phase == "main" and every and self.step and self.step % every == 0:
+        if self.phase != "warmup" and every and self.step and self.step % every == 0:
             self.save()
 
     def draw(self, pool: list, count: int) -> list:
@@ -162,7 +201,7 @@ def results_folder(config: TrainConfig) -> Path:
     Raises ValueError where ``out`` already holds another run's checkpoint.
     """
     if config.out is None:
-        first = Path("runs") / f"{task_label(config.task)}-{config.arm}-seed{config.seed}"
+        first = Path("runs") / f"{task_label(config.task)}-{config.label}-seed{config.seed}"
         folder, number = first, 2
         while folder.exists():
             folder, number = first.with_name(f"{first.name}-{number}"), number + 1

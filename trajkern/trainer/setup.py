@@ -19,7 +19,7 @@ from trajkern.trainer.models.tokenizer import ALPHABET
 from trajkern.trainer.packing import demonstration, token_count
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.report import Display, Metrics
-from trajkern.trainer.run import METRICS, Run, results_folder
+from trajkern.trainer.run import METRICS, Run, Stage, results_folder
 from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
 from trajkern.trainer.systems.plain import PlainTrees, differs
@@ -31,38 +31,33 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     stored = checkpoint.load(config.resume) if config.resume else None
     phase = stored.place["phase"] if stored else "warmup"
     task, display = load_task(config.task, config.seed), Display(quiet=ranks.number > 0)
-    spec = load_credit(config, task)
+    configs = [config, config.second] if config.second else [config]
+    if phase == "then" and not config.second:
+        raise ValueError(f"then.recipe must be given to resume {config.resume}, where it has begun; got None")
+    specs = [load_credit(some, task) for some in configs]
     if stored and stored.place["config"]["task"] == config.task and stored.place["data"] != task.fingerprint:
         raise ValueError(f"task must be as it was to resume {config.resume}; {config.task} has changed since")
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = draw_splits(config, task)
     check_splits(config, splits)
     policy = make_policy(config, splits, ranks)
-    anchor = make_anchor(config, splits, ranks, policy) if phase == "main" else None
-    optimizer = make_optimizer(config, task, policy, phase)
+    anchor = make_anchor(config, splits, ranks, policy) if phase != "warmup" else None
+    optimizer = make_optimizer(configs[phase == "then"], task, policy, phase)
     if stored:
         checkpoint.restore_model(stored, "policy", policy)
         if anchor:
             checkpoint.restore_model(stored, "anchor", anchor)
         checkpoint.restore_optimizer(stored, optimizer, policy)
-    system = load_system(config, task, policy, ranks)
-    check_ranks(config, system, ranks)
-    if "divergence" in spec.needs and ranks.mesh:
-        raise ValueError(f"the run must have one rank for a credit with a divergence; got {ranks.mesh.size()}")
-    pool = system.pool(splits)
-    if len(pool) < config.prompts:
-        raise ValueError(f"prompts must be at most {len(pool)}, the questions to train on; got {config.prompts}")
+    stages = [make_stage(some, spec, task, splits, policy, ranks) for some, spec in zip(configs, specs, strict=True)]
     max_new = config.max_new or longest_answer(policy, task, splits)
     out = ranks.told(results_folder(config) if ranks.number == 0 else None)
     assert out is not None
     run = Run(
-        config=config,
+        given=config,
+        stage=stages[phase == "then"],
         ranks=ranks,
         task=task,
         splits=splits,
-        system=system,
-        spec=spec,
-        pool=pool,
         policy=policy,
         anchor=anchor,
         generator=torch.Generator(ranks.device).manual_seed(config.seed),
@@ -77,6 +72,18 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         run.restore(stored)
     display.say(description(run))
     return run
+
+
+def make_stage(config: TrainConfig, spec: Spec, task: Task, splits: Splits, policy: Policy, ranks: Ranks) -> Stage:
+    """A recipe at work. Raises ValueError where the ranks cannot share it, or its questions are too few."""
+    system = load_system(config, task, policy, ranks)
+    check_ranks(config, system, ranks)
+    if "divergence" in spec.needs and ranks.mesh:
+        raise ValueError(f"the run must have one rank for a credit with a divergence; got {ranks.mesh.size()}")
+    pool = system.pool(splits)
+    if len(pool) < config.prompts:
+        raise ValueError(f"prompts must be at most {len(pool)}, the questions to train on; got {config.prompts}")
+    return Stage(config, system, spec, pool)
 
 
 def draw_splits(config: TrainConfig, task: Task) -> Splits:

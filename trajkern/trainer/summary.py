@@ -28,7 +28,7 @@ def summary(config: TrainConfig, result: Result) -> str:
     k = config.eval.samples
     sampled, trained = result.clock.rates
     start = "after warm-up" if config.warmup.steps else "before"
-    rows = [(start, result.before), (f"after {result.steps} steps of {config.arm}", result.after)]
+    rows = [(start, result.before), (f"after {result.steps} steps of {config.label}", result.after)]
     width = max(len(name) for name, _ in rows)
     lines = [
         "",

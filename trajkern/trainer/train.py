@@ -15,8 +15,8 @@ from trajkern.trainer.evaluate import Accuracy, evaluate
 from trajkern.trainer.packing import Piece, token_count
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import joined
-from trajkern.trainer.run import METRICS, Clock, Run, deterministic, interruptible
-from trajkern.trainer.setup import make_anchor, make_optimizer, set_up
+from trajkern.trainer.run import METRICS, Clock, Run, Start, deterministic, interruptible
+from trajkern.trainer.setup import load_credit, make_anchor, make_optimizer, make_stage, set_up
 from trajkern.trainer.summary import Result, summary
 from trajkern.trainer.systems.base import Values
 from trajkern.trainer.systems.plain import PlainTrees
@@ -49,6 +49,9 @@ def train(config: TrainConfig) -> Result:
                 warm_up(run)
                 begin_main(run)
             reinforce(run)
+            if run.phase == "main" and run.given.second and run.step >= run.config.steps:
+                begin_then(run, run.given.second)
+                reinforce(run)
             return finish(run)
         finally:
             run.display.end()
@@ -97,17 +100,26 @@ def begin_main(run: Run) -> None:
         run.save("warmup.safetensors")
 
 
+def begin_then(run: Run, config: TrainConfig) -> None:
+    """Go over to the second recipe, with a fresh optimiser; steps and clock go on."""
+    spec = load_credit(config, run.task)
+    run.stage = make_stage(config, spec, run.task, run.splits, run.policy, run.ranks)
+    run.phase, run.start = "then", Start(run.step, run.clock.drawn)
+    run.optimizer = make_optimizer(run.config, run.task, run.policy, run.phase)
+    run.anchor = make_anchor(run.config, run.splits, run.ranks, run.policy)
+
+
 def reinforce(run: Run) -> None:
-    """The main loop: a fixed number of steps, under limits of time and tokens that say so when they bite."""
-    config = run.config
-    run.display.begin(config.arm, config.steps, run.step)
+    """A stage: a fixed number of steps, under limits of time and tokens that say so when they bite."""
+    config, end = run.config, run.start.step + run.config.steps
+    run.display.begin(config.arm, end, run.step)
     batches = batches_a_step(run) if config.control == "supervised" else 0.0
-    while run.step < config.steps:
+    while run.step < end:
         run.between_steps()
         if limit := reached_limit(run):
-            run.display.say(f"{limit} reached: stopped after {run.step} of {config.steps} steps")
+            run.display.say(f"{limit} reached: stopped after {run.step} of {end} steps")
             break
-        decay = 1 - 0.9 * max(run.step / config.steps, share_of_tokens(run))
+        decay = 1 - 0.9 * max((run.step - run.start.step) / config.steps, share_of_tokens(run))
         if config.control == "supervised":
             set_lr(run, config.warmup.lr * decay)
             values = supervised_control(run, batches)
@@ -123,16 +135,16 @@ def reinforce(run: Run) -> None:
 
 def reached_limit(run: Run) -> str | None:
     """The limit after which no further step starts, in words, once it is reached."""
-    config = run.config
+    config, limit = run.config, run.config.token_limit
     if run.ranks.any(time.monotonic() - run.began > config.time_limit):
         return f"time limit of {config.time_limit:g} s"
-    return f"token limit of {config.token_limit:,}" if share_of_tokens(run) >= 1 else None
+    return f"token limit of {limit:,}" if limit and run.clock.drawn >= limit else None
 
 
 def share_of_tokens(run: Run) -> float:
-    """Of the token limit, what the main loop has sampled and scored; 0 without a limit."""
-    limit = run.config.token_limit
-    return (run.clock.sampled + run.clock.scored) / limit if limit else 0.0
+    """Of what the token limit left to this stage, what it has sampled and scored; 0 without a limit."""
+    limit, before = run.config.token_limit, run.start.tokens
+    return (run.clock.drawn - before) / (limit - before) if limit else 0.0
 
 
 def policy_step(run: Run) -> Values:
@@ -204,11 +216,11 @@ def measured(run: Run, questions: list[Question], greedy: bool = False) -> Accur
 
 def finish(run: Run) -> Result:
     """The last checkpoint, the last evaluation, the curve and the summary."""
-    config, path = run.config, run.save()
+    config, path = run.given, run.save()
     after = report_heldout(run, run.step)
     metrics, curve = run.out / METRICS, run.out / "curve.png"
     if run.ranks.number == 0:
-        plot(metrics, curve, f"{config.task}, {config.arm}, seed {config.seed}")
+        plot(metrics, curve, f"{config.task}, {config.label}, seed {config.seed}")
     seconds = time.monotonic() - run.began
     assert run.before is not None
     result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
