@@ -36,6 +36,9 @@ class Learns(NamedTuple):
 class Part:
     """What an expression comes to: the advantage of a token is its rollout's plus its spans' plus its own.
 
+    Its values are nobody else's and change in place, since new memory costs more than a pass over it; they are 0 in the
+    rollouts, and outside of the tokens, that ``learns`` leaves out.
+
     Attributes:
         rows: ``[N]``, of rollouts.
         spans: name -> ``[S]``.
@@ -70,18 +73,16 @@ class Part:
         for name, x in other.spans.items():
             spans[name] = spans[name] + x if name in spans else x
         rows, tokens = added(self.rows, other.rows), added(self.tokens, other.tokens)
-        abstains = added(self.abstains, other.abstains)  # of flags, that is either
+        abstains = self.abstains if other.abstains is None else other.abstains
+        if self.abstains is not None and other.abstains is not None:
+            abstains = self.abstains | other.abstains
         return Part(rows, spans, tokens, learns, self.divergences + other.divergences, abstains)
 
 
 def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """The sum of what there is, in place of x where that can hold it."""
     if x is None or y is None:
         return y if x is None else x
-    return x + y
-
-
-def _added_into(x: Tensor, y: Tensor) -> Tensor:
-    """The sum; x is nobody else's, and new memory costs as much as a pass over it."""
     return x.add_(y) if torch.promote_types(x.dtype, y.dtype) == x.dtype else x + y
 
 
@@ -96,6 +97,7 @@ class Call:
         self.rollouts = rollouts
         self.metrics: dict[str, Tensor] = {}
         self._known: dict[Any, Any] = {}
+        self._last: tuple[Any, ...] = (None,)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._known:
@@ -136,7 +138,7 @@ class Call:
     @property
     def scored(self) -> Tensor:
         """The loss mask as numbers, ``[T]``: a product is ten times as fast as a choice."""
-        return self.once("scored", lambda: self.rollouts.batch.loss_mask.float())
+        return self.once("scored", lambda: self.rollouts.batch.loss_mask.view(torch.uint8).float())
 
     def inside(self, name: str) -> Tensor:
         """Whether a token is in a span of this name, bool ``[T]``."""
@@ -146,21 +148,20 @@ class Call:
         return spread(torch.ones(len(spans), device=self.rollouts.device), spans)
 
     def tokens(self, part: Part) -> Tensor:
-        """The advantage of each token, ``[T]``, 0 where nothing of the part learns."""
-        fresh = [spread(x, self.rollouts.spans[name]) for name, x in part.spans.items()]
+        """The advantage of each token, ``[T]``, whether it learns or not."""
+        kinds = [spread(x, self.rollouts.spans[name]) for name, x in part.spans.items()]
         if part.rows is not None:
-            fresh.append(to_tokens(part.rows, self.rollouts))
-        total = reduce(_added_into, fresh) if fresh else None
-        if part.tokens is not None:
-            total = part.tokens.clone() if total is None else _added_into(total, part.tokens)
-        if total is None:
-            return torch.zeros(self.rollouts.batch.num_tokens, device=self.rollouts.device)
-        return total.mul_(self.learning(part))
+            kinds.append(to_tokens(part.rows, self.rollouts))
+        total = reduce(added, (*kinds, part.tokens), None)
+        return torch.zeros(self.rollouts.batch.num_tokens, device=self.rollouts.device) if total is None else total
 
     def kept(self, part: Part) -> Tensor:
         """The rollouts that some term keeps, ``[N]``: one in which none scored anything leaves if one was to."""
-        key = "kept", id(part.abstains), tuple(tuple(map(id, x)) for x in part.learns)
-        return self.once(key, lambda: (self._kept(part), part))[0]  # what is known by its id must not die
+        return self.once(("kept", *self._learns(part)), lambda: (self._kept(part), part))[0]
+
+    def _learns(self, part: Part) -> tuple[Any, ...]:
+        """Who learns of it, by the ids of tensors; who remembers this keeps the part, so that none of them dies."""
+        return id(part.abstains), *(tuple(map(id, x)) for x in part.learns)
 
     def _kept(self, part: Part) -> Tensor:
         flags = partial(torch.full, (len(self.rollouts),), dtype=torch.bool, device=self.rollouts.device)
@@ -175,12 +176,14 @@ class Call:
     def mask(self, part: Part) -> Tensor:
         """The tokens that learn, bool ``[T]``."""
         learning = self.learning(part)
-        return self.rollouts.batch.loss_mask if learning is self.scored else learning != 0
+        return self.rollouts.batch.loss_mask if learning is self.scored else learning.bool()
 
     def learning(self, part: Part) -> Tensor:
-        """1 for the tokens that learn, else 0; ``[T]``."""
-        key = "learning", id(part.abstains), tuple(tuple(map(id, x)) for x in part.learns)
-        return self.once(key, lambda: (self._learning(part), part))[0]
+        """1 for the tokens that learn, else 0; ``[T]``. Only the last is remembered: memory that is reused is fast."""
+        key = self._learns(part)
+        if self._last[0] != key:
+            self._last = key, self._learning(part), part
+        return self._last[1]
 
     def _learning(self, part: Part) -> Tensor:
         if any(all(each is None for each in x) for x in part.learns):
@@ -197,7 +200,7 @@ class Call:
     def report_tokens(self, name: str, values: Tensor, part: Part) -> None:
         """As :meth:`report`, of values of tokens, 0 where nothing of the part learns."""
         learning = self.learning(part)
-        total = torch.count_nonzero(learning)
+        total = self._sum(learning)
         mean = self._sum(values) / total
         apart = (values - mean.to(values.dtype)).square_().mul_(learning)
         self._note(name, mean, self._sum(apart) / total, values.dtype)
@@ -211,7 +214,7 @@ class Call:
         x, w = values.double(), weights.double()
         total = w.sum()
         mean = (w * x).sum() / total
-        self._note(name, mean, (w * (x - mean).square()).sum() / total, values.dtype)
+        self._note(name, mean, (x - mean).square_().mul_(w).sum() / total, values.dtype)
 
     def _note(self, name: str, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> None:
         number, label = 2, name

@@ -45,7 +45,7 @@ class Spec(abc.ABC):
         self.check(rollouts.names)
         call = Call(rollouts)
         part = self.part(call, frozenset())
-        advantages = call.tokens(part)
+        advantages = call.tokens(part).mul_(call.learning(part))
         mask, keep = call.mask(part).clone(), call.kept(part).clone()  # nobody else's
         positive = torch.count_nonzero(advantages > 0) / torch.count_nonzero(mask)
         metrics = call.metrics | {"kept": keep.float().mean(), "positive": positive}
@@ -200,7 +200,7 @@ class Scaled(Spec):
 
     def part(self, call: Call, gates: GateSet) -> Part:
         part, factor = self.spec.part(call, gates), self.factor
-        scaled = part.mapped(lambda x: x * factor)
+        scaled = part.mapped(lambda x: x.mul_(factor))
         weighed = tuple((term, weight * factor) for term, weight in part.divergences)
         return replace(scaled, divergences=weighed)
 
@@ -288,7 +288,8 @@ class Asymmetric(Bent):
     negative: float
 
     def bend(self, x: Tensor) -> Tensor:
-        return (x.clamp_min(0) * self.positive).add_(x.clamp_max(0), alpha=self.negative)
+        leaky = torch.nn.functional.leaky_relu_  # below 0 times a slope, in place
+        return leaky(leaky(x, self.negative).neg_(), self.positive).neg_()
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.spec)}.asymmetric({self.positive!r}, {self.negative!r})"
@@ -301,7 +302,7 @@ class Clipped(Bent):
     high: float
 
     def bend(self, x: Tensor) -> Tensor:
-        return x.clamp(self.low, self.high)
+        return x.clamp_(self.low, self.high)
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.spec)}.clip({self.low!r}, {self.high!r})"

@@ -31,7 +31,7 @@ class Term(Spec):
     made_by: ClassVar[tuple[str, str]]  # the function that makes it, and its argument by position
 
     def part(self, call: Call, gates: GateSet) -> Part:
-        return call.once((self, gates), lambda: self.formed(call, gates))
+        return call.once((self, gates), lambda: self.formed(call, gates)).mapped(Tensor.clone)
 
     def formed(self, call: Call, gates: GateSet) -> Part:
         raise NotImplementedError

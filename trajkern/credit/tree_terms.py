@@ -62,7 +62,7 @@ class OfTree(Term):
         learns = (Learns(keep, only),)
         part = Part(placed.get("rows"), tokens=placed.get("tokens"), learns=learns, abstains=abstains)
         if part.rows is None:
-            tokens = call.tokens(part)
+            tokens = call.tokens(part).mul_(call.learning(part))
             call.report_tokens(self.name, tokens, part)
             return replace(part, tokens=tokens)
         call.report(self.name, part.rows, call.counts if keep is None else torch.where(keep, call.counts, 0))
