@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from trajkern.recipes import dro, reward_models
-from trajkern.trainer.models.judges import Judge, JudgeError, Judgements, LocalJudge, ServerJudge, read_score
+from trajkern.trainer.models.judges import Judge, JudgeError, Judgements, LocalJudge, ServerJudge
+from trajkern.trainer.models.verdicts import read_score
 
 NAN = float("nan")
 

@@ -16,9 +16,8 @@ from trajkern.trainer.models.pair_judges import (
     PairJudge,
     ServerPairJudge,
     about,
-    question,
-    read_verdict,
 )
+from trajkern.trainer.models.verdicts import pair_question, read_verdict
 
 NAN = math.nan
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
@@ -47,7 +46,7 @@ def test_a_local_judge_compares(tiny: tuple[Any, Any], monkeypatch: pytest.Monke
     assert judged.replies[0] == [f"The first is right.\n{A}", f"I cannot say.\n{B}"]
     assert judged.replies[1][1] == "Both are\n<answer>[[maybe"
     assert rule_rewards(judged.replies[0], ["B", "B"], rule="rm_r1").tolist() == [-1, 1]
-    asked_first = question("1+1", "2", "3", rubric="Be strict.")
+    asked_first = pair_question("1+1", "2", "3", rubric="Be strict.")
     assert asked[0][0].startswith(asked_first) and asked_first.startswith("Be strict.")
     assert "<response_a>\n2\n</response_a>\n\n<response_b>\n3\n</response_b>" in asked[0][0]
     assert asked[1][0] == f"{asked[0][0]}I cannot say.\n<answer>[["

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -14,20 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
+from trajkern.trainer.models.verdicts import RUBRIC, question, read_score
 from trajkern.trainer.sampling import left_padded
 from trajkern.trainer.tasks.base import Question
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-HIGHEST = 10  # of the scores that a judge is asked for
-RUBRIC = "You judge how well a response answers a question: whether it is correct, complete and to the point."
-_ASKED = f"""
-Reason first, in a few sentences: what does the question ask for, and what does the response get right or wrong? Then \
-end with a line of its own: the word "Score:" and a whole number from 0 (useless) to {HIGHEST} (perfect)."""
-_SCORE = re.compile(
-    r"[\W_]*score[*_\s]*[:=][*_\s]*([0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*([0-9]+))?[.,;!*_\s]*", re.I
-)
 _OPENING = "\nScore:"
 _RESERVED = {"messages", "model", "n", "seed", "stream"}
 T = TypeVar("T")
@@ -323,28 +315,6 @@ class ServerJudge(_Server):
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
         return self.judged(_items(prompts=prompts, responses=responses))
-
-
-def read_score(text: str, ended: bool) -> float:
-    """The score of a reply's last line of the form "Score: k", k from 0 to 10, as k / 10 in [0, 1]; NaN without one.
-
-    "Score: k/10" and Markdown's stars are understood. A line that says k of another number, or a k above 10, is none.
-
-    Args:
-        text: the reply.
-        ended: False for one that was cut off: its last line may lack digits, and is not read.
-    """
-    lines = text.split("\n") if ended else text.split("\n")[:-1]
-    for line in reversed(lines):
-        if match := _SCORE.fullmatch(line):
-            score = float(match[1])
-            return score / HIGHEST if score <= HIGHEST and match[2] in (None, str(HIGHEST)) else float("nan")
-    return float("nan")
-
-
-def question(prompt: str, response: str, *, rubric: str = RUBRIC) -> str:
-    """What a judge is asked about a response: also what a judge in training is asked."""
-    return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n<response>\n{response}\n</response>\n{_ASKED}"
 
 
 def _judgements(scores: list[list[float]], replies: list[list[str]], samples: int) -> Judgements:

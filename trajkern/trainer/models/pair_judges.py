@@ -7,13 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trajkern.recipes.reward_models import VERDICTS, verdict
-from trajkern.trainer.models.judges import RUBRIC, Judgements, _items, _Local, _Server
+from trajkern.trainer.models.judges import Judgements, _items, _Local, _Server
+from trajkern.trainer.models.verdicts import pair_question, read_verdict
 
 _OPENING = "\n<answer>[["
-_ASKED = """
-Reason first, in a few sentences: what does the question ask for, and what do the responses get right or wrong? Then \
-end with a line of its own: <answer>[[A]]</answer> if response A is better, <answer>[[B]]</answer> if response B is."""
 
 
 class PairJudge(Protocol):
@@ -29,24 +26,6 @@ def about(judge: PairJudge, prompt: str) -> Callable[[Sequence[str], Sequence[st
     return lambda firsts, seconds: judge([prompt] * len(firsts), firsts, seconds).scores
 
 
-def question(prompt: str, first: str, second: str, *, rubric: str = RUBRIC) -> str:
-    """What a judge is asked about two responses: also what a judge in training is asked, to be rewarded by
-    ``rule_rewards(replies, labels, rule="rm_r1")`` with GRPO in any trainer."""
-    responses = f"<response_a>\n{first}\n</response_a>\n\n<response_b>\n{second}\n</response_b>"
-    return f"{rubric}\n\n<question>\n{prompt}\n</question>\n\n{responses}\n{_ASKED}"
-
-
-def read_verdict(text: str, ended: bool) -> float:
-    """1 for a reply whose verdict is A, 0 for B, NaN without one; see :func:`trajkern.recipes.reward_models.verdict`.
-
-    Args:
-        text: the reply.
-        ended: not read: a verdict is whole or none.
-    """
-    said = verdict(text)
-    return float("nan") if said is None else 1.0 - VERDICTS.index(said)
-
-
 class LocalPairJudge(_Local):
     """A HuggingFace causal language model that compares two responses; arguments and rules are LocalJudge's.
 
@@ -60,7 +39,7 @@ class LocalPairJudge(_Local):
     whole = True
 
     def question(self, *item: str) -> str:
-        return question(*item, rubric=self._rubric)
+        return pair_question(*item, rubric=self._rubric)
 
     def read(self, text: str, ended: bool) -> float:
         return read_verdict(text, ended)
@@ -74,7 +53,7 @@ class ServerPairJudge(_Server):
     LocalPairJudge's."""
 
     def question(self, *item: str) -> str:
-        return question(*item, rubric=self._rubric)
+        return pair_question(*item, rubric=self._rubric)
 
     def read(self, text: str, ended: bool) -> float:
         return read_verdict(text, ended)
