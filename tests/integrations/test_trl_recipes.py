@@ -170,6 +170,7 @@ def hinted(rollouts: credit.Rollouts) -> Tensor:
 BY_HAND: dict[str, Callable[[Batch], Made]] = {
     "grpo": grpo,
     "skillrl": grpo,
+    "judge": grpo,
     **{kind: signs(kind) for kind in nsr.KINDS},
     "toolpo": toolpo,
     "dro": dro_,
@@ -191,7 +192,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer_of(tmp_path_factory.mktemp("recipes"), rollout_func=spoken, **REWARDS, **sizes)
 
 
-LIKE_OTHERS = ("grpo", "skillrl", "psr", "w_reinforce", "rlcr", "srl")
+LIKE_OTHERS = ("grpo", "skillrl", "judge", "psr", "w_reinforce", "rlcr", "srl")
 CASES = [pytest.param(x, marks=pytest.mark.slow if x in LIKE_OTHERS else ()) for x in BY_HAND]
 
 

@@ -34,6 +34,7 @@ from trajkern.trainer.tasks import (
     Question,
     ReferenceTask,
     Reply,
+    ResponseTask,
     SimulatedTask,
     Task,
     load_task,
@@ -42,8 +43,8 @@ from trajkern.trainer.tasks import (
 SLOW = pytest.mark.slow  # a file with these columns trains with them in test_jsonl.py
 BRIEF = WarmUp(steps=2, batch=4, demonstrations=16)
 OFFERED = {
-    "chain_sum": {HintTask},
-    "chain_sum_steps": {HintTask, ReferenceTask},
+    "chain_sum": {HintTask, ResponseTask},
+    "chain_sum_steps": {HintTask, ReferenceTask, ResponseTask},
     "chain_sum_confidence": set(),
     "tools": {ActionTask, SimulatedTask},
     "twenty_questions": {BeliefTask, PenaltyTask},
@@ -52,7 +53,7 @@ OFFERED = {
 
 @pytest.mark.parametrize("name", OFFERED)
 def test_who_offers_what(name: str) -> None:
-    protocols = (HintTask, ReferenceTask, ActionTask, BeliefTask, PenaltyTask, FamilyTask, SimulatedTask)
+    protocols = (HintTask, ReferenceTask, ActionTask, BeliefTask, PenaltyTask, FamilyTask, SimulatedTask, ResponseTask)
     assert {p for p in protocols if isinstance(load_task(name), p)} == OFFERED[name]
 
 

@@ -155,6 +155,7 @@ def _of_tree(name: str) -> Callable[..., Spec]:
 PRESETS: dict[str, Callable[..., Spec]] = {
     "grpo": lambda **options: Outcome(**options),
     "skillrl": lambda **options: Outcome(**options),
+    "judge": lambda **options: Outcome(**options),
     **{kind: _signs(kind) for kind in nsr.KINDS},
     "toolpo": _toolpo,
     "dro": _dro,

@@ -35,6 +35,9 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     if phase == "then" and not config.second:
         raise ValueError(f"then.recipe must be given to resume {config.resume}, where it has begun; got None")
     specs = [load_credit(some, task) for some in configs]
+    task = posed(config, task)
+    if config.second and posed(config.second, task) is not task:
+        raise ValueError(f"then.recipe must ask what the recipe {config.recipe} asks; got {config.then.recipe!r}")
     if stored and stored.place["config"]["task"] == config.task and stored.place["data"] != task.fingerprint:
         raise ValueError(f"task must be as it was to resume {config.resume}; {config.task} has changed since")
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
@@ -84,6 +87,11 @@ def make_stage(config: TrainConfig, spec: Spec, task: Task, splits: Splits, poli
     if len(pool) < config.prompts:
         raise ValueError(f"prompts must be at most {len(pool)}, the questions to train on; got {config.prompts}")
     return Stage(config, system, spec, pool)
+
+
+def posed(config: TrainConfig, task: Task) -> Task:
+    """The task that the recipe makes of the run's."""
+    return system_type(config.recipe).posed(task, settings_of(config))
 
 
 def draw_splits(config: TrainConfig, task: Task) -> Splits:
@@ -159,6 +167,7 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
     recipe = config.recipe
     kind = system_type(recipe)
     check_task(config, task)
+    task = posed(config, task)
     load_rubric(config.compose.rubric, task)
     if config.credit is not None:
         spec = load_spec(config.credit)

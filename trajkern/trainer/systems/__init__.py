@@ -7,6 +7,7 @@ from trajkern.trainer.systems.base import System
 from trajkern.trainer.systems.delta_belief import TurnBeliefs
 from trajkern.trainer.systems.dro import Reflection
 from trajkern.trainer.systems.feedback import HintedTeacher
+from trajkern.trainer.systems.judge import ReasoningJudge
 from trajkern.trainer.systems.plain import PlainGroups, PlainTrees
 from trajkern.trainer.systems.rlcr import Calibrated
 from trajkern.trainer.systems.skillrl import SkillBased
@@ -22,6 +23,7 @@ SYSTEMS: dict[str, type[System]] = {
     "srl": StepImitation,
     "feedback": HintedTeacher,
     "skillrl": SkillBased,
+    "judge": ReasoningJudge,
 }
 
 

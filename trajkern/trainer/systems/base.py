@@ -102,6 +102,15 @@ class System:
         return found
 
     @classmethod
+    def posed(cls, task: Task, settings: Any) -> Task:
+        """The task that is trained and evaluated on, made of the run's; by default that itself.
+
+        Raises:
+            ValueError: a task that lacks what the settings ask for.
+        """
+        return task
+
+    @classmethod
     def expression(cls, recipe: str, settings: Any) -> credit.Spec:
         """The recipe's credit, of what its rollouts know."""
         return credit.recipe(recipe)

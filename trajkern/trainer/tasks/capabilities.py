@@ -5,7 +5,7 @@ A class defines the method, or, where only some of its tasks can answer, sets it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from trajkern.trainer.tasks.base import Question, Task
@@ -96,6 +96,14 @@ class ReasoningTask(Protocol):
 
     def reasoning(self, question: Question, text: str) -> tuple[int, int]:
         """Where in ``text`` the reasoning begins and ends, in characters; what stands behind it is the answer."""
+
+
+@runtime_checkable
+class ResponseTask(Protocol):
+    """A task that knows responses to its questions, for a judge to learn on."""
+
+    def responses(self, question: Question) -> Sequence[str]:
+        """Right ones and wrong ones, at least one of each; which they are, the verifier says."""
 
 
 @runtime_checkable

@@ -13,6 +13,8 @@ from trajkern.trainer.optional import require
 from trajkern.trainer.tasks.base import STREAM, Answer, Question, Task
 
 PASSING_SCORE = 0.99
+WHOLE = ("chain_sum", "count_bits", "products")  # datasets whose answers are whole numbers
+NEAR = (-2, -1, 1, 2)  # by how much a response to judge is wrong
 _CONFIDENCE = re.compile(r"(.*) (\d{1,3})%", re.DOTALL)
 
 
@@ -116,11 +118,13 @@ SPECS: dict[str, Spec] = {
 class GymTask(Task):
     """A task of ``SPECS``. Its entries are reasoning-gym's, which also verifies the answers.
 
-    It offers ``ballot``, ``reference`` where answers show their work, and ``hint`` unless they state a confidence.
+    It offers ``ballot``, ``reference`` where answers show their work, ``hint`` unless they state a confidence, and then
+    ``responses`` where they are whole numbers.
     """
 
     hint: Callable[[Question, str], str | None]
     reference: Callable[[Question], str]
+    responses: Callable[[Question], list[str]]
 
     def __init__(self, name: str, seed: int = 0) -> None:
         super().__init__(name, seed)
@@ -131,6 +135,8 @@ class GymTask(Task):
             self.reference = _shown_work
         if not self.states_confidence:
             self.hint = _missing_line
+            if self._spec.dataset in WHOLE:
+                self.responses = _near_answers
         self._gym = require("reasoning_gym")
         self._verifier = self._dataset(seed=0, size=1)
 
@@ -172,6 +178,12 @@ class GymTask(Task):
 
 def _shown_work(question: Question) -> str:
     return question.answer
+
+
+def _near_answers(question: Question) -> list[str]:
+    """The answer, and numbers that are near it."""
+    answer = question.entry["answer"]
+    return [answer, *(str(int(answer) + difference) for difference in NEAR)]
 
 
 def _missing_line(question: Question, text: str) -> str | None:

@@ -15,7 +15,8 @@ from trajkern.trainer.tasks.tools import calls_in
 from trajkern.trainer.tasks.verifiers import BALLOTS, Row, Verifier, load_verifier, problem
 
 TEXTS = ("prompt", "answer", "verifier", "reference", "hint", "family")
-COLUMNS = (*TEXTS, "actions", "data")
+LISTS = ("actions", "responses")
+COLUMNS = (*TEXTS, *LISTS, "data")
 HELDOUT, VALIDATION = 10, 20  # per cent, up to which a prompt's number is held out, or for validation
 
 
@@ -24,7 +25,7 @@ class JsonlTask(Task):
 
     A prompt's hash decides for good whether it is held out (10 %), for validation (10 %) or for training (80 %); the
     seed decides the order in which training questions are taken. A capability is offered where a line has its column:
-    ``hint``, ``family``, ``reference``, ``action_spans`` for the column ``actions``; and
+    ``hint``, ``family``, ``reference``, ``responses``, ``action_spans`` for the column ``actions``; and
     ``ballot`` where all verifiers are built-in ones.
 
     Raises:
@@ -39,6 +40,7 @@ class JsonlTask(Task):
     reference: Callable[[Question], str]
     action_spans: Callable[[Question, str], list[Action]]
     ballot: Callable[[Question, str], Hashable | None]
+    responses: Callable[[Question], list[str]]
 
     def __init__(self, name: str, seed: int = 0) -> None:
         super().__init__(name, seed)
@@ -58,6 +60,8 @@ class JsonlTask(Task):
             self.hint = lambda question, text: question.entry.get("hint")
         if any("actions" in row for row in self.rows):
             self.action_spans = lambda question, text: calls_in(text, question.entry.get("actions", ()))
+        if self._everywhere("responses"):
+            self.responses = lambda question: question.entry["responses"]
         if self._verifiers.keys() <= BALLOTS.keys():
             self.ballot = lambda question, text: BALLOTS[question.entry["verifier"]](text)
 
@@ -91,9 +95,9 @@ class JsonlTask(Task):
     def check_characters(self, alphabet: Collection[str]) -> None:
         """Raise ValueError naming the line of a text that cannot be spelt in ``alphabet``, and the character."""
         for row in self.rows:
-            columns = ("prompt", "reference", "hint") + (("answer",) if row["verifier"] != "regex" else ())
+            columns = ("prompt", "reference", "hint", "responses") + (("answer",) if row["verifier"] != "regex" else ())
             for column in columns:
-                for character in row.get(column, ""):
+                for character in "".join(row.get(column, "")):
                     if character not in alphabet:
                         expected = f"characters that the model can spell in {column}"
                         raise _error(self.name, row["line"], expected, f"{character!r} (U+{ord(character):04X})")
@@ -113,6 +117,10 @@ class JsonlTask(Task):
         if ":" not in name and shown and not verifier(row, shown).correct:
             expected = f"a {'reference' if 'reference' in row else 'answer'} that the verifier {name!r} accepts"
             raise _error(self.name, row["line"], expected, repr(shown))
+        responses = row.get("responses")
+        if ":" not in name and responses is not None and len({verifier(row, x).correct for x in responses}) < 2:
+            expected = f"responses of which the verifier {name!r} finds one right and one wrong"
+            raise _error(self.name, row["line"], expected, repr(responses))
 
     def _everywhere(self, column: str) -> bool:
         """Whether every line has the column. Raises ValueError where only some have."""
@@ -186,9 +194,10 @@ def _check_columns(path: Path, number: int, row: Row) -> None:
             raise _error(path, number, f"{name} to be a string that is not blank", repr(value))
     if "prompt" not in row:
         raise _error(path, number, "a prompt", f"only {', '.join(row) or 'an empty object'}")
-    actions = row.get("actions", [])
-    if not isinstance(actions, list) or not all(isinstance(action, str) and action for action in actions):
-        raise _error(path, number, "actions to be a list of strings that are not empty", repr(actions))
+    for name in LISTS:
+        items = row.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+            raise _error(path, number, f"{name} to be a list of strings that are not empty", repr(items))
 
 
 def _shown(row: Row) -> str:

@@ -1,0 +1,142 @@
+"""Recipe judge: what is asked, what a verdict earns under each rule, and that it trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from trajkern.trainer import train as training
+from trajkern.trainer.config import Then, TrainConfig, WarmUp
+from trajkern.trainer.models.verdicts import pair_question, question, read_scores
+from trajkern.trainer.setup import load_credit
+from trajkern.trainer.systems.judge import Judge, Judging
+from trajkern.trainer.tasks import Answer, JsonlTask, Question, Task, VoteTask, load_task
+
+A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
+
+
+class Doubles(Task):
+    """``n*2=``, with two wrong responses."""
+
+    def questions(self, split: int) -> Iterator[Question]:
+        for number in range(100 * split, 100 * split + 100):
+            yield Question(f"{number}*2=", f"Double {number}.", f"{number}+{number}\n{2 * number}", {"n": number})
+
+    def read(self, question: Question, text: str) -> Answer:
+        return Answer(text == str(2 * question.entry["n"]))
+
+    def reference(self, question: Question) -> str:
+        return question.answer
+
+    def responses(self, question: Question) -> list[str]:
+        return [str(2 * question.entry["n"] + x) for x in (1, 0, -1)]
+
+
+def judging(**settings: Any) -> Judging:
+    return Judging(Doubles("doubles", 3), Judge(**settings))
+
+
+def drawn(task: Judging) -> list[Question]:
+    return task.splits(heldout=50, validation=10, demonstrations=10, train=60).train
+
+
+def test_one_response_is_scored() -> None:
+    task = judging(form="pointwise")
+    for asked in drawn(task):
+        (response,), number = asked.entry["responses"], int(asked.prompt.partition("*")[0])
+        right = response == str(2 * number)
+        assert asked.prompt == f"{number}*2={response}?" and asked.text == question(f"Double {number}.", response)
+        assert asked.answer == f"{number}+{number}\n{2 * number}\nScore: {10 * right}" and asked.entry["label"] == right
+        said = {text: task.read(asked, text) for text in (f"So.\nScore: {10 * right}", "Score: 5", "10")}
+        assert [x.correct for x in said.values()] == [True, False, False]
+        assert [x.well_formed for x in said.values()] == [True, True, False]
+        assert task.rewards([asked] * 2, [asked.answer, "Score: 5"]).tolist() == [1, -1]
+    labels = [asked.entry["label"] for asked in drawn(task)]
+    assert 15 < sum(labels) < 45, "right and wrong are about as frequent"
+    assert drawn(judging(form="pointwise")) == drawn(task)
+    brief = judging(form="pointwise", brief=True, reasons=False)
+    assert {asked.answer for asked in drawn(brief)} == {"0", "10"}
+    assert isinstance(brief, VoteTask) and brief.ballot(drawn(brief)[0], "work\n7") == 7
+
+
+FORMS = {
+    "scores": ({}, ("Scores: 10,0", "Scores: 0,10"), ("So\n9, 8", "3,7"), ("5,5", "9", "11,0", A)),
+    "brief scores": ({"brief": True}, ("10,0", "0,10"), ("Scores: 9,8", "3,7"), ("5,5", "nine, eight")),
+    "rm_r1": ({"rule": "rm_r1"}, (A, B), (f"So {A}.", f"{B}\n"), ("A", f"{A} {B}", A + 80 * ".")),
+    "rrm": ({"rule": "rrm"}, (A, B), (f"So {A}.", f"{B}\n"), ("A", f"{A} {B}")),
+    "brief rrm": ({"rule": "rrm", "brief": True}, ("A", "B"), ("So\nA", "B\n"), (A, "AB", "")),
+}
+
+
+@pytest.mark.parametrize(("settings", "shown", "others", "silent"), FORMS.values(), ids=FORMS)
+def test_a_right_response_is_told_from_a_wrong_one(
+    settings: dict[str, Any], shown: tuple[str, str], others: tuple[str, str], silent: tuple[str, ...]
+) -> None:
+    task = judging(**settings)
+    for asked in drawn(task):
+        label, responses, number = asked.entry["label"], asked.entry["responses"], int(asked.prompt.partition("*")[0])
+        assert [int(x == str(2 * number)) for x in responses] == [1 - label, label]
+        assert asked.prompt == f"{number}*2={responses[0]}|{responses[1]}?"
+        scored = settings.get("rule") is None
+        assert asked.text == pair_question(f"Double {number}.", *responses, scores=scored)
+        assert asked.answer == f"{number}+{number}\n{2 * number}\n{shown[label]}"
+        for texts in (shown, others):
+            assert [task.read(asked, text).correct for text in texts] == [label == 0, label == 1]
+            assert [task.ballot(asked, text) for text in texts] == ["A", "B"]
+            assert task.rewards([asked] * 2, list(texts)).tolist() == [1 - 2 * label, 2 * label - 1]
+        for text in silent:
+            assert task.ballot(asked, text) is None and not task.read(asked, text).correct
+    assert {asked.entry["label"] for asked in drawn(task)} == {0, 1}
+
+
+def test_scores_are_read() -> None:
+    assert read_scores("So 3.\nScores: 10 , 0", 2) == [10, 0] and read_scores("7", 1) == [7]
+    for text in ("7", "Scores: 7, 8, 9", "7 8", "7,11", "7,-1", "", "7.5,2"):
+        assert read_scores(text, 2) is None, text
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"judge.rule must be deepseek_grm for judge.form pointwise, got rrm"):
+        Judge("pointwise", rule="rrm")
+    with pytest.raises(ValueError, match=r"judge.brief must be False for judge.rule rm_r1"):
+        Judge(rule="rm_r1", brief=True)
+    for name, expected in {
+        "tools": "one with `responses` to judge",
+        "chain_sum": "judge.reasons must be False",
+    }.items():
+        with pytest.raises(ValueError, match=expected):
+            load_credit(TrainConfig(task=name, recipe="judge"), load_task(name))
+    with pytest.raises(ValueError, match=r"then.recipe must ask what the recipe grpo asks; got 'judge'"):
+        training.train(TrainConfig(then=Then("judge", 1), judge=Judge(reasons=False)))
+    alike = Doubles("doubles")
+    alike.responses = lambda question: ["1", "3"]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"responses of task doubles must hold a right and a wrong one; for '0\*2='"):
+        next(Judging(alike, Judge()).questions(0))
+    file, rows = tmp_path / "rows.jsonl", {"prompt": "p", "answer": "7", "responses": ["7", "8"]}
+    file.write_text(json.dumps(rows))
+    asked = next(Judging(JsonlTask(str(file)), Judge(reasons=False)).posed(q) for q in _all(JsonlTask(str(file))))
+    assert sorted(asked.entry["responses"]) == ["7", "8"]
+    for responses, expected in (
+        (["8"], "finds one right and one wrong; got .'8'"),
+        ("78", "a list of strings that are"),
+    ):
+        file.write_text(json.dumps({**rows, "responses": responses}))
+        with pytest.raises(ValueError, match=rf"rows.jsonl:1: expected responses .*{expected}"):
+            JsonlTask(str(file))
+
+
+def _all(task: Task) -> list[Question]:
+    return [question for split in range(3) for question in task.questions(split)]
+
+
+def test_a_judge_trains(config: Callable[..., TrainConfig]) -> None:
+    settings = Judge(form="pointwise", brief=True, reasons=False)
+    warmup = WarmUp(steps=2, batch=4, demonstrations=16)
+    then = Then("judge", steps=1)
+    run = training.train(config(recipe="judge", judge=settings, steps=2, warmup=warmup, then=then))
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert {"vote@2", "vote@4", "pass@1"} <= records[-1].keys() and run.steps == 3
+    assert all(record["reward"] <= 1 for record in records if record["phase"] == "main")

@@ -1,0 +1,192 @@
+"""Reasoning reward models: a judge reasons about another task's responses, rewarded by its verdict alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trajkern import credit
+from trajkern.recipes.reward_models import VERDICTS, rule_rewards, verdict
+from trajkern.trainer.models import verdicts
+from trajkern.trainer.models.verdicts import HIGHEST
+from trajkern.trainer.systems.base import GroupSystem, Played, Requirement
+from trajkern.trainer.tasks.base import Answer, Question, Splits, Task
+from trajkern.trainer.tasks.capabilities import ReferenceTask, ResponseTask
+
+END = "?"  # of a short prompt, for a model of characters
+MARK = "|"  # between two responses in one
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Recipe judge; a task with responses to judge.
+
+    Args:
+        form: whether one response is scored, 10 where it is right and 0 where not, or a right one is told from a wrong
+            one.
+        rule: what a verdict earns, see trajkern.recipes.reward_models; that of one response goes by deepseek_grm.
+        reasons: whether demonstrations work the question out before the verdict, as the task's worked solution does.
+        brief: whether demonstrations end with nothing but the scores or the letter, for a small model; else in the
+            words that LocalJudge and LocalPairJudge ask for.
+    """
+
+    form: Literal["pointwise", "pairwise"] = "pairwise"
+    rule: Literal["deepseek_grm", "rm_r1", "rrm"] = "deepseek_grm"
+    reasons: bool = True
+    brief: bool = False
+
+    def __post_init__(self) -> None:
+        if self.form == "pointwise" and self.rule != "deepseek_grm":
+            raise ValueError(f"judge.rule must be deepseek_grm for judge.form pointwise, got {self.rule}")
+        if self.rule == "rm_r1" and self.brief:
+            raise ValueError("judge.brief must be False for judge.rule rm_r1, which reads <answer>[[A]]</answer> only")
+
+
+class Judging(Task):
+    """Responses to another task's questions, one or two of each question, with the other task's verifier as the truth.
+
+    Which responses are shown, and in which order, the seed and the question decide. A verdict is right where the rule
+    rewards it.
+
+    Raises:
+        ValueError: ``settings.reasons`` and a task without worked solutions.
+    """
+
+    def __init__(self, task: Task, settings: Judge) -> None:
+        super().__init__(task.name, task.seed)
+        assert isinstance(task, ResponseTask)
+        if settings.reasons and not isinstance(task, ReferenceTask):
+            raise ValueError(
+                f"judge.reasons must be False for a task without `reference`, a worked solution; got {task.name!r}"
+            )
+        self._task, self._settings, self._responses = task, settings, task.responses
+        self.fingerprint = task.fingerprint
+        self.demonstrations, self.weight_decay = task.demonstrations, task.weight_decay
+
+    def questions(self, split: int) -> Iterator[Question]:
+        return map(self.posed, self._task.questions(split))
+
+    def splits(self, *, heldout: int, validation: int, demonstrations: int | None, train: int) -> Splits:
+        sizes: dict[str, Any] = {
+            "heldout": heldout,
+            "validation": validation,
+            "demonstrations": demonstrations,
+            "train": train,
+        }
+        splits = self._task.splits(**sizes)
+        return Splits(*([self.posed(q) for q in some] for some in vars(splits).values()))
+
+    def posed(self, question: Question) -> Question:
+        """What is asked about responses to a question; its entry has the label and what the other task asked."""
+        right, wrong = self._sorted(question)
+        draw = random.Random(f"{self.seed} {question.prompt}")
+        if self._settings.form == "pointwise":
+            good = draw.random() < 0.5
+            return self.about(question, [draw.choice(right if good else wrong)], int(good))
+        pair = [draw.choice(right), draw.choice(wrong)]
+        label = draw.randrange(2)
+        return self.about(question, pair[::-1] if label else pair, label)
+
+    def about(self, asked: Question, responses: list[str], label: int = 0) -> Question:
+        """A question about these responses: ``label`` is 1 where one is right, 0 where not; of two, the better one's
+        place."""
+        prompt = f"{asked.prompt}{MARK.join(responses)}{END}"
+        if len(responses) == 1:
+            text = verdicts.question(asked.text, responses[0])
+        else:
+            text = verdicts.pair_question(asked.text, *responses, scores=self._settings.rule == "deepseek_grm")
+        work = []
+        if self._settings.reasons:
+            assert isinstance(self._task, ReferenceTask)
+            work.append(self._task.reference(asked))
+        entry = {"label": label, "responses": responses, "asked": asked.text}
+        return Question(prompt, text, "\n".join([*work, self._verdict(label)]), entry)
+
+    def read(self, question: Question, text: str) -> Answer:
+        reward = self.rewards([question], [text])
+        return Answer(bool(reward > 0), well_formed=self.ballot(question, text) is not None)
+
+    def rewards(self, questions: list[Question], texts: list[str]) -> Tensor:
+        """The rule's, 1 or -1 for each judgement; float32 ``[N]``."""
+        rule, labels = self._settings.rule, [q.entry["label"] for q in questions]
+        if rule == "rm_r1":
+            return rule_rewards(texts, [VERDICTS[label] for label in labels], rule=rule)
+        if rule == "rrm":
+            said = [self._letter(text) for text in texts]
+            preferred = torch.tensor([-1 if letter is None else VERDICTS.index(letter) for letter in said])
+            return rule_rewards(preferred, torch.tensor(labels), rule=rule)
+        scores = torch.tensor([self.scores(text) for text in texts])
+        best = torch.tensor(labels) if scores.shape[1] > 1 else HIGHEST * torch.tensor(labels)
+        return rule_rewards(scores, best, rule=rule)
+
+    def scores(self, text: str) -> list[float]:
+        """The score of each response in a judgement, NaN where it cannot be read."""
+        pointwise, missing = self._settings.form == "pointwise", float("nan")
+        if pointwise and not self._settings.brief:
+            return [HIGHEST * verdicts.read_score(text, True)]
+        found = verdicts.read_scores(text, 1 if pointwise else 2)
+        return [missing] * (1 if pointwise else 2) if found is None else [float(x) for x in found]
+
+    def ballot(self, question: Question, text: str) -> Hashable | None:
+        """The letter of the better response, or the score of one; None where there is none, or two are alike."""
+        if self._settings.rule != "deepseek_grm":
+            return self._letter(text)
+        scores = self.scores(text)
+        if scores != scores or scores[0] != scores[0]:
+            return None
+        if len(scores) == 1:
+            return scores[0]
+        return None if scores[0] == scores[1] else VERDICTS[int(scores[1] > scores[0])]
+
+    def _letter(self, text: str) -> str | None:
+        if not self._settings.brief:
+            return verdict(text)
+        line = text.strip().rpartition("\n")[2].strip()
+        return line if line in VERDICTS else None
+
+    def _verdict(self, label: int) -> str:
+        """As a demonstration says it."""
+        form, rule, brief = self._settings.form, self._settings.rule, self._settings.brief
+        if rule != "deepseek_grm":
+            return VERDICTS[label] if brief else f"<answer>[[{VERDICTS[label]}]]</answer>"
+        if form == "pointwise":
+            return f"{HIGHEST * label}" if brief else f"Score: {HIGHEST * label}"
+        scores = f"{0 if label else HIGHEST},{HIGHEST if label else 0}"
+        return scores if brief else f"Scores: {scores}"
+
+    def _sorted(self, question: Question) -> tuple[list[str], list[str]]:
+        """The right and the wrong responses. Raises ValueError where there are none of a kind."""
+        right: list[str] = []
+        wrong: list[str] = []
+        for response in self._responses(question):
+            (right if self._task.read(question, response).correct else wrong).append(response)
+        if not right or not wrong:
+            expected = f"responses of task {self.name} must hold a right and a wrong one"
+            raise ValueError(f"{expected}; for {question.prompt!r} got {[*right, *wrong]}")
+        return right, wrong
+
+
+class ReasoningJudge(GroupSystem):
+    """The task's questions become judgements of its responses, in training and in evaluation."""
+
+    settings_type = Judge
+    requires = Requirement("one with `responses` to judge", lambda task: isinstance(task, (ResponseTask, Judging)))
+
+    settings: Judge
+
+    @classmethod
+    def posed(cls, task: Task, settings: Judge) -> Task:
+        return task if isinstance(task, Judging) else Judging(task, settings)
+
+    @classmethod
+    def expression(cls, recipe: str, settings: Judge) -> credit.Spec:
+        return credit.outcome()
+
+    def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
+        assert isinstance(self.task, Judging)
+        return {"reward": self.task.rewards(played.questions, played.texts)}
