@@ -1,16 +1,26 @@
 """Branches of a tree beside whole rollouts."""
 
-from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Test
+from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Panel, Test
+
+TASK = "trajkern._bench.experiments.tasks.transitions:Transitions"
+TREES = "--recipe tree_grpo --tree.trees 1 --tree.expansions 2 --tree.keep 3 --steps 282"
 
 ROW = Comparison(
     claim="comparing the branches of a tree beats comparing whole rollouts at equal tokens (2509.21240)",
-    needs="rare success and few rollouts a prompt",
-    flags="--task chain_sum_steps --loss.kind grpo",
+    needs="success that is rare and decided step by step, and few rollouts a prompt: two whole ones seldom differ in"
+    " their reward, three that share their beginnings differ in a step",
+    flags=f"--task {TASK} --prompts 32 --loss.kind grpo --max-new 26 --eval.every 20 --eval.heldout 256"
+    " --eval.validation 128 --warmup.steps 350 --warmup.check-every 350 --warmup.pass-at-1 2",
     arms={
-        "tree_grpo": "--recipe tree_grpo --steps 165",
-        "grpo": "--recipe grpo --rollouts 6 --steps 150",
-        "tree_grpo, random rewards": f"--recipe tree_grpo --steps 165 {RANDOM}",
+        "tree_grpo": TREES,
+        "grpo": "--recipe grpo --rollouts 2 --steps 300",
+        "tree_grpo, random rewards": f"{TREES} {RANDOM}",
     },
-    tests=(Test("pass@1", "grpo"),),
-    measures=("pass@1", "pass@8", "greedy", "tokens"),
+    tests=(
+        Test("tokens to pass@1 >= 0.3", "grpo", "lower"),
+        Test("pass@1", "grpo"),
+        Test("pass@1", "tree_grpo, random rewards"),
+    ),
+    measures=("pass@1", "pass@8", "tokens", "tokens to pass@1 >= 0.3", "seconds", "seconds to pass@1 >= 0.3"),
+    panel=Panel("curve", level=0.3),
 )
