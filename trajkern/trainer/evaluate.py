@@ -13,7 +13,7 @@ from trajkern.trainer.calibration import calibration
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.sampling import environment, sample
-from trajkern.trainer.tasks.base import Question, Task
+from trajkern.trainer.tasks.base import Answer, Question, Task
 from trajkern.trainer.tasks.capabilities import FamilyTask
 from trajkern.trainer.votes import votes
 
@@ -26,7 +26,10 @@ class Accuracy:
 
     ``details`` holds pass@2, pass@4, ... up to the number of samples, vote@2, vote@4, ... where the task's answers can
     be voted on, and what the task reports besides; ``families`` holds pass@1 of the questions of each family, where the
-    task has families.
+    task has families. ``pass_at`` holds pass@1, pass@2, ..., pass@k; ``distinct`` is how many different texts of a
+    question's samples are right, on average over questions. Where answers state a confidence, ``reliability`` holds a
+    bin a tenth: how many stated one of it, their mean, and the share of them that is right; a confidence on a border is
+    in the bin above it.
     """
 
     pass_at_1: float
@@ -34,6 +37,9 @@ class Accuracy:
     greedy: float | None
     details: dict[str, float | None] = field(default_factory=dict)
     families: dict[str, float] = field(default_factory=dict)
+    pass_at: list[float] = field(default_factory=list)
+    distinct: float | None = None
+    reliability: list[list[float]] = field(default_factory=list)
 
 
 def rewards_of(policy: Policy, task: Task, questions: Sequence[Question], completions: list[list[int]]) -> Tensor:
@@ -48,11 +54,35 @@ def each(items: Sequence, copies: int) -> list:
     return [item for item in items for _ in range(copies)]
 
 
-def pass_at(rewards: Tensor, k: int) -> float:  # [Q, n]
-    """The chance that k of the n samples of a question, drawn without replacement, hold a right one; the mean."""
+def pass_at(rewards: Tensor) -> list[float]:  # [Q, n]
+    """The chance that k of the n samples of a question, drawn without replacement, hold a right one; the means for
+    k = 1, ..., n."""
     n = rewards.shape[1]
-    wrong = (n - rewards.sum(1, dtype=torch.float64))[:, None] - torch.arange(k)
-    return 1 - (wrong.clamp_min(0) / (n - torch.arange(k))).prod(1).mean().item()
+    drawn = torch.arange(n)
+    wrong = (n - rewards.sum(1, dtype=torch.float64))[:, None] - drawn
+    return (1 - (wrong.clamp_min(0) / (n - drawn)).cumprod(1).mean(0)).tolist()
+
+
+def distinct_right(rewards: Tensor, texts: Sequence[str]) -> float:  # [Q, n], Q n texts
+    """How many different right texts the samples of a question hold, on average."""
+    n = rewards.shape[1]
+    right = {
+        (at // n, text)
+        for at, (text, reward) in enumerate(zip(texts, rewards.flatten().tolist(), strict=True))
+        if reward > 0
+    }
+    return len(right) / len(rewards)
+
+
+def reliability(answers: Sequence[Answer]) -> list[list[float]]:
+    """Of the answers that state a confidence, a bin a tenth: how many, their mean confidence, the share that is right;
+    zeros where there are none."""
+    stated = [(a.confidence, float(a.correct)) for a in answers if a.confidence is not None]
+    bins: list[list[tuple[float, float]]] = [[] for _ in range(10)]
+    for confidence, correct in stated:
+        bins[min(int(10 * confidence + 1e-9), 9)].append((confidence, correct))
+    means = [[sum(x) / len(some) for x in zip(*some, strict=True)] if some else [0.0, 0.0] for some in bins]
+    return [[len(some), *mean] for some, mean in zip(bins, means, strict=True)]
 
 
 def evaluate(
@@ -87,8 +117,8 @@ def evaluate(
             likely = sample(policy, prompts, copies=1, environment=talk, greedy=True, **where)
             best.append(rewards_of(policy, task, some, ranks.gather(likely.completions())))
     rewards = torch.cat(passed)
-    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
-    details: dict[str, float | None] = {f"pass@{k}": pass_at(rewards, k) for k in powers}
+    by_k, powers = pass_at(rewards), [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    details: dict[str, float | None] = {f"pass@{k}": by_k[k - 1] for k in powers}
     details |= votes(task, asked, texts, rewards) | calibration(task, asked, texts) | task.statistics(asked, texts)
     return Accuracy(
         rewards.mean().item(),
@@ -96,6 +126,9 @@ def evaluate(
         torch.cat(best).mean().item() if greedy else None,
         {k: v if v == v else None for k, v in details.items()},  # JSON has no NaN
         by_family(task, questions, rewards),
+        by_k,
+        distinct_right(rewards, texts),
+        reliability([task.read(q, t) for q, t in zip(asked, texts, strict=True)]) if task.states_confidence else [],
     )
 
 

@@ -49,7 +49,8 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     if stored:
         checkpoint.restore_model(stored, "policy", policy)
         if anchor:
-            checkpoint.restore_model(stored, "anchor", anchor)
+            name = "anchor" if stored.under("anchor.") else "policy"  # the end of a warm-up that had no use for one
+            checkpoint.restore_model(stored, name, anchor)
         checkpoint.restore_optimizer(stored, optimizer, policy)
     stages = [make_stage(some, spec, task, splits, policy, ranks) for some, spec in zip(configs, specs, strict=True)]
     max_new = config.max_new or longest_answer(policy, task, splits)

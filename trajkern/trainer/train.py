@@ -190,7 +190,7 @@ def mean_lengths(trajectories: list[list[Piece]]) -> tuple[float, float]:
 def validate(run: Run, values: Values) -> Accuracy:
     """Accuracy on the validation questions, entered into ``values``."""
     accuracy = measured(run, run.splits.validation)
-    values |= {"val_pass@1": accuracy.pass_at_1, "val_pass@k": accuracy.pass_at_k}
+    values |= {"val_pass@1": accuracy.pass_at_1, "val_pass@k": accuracy.pass_at_k, "val_distinct": accuracy.distinct}
     values |= {f"val_{name}": value for name, value in accuracy.details.items()}
     run.system.validated(accuracy.pass_at_1, accuracy.families)
     return accuracy
@@ -217,12 +217,12 @@ def measured(run: Run, questions: list[Question], greedy: bool = False) -> Accur
 def finish(run: Run) -> Result:
     """The last checkpoint, the last evaluation, the curve and the summary."""
     config, path = run.given, run.save()
-    after = report_heldout(run, run.step)
+    assert run.before is not None
+    after = report_heldout(run, run.step) if run.step else run.before  # without a step nothing has changed
     metrics, curve = run.out / METRICS, run.out / "curve.png"
     if run.ranks.number == 0:
         plot(metrics, curve, f"{config.task}, {config.label}, seed {config.seed}")
     seconds = time.monotonic() - run.began
-    assert run.before is not None
     result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
     run.display.say(summary(config, result))
     if config.head == "eager" and not run.ranks.mesh:
