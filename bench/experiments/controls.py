@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trajkern._bench.experiments.arms import run_arms
+from trajkern._bench.experiments.arms import WARM_UP, run_arms
 from trajkern.trainer.config import parse
 
 CONTROLS = ("random-rewards", "supervised")
@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     arms = arms_of(config.recipe, shlex.join(flags))
     seeds: list[list[dict[str, Any]]] = []
     for seed in options.seeds:
-        seeds.append(run_arms(options.out, arms, seed, show=True))
+        results = run_arms(options.out, arms, seed, show=True)
+        seeds.append([result for result in results if result["arm"] != WARM_UP])
         text = table(seeds, config.eval.samples)
         (options.out / "controls.md").write_text(text)
         numbers = {"config": config.to_json(), "results": [result for results in seeds for result in results]}
