@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests live to the end: each collection of garbage would walk them all, for as long as a test takes."""
+    """Thousands of tests live to the end: each collection of garbage would walk them all, as long as a test takes."""
     gc.collect()
     gc.freeze()
 

@@ -31,7 +31,7 @@ class _NoBackward:
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``; where nothing asks for a gradient its forward alone, since apply takes as long as a kernel."""
+    """``function.apply``; where nothing asks for a gradient its forward alone: apply takes as long as a kernel."""
     if torch.compiler.is_dynamo_compiling() or is_transformed():
         return function.apply(*args)
     if not torch.is_grad_enabled():
