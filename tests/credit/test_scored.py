@@ -85,7 +85,9 @@ def test_dro_drops_prompts_and_trains_the_reasoning() -> None:
     reflection = tk.reflection_rewards(logprobs, bounds, groups)
     keep = dro.keep_groups(reflection.group_score, drop_fraction=0.4)[groups]
     keep &= dro.rank_filter(places, bounds, groups, worst_fraction=0.5, top_k=4)
+    host.calls.clear()
     found = credit.recipe("dro", drop_fraction=0.4, top_k=4, worst_fraction=0.5)(x)
+    assert len(host.calls) == 1, "the references are scored once, with their ranks"
     assert torch.equal(found.keep, keep) and 0 < int(keep.sum()) < len(x)
     inside = x.spans["reasoning"].token_span >= 0
     kept = torch.repeat_interleave(keep, x.batch.lengths)

@@ -67,7 +67,8 @@ class Reflection:
         return rollouts.once((self, "reference"), lambda: self._compared(rollouts, None))
 
     def scored(self, rollouts: Rollouts, ranks: bool = False) -> tuple[Tensor, ...]:
-        """What the policy makes of the references behind the reasoning."""
+        """What the policy makes of the references behind the reasoning; with ranks, too, if these were there before."""
+        ranks = ranks or (self.span, "scores", True) in rollouts.memory
         ends = _ends_of(rollouts, self.span)
         contexts = [tokens[:end] for tokens, end in zip(rollouts.token_lists, ends, strict=True)]
         return rollouts.once((self.span, "scores", ranks), lambda: _references(rollouts, contexts, ranks=ranks))
@@ -120,16 +121,18 @@ class InReach:
     def __call__(self, rollouts: Rollouts) -> Tensor:
         gather, own = rollouts.ranks.gather, rollouts.ranks.own
         groups = pair_ids(gather(rollouts.batch.group_ids.long()))
+        places = self.reward.scored(rollouts, ranks=True) if self.top_k else ()  # before all is asked without ranks
         score = gather(self.reward.of_reference(rollouts)[1])
         count = int(groups.max()) + 1 if len(groups) else 0
         of_group = torch.zeros(count, dtype=score.dtype, device=score.device).scatter(0, groups, score)
         keep = own(dro.keep_groups(of_group, drop_fraction=self.drop_fraction)[groups])
         if self.top_k:
-            _, bounds, places = self.reward.scored(rollouts, ranks=True)
-            lengths = gather(bounds.diff())
+            lengths = gather(places[1].diff())
             of_all = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
             worst: dict[str, Any] = {"worst_fraction": self.worst_fraction, "top_k": self.top_k}
-            keep = keep & own(dro.rank_filter(rollouts.ranks.gather_packed(places, lengths), of_all, groups, **worst))
+            keep = keep & own(
+                dro.rank_filter(rollouts.ranks.gather_packed(places[2], lengths), of_all, groups, **worst)
+            )
         return keep
 
     def __repr__(self) -> str:
