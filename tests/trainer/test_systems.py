@@ -172,6 +172,8 @@ def test_dro_filters_prompts(model: CharacterModel) -> None:
     sample = played(run.system, [question] * 4, [[(t, True)] for t in texts], [7, 7, 3, 3])
     rollouts, _ = credited(run, sample)
     assert not rollouts.flags["in_reach"][:2].any(), "no deviation: dropped first"
+    reported = run.system.report(rollouts, run.spec.needs)
+    assert reported["filtered"] == 4 and reported["right_minus_wrong"].shape == (0,), "no prompt has both"
     dealt = credit.Rollouts(
         sample.batch,
         rewards={"reflection": torch.tensor([1.0, 2, 3, 4])},

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import trajkern as tk
 from trajkern.trainer import cli_main
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
@@ -22,6 +23,7 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import Then, TrainConfig, parse
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.run import CHECKPOINT, METRICS, Clock, Interrupted, Start
+from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.tasks import load_task
 
 Make = Callable[..., TrainConfig]
@@ -74,17 +76,24 @@ def test_the_same_seed_gives_the_same_bits(config: Make) -> None:
 
 TREES = {"recipe": "tree_grpo", "task": "chain_sum_steps"}
 SECOND = {"recipe": "psr", "steps": 3, "then": Then("nsr", steps=2, lr=1e-3, prompts=8)}
+LAGGED = {"reward_policy": "lagged", "lag_rate": 0.5, "lag_every": 2}
+ROUNDS = {
+    "recipe": "dro",
+    "task": "chain_sum_steps",
+    "dro": DRO(drop_fraction=0.5, round_steps=3, candidates=24, carry=0.5, **LAGGED),
+    "loss": tk.PolicyLoss(kl_coef=0.1),
+}
 
 
 @pytest.mark.parametrize(
     ("step", "after", "changes"),
     [
-        ("supervised_step", 5, {}),
-        ("policy_step", 3, {"steps": 50, "token_limit": 1200}),
-        ("policy_step", 3, TREES),
-        pytest.param("policy_step", 4, SECOND, marks=pytest.mark.slow),
+        pytest.param("supervised_step", 5, {}, id="warm-up"),
+        pytest.param("policy_step", 3, {"steps": 50, "token_limit": 1200}, id="main"),
+        pytest.param("policy_step", 3, TREES, id="trees"),
+        pytest.param("policy_step", 4, SECOND, id="then", marks=pytest.mark.slow),
+        pytest.param("policy_step", 4, ROUNDS, id="rounds and copies", marks=pytest.mark.slow),
     ],
-    ids=["warm-up", "main", "trees", "then"],
 )
 def test_resume_equals_an_uninterrupted_run(
     config: Make, monkeypatch: pytest.MonkeyPatch, step: str, after: int, changes: dict[str, Any]

@@ -109,7 +109,7 @@ def judged(run: Run, played: Played, values: Local) -> tuple[Tensor, Tensor] | N
     if check is None:
         return None
     passed = torch.tensor([bool(x) for x in check(played.questions, played.texts)])
-    keep = gate(passed, groups, mode=compose.gate, threshold=compose.threshold)
+    keep = gate(passed, groups, mode=compose.gate or run.system.gate, threshold=compose.threshold)
     values["gated_rollouts"] = int((~keep).sum())
     values["emptied_groups"] = len(groups.unique()) - len(groups[keep].unique())
     return passed, keep

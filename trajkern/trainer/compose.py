@@ -20,14 +20,15 @@ class Compose:
     Args:
         rubric: "well_formed", or "package.module:function", called with the questions and the texts of all rollouts of
             a step and returning a flag for each (a judge's verdict, for one). Rollouts that fail it are gated out.
-        gate: what becomes of those and of their groups; see trajkern.recipes.dro.gate.
+        gate: what becomes of those and of their groups; see trajkern.recipes.dro.gate. By default "pass_rate" for the
+            recipe dro, as its authors have it, and "drop_rollout" for any other.
         threshold: the share that "pass_rate" asks for.
         positive_weight: of positive advantages; below 1, failure teaches more than success (W-REINFORCE).
         hint_weight: of log p(with the task's hint) - log p, added to the advantage of each token.
     """
 
     rubric: str | None = None
-    gate: Gate = "drop_rollout"
+    gate: Gate | None = None
     threshold: float = 0.5
     positive_weight: float = 1.0
     hint_weight: float = 0.0
@@ -45,14 +46,15 @@ def load_rubric(name: str | None, task: Task) -> Rubric | None:
         raise ValueError(f'compose.rubric must be "well_formed" or {error}') from None
 
 
-def composed(spec: credit.Spec, compose: Compose) -> credit.Spec:
-    """The recipe's expression with what the flags add to it: a gate, another weight for success, a hint's term."""
+def composed(spec: credit.Spec, compose: Compose, gate: Gate) -> credit.Spec:
+    """The recipe's expression with what the flags add: a gate, by default of the mode ``gate``, another weight for
+    success, a hint's term."""
     if compose.positive_weight != 1:
         spec = spec.asymmetric(positive=compose.positive_weight)
     if compose.hint_weight:
         spec = spec + compose.hint_weight * credit.directive(where="failed")
     if compose.rubric is not None:
-        spec = spec.gate("rubric", mode=compose.gate, threshold=compose.threshold)
+        spec = spec.gate("rubric", mode=compose.gate or gate, threshold=compose.threshold)
     return spec
 
 

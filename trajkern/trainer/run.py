@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from trajkern.credit import Spec
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
+from trajkern.trainer.lagging import ANCHOR
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import Ranks, full
 from trajkern.trainer.report import Display, Metrics
@@ -93,7 +94,6 @@ class Run:
     task: Task
     splits: Splits
     policy: Policy
-    anchor: Policy | None  # the policy before this stage, where the loss has a KL term
     generator: torch.Generator
     max_new: int
     out: Path
@@ -126,6 +126,11 @@ class Run:
     def pool(self) -> list[Question]:
         return self.stage.pool
 
+    @property
+    def anchor(self) -> Policy | None:
+        """The policy before this stage, where the loss has a KL term."""
+        return self.system.copies.get(ANCHOR)
+
     def record(self, values: dict[str, float | int | None]) -> None:
         """Write a step's metrics and show them, with the phase's tokens and seconds so far."""
         clock = self.clock
@@ -147,7 +152,7 @@ class Run:
             "clock": vars(self.clock),
             "metrics": self.metrics.size,
         }
-        models = {"policy": self.policy} | ({"anchor": self.anchor} if self.anchor else {})
+        models = {"policy": self.policy, **self.system.copies}
         path = self.out / name if self.ranks.number == 0 else None
         checkpoint.save(path, models=models, optimizer=self.optimizer, generator=self.generator, place=place)
         return self.out / name
@@ -169,7 +174,7 @@ class Run:
         if self.phase != "warmup" and every and self.step and self.step % every == 0:
             self.save()
 
-    def draw(self, pool: list, count: int) -> list:
+    def draw(self, pool: Sequence, count: int) -> list:
         """``count`` different items."""
         order = torch.randperm(len(pool), generator=self.generator, device=self.generator.device)[:count]
         return [pool[i] for i in order.tolist()]

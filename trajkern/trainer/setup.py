@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from trajkern.credit import Spec
+from trajkern.recipes import sdpo
 from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups
 from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
+from trajkern.trainer.lagging import ANCHOR, Lag
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.models.tokenizer import ALPHABET
 from trajkern.trainer.packing import demonstration, token_count
@@ -44,26 +46,27 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
     splits = draw_splits(config, task)
     check_splits(config, splits)
     policy = make_policy(config, splits, ranks)
-    anchor = make_anchor(config, splits, ranks, policy) if phase != "warmup" else None
     optimizer = make_optimizer(configs[phase == "then"], task, policy, phase)
     if stored:
         checkpoint.restore_model(stored, "policy", policy)
-        if anchor:
-            name = "anchor" if stored.under("anchor.") else "policy"  # the end of a warm-up that had no use for one
-            checkpoint.restore_model(stored, name, anchor)
         checkpoint.restore_optimizer(stored, optimizer, policy)
     stages = [make_stage(some, spec, task, splits, policy, ranks) for some, spec in zip(configs, specs, strict=True)]
+    stage = stages[phase == "then"]
+    if stored and phase != "warmup":
+        stage.system.copies = make_copies(stage.config, stage.system, splits)
+        for name, copy in stage.system.copies.items():  # the end of a warm-up may be that of a run without
+            if stored.under(f"{name}.") or stored.place["step"] > stored.place["start"]["step"]:
+                checkpoint.restore_model(stored, name, copy)
     max_new = config.max_new or longest_answer(policy, task, splits)
     out = ranks.told(results_folder(config) if ranks.number == 0 else None)
     assert out is not None
     run = Run(
         given=config,
-        stage=stages[phase == "then"],
+        stage=stage,
         ranks=ranks,
         task=task,
         splits=splits,
         policy=policy,
-        anchor=anchor,
         generator=torch.Generator(ranks.device).manual_seed(config.seed),
         max_new=max_new,
         out=out,
@@ -134,15 +137,18 @@ def make_policy(config: TrainConfig, splits: Splits, ranks: Ranks) -> Policy:
     return ranks.shard(policy)
 
 
-def make_anchor(config: TrainConfig, splits: Splits, ranks: Ranks, policy: Policy) -> Policy | None:
-    """A copy of the policy as it is, where the loss has a KL term."""
-    if not config.loss.kl_coef:
-        return None
-    anchor = make_policy(config, splits, ranks).requires_grad_(False)
-    with torch.no_grad():
-        for copy, parameter in zip(anchor.parameters(), policy.parameters(), strict=True):
-            copy.copy_(parameter)
-    return anchor
+def lags_of(config: TrainConfig, system: System) -> dict[str, Lag]:
+    """The copies of the policy that the run's loss and system read, and how each lags behind it."""
+    return ({ANCHOR: Lag()} if config.loss.kl_coef else {}) | system.lags()
+
+
+def make_copies(config: TrainConfig, system: System, splits: Splits) -> dict[str, Policy]:
+    """The copies that the run's loss and system read, of the system's policy as it is."""
+    names, ranks = lags_of(config, system), system.ranks
+    copies = {name: make_policy(config, splits, ranks).requires_grad_(False) for name in names}
+    for copy in copies.values():
+        sdpo.update_teacher(copy, system.policy, rate=1)
+    return copies
 
 
 def make_optimizer(config: TrainConfig, task: Task, policy: Policy, phase: str) -> torch.optim.Optimizer:
@@ -182,7 +188,7 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
             f"control must be one of none, supervised for {what}, which reads {fixed}: only what whole rollouts earned "
             "can be dealt"
         )
-    spec = composed(spec, config.compose)
+    spec = composed(spec, config.compose, kind.gate)
     if config.control == "random-drop" and not any(name.startswith("flags:") for name in spec.needs):
         raise ValueError(f"control must not be random-drop for {what}, which drops nothing by a flag of its rollouts")
     # a row's columns are known with the first batch

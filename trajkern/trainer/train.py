@@ -12,11 +12,13 @@ import trajkern as tk
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy, evaluate
+from trajkern.trainer.lagging import follow
 from trajkern.trainer.packing import Piece, token_count
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import joined
+from trajkern.trainer.rounds import questions_of
 from trajkern.trainer.run import METRICS, Clock, Run, Start, deterministic, interruptible
-from trajkern.trainer.setup import load_credit, make_anchor, make_optimizer, make_stage, set_up
+from trajkern.trainer.setup import lags_of, load_credit, make_copies, make_optimizer, make_stage, set_up
 from trajkern.trainer.summary import Result, summary
 from trajkern.trainer.systems.base import Values
 from trajkern.trainer.systems.plain import PlainTrees
@@ -95,7 +97,7 @@ def begin_main(run: Run) -> None:
     run.before = report_heldout(run, 0)
     run.phase, run.step, run.clock = "main", 0, Clock()
     run.optimizer = make_optimizer(run.config, run.task, run.policy, run.phase)
-    run.anchor = make_anchor(run.config, run.splits, run.ranks, run.policy)
+    run.system.copies = make_copies(run.config, run.system, run.splits)
     if run.config.warmup.steps:
         run.save("warmup.safetensors")
 
@@ -106,7 +108,7 @@ def begin_then(run: Run, config: TrainConfig) -> None:
     run.stage = make_stage(config, spec, run.task, run.splits, run.policy, run.ranks)
     run.phase, run.start = "then", Start(run.step, run.clock.drawn)
     run.optimizer = make_optimizer(run.config, run.task, run.policy, run.phase)
-    run.anchor = make_anchor(run.config, run.splits, run.ranks, run.policy)
+    run.system.copies = make_copies(run.config, run.system, run.splits)
 
 
 def reinforce(run: Run) -> None:
@@ -127,6 +129,7 @@ def reinforce(run: Run) -> None:
             set_lr(run, config.lr * decay)
             values = policy_step(run)
         run.step += 1
+        follow(run.system.copies, lags_of(config, run.system), run.policy, run.step - run.start.step)
         if run.step % config.eval.every == 0:
             validate(run, values)
         run.record(values)
@@ -149,7 +152,7 @@ def share_of_tokens(run: Run) -> float:
 
 def policy_step(run: Run) -> Values:
     """Sample rollouts, reward them, and descend the policy loss on the prompts whose rewards differ."""
-    values, lesson = collect(run, run.draw(run.pool, run.config.prompts))
+    values, lesson = collect(run, questions_of(run))
     with run.clock.timing("training"):
         return values | update(run, lesson)
 

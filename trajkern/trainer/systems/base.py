@@ -11,7 +11,9 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
+from trajkern.trainer.compose import Gate
 from trajkern.trainer.forest import Forest
+from trajkern.trainer.lagging import SCORER, Lag
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Ranks
@@ -34,6 +36,13 @@ class Requirement(NamedTuple):
 
 SHOWS_WORK = Requirement("one with `reference`, a worked solution", lambda task: isinstance(task, ReferenceTask))
 GIVES_HINTS = Requirement("one with `hint`", lambda task: isinstance(task, HintTask))
+
+
+class Rounds(NamedTuple):
+    """Training in rounds of ``steps`` steps on what a filter keeps of ``candidates`` questions."""
+
+    steps: int
+    candidates: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +81,18 @@ class System:
         requires: of the task; None where any will do.
         splits_groups: whether a group's rollouts may lie on several ranks; else each group is credited on one.
         knows: what its rollouts know beside what all do, by the names of a credit's ``needs``.
+        gate: what a rubric's verdict means for a group, where the user does not say.
         asks_task: whether its questions are the task's own, for which that may have hints.
         remembers: whether :meth:`learn` keeps anything.
         scored: tokens whose log-prob was asked for so far, by :meth:`score` or under hints.
+        copies: of the policy, those that :meth:`lags` names, in the main loop.
     """
 
     settings_type: ClassVar[type | None] = None
     requires: ClassVar[Requirement | None] = None
     splits_groups: ClassVar[bool] = False
     knows: ClassVar[frozenset[str]] = frozenset()
+    gate: ClassVar[Gate] = "drop_rollout"
     asks_task: ClassVar[bool] = True
     remembers: ClassVar[bool] = False
 
@@ -91,13 +103,14 @@ class System:
     ranks: Ranks = ALONE
     temperature: float = 1.0
     scored: int = field(default=0, init=False)
+    copies: dict[str, Policy] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Where a system adds what it makes of these."""
 
     def score(self, contexts: Sequence[Any], targets: Sequence[Any], **options: Any) -> Any:
         """``score`` of ``trajkern.credit.Rollouts``, by the policy; the targets' tokens are counted."""
-        found = score(self.policy, contexts, targets, **options)
+        found = score(self.copies.get(SCORER, self.policy), contexts, targets, **options)
         self.scored += len(found[0])
         return found
 
@@ -120,6 +133,15 @@ class System:
         """Raise ValueError where ``task`` lacks what the recipe asks of it."""
         if cls.requires and not cls.requires.met(task):
             raise ValueError(f"task must be {cls.requires.meaning}, for the recipe {recipe}; got {task.name!r}")
+
+    def lags(self) -> dict[str, Lag]:
+        """The copies of the policy that it reads, by name, and how each lags behind."""
+        return {}
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """Of the main loop; None where every step draws from the whole pool."""
+        return None
 
     def pool(self, splits: Splits) -> list[Question]:
         """The questions to train on."""
@@ -189,3 +211,15 @@ class GroupSystem(System):
         earned = [self.task.reward(q, text) for q, text in zip(questions, texts, strict=True)]
         rewards = torch.tensor(earned, dtype=torch.float32)  # a count or a verdict is a reward, too
         return Played(questions, texts, pack_rollouts(rollouts, rewards, groups))
+
+    def keeps(self, played: Played) -> Tensor:
+        """Whether the filter keeps each rollout's prompt, bool ``[N]``, where there are ``rounds``."""
+        raise NotImplementedError
+
+    def next_round(self, numbers: list[int], keep: Tensor) -> None:  # [P] bool
+        """A round begins: of these questions of the pool the filter keeps some."""
+        raise NotImplementedError
+
+    def round_prompts(self) -> Sequence[int]:
+        """The questions of this round, by their numbers in the pool."""
+        raise NotImplementedError

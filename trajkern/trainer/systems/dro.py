@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from trajkern import Spans, credit
 from trajkern.recipes import dro
+from trajkern.trainer.lagging import SCORER, Lag
 from trajkern.trainer.systems.actions import tokens_within
-from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
-from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played, Rounds
+from trajkern.trainer.tasks.base import Question, Splits
 from trajkern.trainer.tasks.capabilities import ReferenceTask, reasoning_of
 
 
@@ -26,9 +28,17 @@ class DRO:
         drop_fraction: of a step's prompts, those whose rollouts differ least on the reference.
         top_k: if above 0, a prompt is kept only if a rollout gives its reference's worst tokens a mean rank within it.
         worst_fraction: the share of the reference's tokens that are the worst.
+        round_steps: if above 0, the filter judges candidates at the beginning of every so many steps and these train on
+            what it keeps; else it judges each step's own prompts.
+        candidates: prompts that are played for a round.
+        carry: of a round's prompts, those that the next one trains on again.
         length_weight: of the reward for an answer as long as the reference.
         length_beta: its slope.
         outcome_weight: of the verifier's reward; the system needs none.
+        reward_policy: what scores the reference: the policy itself; "lagged", a copy that follows it; "static", the
+            policy that the main loop began with.
+        lag_rate: of the way to the policy, what a lagged copy goes at once: 1 copies it, less averages over its past.
+        lag_every: steps between that.
         learns: the tokens that are trained: the reasoning's (the reward does not depend on the answer that was sampled
             after it), or all.
     """
@@ -38,9 +48,15 @@ class DRO:
     drop_fraction: float = 0.0
     top_k: int = 0
     worst_fraction: float = 0.25
+    round_steps: int = 0
+    candidates: int = 256
+    carry: float = 0.1
     length_weight: float = 0.0
     length_beta: float = 1.0
     outcome_weight: float = 0.0
+    reward_policy: Literal["policy", "lagged", "static"] = "policy"
+    lag_rate: float = 1.0
+    lag_every: int = 10
     learns: Literal["reasoning", "all"] = "reasoning"
 
 
@@ -52,15 +68,32 @@ class Reflection(GroupSystem):
 
     settings_type = DRO
     requires = SHOWS_WORK
+    gate = "pass_rate"
     splits_groups = False  # what reads alike scores alike to the bit only in one forward
     knows = frozenset({"reflection", "flags:in_reach", "spans:reasoning"})
 
     settings: DRO
 
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if settings.round_steps < 0:
+            raise ValueError(f"dro.round_steps must be at least 0, got {settings.round_steps}")
+        self.lags()  # which checks their settings
+        reward = credit.scored.Reflection(
+            weights=settings.weights, masked=settings.masked, outcome_weight=settings.outcome_weight
+        )
+        self.filter = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)
+        self.curriculum = dro.Curriculum[int](carry=settings.carry)
+
     @classmethod
     def expression(cls, recipe: str, settings: DRO) -> credit.Spec:
         spec = credit.outcome("reflection").gate("in_reach")
         return spec.only("reasoning") if settings.learns == "reasoning" else spec
+
+    def lags(self) -> dict[str, Lag]:
+        settings = self.settings
+        rates = {"lagged": Lag(settings.lag_rate, settings.lag_every), "static": Lag()}
+        return {SCORER: rates[settings.reward_policy]} if settings.reward_policy != "policy" else {}
 
     def known(self, played: Played, needs: frozenset[str]) -> dict[str, Any]:
         return {"spans": {"reasoning": self.reasoning(played)}}
@@ -68,31 +101,62 @@ class Reflection(GroupSystem):
     def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         if not needs & {"reflection", "flags:in_reach"}:
             return {"reward": played.rewards}
-        settings = self.settings
-        rollouts = credit.Rollouts(
-            played.batch,
-            rows=[{"reference": self.policy.answer(self.reference(q))} for q in played.questions],
-            score=self.score,
-            process_group=self.ranks.data,
-            **self.known(played, needs),
-        )
-        reward = credit.scored.Reflection(
-            weights=settings.weights, masked=settings.masked, outcome_weight=settings.outcome_weight
-        )
-        in_reach = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)
+        settings, rollouts = self.settings, self.asked(played)
+        kept = torch.ones(len(rollouts), dtype=torch.bool) if self.rounds else self.filter(rollouts)
         reference = torch.tensor([len(self.reference(q)) for q in played.questions])
         written = torch.tensor(
             [len(self.answer(q, text)) for q, text in zip(played.questions, played.texts, strict=True)]
         )
         of_length = dro.length_reward(written, reference, beta=settings.length_beta)
-        rewards = reward(rollouts) + settings.length_weight * of_length
-        return {"reward": played.rewards, "reflection": rewards, "in_reach": in_reach(rollouts)}
+        rewards = self.filter.reward(rollouts) + settings.length_weight * of_length
+        return {"reward": played.rewards, "reflection": rewards, "in_reach": kept}
+
+    def asked(self, played: Played) -> credit.Rollouts:
+        """The rollouts with their references and who scores these."""
+        return credit.Rollouts(
+            played.batch,
+            rows=[{"reference": self.policy.answer(self.reference(q))} for q in played.questions],
+            score=self.score,
+            process_group=self.ranks.data,
+            spans={"reasoning": self.reasoning(played)},
+        )
+
+    @property
+    def rounds(self) -> Rounds | None:
+        settings = self.settings
+        return Rounds(settings.round_steps, settings.candidates) if settings.round_steps else None
+
+    def pool(self, splits: Splits) -> list[Question]:
+        least, most, candidates = self.ranks.parts, len(splits.train), self.settings.candidates
+        if self.rounds and not least <= candidates <= most:
+            raise ValueError(f"dro.candidates must be from {least} (the ranks) to {most} (the pool), got {candidates}")
+        return splits.train
+
+    def keeps(self, played: Played) -> Tensor:
+        return self.filter(self.asked(played))
+
+    def next_round(self, numbers: list[int], keep: Tensor) -> None:
+        self.curriculum.next_round(numbers, keep)
+
+    def round_prompts(self) -> Sequence[int]:
+        return self.curriculum.last
+
+    def state(self) -> Any:
+        return self.curriculum.state_dict() if self.rounds else None
+
+    def restore(self, state: Any) -> None:
+        if state is not None:
+            self.curriculum.load_state_dict(state)
 
     def report(self, rollouts: credit.Rollouts, needs: frozenset[str]) -> Local:
         if "in_reach" not in rollouts.flags:
             return {}
+        reflection, right, ids = rollouts.reward("reflection"), rollouts.reward("reward") > 0, rollouts.batch.group_ids
+        groups = [ids == group for group in ids.unique()]
+        gaps = torch.stack([dro.right_minus_wrong(reflection[at], right[at], ids[at]) for at in groups])
         filtered = int((~rollouts.flags["in_reach"]).sum())
-        return {"reflection": rollouts.reward("reflection"), "filtered": filtered}
+        in_round = {"round_prompts": float(len(self.curriculum.last))} if self.rounds else {}
+        return {**in_round, "reflection": reflection, "filtered": filtered, "right_minus_wrong": gaps[~gaps.isnan()]}
 
     def reference(self, question: Question) -> str:
         """The answer that ends the task's own solution."""
