@@ -9,7 +9,7 @@ from trajkern.trainer.tasks import Answer, Question, Task
 from trajkern.trainer.tasks.base import STREAM
 
 LENGTH = 5  # lines of work
-TAIL, LEAN = 120, 0.65  # tokens of the tail, and the share of them that lean to the style
+TAIL, LEAN = 80, 0.65  # tokens of the tail, and the share of them that lean to the style
 SLIP = 0.25  # of the demonstrations' lines
 DEMONSTRATIONS, TRAIN = 2, 3  # splits
 
