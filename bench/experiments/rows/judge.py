@@ -1,0 +1,25 @@
+"""A judge that works a claim out before its verdict beside one that says it at once."""
+
+from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Panel, Test
+
+ROW = Comparison(
+    claim="a judge that reasons, trained by rules on its verdicts alone, judges better than one that does not"
+    " (2505.02387), and better still by vote (2504.02495)",
+    needs="claims that look alike until they are worked out, here by partial sums; a warm-up that shows the work and"
+    " knows too little of what to conclude from it; verdicts that differ from sample to sample",
+    flags="--task trajkern._bench.experiments.tasks.claims:Claims --recipe judge --judge.form pointwise --judge.brief"
+    " --lr 1e-3 --steps 1000 --token-limit 700000 --warmup.pass-at-1 0.65 --warmup.pass-at-k 0 --eval.heldout 256",
+    arms={
+        "judge": "--eval.every 25",
+        "verdict at once": "--judge.no-reasons --eval.every 100",
+        "judge, random rewards": f"{RANDOM} --eval.every 25",
+    },
+    tests=(
+        Test("pass@1", "verdict at once"),
+        Test("vote@8", "verdict at once"),
+        Test("pass@1", "judge, random rewards"),
+    ),
+    measures=("pass@1", "vote@2", "vote@4", "vote@8", "greedy"),
+    panel=Panel("bars", measures=("pass@1", "vote@2", "vote@4", "vote@8")),
+    shares_warm_up=False,
+)
