@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from trajkern.recipes.reward_models import meta_loss
 from trajkern.trainer import train as training
 from trajkern.trainer.config import Then, TrainConfig, WarmUp
+from trajkern.trainer.models.meta import MetaModel
+from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.models.verdicts import pair_question, question, read_scores
 from trajkern.trainer.setup import load_credit
 from trajkern.trainer.systems.judge import Judge, Judging
@@ -132,11 +137,35 @@ def _all(task: Task) -> list[Question]:
     return [question for split in range(3) for question in task.questions(split)]
 
 
+def test_a_meta_model_learns_which_judgements_are_right() -> None:
+    torch.manual_seed(0)
+    policy = CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=32))
+    before = [parameter.clone() for parameter in policy.parameters()]
+    asked = drawn(judging(form="pointwise", brief=True, reasons=False))
+    right = torch.arange(len(asked)) % 3 > 0
+    texts = [f"so {'=' if flag else '<'}\n10" for flag in right.tolist()]
+    model = MetaModel(policy)
+    assert not model.rate(asked, texts).any(), "it begins without an opinion"
+    first = meta_loss(model(asked, texts), right).item()
+    assert model.fit(asked, texts, right, steps=20, batch=32, lr=1e-2) < first / 2
+    rated = model.rate(asked, texts, batch=7)
+    assert rated[right].min() > rated[~right].max() and rated.shape == (len(asked),)
+    alone = model.body.hidden(
+        torch.tensor([*policy.prompt(asked[5]), *policy.answer(texts[5])]),
+        torch.tensor([0, len(asked[5].prompt) + len(texts[5]) + 1]),
+        torch.tensor([len(asked[5].prompt) + len(texts[5])]),
+    )
+    torch.testing.assert_close(rated[5], model.head(alone)[0, 0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(x, y) for x, y in zip(before, policy.parameters(), strict=True)), "the policy stays"
+    with pytest.raises(ValueError, match="right must hold True and False; 60 of 60 are True"):
+        model.fit(asked, texts, right | True, steps=1)
+
+
 def test_a_judge_trains(config: Callable[..., TrainConfig]) -> None:
-    settings = Judge(form="pointwise", brief=True, reasons=False)
+    settings = Judge(form="pointwise", brief=True, reasons=False, meta_steps=1)
     warmup = WarmUp(steps=2, batch=4, demonstrations=16)
     then = Then("judge", steps=1)
     run = training.train(config(recipe="judge", judge=settings, steps=2, warmup=warmup, then=then))
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert {"vote@2", "vote@4", "pass@1"} <= records[-1].keys() and run.steps == 3
+    assert {"vote@2", "vote@4", "meta_vote@4", "pass@1"} <= records[-1].keys() and run.steps == 3
     assert all(record["reward"] <= 1 for record in records if record["phase"] == "main")

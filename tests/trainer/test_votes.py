@@ -56,6 +56,15 @@ def test_votes_are_counted_over_runs_of_samples() -> None:
     assert set(counted(Letters("letters"), [ONE], [["a"]])) == set(), "a single sample does not vote"
 
 
+def test_the_better_rated_half_votes() -> None:
+    texts, rated = ["a", "b", "b", "c"], [0.9, 0.2, 0.1, 0.9]
+    found = votes(Letters("letters"), [ONE] * 4, texts, torch.tensor([[1.0, 0, 0, 0]]), torch.tensor(rated))
+    # of 2 the better: a b -> a, b b -> b, b c -> c, c a -> c, which is rated alike and stands first
+    assert found["meta_vote@2"] == 1 / 4
+    # of 4 the two best are a and c, the first of which wins: from each place a, c, c, c
+    assert found["meta_vote@4"] == 1 / 4 and found["vote@4"] == 0, "b has the majority"
+
+
 def test_what_is_no_vote() -> None:
     assert counted(Silent("silent"), [ONE], [["a", "b"]]) == {}
     unsteady = Letters("letters")

@@ -95,11 +95,12 @@ def evaluate(
     greedy: bool = False,
     batch: int = 128,
     prompt: Callable[[Question], list[int]] | None = None,
+    rate: Callable[[Sequence[Question], Sequence[str]], Tensor] | None = None,
     ranks: Ranks = ALONE,
 ) -> Accuracy:
     """Sample each question ``samples`` times at temperature 1, and once greedily where asked; ``batch`` at a time.
 
-    The ranks share the samples, and all get the result.
+    The ranks share the samples, and all get the result. ``rate`` says how likely texts are right, for the votes.
     """
     generator, prompt = torch.Generator(ranks.device).manual_seed(_SEED), prompt or policy.prompt
     passed, best, asked, texts = [], [], [], []
@@ -119,7 +120,8 @@ def evaluate(
     rewards = torch.cat(passed)
     by_k, powers = pass_at(rewards), [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     details: dict[str, float | None] = {f"pass@{k}": by_k[k - 1] for k in powers}
-    details |= votes(task, asked, texts, rewards) | calibration(task, asked, texts) | task.statistics(asked, texts)
+    details |= votes(task, asked, texts, rewards, rate(asked, texts) if rate else None)
+    details |= calibration(task, asked, texts) | task.statistics(asked, texts)
     return Accuracy(
         rewards.mean().item(),
         rewards.amax(1).mean().item(),

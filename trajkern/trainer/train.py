@@ -212,6 +212,7 @@ def measured(run: Run, questions: list[Question], greedy: bool = False) -> Accur
     """Accuracy on these questions, posed as the recipe poses them."""
     sizes: dict[str, Any] = {"samples": run.config.eval.samples, "max_new": run.max_new, "ranks": run.ranks}
     with run.ranks.gathered(run.policy):
+        sizes["rate"] = run.system.rater(run.stage.pool, run.max_new) if greedy else None
         accuracy = evaluate(run.policy, run.task, questions, greedy=greedy, prompt=run.system.prompt, **sizes)
     accuracy.details.update(run.system.statistics(questions))
     return accuracy

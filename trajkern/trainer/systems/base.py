@@ -27,6 +27,9 @@ Values = dict[str, float | int | None]  # a step's metrics
 Local = dict[str, Tensor | tuple[float, int] | float | int | None]
 
 
+Rater = Callable[[Sequence[Question], Sequence[str]], Tensor]  # of questions and texts: [N], higher is likelier right
+
+
 class Requirement(NamedTuple):
     """What a recipe asks of a task: in words, and whether a task has it."""
 
@@ -188,6 +191,15 @@ class System:
 
     def learn(self, questions: list[Question], texts: list[str], rewards: list[float]) -> None:
         """Called after every step of whole rollouts with those of all ranks, where ``remembers``."""
+
+    def rater(self, pool: list[Question], max_new: int) -> Rater | None:
+        """What rates the samples of a held-out evaluation for its votes; None where nothing does.
+
+        Args:
+            pool: questions to train on.
+            max_new: most tokens of a completion.
+        """
+        return None
 
     def validated(self, pass_at_1: float, families: dict[str, float]) -> None:
         """Called after every validation, with its pass@1 of all questions and of those of each family."""

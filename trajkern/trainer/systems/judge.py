@@ -13,13 +13,16 @@ from torch import Tensor
 from trajkern import credit
 from trajkern.recipes.reward_models import VERDICTS, rule_rewards, verdict
 from trajkern.trainer.models import verdicts
+from trajkern.trainer.models.meta import MetaModel
 from trajkern.trainer.models.verdicts import HIGHEST
-from trajkern.trainer.systems.base import GroupSystem, Played, Requirement
+from trajkern.trainer.sampling import sample
+from trajkern.trainer.systems.base import GroupSystem, Played, Rater, Requirement
 from trajkern.trainer.tasks.base import Answer, Question, Splits, Task
 from trajkern.trainer.tasks.capabilities import ReferenceTask, ResponseTask
 
 END = "?"  # of a short prompt, for a model of characters
 MARK = "|"  # between two responses in one
+META_QUESTIONS, META_SAMPLES, META_SEED = 256, 8, 20_260_102  # what a meta model is trained on
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Judge:
             one.
         rule: what a verdict earns, see trajkern.recipes.reward_models; that of one response goes by deepseek_grm.
         reasons: whether demonstrations work the question out before the verdict, as the task's worked solution does.
+        meta_steps: of the meta model, which rates the samples of a held-out evaluation so that the better half of them
+            votes: the policy as it is then, trained on its judgements of training questions; 0 for none.
         brief: whether demonstrations end with nothing but the scores or the letter, for a small model; else in the
             words that LocalJudge and LocalPairJudge ask for.
     """
@@ -39,8 +44,11 @@ class Judge:
     rule: Literal["deepseek_grm", "rm_r1", "rrm"] = "deepseek_grm"
     reasons: bool = True
     brief: bool = False
+    meta_steps: int = 0
 
     def __post_init__(self) -> None:
+        if self.meta_steps < 0:
+            raise ValueError(f"judge.meta_steps must be at least 0, got {self.meta_steps}")
         if self.form == "pointwise" and self.rule != "deepseek_grm":
             raise ValueError(f"judge.rule must be deepseek_grm for judge.form pointwise, got {self.rule}")
         if self.rule == "rm_r1" and self.brief:
@@ -179,6 +187,11 @@ class ReasoningJudge(GroupSystem):
 
     settings: Judge
 
+    def __post_init__(self) -> None:
+        if self.settings.meta_steps and self.ranks.mesh:
+            count = self.ranks.mesh.size()
+            raise ValueError(f"the run must have one rank for judge.meta_steps, whose model is a copy; got {count}")
+
     @classmethod
     def posed(cls, task: Task, settings: Judge) -> Task:
         return task if isinstance(task, Judging) else Judging(task, settings)
@@ -190,3 +203,22 @@ class ReasoningJudge(GroupSystem):
     def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         assert isinstance(self.task, Judging)
         return {"reward": self.task.rewards(played.questions, played.texts)}
+
+    def rater(self, pool: list[Question], max_new: int) -> Rater | None:
+        """A meta model, trained on judgements of questions of the pool; None where all are right or all wrong."""
+        if not self.settings.meta_steps:
+            return None
+        assert isinstance(self.task, Judging)
+        asked = random.Random(META_SEED).sample(pool, min(META_QUESTIONS, len(pool)))
+        generator = torch.Generator(self.ranks.device).manual_seed(META_SEED)
+        drawn = sample(
+            self.policy, [self.prompt(q) for q in asked], copies=META_SAMPLES, max_new=max_new, generator=generator
+        )
+        many = [question for question in asked for _ in range(META_SAMPLES)]
+        texts = [self.policy.text(tokens) for tokens in drawn.completions()]
+        right = self.task.rewards(many, texts) > 0
+        if right.all() or not right.any():
+            return None
+        model = MetaModel(self.policy)
+        model.fit(many, texts, right, steps=self.settings.meta_steps)
+        return model.rate
