@@ -48,6 +48,13 @@ COEFFICIENTS = [  # function, its other arguments, a coefficient's name, a legal
     (tk.gae, {"rewards": X, "values": X, "cu_seqlens": CU_SEQLENS}, "lam", 1, False),
     (nsr.advantages, {"correct": torch.tensor([1, 0]), "kind": "w_reinforce"}, "positive_weight", 2, True),
     (dro.length_reward, {"lengths": X.abs(), "reference_lengths": X.abs() + 1}, "beta", 2, True),
+    (
+        dro.propagated,
+        {"logprobs": -X.abs(), "cu_seqlens": CU_SEQLENS, "std": X.abs(), "fraction": 1.0},
+        "gamma",
+        1,
+        True,
+    ),
     (dro.keep_groups, {"group_score": X}, "drop_fraction", 0.5, False),
     (spo.low_probability, {"old_logprobs": X}, "threshold", 0.5, True),
     (srl.rewards, {"similarity": X, "well_formed": X > -1}, "penalty", -2, True),

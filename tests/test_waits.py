@@ -82,6 +82,7 @@ def _of_recipes() -> dict[str, Callable[[], Any]]:
         "tree_grpo.tokens": lambda: tree_grpo.token_advantages(new(s), whole(s), whole(s), flags(s)),
         "tree_grpo.pooled": lambda: tree_grpo.pooled_outcomes(new(n), whole(n), whole(n), gate=flags(n)),
         "toolpo.group": lambda: toolpo.group_preference(new(n), flags(n), whole(n)),
+        "dro.doubt": lambda: dro.propagated(new(batch.num_tokens), cu, new(batch.num_tokens), gamma=4.0, fraction=0.5),
         "dro.gap": lambda: dro.right_minus_wrong(new(n), flags(n), whole(n)),
         "sdpo": lambda: [
             sdpo.divergence_loss(new(s, 9), sdpo.topk(new(s, 9), 3), whole(s), new(s), mask=flags(s)),

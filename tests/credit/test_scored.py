@@ -73,6 +73,21 @@ def test_reflection(masked: bool) -> None:
     torch.testing.assert_close(found.rows, rows, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("weights", ("variance", "uniform"))
+def test_reflection_with_doubts(weights: str) -> None:
+    x, host, contexts = reasoned(1)
+    logprobs, bounds = host(contexts, [row["reference"] for row in x.rows])
+    plain = tk.reflection_rewards(logprobs, bounds, x.batch.group_ids)
+    doubted = dro.propagated(logprobs, bounds, plain.std, gamma=0.7, fraction=0.5)
+    w = plain.weights if weights == "variance" else torch.full_like(logprobs, 0.5)  # references of two tokens
+    expected = torch.stack([part.sum() for part in (w * doubted).split(bounds.diff().tolist())])
+    reward = credit.scored.Reflection(weights=weights, propagation=0.7, reflective=0.5)
+    assert bounds.diff().eq(2).all() and (expected < plain.rewards).any()
+    torch.testing.assert_close(reward(x), expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="propagation must be 0 where masked is True"):
+        credit.recipe("dro", masked=True, propagation=1.0)
+
+
 def _masks(x: credit.Rollouts) -> tuple[torch.Tensor, ...]:
     return x.batch.loss_mask.split(x.batch.lengths.tolist())
 

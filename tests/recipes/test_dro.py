@@ -16,6 +16,7 @@ from trajkern.recipes.dro import (
     gate,
     keep_groups,
     length_reward,
+    propagated,
     rank_filter,
     right_minus_wrong,
 )
@@ -216,3 +217,57 @@ def test_a_curriculum_goes_on_after_json() -> None:
     assert other.state_dict() == before
     with pytest.raises(ValueError, match="carry must be at most 1"):
         Curriculum(carry=2)
+
+
+def test_literal_doubts(device: str) -> None:
+    """Two rollouts of three tokens and one of none; of each three the two with the largest deviation are reflective."""
+    p = torch.tensor([0.5, 0.25, 0.8, 1.0, 0.1, 0.5], dtype=torch.float64, device=device)
+    std = torch.tensor([1.0, 3.0, 0.0, 2.0, 0.0, 0.0], dtype=torch.float64, device=device)
+    bounds = torch.tensor([0, 3, 3, 6], device=device)
+    near, far = 0.5, 0.25  # exp(-gamma), exp(-2 gamma)
+    factors = torch.tensor([1, 1 - 0.5 * near, (1 - 0.5 * far) * (1 - 0.75 * near), 1, 1, 1]).to(p)
+    found = propagated(p.log(), bounds, std, gamma=math.log(2), fraction=0.5)
+    torch.testing.assert_close(found, (p * factors).log(), rtol=1e-12, atol=1e-12)
+    assert propagated(p.log().float(), bounds, std.float(), gamma=50, fraction=1.0).dtype == torch.float32
+    torch.testing.assert_close(propagated(p.log(), bounds, std, gamma=50, fraction=1.0), p.log())
+    unlikely = propagated(torch.full_like(p, -1e4), bounds, std, gamma=math.log(2), fraction=0.3)
+    lost = p.new_tensor([0, 0, math.log(near), 0, math.log(near), math.log(1 - far)])
+    torch.testing.assert_close(unlikely, lost - 1e4, rtol=0, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.lists(st.tuples(st.floats(0.01, 1), st.integers(0, 3)), max_size=9), min_size=1, max_size=5),
+    st.sampled_from([0.1, 0.34, 1.0]),
+    st.floats(0.2, 3),
+)
+def test_doubts_match_a_plain_loop(rollouts: list, fraction: float, gamma: float) -> None:
+    expected = []
+    for tokens in rollouts:
+        by_std = sorted(range(len(tokens)), key=lambda j: -tokens[j][1])
+        chosen = [k for k in by_std[: math.ceil(fraction * len(tokens) - 1e-9)] if tokens[k][1] > 0]
+        for j, (p, _) in enumerate(tokens):
+            for k in (k for k in chosen if k < j):
+                p *= tokens[k][0] + (1 - tokens[k][0]) * (1 - math.exp(-gamma * (j - k)))
+            expected.append(math.log(p))
+    flat = [token for tokens in rollouts for token in tokens]
+    x, std = (torch.tensor([token[i] for token in flat], dtype=torch.float64) for i in range(2))
+    bounds = torch.tensor([0, *map(len, rollouts)]).cumsum(0)
+    found = propagated(x.log(), bounds, std, gamma=gamma, fraction=fraction)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gamma": 0}, "gamma must be"),
+        ({"fraction": 1.5}, "fraction must be"),
+        ({"std": torch.tensor([-1.0, 0])}, "std must be"),
+        ({"std": torch.ones(3)}, "std must have shape"),
+        ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens must"),
+    ],
+)
+def test_bad_doubts(change: dict, message: str) -> None:
+    known = {"logprobs": -torch.ones(2), "cu_seqlens": torch.tensor([0, 2]), "std": torch.ones(2)}
+    with pytest.raises(ValueError, match=message):
+        propagated(**(known | {"gamma": 1.0, "fraction": 0.5} | change))

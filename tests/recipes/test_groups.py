@@ -90,6 +90,7 @@ CALLS: dict[str, Callable[[Tree], object]] = {
         dro.length_reward(F, F, beta=1),
         [dro.gate(FLAG, IDS, mode=mode) for mode in dro.GATES],
         dro.right_minus_wrong(F, FLAG, IDS),
+        dro.propagated(TF, CU, TF.abs(), gamma=0.5, fraction=0.5),
     ],
     "srl": lambda tree: [srl.rewards(F, FLAG), srl.keep_groups(F, IDS, min_std=0)],
     "feedback": lambda tree: [

@@ -34,18 +34,25 @@ WEIGHTS = ("variance", "uniform")
 class Reflection:
     """DRO's reward: how likely the reasoning makes ``rows[n]["reference"]``, most where a group's rollouts differ.
 
-    A rollout's reasoning ends with its last span of that name.
+    A rollout's reasoning ends with its last span of that name. With ``propagation`` above 0, its log-probs are those of
+    :func:`trajkern.recipes.dro.propagated` at that gamma, of ``reflective`` of the reference's tokens.
     """
 
     span: str = "reasoning"
     weights: str = "variance"
     masked: bool = False
     outcome_weight: float = 0.0
+    propagation: float = 0.0
+    reflective: float = 0.1
 
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, WEIGHTS)
         check_flag("masked", self.masked)
         check_number("outcome_weight", self.outcome_weight, low=0, dtype=torch.float32)
+        check_number("propagation", self.propagation, low=0)
+        check_number("reflective", self.reflective, above=0, high=1)
+        if self.masked and self.propagation:
+            raise ValueError(f"propagation must be 0 where masked is True, which stands for it; got {self.propagation}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -87,12 +94,14 @@ class Reflection:
         every, gains = (rollouts.ranks.gather_packed(x, lengths) for x in (logprobs, gain))
         result = reflection_rewards(every, of_all, groups, baseline=every - gains)
         rewards = result.rewards
-        if self.weights == "uniform":
+        if self.propagation:
+            options = {"gamma": self.propagation, "fraction": self.reflective}
+            gains = dro.propagated(every, of_all, result.std, **options)
+        if self.weights == "uniform" or self.propagation:
             owner = torch.repeat_interleave(torch.arange(len(lengths), device=gain.device), lengths)
-            total = torch.zeros(len(lengths), dtype=torch.float64, device=gain.device).index_add(
-                0, owner, gains.double()
-            )
-            rewards = (total / lengths).to(rewards.dtype)
+            weighed = gains.double() if self.weights == "uniform" else gains.double() * result.weights
+            total = torch.zeros(len(lengths), dtype=torch.float64, device=gain.device).index_add(0, owner, weighed)
+            rewards = (total / lengths if self.weights == "uniform" else total).to(rewards.dtype)
         rewards, score = (rollouts.ranks.own(x) for x in (rewards, result.group_score[pair_ids(groups)]))
         return rewards if keep is None else torch.where(keep, rewards, torch.nan), score
 

@@ -116,6 +116,64 @@ def length_reward(
     return 1 - beta * (reference - widened(lengths)).abs() / reference
 
 
+def propagated(
+    logprobs: Tensor,  # [P]
+    cu_seqlens: Tensor,  # [N+1]
+    std: Tensor,  # [P]
+    *,
+    gamma: float,
+    fraction: float,
+) -> Tensor:
+    """Log-probs of a reference that pass on the doubt in its reasoning-reflective tokens; ``[P]``.
+
+    After a poor rollout a reflective token k is unlikely, but once the reference has said it the next tokens are likely
+    again. They are discounted, less with the distance:
+
+        x'_j = x_j + sum over reflective k < j of log(p_k + (1 - p_k) (1 - exp(-gamma (j - k)))),   p_k = exp(x_k)
+
+    The rewards are then sum_j w_j x'_j, with the weights of :func:`trajkern.variance_weights` from ``logprobs``. The
+    paper offers this and the masked baseline of :func:`trajkern.reflection_rewards` for the same purpose.
+
+    Args:
+        logprobs: float ``[P]``, finite (checked on the CPU), of each reference token under its rollout's reasoning; the
+            reference is packed once per rollout.
+        cu_seqlens: int64 or int32 ``[N+1]``, the boundaries of the rollouts (checked on the CPU).
+        std: float ``[P]``, at least 0 (checked on the CPU): how far the group's rollouts differ on each token, as
+            :func:`trajkern.reflection_rewards` returns it.
+        gamma: above 0, the decay a token; the sum takes 37 / gamma passes over the tokens, beyond which a doubt is less
+            than a rounding.
+        fraction: in (0, 1], the share of a reference's tokens, rounded up, that are reflective: those of largest std,
+            of equal ones the first, and never one of std 0. The paper does not say how many are.
+
+    Returns:
+        float32 (float64 for float64 log-probs); the arithmetic is float64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    check_vector("logprobs", logprobs, None, "", None)
+    total, device = logprobs.shape[0], logprobs.device
+    count = check_packing(cu_seqlens, total, device)
+    check_vector("std", std, total, "one a log-prob", device)
+    gamma = check_number("gamma", gamma, above=0, dtype=accumulator(logprobs))
+    fraction = check_number("fraction", fraction, above=0, high=1)
+    if readable(std):
+        check_values("std", std, 0)
+    lengths = cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(count, device=device), lengths, output_size=total)
+    order = std.argsort(descending=True, stable=True)
+    order = order[owner[order].argsort(stable=True)]
+    first = torch.arange(total, device=device) - cu_seqlens[owner] < (lengths.double() * fraction - SLACK).ceil()[owner]
+    reflective = torch.empty_like(first).scatter(0, order, first) & (std > 0)
+    x = logprobs.double()
+    doubt = torch.where(reflective, -x.clamp_max(0).expm1(), 0)  # 1 - p_k
+    passed_on = torch.zeros_like(x)
+    for distance in range(1, min(total, math.ceil(37 / gamma) + 1)):
+        factor = (-math.exp(-gamma * distance) * doubt[:-distance]).log1p()
+        passed_on[distance:] += torch.where(owner[distance:] == owner[:-distance], factor, 0)
+    return (x + passed_on).to(accumulator(logprobs))
+
+
 def gate(
     passed: Tensor,  # [N]
     group_ids: Tensor,  # [N]

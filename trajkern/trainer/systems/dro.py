@@ -25,6 +25,8 @@ class DRO:
     Args:
         weights: of the reference answer's tokens: by their deviation over a group's rollouts, or equal.
         masked: whether the log-probs without any reasoning are taken off first. A group's mean does that as well.
+        propagation: if above 0, how fast the doubt in a reflective token of the reference fades over those behind it.
+        reflective: the share of the reference's tokens that pass on a doubt.
         drop_fraction: of a step's prompts, those whose rollouts differ least on the reference.
         top_k: if above 0, a prompt is kept only if a rollout gives its reference's worst tokens a mean rank within it.
         worst_fraction: the share of the reference's tokens that are the worst.
@@ -45,6 +47,8 @@ class DRO:
 
     weights: Literal["variance", "uniform"] = "variance"
     masked: bool = False
+    propagation: float = 0.0
+    reflective: float = 0.1
     drop_fraction: float = 0.0
     top_k: int = 0
     worst_fraction: float = 0.25
@@ -79,9 +83,8 @@ class Reflection(GroupSystem):
         if settings.round_steps < 0:
             raise ValueError(f"dro.round_steps must be at least 0, got {settings.round_steps}")
         self.lags()  # which checks their settings
-        reward = credit.scored.Reflection(
-            weights=settings.weights, masked=settings.masked, outcome_weight=settings.outcome_weight
-        )
+        names = ("weights", "masked", "outcome_weight", "propagation", "reflective")
+        reward = credit.scored.Reflection(**{name: getattr(settings, name) for name in names})
         self.filter = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)
         self.curriculum = dro.Curriculum[int](carry=settings.carry)
 
