@@ -340,8 +340,12 @@ def test_an_environment_writes_within_a_solution(model: CharacterModel) -> None:
     question = task.distinct(0, 1)[0]
     assert [(s.prompt, s.answer) for s in steps_of(task, question)] == [("0?", "a"), ("0?a\n1", "b")]
     system = StepImitation("srl", settings, task, model)
-    shown = [(model.spelling(tokens), learned) for tokens, learned in system.imitation(question)]
-    assert shown == [("0?", False), ("a\n", True), ("1", False), ("b\n", True), ("", True)]
+    imitated, warming = (
+        [(model.spelling(tokens), learned) for tokens, learned in pieces]
+        for pieces in (system.imitation(question), system.demonstration(question))
+    )
+    assert imitated == [("0?", False), ("a\n", True), ("1", False), ("b\n", True), ("", True)]
+    assert warming == [("0?", False), ("~a\n", True), ("1", False), ("~b\n", True), ("", True)], "the task's own"
     assert [system.task.action(text) for text in ("th~a\n", "b", "th~")] == ["a", "b", ""]
     splits = task.splits(heldout=1, validation=1, demonstrations=4, train=10)
     assert [step.prompt for step in system.pool(splits)] == ["2?", "2?a\n1", "3?", "3?a\n1"]

@@ -85,6 +85,9 @@ class StepImitation(GroupSystem):
     def expression(cls, recipe: str, settings: SRL) -> credit.Spec:
         return credit.recipe(recipe, penalty=settings.penalty, min_std=settings.min_std)
 
+    def demonstration(self, question: Question) -> list[Piece]:
+        return [(self.prompt(question), False), *demonstration(self.policy, self._posed.pieces(question))]
+
     def imitated(self, splits: Splits) -> list[Question]:
         shown, most = splits.demonstrations, self.settings.demonstrations
         if most is not None and most > len(shown):
