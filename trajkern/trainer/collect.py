@@ -17,6 +17,7 @@ from trajkern.trainer.forest import Lesson
 from trajkern.trainer.ranks import Ranks, Rows
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
+from trajkern.trainer.systems.actions import action_spans, actions_of
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, System, Values
 from trajkern.trainer.systems.hints import hinted_logprobs, hinted_prompts
 from trajkern.trainer.systems.plain import PlainTrees, differs
@@ -69,7 +70,9 @@ def known(
     """The rollouts with all that the run's credit reads; where they are given, their signals dealt by ``chances``, or
     the flags of prompt ``order[g]`` to prompt g."""
     system, needs, batch = run.system, run.spec.needs, played.batch
-    signals = system.signals(played, needs)
+    signals, facts = system.signals(played, needs), system.known(played, needs)
+    if needs & ({"action", "spans:call"} - system.knows):
+        signals, facts = with_actions(system, played, signals, facts)
     kept = judged(run, played, values)
     if chances is not None:
         ids = batch.group_ids if kept is None else 2 * batch.group_ids + kept[1]  # those that are compared
@@ -98,8 +101,19 @@ def known(
         teacher_logprobs=hinted_logprobs(system, played, prompts) if "teacher_logprobs" in needs else None,
         adds_divergences=True,
         process_group=run.ranks.data,
-        **system.known(played, needs),
+        **facts,
     )
+
+
+def with_actions(
+    system: System, played: Played, signals: dict[str, Tensor], facts: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Signals and facts with the reward "action", how many of each rollout's actions are right, and the spans "call" of
+    all: of a system that does not know them itself."""
+    actions = actions_of(system.task, played)
+    right = torch.tensor([float(sum(action.right for action in some)) for some in actions])
+    spans = {"call": action_spans(system.policy, played, actions), **facts.get("spans", {})}
+    return {"action": right, **signals}, {**facts, "spans": spans}
 
 
 def judged(run: Run, played: Played, values: Local) -> tuple[Tensor, Tensor] | None:

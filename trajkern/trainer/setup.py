@@ -26,6 +26,7 @@ from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
 from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.tasks import JsonlTask, Splits, Task, load_task
+from trajkern.trainer.tasks.capabilities import ActionTask
 
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
@@ -198,6 +199,8 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
         names.add("flags:rubric")
     if kind.asks_task and GIVES_HINTS.met(task):
         names |= {"teacher_logprobs", "divergence"}
+    if kind.asks_task and isinstance(task, ActionTask):
+        names |= {"action", "spans:call"}
     try:
         spec.check(names)
     except ValueError as error:
