@@ -32,6 +32,9 @@ would matter, where one is stated. Else it **cannot be told**.
 
 All of this took {hours:.1f} hours of one thread, warm-ups and evaluations included.
 """
+_CAPTION = """A line is the mean over seeds, its band reaches from the lowest seed to the highest. A curve over another
+measure has a thin line a seed, bars have a dot a seed and the standard error, and a calibration curve is of all seeds
+together, its circles as large as the share of answers."""
 
 
 def findings_of(rows: dict[str, Row]) -> dict[str, list[Finding]]:
@@ -66,10 +69,7 @@ def write(report: Path, rows: dict[str, Row]) -> None:
     panels.draw(rows, verdicts, picture)
     notes = report.with_name("reproduction_notes.md")
     lines = [*_head(rows, found), *_summary(rows, found, verdicts), f"![a panel a row]({picture.name})", ""]
-    lines += [
-        "In every panel a line is the mean over seeds and its band reaches from the lowest seed to the highest.",
-        "",
-    ]
+    lines += [_CAPTION, ""]
     lines += [notes.read_text()] if notes.exists() else []
     for name, row in rows.items():
         lines += _section(name, row, found[name], verdicts[name])
@@ -117,17 +117,16 @@ def _section(name: str, row: Row, found: list[Finding], verdict: str) -> list[st
 
 def _table(row: Row) -> list[str]:
     """Mean over seeds and its standard error, a line an arm."""
-    measures = row.comparison.measures
-    lines = ["| arm | " + " | ".join(measures) + " | tokens | seconds |", "|---" * (len(measures) + 3) + "|"]
+    measures = tuple(dict.fromkeys((*row.comparison.measures, "tokens", "seconds")))
+    lines = ["| arm | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
     first = row.arms[next(iter(row.comparison.arms))]
     start = list((row.warm_ups or first).values())
     if start:
-        cells = [cell([run["before"].get(m) for run in start]) for m in measures]
-        seconds = cell([run["warm_up_seconds"] for run in start])
-        lines.append(f"| *warm-up* | {' | '.join(cells)} | - | {seconds} |")
+        begun = [run["before"] | {"seconds": run["warm_up_seconds"]} for run in start]
+        lines.append(f"| *warm-up* | {' | '.join(cell([x.get(m) for x in begun]) for m in measures)} |")
     for arm, runs in row.arms.items():
         some = [runs[seed] for seed in row.seeds if seed in runs]
-        cells = [cell([measured(run, m) for run in some]) for m in (*measures, "tokens", "seconds")]
+        cells = [cell([measured(run, m) for run in some]) for m in measures]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
@@ -135,7 +134,7 @@ def _table(row: Row) -> list[str]:
 def _tests(row: Row, found: list[Finding]) -> list[str]:
     first = next(iter(row.comparison.arms))
     return [
-        f"- {test.measure}, {test.better} than {test.against}'s"
+        f"- {test.measure} {test.better} than of {test.against}"
         f"{'' if test.matters is None else f' by {test.matters:g} or more'}: {first} differs by {_difference(f)}"
         f"{'' if f.difference.pairs == f.seeds else f', on {f.difference.pairs} of {f.seeds} seeds'}; {_word(f)}"
         for test, f in zip(row.comparison.tests, found, strict=True)

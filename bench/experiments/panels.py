@@ -12,7 +12,7 @@ import numpy as np
 from trajkern._bench.experiments.measures import SPENT, measured
 from trajkern._bench.experiments.stored import Row
 
-_COLUMNS, _SIZE, _GRID = 3, (4.6, 3.5), 121
+_COLUMNS, _SIZE, _GRID = 3, (4.6, 3.9), 121
 _COLOURS = ("#0b61a4", "#d1495b", "#66a182", "#edae49", "#7d4e9e", "#5c5c5c", "#2ab7ca")
 _MARKERS = "osD^vPX"
 Runs = list[dict[str, Any]]
@@ -40,7 +40,8 @@ def draw(rows: dict[str, Row], verdicts: dict[str, str], path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7.5, framealpha=0.8, edgecolor="none")
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+        axis.legend(fontsize=7.5, frameon=False, columnspacing=1.2, handlelength=1.6, **below)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -159,7 +159,7 @@ def test_the_page_is_worked_out_by_hand(tmp_path: Path) -> None:
     text = report.read_text()
     difference = r"+0.200 [-0.048, +0.448], p = 0.3709"
     assert f"| [a](#a) | c | pass@1 against two: {difference} | **cannot be told** |" in text
-    assert f"- pass@1, higher than two's: one differs by {difference}; not decided" in text
+    assert f"- pass@1 higher than of two: one differs by {difference}; not decided" in text
     assert "| *warm-up* | 0.250 ± 0.000 | - | 7.000 ± 0.000 |" in text
     assert "| one | 0.700 ± 0.058 | 400.0 ± 0.0 | 5.000 ± 0.000 |" in text
     assert "No result: two (seed 3)." in text and ", on 2 of 3 seeds; not decided" in text and "Stale" not in text
