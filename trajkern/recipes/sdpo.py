@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.recipes._groups import check_ids, check_vector, pair_ids
 
+Model = TypeVar("Model", bound=nn.Module)
 LOG_RATIO = 20.0  # beyond this a log-ratio counts as this
 
 
@@ -241,7 +242,7 @@ def peers(
     return torch.where(first == count, -1, first)
 
 
-def frozen_teacher(student: nn.Module) -> nn.Module:
+def frozen_teacher(student: Model) -> Model:
     """A copy of the student that does not learn: a static teacher, or the beginning of :func:`update_teacher`'s."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}")

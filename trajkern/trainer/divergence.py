@@ -1,4 +1,4 @@
-"""Divergences of the policy from itself with the task's hint before it: the terms ``credit.divergence`` of a loss."""
+"""Divergences of the policy from a teacher that reads the task's hint: the terms ``credit.divergence`` of a loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trajkern.trainer.packing import pack_pieces, runs
 HINTED = "hinted"  # the column of the rollouts' rows with the tokens of the hinted prompt, None where there is no hint
 
 
-def divergence_term(policy: Policy, lesson: Lesson, temperature: float, count: int) -> Tensor:
-    """sum over tokens of weight * divergence, divided by ``count``; the teacher is the policy as it is, and is not
+def divergence_term(policy: Policy, teacher: Policy, lesson: Lesson, temperature: float, count: int) -> Tensor:
+    """sum over tokens of weight * divergence, divided by ``count``. The teacher, which may be the policy itself, is not
     trained."""
     batch, tree = lesson.credit.rollouts.batch, lesson.forest.tree
     pack, places = taught(lesson)
@@ -31,7 +31,7 @@ def divergence_term(policy: Policy, lesson: Lesson, temperature: float, count: i
             continue
         states = policy.hidden(lesson.forest.tokens, tree, tree.rows[tree.flat_index[at]])
         rows = pack.head_inputs().rows[number[at]]
-        found = measured(policy, term, states, pack, rows, temperature)
+        found = measured(policy, teacher, term, states, pack, rows, temperature)
         if term.max_ratio is not None:
             assert batch.sampler_logprobs is not None
             head = policy.head_arguments()
@@ -56,18 +56,19 @@ def taught(lesson: Lesson) -> tuple[tk.PackedBatch, Tensor]:
 
 
 def measured(
-    policy: Policy, term: Any, states: Tensor, pack: tk.PackedBatch, rows: Tensor, temperature: float
+    policy: Policy, teacher: Policy, term: Any, states: Tensor, pack: tk.PackedBatch, rows: Tensor, temperature: float
 ) -> Tensor:
     """The divergence of each of ``states`` from the teacher's at ``rows`` of ``pack``, ``[S]``."""
     head: dict[str, Any] = policy.head_arguments()
     if term.k is None:
         with torch.no_grad():
-            teacher = policy.hidden(pack.tokens, pack.cu_seqlens, rows)
-        of_teacher = {f"teacher_{name}": x.detach() if isinstance(x, Tensor) else x for name, x in head.items()}
-        both = {**head, **of_teacher, "teacher_hidden": teacher}
+            taught = teacher.hidden(pack.tokens, pack.cu_seqlens, rows)
+        theirs = teacher.head_arguments().items()
+        of_teacher = {f"teacher_{name}": x.detach() if isinstance(x, Tensor) else x for name, x in theirs}
+        both = {**head, **of_teacher, "teacher_hidden": taught}
         return tk.linear_divergence(states, beta=term.beta, temperature=temperature, **both)
     with torch.no_grad():
-        likely = sdpo.topk(policy(pack.tokens, pack.cu_seqlens, rows), term.k, temperature=temperature)
+        likely = sdpo.topk(teacher(pack.tokens, pack.cu_seqlens, rows), term.k, temperature=temperature)
     each = torch.arange(len(rows)).repeat_interleave(likely.ids.shape[1])
     of_policy = tk.linear_logprobs(states, targets=likely.ids.flatten(), rows=each, temperature=temperature, **head)
     return tk.topk_divergence(of_policy.view_as(likely.logprobs), likely.logprobs, beta=term.beta)

@@ -11,6 +11,7 @@ from trajkern.recipes import sdpo
 
 ANCHOR = "anchor"  # of the loss's KL term
 SCORER = "scorer"  # in the policy's place where a reward asks it
+TEACHER = "teacher"  # in the policy's place where it teaches under a hint
 
 
 @dataclass(frozen=True)

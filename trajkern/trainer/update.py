@@ -62,7 +62,8 @@ class MicroBatch:
         logprobs = metrics.pop("logprobs")
         self.old = logprobs if self.old is None else self.old
         if self.lesson.credit.divergences:
-            part = divergence_term(self.run.policy, self.lesson, self.run.config.temperature, learning)
+            policy, teacher = self.run.policy, self.run.system.teacher
+            part = divergence_term(policy, teacher, self.lesson, self.run.config.temperature, learning)
             loss = loss + part
             metrics["divergence"] = part.detach()
         self.metrics = metrics | {"loss": loss.detach()}

@@ -13,7 +13,7 @@ import trajkern as tk
 from trajkern import credit
 from trajkern.trainer.compose import Gate
 from trajkern.trainer.forest import Forest
-from trajkern.trainer.lagging import SCORER, Lag
+from trajkern.trainer.lagging import SCORER, TEACHER, Lag
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Ranks
@@ -140,6 +140,11 @@ class System:
     def lags(self) -> dict[str, Lag]:
         """The copies of the policy that it reads, by name, and how each lags behind."""
         return {}
+
+    @property
+    def teacher(self) -> Policy:
+        """What teaches under a hint: the policy as it is, or a copy."""
+        return self.copies.get(TEACHER, self.policy)
 
     @property
     def rounds(self) -> Rounds | None:

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 
 from trajkern import credit
+from trajkern.trainer.lagging import TEACHER, Lag
 from trajkern.trainer.packing import Piece, demonstration
 from trajkern.trainer.systems.base import GIVES_HINTS, GroupSystem, Local
 from trajkern.trainer.systems.hints import hinted
@@ -21,15 +22,20 @@ class Feedback:
         reward_weight: of the verdict, 1 or -1, on the whole rollout.
         directive_weight: of log p(with the hint) - log p, on each token.
         hinted: share of the demonstrations that are shown with a hint.
+        teacher_rate: of the way to the policy, what the teacher of ``credit.directive`` and ``credit.divergence`` goes
+            after each step: with 1 it is the policy, with less an average over its past, with 0 the policy that the
+            main loop began with.
     """
 
     reward_weight: float = 1.0
     directive_weight: float = 1.0
     hinted: float = 0.5
+    teacher_rate: float = 1.0
 
 
 class HintedTeacher(GroupSystem):
-    """The policy is its own teacher. Rollouts that the task has no hint for (the right ones) take no directive term.
+    """The policy, or an average over its past, is its own teacher. Rollouts that the task has no hint for (the right
+    ones) take no directive term.
 
     A share of the warm-up's demonstrations are shown with a hint, so that the policy can read one.
     """
@@ -43,6 +49,13 @@ class HintedTeacher(GroupSystem):
     def expression(cls, recipe: str, settings: Feedback) -> credit.Spec:
         weights = {"reward_weight": settings.reward_weight, "directive_weight": settings.directive_weight}
         return credit.recipe(recipe, **weights)
+
+    def __post_init__(self) -> None:
+        self.lags()  # which checks its rate
+
+    def lags(self) -> dict[str, Lag]:
+        lag = Lag(self.settings.teacher_rate)
+        return {TEACHER: lag} if lag.rate < 1 else {}
 
     def demonstration(self, question: Question) -> list[Piece]:
         number = zlib.crc32(question.prompt.encode())

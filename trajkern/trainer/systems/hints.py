@@ -29,7 +29,8 @@ def hinted_prompts(system: System, played: Played) -> list[list[int] | None]:
 
 
 def hinted_logprobs(system: System, played: Played, prompts: list[list[int] | None]) -> Tensor:
-    """log p of every token under the policy that reads these prompts, ``[T]``; its own where there is none."""
+    """log p of every token under the system's teacher that reads these prompts, ``[T]``; the sampler's where there is
+    none."""
     batch = played.batch
     assert batch.sampler_logprobs is not None
     bounds, taught, pieces = batch.cu_seqlens.tolist(), [], []
@@ -43,7 +44,7 @@ def hinted_logprobs(system: System, played: Played, prompts: list[list[int] | No
         return batch.sampler_logprobs
     among = torch.zeros(len(bounds) - 1, dtype=torch.bool).index_fill(0, torch.tensor(taught), True)
     where = torch.repeat_interleave(among, batch.lengths)
-    scores = score_pieces(system.policy, pieces, batch.group_ids[taught], temperature=system.temperature)
+    scores = score_pieces(system.teacher, pieces, batch.group_ids[taught], temperature=system.temperature)
     system.scored += len(scores.logprobs)
     logprobs = scores.logprobs.to(batch.sampler_logprobs.dtype)
     return batch.sampler_logprobs.masked_scatter(where & batch.loss_mask, logprobs)
