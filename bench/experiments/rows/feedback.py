@@ -1,16 +1,30 @@
-"""Evaluative and directive signals together beside each alone."""
+"""A verdict and a divergence from the hinted policy together, beside each alone and beside the sampled log-ratio."""
 
-from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Test
+from trajkern import credit
+from trajkern._bench.experiments.comparisons import Comparison, Test
+
+VERDICT = credit.outcome()
+JSD = credit.divergence(where="failed", k=None, beta=0.5)
+BOTH = VERDICT + JSD
+SAMPLED = VERDICT + credit.directive(where="failed")
 
 ROW = Comparison(
-    claim="evaluative and directive signals together beat either alone (2603.10165)",
-    needs="a part that only the verdict tells and one that only the message does",
-    flags="--task chain_sum_steps --steps 100 --recipe feedback --lr 1e-4 --feedback.directive-weight 0.1",
+    claim="evaluative and directive signals together beat either alone (2603.10165), the directive one a divergence"
+    " from a slow teacher that reads the message (2601.20802)",
+    needs="a part of the answer that only messages tell, one that only verdicts do, and a policy that reads messages",
+    flags="--task trajkern._bench.experiments.tasks.letters:Letters --recipe feedback --feedback.hinted 0.75"
+    " --prompts 32 --steps 150 --feedback.teacher-rate 0.02 --warmup.steps 900 --warmup.lr 2e-3"
+    " --warmup.check-every 900 --warmup.pass-at-1 1 --eval.heldout 256",
     arms={
-        "both": "",
-        "directive only": "--feedback.reward-weight 0",
-        "evaluative only": "--feedback.directive-weight 0",
-        "both, random verdicts": RANDOM,
+        "verdict and divergence": f"--credit {__name__}:BOTH --lr 1.5e-3",
+        "verdict only": f"--credit {__name__}:VERDICT --lr 1.5e-3",
+        "verdict and sampled log-ratio": f"--credit {__name__}:SAMPLED --lr 5e-4",
+        "divergence only": f"--credit {__name__}:JSD --lr 1.5e-3",
     },
-    tests=(Test("pass@1", "directive only"), Test("pass@1", "evaluative only")),
+    tests=(
+        Test("pass@1", "verdict only"),
+        Test("pass@1", "divergence only"),
+        Test("pass@1", "verdict and sampled log-ratio"),
+    ),
+    measures=("pass@1", "codes", "signs", "form", "tokens", "seconds"),
 )
