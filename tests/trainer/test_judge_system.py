@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from trajkern.recipes.reward_models import meta_loss
+from trajkern.recipes.reward_models import elo, knockout, majority, meta_loss, round_robin, vote
 from trajkern.trainer import train as training
 from trajkern.trainer.config import Then, TrainConfig, WarmUp
+from trajkern.trainer.models import policy_judges
 from trajkern.trainer.models.meta import MetaModel
 from trajkern.trainer.models.policy import CharacterModel
+from trajkern.trainer.models.policy_judges import PolicyJudge
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.models.verdicts import pair_question, question, read_scores
 from trajkern.trainer.setup import load_credit
@@ -135,6 +138,46 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Any) -> None:
 
 def _all(task: Task) -> list[Question]:
     return [question for split in range(3) for question in task.questions(split)]
+
+
+class Speaks:
+    """In place of sampling: what ``says`` makes of the responses in each prompt, K times."""
+
+    def __init__(self, policy: CharacterModel, says: Callable[[list[int]], str]) -> None:
+        self.policy, self.says = policy, says
+
+    def __call__(self, policy: Any, prompts: list[list[int]], *, copies: int, **options: Any) -> Any:
+        shown = [self.policy.spelling(prompt).partition("=")[2][:-1].split("|") for prompt in prompts]
+        said = [self.policy.answer(self.says([int(x) for x in some])) for some in shown]
+        return SimpleNamespace(completions=lambda: [tokens for tokens in said for _ in range(copies)])
+
+
+def test_a_trained_judge_is_asked_for_elo_the_knockout_and_a_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=32))
+    asked = next(Doubles("doubles", 3).questions(0))
+    heights = Speaks(policy, lambda some: ",".join(str(min(x, 10)) for x in some))  # a score is what is judged
+    monkeypatch.setattr(policy_judges, "sample", heights)
+    pairs = PolicyJudge(policy, judging(brief=True), max_new=9, samples=2)
+    prefer, responses = pairs.about(asked), ["3", "9", "10", "12", "2"]
+    assert prefer(["3", "9", "12"], ["9", "3", "10"]).tolist() == [[0, 1, 0.5]] * 2
+    wins = round_robin(prefer, responses)
+    assert wins[2, 3] == wins[3, 2] == 2 and wins[1, 0] == 4 and wins.sum() == 4 * 10
+    assert set(elo(wins).argsort(descending=True)[:2].tolist()) == {2, 3}
+    assert knockout(majority(prefer), responses[:3], seed=1) == "10"
+    heights.says = lambda some: "no idea"
+    assert prefer(["3"], ["9"]).isnan().all()
+    heights.says = lambda some: str(some[0])
+    single = PolicyJudge(policy, judging(form="pointwise", brief=True), max_new=9, samples=3)
+    scores = single.scores(asked, ["3", "11", "7"])
+    torch.testing.assert_close(scores, torch.tensor([[3.0, torch.nan, 7]] * 3), equal_nan=True)
+    assert vote(scores[:, [0, 2]]).tolist() == [9, 21]
+    with pytest.raises(ValueError, match="judge.form of the task must be pairwise, got pointwise"):
+        single.about(asked)
+    with pytest.raises(ValueError, match="judge.form of the task must be pointwise, got pairwise"):
+        pairs.scores(asked, ["3"])
+    monkeypatch.undo()
+    one, two = (PolicyJudge(policy, judging(brief=True), max_new=4, samples=2, seed=5)._judged([asked]) for _ in "ab")
+    assert one == two and len(one[0]) == 2
 
 
 def test_a_meta_model_learns_which_judgements_are_right() -> None:

@@ -72,7 +72,7 @@ class Judging(Task):
             raise ValueError(
                 f"judge.reasons must be False for a task without `reference`, a worked solution; got {task.name!r}"
             )
-        self._task, self._settings, self._responses = task, settings, task.responses
+        self._task, self.settings, self._responses = task, settings, task.responses
         self.fingerprint = task.fingerprint
         self.demonstrations, self.weight_decay = task.demonstrations, task.weight_decay
 
@@ -93,7 +93,7 @@ class Judging(Task):
         """What is asked about responses to a question; its entry has the label and what the other task asked."""
         right, wrong = self._sorted(question)
         draw = random.Random(f"{self.seed} {question.prompt}")
-        if self._settings.form == "pointwise":
+        if self.settings.form == "pointwise":
             good = draw.random() < 0.5
             return self.about(question, [draw.choice(right if good else wrong)], int(good))
         pair = [draw.choice(right), draw.choice(wrong)]
@@ -107,9 +107,9 @@ class Judging(Task):
         if len(responses) == 1:
             text = verdicts.question(asked.text, responses[0])
         else:
-            text = verdicts.pair_question(asked.text, *responses, scores=self._settings.rule == "deepseek_grm")
+            text = verdicts.pair_question(asked.text, *responses, scores=self.settings.rule == "deepseek_grm")
         work = []
-        if self._settings.reasons:
+        if self.settings.reasons:
             assert isinstance(self._task, ReferenceTask)
             work.append(self._task.reference(asked))
         entry = {"label": label, "responses": responses, "asked": asked.text}
@@ -121,7 +121,7 @@ class Judging(Task):
 
     def rewards(self, questions: list[Question], texts: list[str]) -> Tensor:
         """The rule's, 1 or -1 for each judgement; float32 ``[N]``."""
-        rule, labels = self._settings.rule, [q.entry["label"] for q in questions]
+        rule, labels = self.settings.rule, [q.entry["label"] for q in questions]
         if rule == "rm_r1":
             return rule_rewards(texts, [VERDICTS[label] for label in labels], rule=rule)
         if rule == "rrm":
@@ -134,32 +134,37 @@ class Judging(Task):
 
     def scores(self, text: str) -> list[float]:
         """The score of each response in a judgement, NaN where it cannot be read."""
-        pointwise, missing = self._settings.form == "pointwise", float("nan")
-        if pointwise and not self._settings.brief:
+        pointwise, missing = self.settings.form == "pointwise", float("nan")
+        if pointwise and not self.settings.brief:
             return [HIGHEST * verdicts.read_score(text, True)]
         found = verdicts.read_scores(text, 1 if pointwise else 2)
         return [missing] * (1 if pointwise else 2) if found is None else [float(x) for x in found]
 
+    def preference(self, text: str) -> float:
+        """1 where a judgement finds the first of two responses better, 0 where the second, 0.5 where it scores both
+        alike; NaN where it cannot be read."""
+        if self.settings.rule != "deepseek_grm":
+            letter = self._letter(text)
+            return float("nan") if letter is None else float(letter == VERDICTS[0])
+        first, second = self.scores(text)
+        return first if first != first else (1 + (first > second) - (first < second)) / 2
+
     def ballot(self, question: Question, text: str) -> Hashable | None:
         """The letter of the better response, or the score of one; None where there is none, or two are alike."""
-        if self._settings.rule != "deepseek_grm":
-            return self._letter(text)
-        scores = self.scores(text)
-        if scores != scores or scores[0] != scores[0]:
-            return None
-        if len(scores) == 1:
-            return scores[0]
-        return None if scores[0] == scores[1] else VERDICTS[int(scores[1] > scores[0])]
+        if self.settings.form == "pairwise":
+            return {1.0: VERDICTS[0], 0.0: VERDICTS[1]}.get(self.preference(text))
+        score = self.scores(text)[0]
+        return None if score != score else score
 
     def _letter(self, text: str) -> str | None:
-        if not self._settings.brief:
+        if not self.settings.brief:
             return verdict(text)
         line = text.strip().rpartition("\n")[2].strip()
         return line if line in VERDICTS else None
 
     def _verdict(self, label: int) -> str:
         """As a demonstration says it."""
-        form, rule, brief = self._settings.form, self._settings.rule, self._settings.brief
+        form, rule, brief = self.settings.form, self.settings.rule, self.settings.brief
         if rule != "deepseek_grm":
             return VERDICTS[label] if brief else f"<answer>[[{VERDICTS[label]}]]</answer>"
         if form == "pointwise":
