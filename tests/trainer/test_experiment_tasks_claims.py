@@ -13,12 +13,16 @@ def test_a_check_digit_by_hand() -> None:
     task = Claims("claims", 1)
     asked = next(task.questions(0))
     digits = [int(x) for x in asked.prompt[:-1]]
-    assert len(digits) == 5 and asked.prompt.endswith(":")
-    assert asked.answer.split("\n") == [str(sum(digits[:n]) % 10) for n in range(2, 6)]
-    hand = Question("39475:", "", "2\n6\n3\n8", {"digit": 8, "wrong": 1})
-    assert task.reference(hand) == "2\n6\n3\n8" and task.responses(hand) == ["8", "1"]
-    said = {text: task.read(hand, text).correct for text in ("8", "2\n6\n3\n8", "18", "8\n1", "")}
-    assert said == {"8": True, "2\n6\n3\n8": True, "18": False, "8\n1": False, "": False}
+    assert len(digits) == 5 and asked.prompt.endswith(":") and (sum(digits) + int(asked.answer)) % 10 == 0
+    hand = Question("39475:", "", "2", {"right": "2", "wrong": "1"})
+    assert task.responses(hand) == ["2", "1"]
+    assert [task.critique(hand, x) for x in ("2", "1")] == ["2\n6\n3\n8\n0", "2\n6\n3\n8\n9"]
+    assert {text: task.read(hand, text).correct for text in ("2", "12", "1", "")} == {
+        "2": True,
+        "12": False,
+        "1": False,
+        "": False,
+    }
 
 
 def test_claims_are_right_half_the_time_and_say_nothing_else() -> None:
@@ -29,8 +33,9 @@ def test_claims_are_right_half_the_time_and_say_nothing_else() -> None:
     assert not prompts["heldout"] & (prompts["validation"] | prompts["demonstrations"] | prompts["train"])
     for question in splits.train:
         digits, claim = question.prompt[:5], int(question.prompt[6])
-        right = sum(map(int, digits)) % 10 == claim
-        assert question.answer.endswith(f"\n{10 * right}") and task.read(question, question.answer).correct
+        right = (sum(map(int, digits)) + claim) % 10 == 0
+        assert question.answer.endswith("\n0\n10") == right and question.answer.endswith(f"\n{10 * right}")
+        assert task.read(question, question.answer).correct
         assert not task.read(question, f"{10 * (not right)}").correct
     labels = [question.entry["label"] for question in splits.train]
     assert 70 < sum(labels) < 130

@@ -100,6 +100,22 @@ def test_a_right_response_is_told_from_a_wrong_one(
     assert {asked.entry["label"] for asked in drawn(task)} == {0, 1}
 
 
+class Checked(Doubles):
+    """Doubles whose responses are checked by halving them."""
+
+    def critique(self, question: Question, response: str) -> str:
+        return f"{response}/2={int(response) / 2:g}"
+
+
+def test_demonstrations_check_each_response() -> None:
+    for settings in ({"form": "pointwise"}, {"form": "pairwise"}):
+        task = Judging(Checked("checked", 3), Judge(**settings, brief=True))
+        for asked in drawn(task):
+            *work, _ = asked.answer.split("\n")
+            assert work == [f"{x}/2={int(x) / 2:g}" for x in asked.entry["responses"]]
+            assert task.read(asked, asked.answer).correct
+
+
 def test_scores_are_read() -> None:
     assert read_scores("So 3.\nScores: 10 , 0", 2) == [10, 0] and read_scores("7", 1) == [7]
     for text in ("7", "Scores: 7, 8, 9", "7 8", "7,11", "7,-1", "", "7.5,2"):

@@ -8,16 +8,19 @@ from itertools import accumulate, count
 
 from trajkern.trainer.tasks import Answer, Question, Task
 
-TERMS = 5
+DIGITS = 5
 
 
 class Claims(Task):
-    """``39475:``: the last digit of 3+9+4+7+5 is 8, by way of 2, 6 and 3; ``responses`` are it and another digit.
+    """``39475:2``: the digits of a number and its check digit come to a multiple of ten.
+
+    ``responses`` are the check digit and another one, ``critique`` checks a response by the last digits of the sums on
+    the way: 2, 6, 3, 8 and 0.
 
     The structure that the effect of a reasoning judge needs: every digit is as likely as any other until the last has
-    been added, so that a verdict at once is hardly better than chance; every partial sum is a step that a small model
-    can take, and nothing rewards it but the verdict; a slip in it is drawn anew in each sample, so that several samples
-    can be voted on.
+    been added, so that a verdict at once is hardly better than chance; every sum is a step that a small model can take,
+    and nothing rewards it but the verdict; a slip in it is drawn anew in each sample, so that several samples can be
+    voted on.
     """
 
     demonstrations = 3000
@@ -26,18 +29,18 @@ class Claims(Task):
     def questions(self, split: int) -> Iterator[Question]:
         for index in count():
             draw = random.Random(f"{self.seed} {split} {index}")
-            digits = [draw.randrange(10) for _ in range(TERMS)]
-            sums = [total % 10 for total in accumulate(digits)]
+            digits = [draw.randrange(10) for _ in range(DIGITS)]
+            right = -sum(digits) % 10
             prompt = f"{''.join(map(str, digits))}:"
-            wrong = (sums[-1] + draw.randrange(1, 10)) % 10
-            yield Question(prompt, prompt, "\n".join(map(str, sums[1:])), {"digit": sums[-1], "wrong": wrong})
+            entry = {"right": str(right), "wrong": str((right + draw.randrange(1, 10)) % 10)}
+            yield Question(prompt, prompt, entry["right"], entry)
 
     def read(self, question: Question, text: str) -> Answer:
-        """The last line is the check digit."""
-        return Answer(text.rpartition("\n")[2] == str(question.entry["digit"]))
-
-    def reference(self, question: Question) -> str:
-        return question.answer
+        return Answer(text == question.entry["right"])
 
     def responses(self, question: Question) -> list[str]:
-        return [str(question.entry["digit"]), str(question.entry["wrong"])]
+        return [question.entry["right"], question.entry["wrong"]]
+
+    def critique(self, question: Question, response: str) -> str:
+        digits = map(int, question.prompt[:-1] + response)
+        return "\n".join(str(total % 10) for total in list(accumulate(digits))[1:])

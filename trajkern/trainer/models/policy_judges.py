@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class PolicyJudge:
             return []
         prompts = [self.policy.prompt(question) for question in questions]
         generator = torch.Generator(self.policy.head_arguments()["weight"].device).manual_seed(self._seed)
-        options = {"max_new": self._new, "temperature": self._temperature}
+        options: dict[str, Any] = {"max_new": self._new, "temperature": self._temperature}
         drawn = sample(self.policy, prompts, copies=self._samples, generator=generator, **options)
         texts = [self.policy.text(tokens) for tokens in drawn.completions()]
         return [texts[at : at + self._samples] for at in range(0, len(texts), self._samples)]

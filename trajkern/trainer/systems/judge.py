@@ -18,7 +18,7 @@ from trajkern.trainer.models.verdicts import HIGHEST
 from trajkern.trainer.sampling import sample
 from trajkern.trainer.systems.base import GroupSystem, Played, Rater, Requirement
 from trajkern.trainer.tasks.base import Answer, Question, Splits, Task
-from trajkern.trainer.tasks.capabilities import ReferenceTask, ResponseTask
+from trajkern.trainer.tasks.capabilities import CritiqueTask, ReferenceTask, ResponseTask
 
 END = "?"  # of a short prompt, for a model of characters
 MARK = "|"  # between two responses in one
@@ -33,7 +33,8 @@ class Judge:
         form: whether one response is scored, 10 where it is right and 0 where not, or a right one is told from a wrong
             one.
         rule: what a verdict earns, see trajkern.recipes.reward_models; that of one response goes by deepseek_grm.
-        reasons: whether demonstrations work the question out before the verdict, as the task's worked solution does.
+        reasons: whether demonstrations reason before the verdict: by the task's critique of each response where it has
+            some, else by its worked solution.
         meta_steps: of the meta model, which rates the samples of a held-out evaluation so that the better half of them
             votes: the policy as it is then, trained on its judgements of training questions; 0 for none.
         brief: whether demonstrations end with nothing but the scores or the letter, for a small model; else in the
@@ -62,15 +63,16 @@ class Judging(Task):
     rewards it.
 
     Raises:
-        ValueError: ``settings.reasons`` and a task without worked solutions.
+        ValueError: ``settings.reasons`` and a task without critiques or worked solutions.
     """
 
     def __init__(self, task: Task, settings: Judge) -> None:
         super().__init__(task.name, task.seed)
         assert isinstance(task, ResponseTask)
-        if settings.reasons and not isinstance(task, ReferenceTask):
+        if settings.reasons and not isinstance(task, (CritiqueTask, ReferenceTask)):
             raise ValueError(
-                f"judge.reasons must be False for a task without `reference`, a worked solution; got {task.name!r}"
+                "judge.reasons must be False for a task without `critique`, how a response is checked, or `reference`,"
+                f" a worked solution; got {task.name!r}"
             )
         self._task, self.settings, self._responses = task, settings, task.responses
         self.fingerprint = task.fingerprint
@@ -108,10 +110,7 @@ class Judging(Task):
             text = verdicts.question(asked.text, responses[0])
         else:
             text = verdicts.pair_question(asked.text, *responses, scores=self.settings.rule == "deepseek_grm")
-        work = []
-        if self.settings.reasons:
-            assert isinstance(self._task, ReferenceTask)
-            work.append(self._task.reference(asked))
+        work = self._work(asked, responses) if self.settings.reasons else []
         entry = {"label": label, "responses": responses, "asked": asked.text}
         return Question(prompt, text, "\n".join([*work, self._verdict(label)]), entry)
 
@@ -139,6 +138,13 @@ class Judging(Task):
             return [HIGHEST * verdicts.read_score(text, True)]
         found = verdicts.read_scores(text, 1 if pointwise else 2)
         return [missing] * (1 if pointwise else 2) if found is None else [float(x) for x in found]
+
+    def _work(self, asked: Question, responses: list[str]) -> list[str]:
+        """What stands before a demonstration's verdict."""
+        if isinstance(self._task, CritiqueTask):
+            return [self._task.critique(asked, response) for response in responses]
+        assert isinstance(self._task, ReferenceTask)
+        return [self._task.reference(asked)]
 
     def preference(self, text: str) -> float:
         """1 where a judgement finds the first of two responses better, 0 where the second, 0.5 where it scores both

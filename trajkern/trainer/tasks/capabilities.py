@@ -107,6 +107,14 @@ class ResponseTask(Protocol):
 
 
 @runtime_checkable
+class CritiqueTask(Protocol):
+    """A task that can check a response, for a judge to learn how."""
+
+    def critique(self, question: Question, response: str) -> str:
+        """How it is checked, a step a line, right or wrong; the verdict follows from it."""
+
+
+@runtime_checkable
 class VoteTask(Protocol):
     """A task in which several answers to a question can be put to the vote."""
 
