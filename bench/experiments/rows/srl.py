@@ -1,12 +1,26 @@
-"""Likeness of every step to an expert's beside imitation and outcomes."""
+"""Likeness to an expert's every step, then the outcome; beside each alone, and beside imitation of the expert."""
 
-from trajkern._bench.experiments.comparisons import Comparison, Test
+from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Panel, Test
+
+_SRL = "--recipe srl --srl.thought-end ~ --srl.demonstrations 300"
+_THEN = "--steps 120 --then.recipe grpo --then.steps 40 --then.prompts 32"
 
 ROW = Comparison(
-    claim="step-wise likeness teaches where imitation and outcomes fail (2510.25992)",
-    needs="an outcome that is never right by chance, and an expert that cannot be copied",
-    flags="--task count_bits_steps --steps 100 --warmup.steps 60 --warmup.check-every 60 --warmup.pass-at-1 0.02"
-    " --warmup.pass-at-k 0 --warmup.demonstrations 1000",
-    arms={"srl": "--recipe srl", "outcome only": "--recipe grpo", "sft": "--recipe srl --control supervised"},
-    tests=(Test("pass@1", "outcome only"), Test("pass@1", "sft")),
+    claim="likeness to an expert's every step, and then the outcome, teaches what the outcome alone, imitation and"
+    " likeness alone do not (2510.25992)",
+    needs="an outcome that is right once in a thousand samples; an expert whose few demonstrations show actions and no"
+    " thoughts; and something left out in them: programs of six instructions, two of whose twelve opcodes they lack",
+    flags="--task trajkern._bench.experiments.tasks.programs:Programs --prompts 64 --rollouts 8 --lr 1e-3"
+    " --warmup.steps 320 --warmup.batch 64 --warmup.check-every 320 --warmup.pass-at-1 2 --eval.heldout 192"
+    " --eval.validation 48 --eval.every 20",
+    arms={
+        "srl, then grpo": f"{_SRL} {_THEN}",
+        "srl": f"{_SRL} --steps 240",
+        "grpo": "--recipe grpo --steps 40",
+        "sft": f"{_SRL} --control supervised --steps 115",
+        "srl of random likeness, then grpo": f"{_SRL} {_THEN} {RANDOM}",
+    },
+    tests=(Test("pass@1", "srl"), Test("pass@1", "grpo"), Test("pass@1", "sft")),
+    measures=("pass@1", "pass@8", "greedy", "right_methods", "right_methods_unseen", "sound_lines", "tokens"),
+    panel=Panel("curve"),
 )
