@@ -76,6 +76,12 @@ def write(report: Path, rows: dict[str, Row]) -> None:
     report.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def draw_some(picture: Path, rows: dict[str, Row], names: Sequence[str]) -> None:
+    """Draw the panels of some rows alone, with the verdicts that they have among all."""
+    verdicts = {name: verdict(found) for name, found in findings_of(rows).items()}
+    panels.draw({name: rows[name] for name in names}, verdicts, picture)
+
+
 def _head(rows: dict[str, Row], found: dict[str, list[Finding]]) -> list[str]:
     tests, hours = sum(map(len, found.values())), sum(map(_elapsed, rows.values())) / 3600
     return [_HEAD.format(tests=tests, hours=hours)]

@@ -4,6 +4,7 @@
 picture; ``ARGS="--only nsr"`` runs one row, ``ARGS=--page-only`` runs none. What has run is kept under runs/reproduce
 and not run again while its flags and sources are the same, so that a run that was stopped goes on where it was. Seeds
 of your own: ``ARGS="--seeds 30 31 32 33 --results runs/mine"``, whose page is runs/mine/reproduction.md.
+``ARGS="--page-only --best nsr rlcr srl"`` also draws the README's picture.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trajkern._bench.experiments import page, stored
 from trajkern._bench.experiments.arms import run_arms
 from trajkern._bench.experiments.rows import COMPARISONS
 
-RUNS = Path("runs/reproduce")
+RUNS, BEST = Path("runs/reproduce"), Path("docs/reproduction-best.png")
 SEEDS = (20, 21, 22, 23, 24, 25)  # settings were chosen on seed 0
 
 
@@ -70,6 +71,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--results", type=Path, default=stored.RESULTS, help="folder of the rows' JSON files")
     parser.add_argument("--report", type=Path, help="the page; by default bench/reproduction.md, or one in --results")
+    parser.add_argument(
+        "--best", nargs="+", choices=list(COMPARISONS), metavar="ROW", help=f"draw {BEST} of these rows"
+    )
     parser.add_argument("--page-only", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
     ours = options.results == stored.RESULTS
@@ -82,8 +86,12 @@ def main(argv: list[str]) -> int:
     rows = stored.load(options.results, COMPARISONS)
     if not rows:
         parser.error(f"--results must hold results to make a page of; {options.results} has none")
+    if absent := sorted({*(options.best or ())} - rows.keys()):
+        parser.error(f"--best must be rows that have results; {', '.join(absent)} have none")
     page.write(report, rows)
     print(report)
+    if options.best:
+        page.draw_some(BEST, rows, options.best)
     for line in failures:
         print(f"FAILED {line}")
     return 1 if failures else 0
