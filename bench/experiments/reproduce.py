@@ -48,7 +48,10 @@ def run_rows(rows: list[str], seeds: list[int], jobs: int, folder: Path) -> list
         futures: dict[Future[Any], str] = {pool.submit(run, row, seed): row for row in rows for seed in seeds}
         for future in as_completed(list(futures)):
             row = futures.pop(future)
-            some, failed = future.result()
+            try:
+                some, failed = future.result()
+            except Exception as error:  # of the row's arms together, or a worker that died
+                some, failed = [], [f"{row}: {type(error).__name__}: {error}"]
             results[row] += some
             failures += failed
             for result in some:

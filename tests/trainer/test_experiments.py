@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,26 @@ def test_the_page_is_worked_out_by_hand(tmp_path: Path) -> None:
     assert "No result: two (seed 3)." in text and ", on 2 of 3 seeds; not decided" in text and "Stale" not in text
     assert f"trajkern train {stored.COMMON} -f --seed 1 ARM" in text and "#   one: -x" in text
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page.draw_some(tmp_path / "some.png", kept, ["d"])
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     changed = Comparison("c", "n", "-f", {"one": "-y", "two": ""}, (test,))
     page.write(report, stored.load(tmp_path, {"a": changed}))
     assert "**Stale**: these results were made with other flags than the row now has: one." in report.read_text()
+
+
+def test_a_row_that_breaks_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(row: str, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+        if row == "bad":
+            raise RuntimeError("no")
+        return [result("one", seed, 0.5, [(0, 0.25, 0.5)])], []
+
+    row = Comparison("c", "n", "-f", {"one": ""}, ())
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(reproduce, "COMPARISONS", {"bad": row, "good": row})
+    monkeypatch.setattr(reproduce, "run", run)
+    assert reproduce.run_rows(["bad", "good"], [1, 2], 2, tmp_path) == ["bad: RuntimeError: no"] * 2
+    kept = stored.load(tmp_path, {"bad": row, "good": row})
+    assert list(kept) == ["good"] and sorted(kept["good"].arms["one"]) == [1, 2]
 
 
 @pytest.mark.slow
