@@ -1,0 +1,37 @@
+"""The parts of a composed credit together, beside a scalar outcome and beside all but one of them."""
+
+from trajkern import credit
+from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
+
+OUTCOME = credit.outcome()
+UNEVEN = OUTCOME.asymmetric(positive=0.1, negative=1.0)
+CHECKED = 0.3 * credit.outcome("action", scale="none", singleton="zero").on("call")
+GATED = CHECKED.gate("well_formed")
+DIRECTED = credit.divergence(where="failed", k=None, beta=0.5)
+
+COMPOSITION = UNEVEN + GATED + DIRECTED
+NOT_DENSE = UNEVEN + DIRECTED
+NOT_GATED = UNEVEN + CHECKED + DIRECTED
+NOT_UNEVEN = OUTCOME + GATED + DIRECTED
+NOT_DIRECTED = UNEVEN + GATED
+
+ROW = Comparison(
+    claim="dense signal from the structure of a rollout, a gate that is no reward, success and failure that weigh"
+    " differently, and a directive part together beat one scalar at equal tokens",
+    needs="an answer with parts that different signals tell of: codes that only messages name, signs that are checked"
+    " one by one, a form without which more signs can be right, and a free digit",
+    flags="--task trajkern._bench.experiments.tasks.forms:Forms --recipe feedback --feedback.hinted 0.75 --prompts 32"
+    " --steps 150 --lr 1.5e-3 --feedback.teacher-rate 0.02 --warmup.steps 900 --warmup.lr 2e-3 --warmup.check-every 900"
+    " --warmup.pass-at-1 2 --eval.heldout 128 --eval.every 20",
+    arms={
+        "composition": f"--credit {__name__}:COMPOSITION",
+        "scalar outcome": f"--credit {__name__}:OUTCOME",
+        "without the dense part": f"--credit {__name__}:NOT_DENSE",
+        "without the gate": f"--credit {__name__}:NOT_GATED",
+        "without asymmetry": f"--credit {__name__}:NOT_UNEVEN",
+        "without the directive part": f"--credit {__name__}:NOT_DIRECTED",
+    },
+    tests=(Test("pass@1", "scalar outcome"), Test("pass@1", "without the directive part")),
+    measures=("pass@1", "distinct", "codes", "signs", "form", "signs_anywhere"),
+    panel=Panel("curve"),
+)
