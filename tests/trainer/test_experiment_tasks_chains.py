@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from trajkern._bench.experiments.tasks.chains import LEAN, TAIL, Chains, EasyChains
+from trajkern._bench.experiments.tasks.chains import EASY, LEAN, TAIL, Chains
 from trajkern.trainer.tasks import Question, load_task, reasoning_of
 
 BY_HAND = Question("abc7:01101=", "", "B\n7\n8\n9\n9\n0\n0" + "x" * TAIL, {"answer": "0"})
@@ -30,7 +30,7 @@ def test_a_question_by_hand() -> None:
 @pytest.mark.parametrize("split", range(4))
 def test_questions_are_worked_out_and_only_demonstrations_slip(split: int) -> None:
     easy = right = leaning = 0
-    for question in some(EasyChains("chains", 3), split):
+    for question in some(Chains("chains", 3), split):
         start, bits, mark = question.prompt[3], question.prompt[5:-1], question.prompt[-1]
         style, *work, last = question.answer.split("\n")
         sums = [str(x % 10) for x in itertools.accumulate(map(int, bits), initial=int(start))][1:]
@@ -38,7 +38,7 @@ def test_questions_are_worked_out_and_only_demonstrations_slip(split: int) -> No
         assert work == sums or (split == 2 and mark == "=")
         easy, right = easy + (mark == "!"), right + (work == sums)
         leaning += last[1:].count("xo"["AB".index(style)])
-    assert easy / 400 == pytest.approx([0, 0, 0.5, 0.75][split], abs=0.08)
+    assert easy / 400 == pytest.approx(EASY.get(split, 0), abs=0.08)
     assert right == 400 if split != 2 else 0.5 < right / 400 < 0.75
     assert leaning / 400 / TAIL == pytest.approx(LEAN, abs=0.01)
 
@@ -49,6 +49,3 @@ def test_splits_do_not_overlap_and_follow_the_seed() -> None:
     assert one == again and one["train"] != other["train"]
     shown = [q.prompt for name in sizes for q in one[name]]
     assert len(set(shown)) == len(shown) > 100
-    easy = vars(EasyChains("chains", 1).splits(**sizes))
-    assert all(easy[name] == one[name] for name in ("heldout", "validation", "demonstrations"))
-    assert easy["train"] != one["train"]

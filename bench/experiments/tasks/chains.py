@@ -11,22 +11,25 @@ from trajkern.trainer.tasks.base import STREAM
 LENGTH = 5  # lines of work
 TAIL, LEAN = 80, 0.65  # tokens of the tail, and the share of them that lean to the style
 SLIP = 0.25  # of the demonstrations' lines
-DEMONSTRATIONS, TRAIN = 2, 3  # splits
+EASY = {2: 0.5, 3: 0.75}  # the share of the demonstrations and of the training questions that "!" marks
+DEMONSTRATIONS = 2  # the split
 
 
 class Chains(Task):
     """``abc7:01101=`` starts at 7 and adds a bit a line, modulo 10: a style, A or B; 7, 8, 9, 9, 0; and 0 with a tail.
 
     The reference's style is drawn, and x and o of its tail lean to it: one of its tokens says whether the work was
-    right, and its tail whether the rollout's style was the reference's, which nobody can know. Hence what DRO's effect
-    needs: the answer follows from the work (the demonstrations slip on purpose and carry the slip on), few of many
-    reference tokens reflect it, the others differ between rollouts for another reason, and the policy is right often
-    enough to compare. The style's own line is no reasoning: were it trained it would drift to one value and take the
-    noise with it. Rollouts need no tail: let them end with the answer, at 13 tokens.
+    right, and its tail whether the rollout's style was the reference's, which nobody can know. Hence what the effect
+    of DRO's weights needs: the answer follows from the work (the demonstrations slip on purpose and carry the slip
+    on), few of many reference tokens reflect it, the others differ between rollouts for another reason, and the policy
+    is right often enough to compare. The style's own line is no reasoning: were it trained it would drift to one value
+    and take the noise with it. Rollouts need no tail: let them end with the answer, at 13 tokens.
+
+    What its filter needs: prompts that teach nothing. Three of four training questions end with "!" and not with "=";
+    their demonstrations never slip. Held-out questions are never of these.
     """
 
     demonstrations, weight_decay = 3000, 0.1
-    easy = 0.0  # the share of the training questions that "!" marks: their demonstrations never slip
 
     def questions(self, split: int) -> Iterator[Question]:
         for i in range(STREAM):
@@ -38,17 +41,16 @@ class Chains(Task):
             draw.randrange(10),
             draw.choices((0, 1), k=LENGTH),
         )
-        shares = {DEMONSTRATIONS: 0.5, TRAIN: self.easy}
-        plain = draw.random() < shares.get(split, 0.0)
+        easy = draw.random() < EASY.get(split, 0.0)
         style = draw.randrange(2)
         tail = "".join("xo"[style ^ (draw.random() >= LEAN)] for _ in range(TAIL))
         work, now = [], first
         for bit in bits:
             now = (now + bit) % 10
-            if split == DEMONSTRATIONS and not plain and draw.random() < SLIP:
+            if split == DEMONSTRATIONS and not easy and draw.random() < SLIP:
                 now = draw.randrange(10)
             work.append(str(now))
-        prompt = f"{nonce}{first}:{''.join(map(str, bits))}{'!' if plain else '='}"
+        prompt = f"{nonce}{first}:{''.join(map(str, bits))}{'!' if easy else '='}"
         lines = ["AB"[style], *work, work[-1] + tail]
         return Question(prompt, prompt, "\n".join(lines), {"answer": str((first + sum(bits)) % 10)})
 
@@ -70,9 +72,3 @@ class Chains(Task):
             "follows": follows / max(len(texts), 1),
             "style_a": sum(t[:1] == "A" for t in texts) / max(len(texts), 1),
         }
-
-
-class EasyChains(Chains):
-    """Three of four training questions are marked easy: nothing is to be learned from them, and DRO's filter knows."""
-
-    easy = 0.75
