@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trajkern.recipes import sdpo
+from trajkern.trainer.ranks import own_shards
 
 ANCHOR = "anchor"  # of the loss's KL term
 SCORER = "scorer"  # in the policy's place where a reward asks it
@@ -35,4 +36,5 @@ def follow(copies: Mapping[str, nn.Module], lags: Mapping[str, Lag], policy: nn.
     """Move each copy that is due after ``step`` steps."""
     for name, lag in lags.items():
         if lag.rate and step % lag.every == 0:
+            own_shards(copies[name])
             sdpo.update_teacher(copies[name], policy, lag.rate)

@@ -189,6 +189,13 @@ def _split_head(policy: Policy, vocabulary: DeviceMesh) -> None:
         embedding.weight = head.weight
 
 
+def own_shards(policy: nn.Module) -> None:
+    """Leave each rank its share of the weights, after a forward that no backward follows, which left all of them."""
+    for module in policy.modules():
+        if reshard := getattr(module, "reshard", None):
+            reshard()
+
+
 def full(x: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every rank must ask."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
