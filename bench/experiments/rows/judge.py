@@ -5,14 +5,14 @@ from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Panel, T
 ROW = Comparison(
     claim="a judge that reasons, trained by rules on its verdicts alone, judges better than one that does not"
     " (2505.02387), and better still by vote (2504.02495)",
-    needs="claims that look alike until they are worked out, here by partial sums; a warm-up that shows the work and"
-    " knows too little of what to conclude from it; verdicts that differ from sample to sample",
+    needs="claims that look alike until they are worked out, here check digits; verdicts that follow from the work; a"
+    " warm-up that ends while the work still slips, so that there is something to learn and samples differ",
     flags="--task trajkern._bench.experiments.tasks.claims:Claims --recipe judge --judge.form pointwise --judge.brief"
-    " --lr 1e-3 --steps 1000 --token-limit 700000 --warmup.pass-at-1 0.65 --warmup.pass-at-k 0 --eval.heldout 256",
+    " --lr 1e-3 --steps 1000 --token-limit 500000 --warmup.pass-at-1 0.6 --warmup.pass-at-k 0 --eval.heldout 256",
     arms={
-        "judge": "--eval.every 25",
-        "verdict at once": "--judge.no-reasons --eval.every 100",
-        "judge, random rewards": f"{RANDOM} --eval.every 25",
+        "judge": "--warmup.check-every 5 --eval.every 10",
+        "verdict at once": "--judge.no-reasons --warmup.check-every 100 --eval.every 40",
+        "judge, random rewards": f"{RANDOM} --warmup.check-every 5 --eval.every 10",
     },
     tests=(
         Test("pass@1", "verdict at once"),
