@@ -22,7 +22,7 @@ ROW = Comparison(
         "as many dropped at random": f"{FILTERED} --control random-drop",
         "random rewards": f"{FILTERED} {RANDOM}",
     },
-    tests=(Test("pass@1", "uniform mean"), Test("pass@1", "as many dropped at random")),
+    tests=(Test("pass@1", "uniform mean"), Test("mean pass@1", "as many dropped at random")),
     measures=("pass@1", "mean pass@1", "greedy", "tokens", "seconds"),
     panel=Panel(over="steps"),
 )
