@@ -46,17 +46,22 @@ DEALT = credit.recipe("delta_belief", reward=DealtGains())
 OUTCOME = "--recipe delta_belief --delta-belief.scale 0"
 
 ROW = Comparison(
-    claim="rewarding turns by the gain in belief wins more games at equal steps than the outcome alone (2602.12342)",
+    claim="rewarding turns by the gain in belief wins more games than the outcome alone (2602.12342)",
     needs="beliefs that can be read off after any turn, since demonstrations name the code after any number of replies;"
     " and wins so rare that an outcome seldom differs within a group",
     flags="--task trajkern._bench.experiments.tasks.codes:Codes --prompts 16 --lr 1e-3 --delta-belief.turn-cost 0"
-    " --warmup.steps 300 --warmup.check-every 300 --warmup.pass-at-1 1 --eval.heldout 256 --eval.every 10",
+    " --warmup.steps 300 --warmup.check-every 300 --warmup.pass-at-1 1 --eval.heldout 256 --eval.every 15",
     arms={
         "delta_belief": "--recipe delta_belief --steps 60",
         "outcome only": f"{OUTCOME} --steps 60",
-        "outcome only, twice the steps": f"{OUTCOME} --steps 120",
+        # six beliefs of five tokens a rollout are scored, beside twelve tokens sampled
+        "outcome only, as many tokens": f"{OUTCOME} --steps 210",
         "gains of another rollout": f"--recipe delta_belief --credit {__name__}:DEALT --steps 60",
     },
-    tests=(Test("pass@1", "outcome only"), Test("pass@1", "gains of another rollout")),
-    measures=("pass@1", "pass@8", "useful_questions", "turns", "tokens", "seconds"),
+    tests=(
+        Test("pass@1", "outcome only"),
+        Test("pass@1", "outcome only, as many tokens"),
+        Test("pass@1", "gains of another rollout"),
+    ),
+    measures=("pass@1", "pass@8", "useful_questions", "turns", "tokens", "steps", "seconds"),
 )
