@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from trajkern import credit
 from trajkern.trainer import cli_main
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.run import CHECKPOINT, METRICS
 from trajkern.trainer.setup import check_ranks
+from trajkern.trainer.tasks import Action, Answer, Question, Task
 from trajkern.trainer.train import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun and gloo as on Linux")
@@ -93,6 +95,22 @@ def test_micro_batches(alone: Callable[..., Path], warm: list[str], arguments: s
     check_same(tmp_path, alone(*changed))
 
 
+class Folds(Task):
+    """Sums in whose answers an even digit is a call and an odd one a fold; right are those of an even length."""
+
+    def questions(self, split: int) -> Iterator[Question]:
+        for n in range(1000):
+            prompt = f"{split}{n}+{7 * n % 100}="
+            yield Question(prompt, prompt, str(n), {})
+
+    def read(self, question: Question, text: str) -> Answer:
+        return Answer(len(text) % 2 == 0)
+
+    def action_spans(self, question: Question, text: str) -> list[Action]:
+        digits = [(at, x) for at, x in enumerate(text) if x in "0123456789"]
+        return [Action(at, at + 1, x in "02468", folds=x in "13579") for at, x in digits]
+
+
 NO_KL = "--loss.kl-coef 0 --max-new 12"
 DRO = f"--recipe dro --task chain_sum_steps --temperature 3 --dro.drop-fraction 0.3 {NO_KL}"
 LAGGED = "--dro.reward-policy lagged --dro.lag-rate 0.5 --dro.lag-every 2 --dro.round-steps 2 --dro.candidates 9"
@@ -108,6 +126,7 @@ RUNS = {
     "3_ranks_of_delta_belief": (3, f"--recipe delta_belief --task twenty_questions {NO_KL}", ""),
     "3_ranks_of_srl": (3, f"--recipe srl --task chain_sum_steps {NO_KL}", ""),
     "3_ranks_of_toolpo": (3, f"--recipe toolpo --task tools {NO_KL} --max-new 40", ""),
+    "3_ranks_that_fold": (3, f"--task {__name__}:Folds --recipe toolpo --temperature 3 {NO_KL}", ""),
     "2_ranks_of_feedback": (2, f"--recipe feedback --task chain_sum_steps {NO_KL}", ""),
 }
 QUICK = ("2_ranks_that_split_groups",)
@@ -122,6 +141,47 @@ def test_ranks_take_the_same_steps(alone: Callable[..., Path], warm: list[str], 
     check_same(tmp_path, expected)
     check_weights(tmp_path, expected, 2e-4)
     assert done.stdout.count("evaluating on 10 held-out questions") == 1, "rank 0 alone speaks"
+
+
+@pytest.fixture(scope="module")
+def warm_on_a_file(alone: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that continue, on a file with every column, from the warm-up of one process; half of it has hints."""
+    rows = []
+    for n in range(300):
+        row = {"prompt": f"{n}=", "verifier": "regex", "answer": f"<tool>[0-9]</tool>\n[{n % 5}-9]"}
+        row |= {"reference": f"<tool>{n % 3}</tool>\n{5 + n % 5}", "actions": [str(n % 3)], "family": "ab"[n % 2]}
+        rows.append(row | ({"hint": f"{n % 3}"} if n % 2 else {}))
+    path = tmp_path_factory.mktemp("file") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    folder = alone(*f"--task {path} {SIZES} {WARM_UP} {TINY} --warmup.pass-at-1 2 --max-new 24".split())
+    return ["--resume", str(folder / "warmup.safetensors")]
+
+
+def length(rollouts: credit.Rollouts) -> torch.Tensor:
+    """Of each text: a policy that has never seen a bank of skills is right nowhere, but not alike."""
+    assert rollouts.texts is not None
+    return torch.tensor([len(text) for text in rollouts.texts])
+
+
+length.needs = {"texts"}  # type: ignore[attr-defined]
+LENGTH = credit.outcome(length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "ranks"),
+    [("toolpo", 3), ("feedback", 2), (f"skillrl --credit {__name__}:LENGTH", 3), ("dro", 2), ("srl", 3)],
+)
+def test_a_file_of_rows_over_ranks(
+    alone: Callable[..., Path], warm_on_a_file: list[str], recipe: str, ranks: int, tmp_path: Path
+) -> None:
+    hot = ["--temperature", "4" if "LENGTH" in recipe else "1.5"]
+    arguments = [*warm_on_a_file, "--recipe", *recipe.split(), *hot]
+    done = launch(ranks, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = alone(*arguments)
+    check_same(tmp_path, expected)
+    check_weights(tmp_path, expected, 2e-4)
 
 
 @pytest.mark.slow
