@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from trajkern.trainer.tasks import Answer, Question, Task
 from trajkern.trainer.tasks.base import STREAM
@@ -36,14 +36,6 @@ class Puzzle(Task):
     def read(self, question: Question, text: str) -> Answer:
         digits = len(text) == 3 and text.isdecimal()
         return Answer(digits and sum(map(int, text)) == question.entry["missing"], well_formed=digits)
-
-    def statistics(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
-        """How many different right answers there are among a question's samples, on average."""
-        right: dict[str, set[str]] = {question.prompt: set() for question in questions}
-        for question, text in zip(questions, texts, strict=True):
-            if self.read(question, text).correct:
-                right[question.prompt].add(text)
-        return {"distinct": sum(map(len, right.values())) / max(len(right), 1)}
 
 
 def answers(missing: int) -> list[str]:
