@@ -3,7 +3,7 @@
 from trajkern._bench.experiments.comparisons import RANDOM, Comparison, Panel, Test
 
 _SRL = "--recipe srl --srl.thought-end ~ --srl.demonstrations 300"
-_THEN = "--steps 120 --then.recipe grpo --then.steps 40 --then.prompts 32"
+_THEN = "--steps 120 --then.recipe grpo --then.steps 24 --then.prompts 32"
 
 ROW = Comparison(
     claim="likeness to an expert's every step, and then the outcome, teaches what the outcome alone, imitation and"
@@ -12,15 +12,15 @@ ROW = Comparison(
     " thoughts; and something left out in them: programs of six instructions, two of whose twelve opcodes they lack",
     flags="--task trajkern._bench.experiments.tasks.programs:Programs --prompts 64 --rollouts 8 --lr 1e-3"
     " --warmup.steps 320 --warmup.batch 64 --warmup.check-every 320 --warmup.pass-at-1 2 --eval.heldout 192"
-    " --eval.validation 48 --eval.every 20",
+    " --eval.validation 48 --eval.every 16",
     arms={
         "srl, then grpo": f"{_SRL} {_THEN}",
-        "srl": f"{_SRL} --steps 240",
-        "grpo": "--recipe grpo --steps 40",
-        "sft": f"{_SRL} --control supervised --steps 115",
+        "srl": f"{_SRL} --steps 192",
+        "grpo": "--recipe grpo --steps 32 --eval.every 8",
+        "sft": f"{_SRL} --control supervised --steps 112",
         "srl of random likeness, then grpo": f"{_SRL} {_THEN} {RANDOM}",
     },
     tests=(Test("pass@1", "srl"), Test("pass@1", "grpo"), Test("pass@1", "sft")),
     measures=("pass@1", "pass@8", "greedy", "right_methods", "right_methods_unseen", "sound_lines", "tokens"),
-    panel=Panel("curve"),
+    panel=Panel("curve", arms=("srl, then grpo", "srl", "grpo", "srl of random likeness, then grpo")),
 )
