@@ -124,7 +124,7 @@ RUNS = {
     "2_ranks_of_a_random_drop": (2, f"{DRO} --control random-drop", ""),
     "2_ranks_of_dro_in_rounds": (2, f"{DRO} {LAGGED}", ""),
     "3_ranks_of_delta_belief": (3, f"--recipe delta_belief --task twenty_questions {NO_KL}", ""),
-    "3_ranks_of_srl": (3, f"--recipe srl --task chain_sum_steps {NO_KL}", ""),
+    "3_ranks_of_srl": (3, f"--recipe srl --task chain_sum_steps {NO_KL} --then.recipe grpo --then.steps 1", ""),
     "3_ranks_of_toolpo": (3, f"--recipe toolpo --task tools {NO_KL} --max-new 40", ""),
     "3_ranks_that_fold": (3, f"--task {__name__}:Folds --recipe toolpo --temperature 3 {NO_KL}", ""),
     "2_ranks_of_feedback": (2, f"--recipe feedback --task chain_sum_steps {NO_KL}", ""),
