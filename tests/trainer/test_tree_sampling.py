@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from trajkern import credit, recipes
+from trajkern.trainer import sampling
 from trajkern.trainer import train as training
 from trajkern.trainer.models.policy import CharacterModel, Policy
 from trajkern.trainer.models.tokenizer import EOS, decode, encode
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.run import METRICS
+from trajkern.trainer.sampling import draw, sample
 from trajkern.trainer.tree_sampling import Node, TreeShape, grow, leaf_chances, plant, thin
 
 NEWLINE = encode("\n")[0]
@@ -113,6 +116,9 @@ def test_steps_end_with_newlines_and_tool_calls(model: CharacterModel) -> None:
     assert split("1+1\n2") == ["1+1\n", "2"]
     assert split("<tool>x</tool>y\n") == ["<tool>x</tool>", "y\n"]
     assert split("</too") == ["</too"] and split("") == []
+    for text in ("a\n", "\n\n", "x>\n</tool></tool>/tool>\n", "</tool>"):
+        for tokens in (encode(text), [*encode(text), EOS]):
+            assert model.steps(tokens) == Policy.steps(model, tokens)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +151,23 @@ def test_a_step_in_which_no_token_learns_changes_nothing(config, monkeypatch: py
     result = training.train(config(recipe="spo", task="chain_sum_steps", steps=2))
     warm, main = (load_file(p) for p in (result.checkpoint.with_name("warmup.safetensors"), result.checkpoint))
     assert all(torch.equal(warm[k], main[k]) for k in warm if k.startswith("policy."))
+
+
+def test_what_has_ended_is_no_longer_computed(model: CharacterModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, original = [], model.extend
+
+    def extend(tokens: torch.Tensor, *rest) -> torch.Tensor:
+        counts.append(len(tokens))
+        return original(tokens, *rest)
+
+    prompts, options = PROMPTS * 2, {"copies": 3, "max_new": 40}
+    monkeypatch.setattr(model, "extend", extend)
+    found = sample(model, prompts, generator=torch.Generator().manual_seed(1), **options)
+    assert counts[1] == 18 and counts[-1] <= 9 and all(2 * b <= a for a, b in pairwise(counts[1:]) if a != b)
+    monkeypatch.setattr(sampling, "draw", lambda *args, **named: draw(*args, **named, spare=True))
+    whole = sample(model, prompts, generator=torch.Generator().manual_seed(1), **options)
+    assert torch.equal(found.tokens, whole.tokens) and torch.equal(found.keep, whole.keep)
+    torch.testing.assert_close(found.logprobs, whole.logprobs, rtol=0, atol=1e-6)
+    counts.clear()
+    grown(model, PROMPTS, max_new=30)
+    assert list(dict.fromkeys(counts))[:3] == [3, 6, 18] and counts[-1] <= 9, "what is branched from stays as it is"

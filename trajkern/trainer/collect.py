@@ -12,7 +12,7 @@ from trajkern.recipes.dro import gate
 from trajkern.trainer.compose import load_rubric
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.divergence import HINTED
-from trajkern.trainer.evaluate import each, rewards_of
+from trajkern.trainer.evaluate import each
 from trajkern.trainer.forest import Lesson
 from trajkern.trainer.ranks import Ranks, Rows
 from trajkern.trainer.run import Run
@@ -166,8 +166,8 @@ def play_trees(run: Run, system: PlainTrees, questions: list[Question]) -> tuple
     chances = leaf_chances(shape, rows, run.generator)
     forest = thin(plant(nodes, shape.trees, rows.begin), shape.keep, chances)
     many, completions = [questions[g] for g in forest.tree.leaf_group.tolist()], forest.completions()
-    batch = forest.batch(rewards_of(run.policy, run.task, many, completions))
     texts = [run.policy.text(tokens) for tokens in completions]
+    batch = forest.batch(torch.tensor([run.task.reward(q, text) for q, text in zip(many, texts, strict=True)]))
     sampled = sum(len(node.tokens) for node in nodes if node.parent >= 0)
     return Played(many, texts, batch, forest), rows.times(shape.trees * shape.keep), sampled
 

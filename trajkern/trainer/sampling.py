@@ -111,15 +111,18 @@ def draw(
     temperature: float = 1.0,
     greedy: bool = False,
     environment: Environment | None = None,
+    spare: bool = False,
 ) -> Drawn:
     """Continue each sequence of the cache until its end-of-sequence token, or to its ``most`` tokens (at least 1).
 
-    The sequences are the share ``rows`` of a batch. Every rank draws the random numbers of the whole batch and uses its
-    own; the generators agree again at the end.
+    Once half of the sequences in the cache have ended only the others stay there; where it is to ``spare``, as it is
+    read again afterwards, all stay. The sequences are the share ``rows`` of a batch. Every rank draws the random
+    numbers of the whole batch and uses its own; the generators agree again at the end.
     """
     tokens, keeps, logprobs, writes = [], [], [], []
     alive, longest = torch.ones(len(logits), dtype=torch.bool), int(most.max())
     talk = Talk(environment, rows) if environment else None
+    cached = torch.arange(len(logits))  # those that the cache holds
     while True:
         logits = logits.float()
         drawn = logits.argmax(-1) if greedy else _race(logits / temperature, rows, generator)
@@ -139,7 +142,11 @@ def draw(
                 for _ in range(rows.ranks.most(len(tokens)) - len(tokens)):
                     _race(logits, rows, generator)
             return Drawn(*(torch.stack(x, 1) for x in (tokens, keeps, logprobs, writes)))
-        logits = policy.extend(tokens[-1][:, None], keeps[-1][:, None], cache)
+        if not spare and 2 * int(alive.sum()) <= len(cached):
+            cached, stay = alive.nonzero().squeeze(1), alive[cached].nonzero().squeeze(1)
+            cache = cache.select(stay)
+        found = policy.extend(tokens[-1][cached, None], keeps[-1][cached, None], cache)
+        logits = found if len(cached) == len(logits) else logits.index_copy(0, cached, found.float())
 
 
 class Talk:

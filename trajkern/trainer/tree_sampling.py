@@ -84,7 +84,7 @@ def grow(
         for tree in range(count)
     ]
     options: dict[str, Any] = {"generator": generator, "temperature": temperature}
-    drawn = draw(policy, logits, cache, torch.full((count,), max_new), rows=planted, **options)
+    drawn = draw(policy, logits, cache, torch.full((count,), max_new), rows=planted, spare=True, **options)
     _add(nodes, policy, drawn, list(range(count)), width, list(range(count)))
     for left in reversed(range(shape.rounds)):
         origins = _choose(nodes, planted, shape.expansions, generator)
@@ -96,7 +96,7 @@ def grow(
         with torch.no_grad():
             logits = policy.extend(last[:, None], torch.ones(len(last), 1, dtype=torch.bool), branch)
         begin = branch.length
-        drawn = draw(policy, logits, branch, most, rows=planted.times(shape.expansions), **options)
+        drawn = draw(policy, logits, branch, most, rows=planted.times(shape.expansions), spare=left > 0, **options)
         first = int(max(n.row for n in nodes)) + 1
         _add(nodes, policy, drawn, origins, begin, list(range(first, first + len(origins))))
         if left:

@@ -90,6 +90,10 @@ class Cache:
         keys, values = (x.repeat_interleave(copies, 1) for x in (self.keys, self.values))
         return Cache(keys, values, self.keep.repeat_interleave(copies, 0), self.length)
 
+    def select(self, rows: Tensor) -> Cache:  # [R]
+        """These rows alone."""
+        return Cache(self.keys[:, rows], self.values[:, rows], self.keep[rows], self.length)
+
     def branch(self, rows: Tensor, ends: Tensor, room: int) -> Cache:  # [R], [R]
         """Row ``rows[i]`` up to its column ``ends[i]``, what lies behind hidden, with ``room`` more columns."""
         keys, values = (F.pad(x[:, rows, :, : self.length], (0, 0, 0, room)) for x in (self.keys, self.values))

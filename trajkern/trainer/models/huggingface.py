@@ -30,6 +30,11 @@ class HuggingFaceCache:
         self.cache.batch_repeat_interleave(copies)
         return HuggingFaceCache(self.cache, self.keep.repeat_interleave(copies, 0))
 
+    def select(self, rows: Tensor) -> HuggingFaceCache:  # [R]
+        """Sequences ``rows`` alone; this one must not be used after it."""
+        self.cache.batch_select_indices(rows)
+        return HuggingFaceCache(self.cache, self.keep[rows])
+
     @property
     def length(self) -> int:
         return self.keep.shape[1]

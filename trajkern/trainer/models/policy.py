@@ -26,6 +26,9 @@ class KeyValues(Protocol):
     def repeat(self, copies: Tensor) -> Any:  # [N]
         """Sequence n ``copies[n]`` times, copies adjacent; this one must not be used after it."""
 
+    def select(self, rows: Tensor) -> Any:  # [R]
+        """Sequences ``rows`` alone; this one must not be used after it."""
+
     def branch(self, rows: Tensor, ends: Tensor, room: int) -> Any:  # [R], [R]
         """Copies: row ``rows[i]`` up to its column ``ends[i]``, with ``room`` more columns."""
 
@@ -132,6 +135,14 @@ class CharacterModel(Transformer, Policy):
 
     def spelling(self, tokens: list[int]) -> str:
         return tokenizer.decode(tokens)
+
+    def steps(self, tokens: list[int]) -> list[int]:
+        spelling, begin, lengths = self.spelling(tokens), 0, []  # a character a token, up to the end
+        for end, character in enumerate(spelling, start=1):
+            if character == "\n" or (character == ">" and spelling.endswith(TOOL_CALL_END, begin, end)):
+                lengths.append(end - begin)
+                begin = end
+        return [*lengths, len(tokens) - begin] if begin < len(tokens) else lengths
 
 
 def vocabulary_rows(**head: Any) -> dict[str, Any]:
