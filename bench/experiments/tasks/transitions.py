@@ -10,7 +10,7 @@ from trajkern.trainer.tasks.base import STREAM
 
 STATES, INSTRUCTIONS = "abcdef", "ABCDEFGH"
 LENGTH = 8  # instructions of a program
-KNOWN = 0.5  # share of the demonstrations' lines that are right
+KNOWN = 0.45  # share of the demonstrations' lines that are right
 DEMONSTRATIONS = 2  # split
 
 
@@ -19,8 +19,9 @@ class Transitions(Task):
 
     There are 48 transitions, of the seed, and right is a rollout whose lines are all right. What comparing branches
     needs for an effect: few rollouts a prompt and rare success, so that whole rollouts seldom differ, and an outcome
-    that steps decide one by one. The demonstrations are right half of the time and lead to any of the other states
-    otherwise, and carry that on.
+    that steps decide one by one. The demonstrations are right 45 % of the time, lead to any of the other states
+    otherwise, and carry that on: the most likely line is right from the start, and eight of them hardly ever are. What
+    is to be learned is to be sure.
     """
 
     demonstrations, weight_decay = 6000, 0.1
