@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.credit.test_ranks import everything, share
 from trajkern import credit
 from trajkern.trainer import cli_main
 from trajkern.trainer.checkpoint import load
+from trajkern.trainer.collect import moments_of
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.ranks import ALONE, Ranks
+from trajkern.trainer.ranks import ALONE, Moments, Ranks
 from trajkern.trainer.run import CHECKPOINT, METRICS
 from trajkern.trainer.setup import check_ranks
 from trajkern.trainer.tasks import Action, Answer, Question, Task
@@ -274,6 +277,27 @@ def test_merged_metrics() -> None:
     merged = ALONE.merged({"mean": torch.tensor([1.0, 2.0]), "pair": (3.0, 4), "count": 5, "same": 0.5, "none": None})
     assert merged == {"mean": 1.5, "pair": 3.0, "count": 5, "same": 0.5, "none": None}
     assert ALONE.merged({"mean": torch.zeros(0)}) == {"mean": None}
+
+
+def test_moments_are_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    each, nothing = (torch.tensor([5.0, 7.0, 9.0]), torch.tensor([8.0])), Moments(math.nan, math.nan, 0)
+    parts = [Moments(x.mean().item(), x.std(correction=0).item(), len(x)) for x in each]
+    monkeypatch.setattr(Ranks, "gather", lambda self, mine: [{"a": x, "b": nothing} for x in (*parts, nothing)])
+    merged = ALONE.merged({})
+    assert merged["a/mean"] == 7.25 and merged["a/std"] == pytest.approx(torch.cat(each).std(correction=0).item())
+    assert merged["b/mean"] is merged["b/std"] is None
+
+
+def test_the_metrics_of_a_credit_are_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks whose groups are their own, against one rank with both."""
+    both = everything()
+    spec = credit.outcome().gate("ok") + credit.spans("call").only("call") + credit.directive(where="failed")
+    parts = [moments_of(spec(share(both, *ends, None))) for ends in ((0, 4), (4, 12))]
+    monkeypatch.setattr(Ranks, "gather", lambda self, mine: parts if mine == [parts[0]] else mine)
+    merged, alone = ALONE.merged(parts[0]), spec(both).metrics
+    assert merged.keys() == {f"credit/{name}" for name in alone} and len(merged) == 8
+    for name, value in alone.items():
+        assert merged[f"credit/{name}"] == pytest.approx(value.item(), rel=2e-7, abs=1e-12), name  # shares are float32
 
 
 def test_one_process_has_no_mesh() -> None:

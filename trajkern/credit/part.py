@@ -96,6 +96,7 @@ class Call:
     def __init__(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts
         self.metrics: dict[str, Tensor] = {}
+        self.reached: dict[str, Tensor] = {}
         self._known: dict[Any, Any] = {}
         self._last: tuple[Any, ...] = (None,)
 
@@ -203,7 +204,7 @@ class Call:
         total = self._sum(learning)
         mean = self._sum(values) / total
         apart = (values - mean.to(values.dtype)).square_().mul_(learning)
-        self._note(name, mean, self._sum(apart) / total, values.dtype)
+        self._note(name, mean, self._sum(apart) / total, total, values.dtype)
 
     def _sum(self, tokens: Tensor) -> Tensor:
         """Rollout by rollout, float64."""
@@ -214,13 +215,14 @@ class Call:
         x, w = values.double(), weights.double()
         total = w.sum()
         mean = (w * x).sum() / total
-        self._note(name, mean, (x - mean).square_().mul_(w).sum() / total, values.dtype)
+        self._note(name, mean, (x - mean).square_().mul_(w).sum() / total, total, values.dtype)
 
-    def _note(self, name: str, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> None:
+    def _note(self, name: str, mean: Tensor, variance: Tensor, total: Tensor, dtype: torch.dtype) -> None:
         number, label = 2, name
         while f"{label}/mean" in self.metrics:
             label, number = f"{name}#{number}", number + 1
         self.metrics |= {f"{label}/mean": mean.to(dtype), f"{label}/std": variance.sqrt().to(dtype)}
+        self.reached[label] = total
 
 
 def resolved_function(value: str | Function) -> str | Function:

@@ -30,6 +30,7 @@ class Credit:
         metrics: tensors without dimensions on the device, this rank's: each term's mean and deviation over the tokens
             that it reaches, before any weight, and the shares of rollouts ``kept`` and of learning tokens that are
             ``positive``.
+        reached: of each term of ``metrics``, how many tokens it reaches: what several ranks' are pooled by.
         divergences: (term, weight of each token ``[T]``) of every :func:`trajkern.credit.divergence`: terms of the loss
             that need the policy's logits.
     """
@@ -38,6 +39,7 @@ class Credit:
     mask: Tensor
     keep: Tensor
     metrics: dict[str, Tensor]
+    reached: dict[str, Tensor]
     divergences: tuple[tuple[Any, Tensor], ...]
     rollouts: Rollouts
     rows: Tensor | None  # [N], the rollouts' own advantages where every term is a rollout's and reaches all its tokens

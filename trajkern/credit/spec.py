@@ -52,7 +52,7 @@ class Spec(abc.ABC):
         whole = part.rows is not None and part.kinds() == 1 and all(x.only is None for x in part.learns)
         rows = torch.where(keep, part.rows, 0) if whole and part.rows is not None else None
         divergences = tuple((term, torch.where(mask, weight, 0)) for term, weight in part.divergences)
-        return Credit(advantages, mask, keep, metrics, divergences, rollouts, rows)
+        return Credit(advantages, mask, keep, metrics, call.reached, divergences, rollouts, rows)
 
     @abc.abstractmethod
     def part(self, call: Call, gates: GateSet) -> Part:

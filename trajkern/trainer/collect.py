@@ -14,7 +14,7 @@ from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.divergence import HINTED
 from trajkern.trainer.evaluate import each
 from trajkern.trainer.forest import Lesson
-from trajkern.trainer.ranks import Ranks, Rows
+from trajkern.trainer.ranks import Moments, Ranks, Rows
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems.actions import action_spans, actions_of
@@ -132,6 +132,7 @@ def judged(run: Run, played: Played, values: Local) -> tuple[Tensor, Tensor] | N
 def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local) -> Lesson | None:
     """The rollouts that are kept, of the groups that have an advantage: the others have nothing to learn from."""
     found, batch, ranks = run.spec(rollouts), played.batch, run.ranks
+    values |= moments_of(found)
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), batch.lengths)
     moves = torch.stack([found.advantages != 0, *(weight != 0 for _, weight in found.divergences)]).any(0)
     teaches = torch.zeros(len(rollouts), dtype=torch.int32).index_add(0, owner, moves.int()) > 0
@@ -144,6 +145,16 @@ def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local)
     if not found.mask[keep[owner]].any():
         return None
     return Lesson.of(found, keep, played.forest)
+
+
+def moments_of(found: credit.Credit) -> Local:
+    """The credit's metrics as the ranks merge them: each term's over the tokens that it reaches."""
+    kept, positive = (found.metrics[name].item() for name in ("kept", "positive"))
+    values: Local = {"credit/kept": (kept, len(found.keep)), "credit/positive": (positive, int(found.mask.sum()))}
+    for term, count in found.reached.items():
+        mean, std = (found.metrics[f"{term}/{of}"].item() for of in ("mean", "std"))
+        values[f"credit/{term}"] = Moments(mean, std, int(count))
+    return values
 
 
 def play(run: Run, system: GroupSystem, questions: list[Question]) -> tuple[Played, Rows, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -37,6 +37,14 @@ class Rows(NamedTuple):
     def times(self, copies: int) -> Rows:
         """The same share where every row stands for ``copies``."""
         return Rows(self.begin * copies, self.end * copies, self.total * copies, self.ranks)
+
+
+class Moments(NamedTuple):
+    """The mean and the standard deviation of ``size`` numbers."""
+
+    mean: float
+    std: float
+    size: int
 
 
 @dataclass(frozen=True)
@@ -115,16 +123,19 @@ class Ranks:
     def merged(self, values: Mapping[str, Any]) -> dict[str, float | int | None]:
         """A step's metrics over all parts.
 
-        A tensor counts with each of its elements, a pair (x, n) as n elements of mean x; integers are added up; any
-        other value is the same wherever it is known.
+        A tensor counts with each of its elements, a pair (x, n) as n elements of mean x; :class:`Moments` are pooled to
+        NAME/mean and NAME/std; integers are added up; any other value is the same wherever it is known.
         """
         parts = self.gather([{name: _mean(x) for name, x in values.items()}])
-        merged = {}
+        merged: dict[str, float | int | None] = {}
         for name in dict.fromkeys(name for part in parts for name in part):
             known = [part[name] for part in parts if name in part]
-            if isinstance(known[0], tuple):
-                count = sum(n for _, n in known)
-                merged[name] = sum(x * n for x, n in known) / count if count else None
+            if isinstance(known[0], Moments):
+                mean = _pooled((x.mean, x.size) for x in known)
+                variance = _pooled((x.std**2 + (x.mean - (mean or 0.0)) ** 2, x.size) for x in known)
+                merged[f"{name}/mean"], merged[f"{name}/std"] = mean, None if variance is None else variance**0.5
+            elif isinstance(known[0], tuple):
+                merged[name] = _pooled(known)
             else:
                 merged[name] = sum(known) if isinstance(known[0], int) else known[0]
         return merged
@@ -168,6 +179,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _pooled(parts: Iterable[tuple[float, int]]) -> float | None:  # (mean, count) each
+    """The mean of all; what is of nothing may be NaN."""
+    counted = [(x, n) for x, n in parts if n]
+    return sum(x * n for x, n in counted) / sum(n for _, n in counted) if counted else None
 
 
 def _mean(x: Any) -> Any:

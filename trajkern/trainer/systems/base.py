@@ -16,7 +16,7 @@ from trajkern.trainer.forest import Forest
 from trajkern.trainer.lagging import SCORER, TEACHER, Lag
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
-from trajkern.trainer.ranks import ALONE, Ranks
+from trajkern.trainer.ranks import ALONE, Moments, Ranks
 from trajkern.trainer.sampling import Rollouts
 from trajkern.trainer.systems.scoring import score
 from trajkern.trainer.tasks.base import Question, Splits, Task
@@ -24,7 +24,7 @@ from trajkern.trainer.tasks.capabilities import HintTask, ReferenceTask
 
 Values = dict[str, float | int | None]  # a step's metrics
 # One rank's: a tensor counts with each of its elements, a pair (x, n) as n elements of mean x, integers are added up.
-Local = dict[str, Tensor | tuple[float, int] | float | int | None]
+Local = dict[str, Tensor | Moments | tuple[float, int] | float | int | None]
 
 
 Rater = Callable[[Sequence[Question], Sequence[str]], Tensor]  # of questions and texts: [N], higher is likelier right
