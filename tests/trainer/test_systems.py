@@ -18,6 +18,7 @@ from trajkern.trainer import checkpoint
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.calibration import calibration
+from trajkern.trainer.compose import Compose
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.transformer import ModelConfig
@@ -374,6 +375,28 @@ def test_the_hinted_policy_teaches(model: CharacterModel) -> None:
     shown = [system.demonstration(q) for q in system.task.distinct(0, 60)]
     marked = sum(model.spelling(pieces[0][0]).count(MARK) for pieces in shown)
     assert 15 < marked < 45
+
+
+@pytest.mark.parametrize(
+    ("recipe", "task", "text"),
+    [
+        ("grpo", "chain_sum_steps", None),
+        ("rlcr", "chain_sum_confidence", None),
+        ("dro", "chain_sum_steps", None),
+        ("srl", "chain_sum_steps", None),
+        ("delta_belief", "twenty_questions", "=dog\n"),
+        ("toolpo", "tools_fold", "<tool>1/0</tool>"),
+    ],
+)
+def test_what_a_credit_is_promised_is_known(model: CharacterModel, recipe: str, task: str, text: str | None) -> None:
+    """What a credit may read before there are rollouts is what they know: neither is refused what it could have."""
+    run = run_of(model, task, recipe, compose=Compose(rubric="well_formed"))
+    promised = collecting.knowable(run.config, type(run.system), run.system.task)
+    question = run.system.pool(run.system.task.splits(heldout=1, validation=1, demonstrations=1, train=2))[0]
+    sample = played(run.system, [question] * 2, [[(text or question.answer, True)]] * 2, [0, 0])
+    run.spec = SimpleNamespace(needs=frozenset(promised))
+    names = collecting.known(run, sample, None, {}).names
+    assert {name for name in names if not name.startswith("rows:")} == promised - {"rows:*"}
 
 
 def test_skills_stand_before_the_question(config: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from trajkern.trainer.ranks import Moments, Ranks, Rows
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems.actions import action_spans, actions_of
-from trajkern.trainer.systems.base import GroupSystem, Local, Played, System, Values
+from trajkern.trainer.systems.base import GIVES_HINTS, GroupSystem, Local, Played, System, Values
 from trajkern.trainer.systems.hints import hinted_logprobs, hinted_prompts
 from trajkern.trainer.systems.plain import PlainTrees, differs
-from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.tasks.base import Question, Task
+from trajkern.trainer.tasks.capabilities import ActionTask
 from trajkern.trainer.tree_sampling import grow, leaf_chances, plant, thin
 
 
@@ -58,6 +60,22 @@ def keeps_groups(config: TrainConfig, system: System) -> bool:
     """Whether each group is played and credited on one rank: to deal or to gate rollouts takes all of their group."""
     dealt = config.control in ("random-rewards", "random-drop")
     return dealt or config.compose.rubric is not None or not system.splits_groups
+
+
+# What :func:`known` tells a credit of any system's rollouts, by the names of its ``needs`` -> where it can.
+KNOWN: dict[str, Callable[[TrainConfig, type[System], Task], bool]] = {
+    **dict.fromkeys(("reward", "texts", "rows", "score", "sampler_logprobs", "spans:turn"), lambda *_: True),
+    "rows:*": lambda *_: True,  # a row's columns are known with the first batch
+    "flags:well_formed": lambda *_: True,
+    "flags:rubric": lambda config, *_: config.compose.rubric is not None,
+    **dict.fromkeys(("teacher_logprobs", "divergence"), lambda _, kind, task: kind.asks_task and GIVES_HINTS.met(task)),
+    **dict.fromkeys(("action", "spans:call"), lambda _, kind, task: kind.asks_task and isinstance(task, ActionTask)),
+}
+
+
+def knowable(config: TrainConfig, kind: type[System], task: Task) -> set[str]:
+    """What a run's credit may read, before there are rollouts."""
+    return {name for name, given in KNOWN.items() if given(config, kind, task)} | kind.knows
 
 
 def known(
@@ -99,7 +117,7 @@ def known(
         rows=[{**row, HINTED: prompt} for row, prompt in zip(rows, prompts, strict=True)],
         score=system.score,
         teacher_logprobs=hinted_logprobs(system, played, prompts) if "teacher_logprobs" in needs else None,
-        adds_divergences=True,
+        adds_divergences="divergence" in needs,
         process_group=run.ranks.data,
         **facts,
     )

@@ -12,7 +12,7 @@ from torch import nn
 from trajkern.credit import Spec
 from trajkern.recipes import sdpo
 from trajkern.trainer import checkpoint
-from trajkern.trainer.collect import keeps_groups
+from trajkern.trainer.collect import keeps_groups, knowable
 from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
 from trajkern.trainer.lagging import ANCHOR, Lag
@@ -26,7 +26,6 @@ from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
 from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.tasks import JsonlTask, Splits, Task, load_task
-from trajkern.trainer.tasks.capabilities import ActionTask
 
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
@@ -192,17 +191,8 @@ def load_credit(config: TrainConfig, task: Task) -> Spec:
     spec = composed(spec, config.compose, kind.gate)
     if config.control == "random-drop" and not any(name.startswith("flags:") for name in spec.needs):
         raise ValueError(f"control must not be random-drop for {what}, which drops nothing by a flag of its rollouts")
-    # a row's columns are known with the first batch
-    names = {"reward", "texts", "rows", "rows:*", "score", "sampler_logprobs", "spans:turn", "flags:well_formed"}
-    names |= kind.knows
-    if config.compose.rubric is not None:
-        names.add("flags:rubric")
-    if kind.asks_task and GIVES_HINTS.met(task):
-        names |= {"teacher_logprobs", "divergence"}
-    if kind.asks_task and isinstance(task, ActionTask):
-        names |= {"action", "spans:call"}
     try:
-        spec.check(names)
+        spec.check(knowable(config, kind, task))
     except ValueError as error:
         raise ValueError(f"the recipe {recipe} on the task {task.name} cannot give this credit: {error}") from None
     return spec
