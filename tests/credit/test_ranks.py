@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing as mp
+from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
 
 import trajkern as tk
 from tests.credit.conftest import rollouts_of
@@ -82,26 +85,57 @@ def share(x: credit.Rollouts, first: int, last: int, group: Any) -> credit.Rollo
     )
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
+def _of_rank(rank: int) -> dict[str, Any]:
+    """Every credit of this rank's rollouts."""
     world = torch.distributed.group.WORLD
     mine = share(everything(), *((0, 5), (5, 12))[rank], world)  # the second group is on both
     found = {name: spec(mine) for name, spec in SPECS.items()}
-    saved = {name: (x.advantages, x.mask, x.keep) for name, x in found.items()}
+    saved: dict[str, Any] = {name: (x.advantages, x.mask, x.keep) for name, x in found.items()}
     saved["gate"] = dro.gate(mine.flags["ok"], mine.batch.group_ids, threshold=0.6, process_group=world)
-    torch.save(saved, f"{out}.{rank}")
     extra = {"spans": {} if rank else {"step": mine.spans["turn"]}}
     with pytest.raises(ValueError, match="spans must have the same names on every rank"):
         credit.Rollouts(mine.batch, process_group=world, **extra)
+    return saved
+
+
+def _process(rank: int, store: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    torch.save(_of_rank(rank), f"{out}.{rank}")
     torch.distributed.destroy_process_group()
 
 
+def of_processes(folder: Path) -> list[dict[str, Any]]:
+    paths = str(folder / "store"), str(folder / "out")
+    mp.start_processes(_process, args=paths, nprocs=RANKS, start_method="spawn")
+    return [torch.load(folder / f"out.{rank}") for rank in range(RANKS)]
+
+
+def of_threads(folder: Path) -> list[dict[str, Any]]:
+    """With torch's process group of threads: no process to start, no package to load again."""
+    store = torch.distributed.HashStore()
+
+    def work(rank: int) -> dict[str, Any]:
+        torch.distributed.init_process_group("threaded", rank=rank, world_size=RANKS, store=store)
+        try:
+            return _of_rank(rank)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _install_threaded_pg()
+    try:
+        with ThreadPoolExecutor(RANKS) as pool:
+            return list(pool.map(work, range(RANKS)))
+    finally:
+        _uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
-def test_over_ranks(tmp_path: Path) -> None:
-    mp.start_processes(_rank, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=RANKS, start_method="spawn")
-    of_ranks = [torch.load(tmp_path / f"out.{rank}") for rank in range(RANKS)]
-    x = everything()
+@pytest.mark.parametrize("started", (of_threads, pytest.param(of_processes, marks=pytest.mark.slow)))
+def test_over_ranks(started: Callable[[Path], list[dict[str, Any]]], tmp_path: Path) -> None:
+    of_ranks, x = started(tmp_path), everything()
     for name, spec in SPECS.items():
         found = spec(x)
         advantages, mask, keep = (torch.cat(parts) for parts in zip(*(r[name] for r in of_ranks), strict=True))

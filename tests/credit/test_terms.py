@@ -322,3 +322,18 @@ def test_groups_of_one() -> None:
     x = rollouts((1.0, 0.0, 3.0, 0.0), (0, 1, 2, 3))
     close(of_rollouts(credit.outcome(singleton="zero")(x)), [0, 0, 0, 0])
     close(of_rollouts(credit.outcome()(x)), [1, 0, 3, 0])
+
+
+def test_a_gate_and_what_could_not_be_scored() -> None:
+    """Who is gated out abstains from nothing, and who could not be scored is compared with nobody."""
+    ok, called = torch.tensor([True, True, True, False]), spans((1, 2), (4, 5), (7, 8), (10, 11))
+    rewards = {"call": torch.tensor([3.0, 1, NAN, NAN]), "step": torch.ones(1)}
+    known: dict[str, Any] = {"spans": {"call": called, "step": spans((1, 2))}, "span_rewards": rewards}
+    x = rollouts((1.0, 0.0, NAN, NAN), flags={"ok": ok}, **known)
+    for term in (credit.outcome(scale="none"), credit.spans("call", scale="none"), credit.recipe("psr")):
+        found = term.gate("ok")(x)
+        close(found.advantages[1::3][2:], [0, 0])
+        assert found.keep.tolist() == [True, "psr" not in repr(term), False, False]
+        beside = (term.gate("ok") + credit.spans("step"))(x)
+        assert beside.keep.tolist() == [True, True, False, True]  # only the third was to be scored and was not
+    close(credit.outcome(scale="none").gate("ok")(x).advantages[1::3], [0.5, -0.5, 0, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,10 @@ class Ranks:
             return x
         begin = self.begin(of)
         return x[begin : begin + self.counts[of][self.rank]]
+
+    def over_all(self, statistic: Callable[..., Tensor], *rows: Tensor, of: str = "rollouts") -> Tensor:
+        """What a statistic of all ranks' rows gives this rank's."""
+        return self.own(statistic(*(self.gather(x, of) for x in rows)), of)
 
     def begin(self, of: str) -> int:
         """How many the ranks before this one have."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from trajkern._checks import check_shape, check_tensor, describe, readable
 from trajkern.credit.result import to_tokens
 from trajkern.credit.rollouts import Rollouts, check_whole
-from trajkern.layouts.spans import Spans
 from trajkern.ops.span import span_reduce, spread
 
 Function = Callable[[Rollouts], Tensor]
@@ -119,10 +118,13 @@ class Call:
 
     def passed(self, gates: frozenset[Any]) -> Tensor | None:
         """The rollouts that all of the gates let through, ``[N]``; None without a gate."""
-        return self.once(("passed", gates), lambda: self._passed(gates)) if gates else None
+        judged = (self.once(gate, partial(gate.judge, self)) for gate in gates)
+        return self.once(("passed", gates), lambda: reduce(torch.logical_and, judged)) if gates else None
 
-    def _passed(self, gates: frozenset[Any]) -> Tensor:
-        return reduce(torch.logical_and, [self.once(gate, partial(gate.judge, self)) for gate in gates])
+    def among_passed(self, flags: Tensor, gates: frozenset[Any]) -> Tensor:  # [N] bool
+        """Of these rollouts those that the gates let through."""
+        passed = self.passed(gates)
+        return flags if passed is None else passed & flags
 
     @property
     def counts(self) -> Tensor:
@@ -143,10 +145,9 @@ class Call:
 
     def inside(self, name: str) -> Tensor:
         """Whether a token is in a span of this name, bool ``[T]``."""
-        return self.once(("inside", name), lambda: self._marked(self.rollouts.spans[name]) != 0)
-
-    def _marked(self, spans: Spans) -> Tensor:
-        return spread(torch.ones(len(spans), device=self.rollouts.device), spans)
+        spans = self.rollouts.spans[name]
+        ones = partial(torch.ones, len(spans), device=self.rollouts.device)
+        return self.once(("inside", name), lambda: spread(ones(), spans).bool())
 
     def tokens(self, part: Part) -> Tensor:
         """The advantage of each token, ``[T]``, whether it learns or not."""
@@ -279,7 +280,14 @@ def written_call(name: str, x: Any, first: str = "", last: frozenset[str] = froz
     return f"{name}({', '.join(shown)})"
 
 
-def needs_of(function: Any) -> frozenset[str]:
-    """What a function of rollouts says that it reads, in its attribute ``needs``."""
-    needs = getattr(function, "needs", ())
+def needs_of(value: Any, kind: str = "") -> frozenset[str]:
+    """A name behind its ``kind``; what an expression or a function of rollouts says that it reads in ``needs``."""
+    needs = kind + value if isinstance(value, str) else getattr(value, "needs", ())
     return frozenset((needs,) if isinstance(needs, str) else needs)
+
+
+class Value:
+    """A function of rollouts that is a dataclass: equal where made alike, and written as the call that makes it."""
+
+    def __repr__(self) -> str:
+        return written_call(f"credit.{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}", self)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajkern._checks import check_choice, check_number
-from trajkern.credit.part import written_call
+from trajkern.credit.part import Value, needs_of
 from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
@@ -21,8 +22,8 @@ from trajkern.recipes import TREE_RECIPES, nsr, rlcr, srl, tree_grpo
 CENTRED: dict[str, Any] = {"scale": "none", "singleton": "zero"}
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Value):
     """RLCR's reward, of rewards "reward" (1 is right) and "confidence" (NaN where none was stated)."""
 
     form: str = "paper"
@@ -38,12 +39,9 @@ class Calibration:
         rewards = rlcr.rewards(correct, confidence, form=self.form, well_formed=stated)
         return torch.where(scored, rewards, torch.nan)
 
-    def __repr__(self) -> str:
-        return written_call("credit.presets.Calibration", self)
 
-
-@dataclass(frozen=True)
-class StepLikeness:
+@dataclass(frozen=True, repr=False)
+class StepLikeness(Value):
     """SRL's reward, of ``rewards["similarity"]`` (NaN for a step that is not well-formed)."""
 
     penalty: float = -1.0
@@ -56,12 +54,9 @@ class StepLikeness:
         similarity = rollouts.reward("similarity")
         return srl.rewards(similarity.nan_to_num(), ~similarity.isnan(), penalty=self.penalty)
 
-    def __repr__(self) -> str:
-        return written_call("credit.presets.StepLikeness", self)
 
-
-@dataclass(frozen=True)
-class Varies:
+@dataclass(frozen=True, repr=False)
+class Varies(Value):
     """Whether a group's rewards deviate by more than ``min_std``."""
 
     reward: Callable[[Rollouts], Tensor]
@@ -72,19 +67,15 @@ class Varies:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset(getattr(self.reward, "needs", ()))
+        return needs_of(self.reward)
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
-        ranks = rollouts.ranks
-        every = (ranks.gather(x) for x in (self.reward(rollouts), rollouts.batch.group_ids.long()))
-        return ranks.own(srl.keep_groups(*every, min_std=self.min_std))
-
-    def __repr__(self) -> str:
-        return written_call("credit.presets.Varies", self)
+        statistic, groups = partial(srl.keep_groups, min_std=self.min_std), rollouts.batch.group_ids.long()
+        return rollouts.ranks.over_all(statistic, self.reward(rollouts), groups)
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Value):
     """1 where the reward is positive, else -1."""
 
     needs = frozenset({"reward"})
@@ -92,9 +83,6 @@ class Verdict:
     def __call__(self, rollouts: Rollouts) -> Tensor:
         reward = rollouts.reward("reward")
         return torch.where(reward.isnan(), reward, torch.where(reward > 0, 1.0, -1.0).to(reward.dtype))
-
-    def __repr__(self) -> str:
-        return "credit.presets.Verdict()"
 
 
 def _toolpo(action: str = "action", span: str = "call") -> Spec:
@@ -141,29 +129,18 @@ def _delta_belief(finished: str = "included", reward: Any = None, **options: Any
     return OfTurns(reward=reward, finished=finished)
 
 
-def _signs(kind: str) -> Callable[..., Spec]:
-    def made(positive_weight: float = 0.1, reward: str = "reward") -> Spec:
-        return Signs(kind=kind, positive_weight=positive_weight, reward=reward)
-
-    return made
-
-
-def _of_tree(name: str) -> Callable[..., Spec]:
-    return lambda reward="reward": OfTree(name=name, reward=reward)
-
-
 PRESETS: dict[str, Callable[..., Spec]] = {
-    "grpo": lambda **options: Outcome(**options),
-    "skillrl": lambda **options: Outcome(**options),
-    "judge": lambda **options: Outcome(**options),
-    **{kind: _signs(kind) for kind in nsr.KINDS},
+    "grpo": Outcome,
+    "skillrl": Outcome,
+    "judge": Outcome,
+    **{kind: partial(Signs, kind) for kind in nsr.KINDS},
     "toolpo": _toolpo,
     "dro": _dro,
     "delta_belief": _delta_belief,
     "rlcr": _rlcr,
     "srl": _srl,
     "feedback": _feedback,
-    **{name: _of_tree(name) for name in TREE_RECIPES},
+    **{name: partial(OfTree, name) for name in TREE_RECIPES},
     "tree_grpo": _tree_grpo,
     "treepo": lambda reward="reward": OfTree(name="treepo_branches", reward=reward).whiten(),
 }

@@ -89,17 +89,15 @@ class Credit:
                 f"{config.sampler_correction!r}) reads {what}; take logprobs[tree.flat_index] and loss_inputs()"
             )
         learns = packed_any(self.mask, tree)
-        mask = learns if at is None else learns[at]
+        inputs = {"advantages": None, "mask": learns if at is None else learns[at], "normalizer": normalizer}
         if self.rows is not None:
-            branch: Any = Paths(tree, self.rows, self.keep)
-            read = {"branch": branch, "per_token": None, "config": config, "normalizer": normalizer}
-            return {"advantages": None, "mask": mask, **read}
+            return inputs | {"branch": Paths(tree, self.rows, self.keep), "per_token": None, "config": config}
         branch, summed = token_branch(self.advantages, self.mask, tree, config, normalizer)
         if at is not None:
             branch = Branch(*(x[at] for x in branch))
-        normalizer = normalizer if summed is config else None  # else it is in the branch's weights
-        read = {"branch": branch, "per_token": True, "config": summed, "normalizer": normalizer}
-        return {"advantages": None, "mask": mask, **read}
+        if summed is not config:
+            inputs["normalizer"] = None  # it is in the branch's weights
+        return inputs | {"branch": branch, "per_token": True, "config": summed}
 
 
 def packed_any(flat: Tensor, tree: Tree) -> Tensor:  # [T of the flat rollouts] bool

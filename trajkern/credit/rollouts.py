@@ -89,7 +89,8 @@ class Rollouts:
         if "turn" not in spans:
             spans["turn"] = Spans.turns(self.batch.loss_mask, self.batch.cu_seqlens)
         self._set("spans", spans)
-        self._set("span_rewards", {name: _span_reward(name, x, self.device) for name, x in self.span_rewards.items()})
+        of_spans = {name: self._reward(f"span_rewards[{name!r}]", x, True) for name, x in self.span_rewards.items()}
+        self._set("span_rewards", of_spans)
         self._set("flags", dict(self.flags))
         for name, flag in self.flags.items():
             check_tensor(f"flags[{name!r}]", flag, dtypes=(torch.bool,), device=self.device)
@@ -196,9 +197,10 @@ class Rollouts:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _reward(self, name: str, x: Any) -> Tensor:
-        check_tensor(name, x, dtypes=_REWARDS, device=self.device)
-        check_shape(name, x, (len(self),), "one reward a rollout")
+    def _reward(self, name: str, x: Any, of_spans: bool = False) -> Tensor:
+        check_tensor(name, x, dtypes=_REWARDS, ndim=1 if of_spans else None, device=self.device)
+        if not of_spans:
+            check_shape(name, x, (len(self),), "one reward a rollout")
         check_whole(name, x)
         return widened(x.detach())
 
@@ -266,21 +268,16 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _span_reward(name: str, x: Any, device: torch.device) -> Tensor:
-    check_tensor(f"span_rewards[{name!r}]", x, dtypes=_REWARDS, ndim=1, device=device)
-    check_whole(f"span_rewards[{name!r}]", x)
-    return widened(x.detach())
-
-
 def check_whole(name: str, x: Tensor) -> None:
     """ValueError for integers that float32 does not tell apart. Reads device values."""
     if x.dtype in INTEGERS and bool((x.abs() > 2**24).any()):
         raise ValueError(f"{name} must be integers of a magnitude of at most 2^24, which float32 holds, or float64")
 
 
-def spans_each(owner: Tensor, count: int) -> Tensor:  # [S] int64
-    """How many spans each of ``count`` rollouts has, int64 ``[N]``."""
-    return torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(0, owner, torch.ones_like(owner))
+def spans_each(owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:  # [S] int64 both
+    """How many spans each of ``count`` rollouts has, or what their ``weights`` add up to, int64 ``[N]``."""
+    each = torch.ones_like(owner) if weights is None else weights
+    return torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(0, owner, each)
 
 
 def check_counted(name: str, x: Tensor, where: Tensor) -> None:

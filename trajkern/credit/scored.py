@@ -21,7 +21,7 @@ from trajkern._checks import (
     describe,
 )
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern.credit.part import written_call
+from trajkern.credit.part import Value
 from trajkern.credit.rollouts import Rollouts, spans_each, widened
 from trajkern.ops.reflection import reflection_rewards
 from trajkern.recipes import delta_belief, dro
@@ -30,8 +30,8 @@ from trajkern.recipes._groups import pair_ids
 WEIGHTS = ("variance", "uniform")
 
 
-@dataclass(frozen=True)
-class Reflection:
+@dataclass(frozen=True, repr=False)
+class Reflection(Value):
     """DRO's reward: how likely the reasoning makes ``rows[n]["reference"]``, most where a group's rollouts differ.
 
     A rollout's reasoning ends with its last span of that name. With ``propagation`` above 0, its log-probs are those of
@@ -105,12 +105,9 @@ class Reflection:
         rewards, score = (rollouts.ranks.own(x) for x in (rewards, result.group_score[pair_ids(groups)]))
         return rewards if keep is None else torch.where(keep, rewards, torch.nan), score
 
-    def __repr__(self) -> str:
-        return written_call(f"credit.scored.{type(self).__name__}", self)
 
-
-@dataclass(frozen=True)
-class InReach:
+@dataclass(frozen=True, repr=False)
+class InReach(Value):
     """DRO's filter of prompts: those on which rollouts differ, and whose reference the policy nearly gives."""
 
     reward: Reflection
@@ -144,12 +141,9 @@ class InReach:
             )
         return keep
 
-    def __repr__(self) -> str:
-        return written_call(f"credit.scored.{type(self).__name__}", self)
 
-
-@dataclass(frozen=True)
-class BeliefGain:
+@dataclass(frozen=True, repr=False)
+class BeliefGain(Value):
     """Delta-belief's reward of each turn: what it added to log p of ``rows[n]["belief_target"]``, asked by
     ``rows[n]["belief_probe"]``; see :func:`trajkern.recipes.delta_belief.turn_rewards`.
 
@@ -184,9 +178,6 @@ class BeliefGain:
         """log p of the hidden answer before each rollout's first turn and after each, NaN where not asked; and the
         rollouts' bounds ``[N+1]``."""
         return rollouts.once(("beliefs",), lambda: _beliefs(rollouts))
-
-    def __repr__(self) -> str:
-        return written_call(f"credit.scored.{type(self).__name__}", self)
 
 
 def _references(rollouts: Rollouts, contexts: list[Any], *, ranks: bool = False) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -118,7 +119,8 @@ class Spec(abc.ABC):
                 returns bool ``[N]``.
             mode, threshold: what becomes of the group, as in :func:`trajkern.recipes.dro.gate`.
         """
-        return Gated(self, Gate(resolved_function(flag), check_choice("mode", mode, GATES), _share(threshold)))
+        threshold = float(check_number("threshold", threshold, low=0, high=1))
+        return Gated(self, Gate(resolved_function(flag), check_choice("mode", mode, GATES), threshold))
 
     def on(self, span: str) -> Spec:
         """0 outside the spans of this name; the tokens there still count in the loss's normaliser."""
@@ -160,11 +162,10 @@ class Gate:
             flags = call.asked(self.flag, (torch.bool,), len(rollouts), "one flag a rollout")
         else:
             flags = rollouts.flags[self.flag]
-        groups = rollouts.batch.group_ids.long()
         if self.mode == "drop_rollout":
             return flags
-        flags, groups = (rollouts.ranks.gather(x) for x in (flags, groups))
-        return rollouts.ranks.own(judged(flags, groups, mode=self.mode, threshold=self.threshold))
+        groups = rollouts.batch.group_ids.long()
+        return rollouts.ranks.over_all(partial(judged, mode=self.mode, threshold=self.threshold), flags, groups)
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,8 +216,7 @@ class Gated(Spec):
 
     @property
     def own_needs(self) -> frozenset[str]:
-        flag = self.judgement.flag
-        return needs_of(flag) if callable(flag) else frozenset((f"flags:{flag}",))
+        return needs_of(self.judgement.flag, "flags:")
 
     def part(self, call: Call, gates: GateSet) -> Part:
         return self.spec.part(call, gates | {self.judgement})
@@ -336,7 +336,3 @@ def _bracketed(spec: Spec) -> str:
 
 def _weight(name: str, value: Any) -> float:
     return float(check_number(name, value, low=0, dtype=torch.float32))
-
-
-def _share(threshold: Any) -> float:
-    return float(check_number("threshold", threshold, low=0, high=1))

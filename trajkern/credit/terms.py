@@ -75,21 +75,19 @@ class Outcome(Compared):
 
     @property
     def own_needs(self) -> frozenset[str]:
-        return needs_of_reward(self.reward) | ({"tree"} if self.within == "tree" else frozenset())
+        return needs_of(self.reward) | ({"tree"} if self.within == "tree" else set())
 
     def formed(self, call: Call, gates: GateSet) -> Part:
-        reward, passed = reward_of(call, self.reward, gates), call.passed(gates)
+        reward = reward_of(call, self.reward, gates)
         missing = reward.isnan()
-        keep = ~missing if passed is None else passed & ~missing
+        keep = call.among_passed(~missing, gates)
         check_counted(f"rewards[{written(self.reward)}]", reward, keep)
-        ranks = call.rollouts.ranks
-        every = (ranks.gather(x) for x in (reward, call.once(("ids", self.within), lambda: self._ids(call)), keep))
-        rows = ranks.own(self.compared(*every))
+        rows = call.rollouts.ranks.over_all(self.compared, reward, self.ids(call), keep)
         name = "outcome" if self.reward == "reward" else f"outcome:{named(self.reward)}"
         call.report(name, rows, torch.where(keep, call.counts, 0))
-        return Part(rows, learns=(Learns(keep),), abstains=missing if passed is None else missing & passed)
+        return Part(rows, learns=(Learns(keep),), abstains=call.among_passed(missing, gates))
 
-    def _ids(self, call: Call) -> Tensor:
+    def ids(self, call: Call) -> Tensor:
         """Who is compared with whom, on all ranks."""
         rollouts = call.rollouts
         groups = rollouts.batch.group_ids.long()
@@ -121,35 +119,24 @@ class OfSpans(Compared):
 
     @property
     def own_needs(self) -> frozenset[str]:
-        source = self.source
-        read = needs_of(source) if callable(source) else {f"span_rewards:{source}"}
-        return frozenset(read) | {f"spans:{self.name}"}
+        return needs_of(self.source, "span_rewards:") | {f"spans:{self.name}"}
 
     def formed(self, call: Call, gates: GateSet) -> Part:
-        rollouts, spans = call.rollouts, call.rollouts.spans[self.name]
-        owner, reward, passed = (
-            spans.trajectory.long(),
-            span_reward_of(call, self.source, self.name),
-            call.passed(gates),
-        )
-        scored = ~reward.isnan()
+        rollouts, spans, of = call.rollouts, call.rollouts.spans[self.name], f"spans:{self.name}"
+        reward, passed = span_reward_of(call, self.source, self.name), call.passed(gates)
+        owner, scored = spans.trajectory.long(), ~reward.isnan()
         counted = scored if passed is None else scored & passed[owner]
         check_counted(f"span_rewards[{written(self.source)}]", reward, counted)
-        of = f"spans:{self.name}"
-        ids = rollouts.batch.group_ids.long()[owner]
-        every = [rollouts.ranks.gather(x, of) for x in (reward, ids, spans.index.long(), counted)]
-        if self.within == "index":
-            every[1] = pair_ids(every[1], every[2])
-        values = rollouts.ranks.own(self.compared(every[0], every[1], every[3]), of)
-        # a rollout without spans has nothing that could not be scored
-        of_rollout = torch.zeros(2, len(rollouts), dtype=torch.int64, device=rollouts.device)
-        total, good = of_rollout.index_add(1, owner, torch.stack((torch.ones_like(scored), scored)).long())
-        idle, abstains = total == 0, (total > 0) & (good == 0)
-        if passed is not None:
-            abstains = abstains & passed
-        keep = ~abstains if passed is None else passed & ~abstains
-        call.report(f"spans:{self.name}", values, torch.where(counted, call.span_counts(self.name), 0))
-        return Part(spans={self.name: values}, learns=(Learns(keep, None, idle),), abstains=abstains)
+        ids = [rollouts.batch.group_ids.long()[owner]] + ([spans.index.long()] if self.within == "index" else [])
+        values = rollouts.ranks.over_all(self._compared, reward, counted, *ids, of=of)
+        idle = spans_each(owner, len(rollouts)) == 0
+        silent = ~idle & (spans_each(owner, len(rollouts), scored.long()) == 0)  # had some, none of which is scored
+        call.report(of, values, torch.where(counted, call.span_counts(self.name), 0))
+        learns = Learns(call.among_passed(~silent, gates), None, idle)
+        return Part(spans={self.name: values}, learns=(learns,), abstains=call.among_passed(silent, gates))
+
+    def _compared(self, rewards: Tensor, counted: Tensor, *ids: Tensor) -> Tensor:
+        return self.compared(rewards, ids[0] if len(ids) == 1 else pair_ids(*ids), counted)
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,8 +153,7 @@ class OfTurns(Term):
 
     @property
     def own_needs(self) -> frozenset[str]:
-        read = needs_of(self.reward) if callable(self.reward) else {f"span_rewards:{self.reward}"}
-        return frozenset(read) | {"spans:turn"}
+        return needs_of(self.reward, "span_rewards:") | {"spans:turn"}
 
     def formed(self, call: Call, gates: GateSet) -> Part:
         rollouts, turns, passed = call.rollouts, call.rollouts.spans["turn"], call.passed(gates)
@@ -239,9 +225,8 @@ class Divergence(Term):
 
     def formed(self, call: Call, gates: GateSet) -> Part:
         keep = directed(call, self.where, gates)
-        weight = to_tokens(torch.ones(len(call.rollouts), device=call.rollouts.device), call.rollouts)
-        if keep is not None:
-            weight = to_tokens(keep.to(weight.dtype), call.rollouts)
+        every = torch.ones(len(call.rollouts), device=call.rollouts.device)
+        weight = to_tokens(every if keep is None else keep.float(), call.rollouts)
         return Part(learns=(Learns(keep),), divergences=((self, weight),))
 
 
@@ -264,13 +249,13 @@ class Signs(Term):
         return frozenset((self.reward,))
 
     def formed(self, call: Call, gates: GateSet) -> Part:
-        reward, passed = call.rollouts.reward(self.reward), call.passed(gates)
+        reward = call.rollouts.reward(self.reward)
         scored = ~reward.isnan()
         rows, keep = nsr.advantages(reward.nan_to_num(), kind=self.kind, positive_weight=self.positive_weight)
-        keep = keep & scored if passed is None else keep & scored & passed
+        keep = call.among_passed(keep & scored, gates)
         rows = torch.where(keep, rows, 0)
         call.report(self.kind, rows, torch.where(keep, call.counts, 0))
-        return Part(rows, learns=(Learns(keep),), abstains=~scored if passed is None else passed & ~scored)
+        return Part(rows, learns=(Learns(keep),), abstains=call.among_passed(~scored, gates))
 
 
 def check_name(argument: str, value: Any) -> None:
@@ -296,12 +281,6 @@ def reward_of(call: Call, reward: str | Function | Spec, gates: GateSet) -> Tens
     return widened(call.asked(reward, REWARDS, count, what))
 
 
-def needs_of_reward(reward: Any) -> frozenset[str]:
-    if isinstance(reward, Spec):
-        return reward.needs
-    return needs_of(reward) if callable(reward) else frozenset((reward,))
-
-
 def span_reward_of(call: Call, reward: str | Function, name: str) -> Tensor:
     """Of each span of this name ``[S]``, float."""
     count = len(call.rollouts.spans[name])
@@ -318,8 +297,6 @@ def span_reward_of(call: Call, reward: str | Function, name: str) -> Tensor:
 
 def directed(call: Call, where: str, gates: GateSet) -> Tensor | None:
     """The rollouts that are directed, ``[N]``; None for all."""
-    passed = call.passed(gates)
     if where == "all":
-        return passed
-    failed = call.rollouts.reward("reward") <= 0
-    return failed if passed is None else failed & passed
+        return call.passed(gates)
+    return call.among_passed(call.rollouts.reward("reward") <= 0, gates)

@@ -47,8 +47,9 @@ class OfTree(Term):
                 f"{self!r} compares the trees of a prompt, and the process_group has some on several ranks"
             )
         keep, only = passed, recipe.learns(self._sampled(call)) if recipe.learns else None
+        abstains = None
         if self.reward in rollouts.unscored:
-            keep = ~reward.isnan() if keep is None else keep & ~reward.isnan()
+            keep, abstains = (call.among_passed(x, gates) for x in (~reward.isnan(), reward.isnan()))
         mask = packed_any(rollouts.batch.loss_mask, tree)
         if keep is None:
             of_kept = self._values(tree, reward, mask)
@@ -56,9 +57,6 @@ class OfTree(Term):
             tree, nodes = tree.pruned(keep)
             of_kept = self._values(tree, reward[keep], mask[nodes[rollouts.tree.token_node]])  # type: ignore[union-attr]
         placed = self._placed(call, of_kept, keep)
-        abstains = reward.isnan() if self.reward in rollouts.unscored else None
-        if abstains is not None and passed is not None:
-            abstains = abstains & passed
         learns = (Learns(keep, only),)
         part = Part(placed.get("rows"), tokens=placed.get("tokens"), learns=learns, abstains=abstains)
         if part.rows is None:
@@ -121,23 +119,18 @@ class OfTokens(Term):
         return frozenset({self.reward} | ({"tree"} if self.within == "tree" else set()))
 
     def formed(self, call: Call, gates: GateSet) -> Part:
-        rollouts, reward, passed = call.rollouts, reward_of(call, self.reward, gates), call.passed(gates)
-        missing, ranks = reward.isnan(), rollouts.ranks
-        keep = ~missing if passed is None else passed & ~missing
-        mask, lengths, bounds = (
-            rollouts.batch.loss_mask,
-            rollouts.batch.lengths.long(),
-            rollouts.batch.cu_seqlens.long(),
-        )
-        seen = torch.cat((lengths.new_zeros(1), mask.long().cumsum(0)))
+        reward, ranks, batch = reward_of(call, self.reward, gates), call.rollouts.ranks, call.rollouts.batch
+        missing, mask, bounds = reward.isnan(), batch.loss_mask, batch.cu_seqlens.long()
+        keep = call.among_passed(~missing, gates)
+        seen = torch.cat((bounds.new_zeros(1), mask.long().cumsum(0)))
         begin, end = seen[bounds[:-1]], seen[bounds[1:]]
         counts = end - begin
         if self.observations:
             counts = torch.cat((seen[:1], (seen[1:] > self._each(begin, call)).long().cumsum(0)))[bounds].diff()
-        of_all = (ranks.gather(x) for x in (reward, Outcome(within=self.within)._ids(call), counts))
+        of_all = (ranks.gather(x) for x in (reward, Outcome(within=self.within).ids(call), counts))
         found = tree_grpo.pooled_outcomes(*of_all, gate=ranks.gather(keep))
         at_last, at_other = (self._each(ranks.own(x), call) for x in found)
-        part = Part(learns=(Learns(keep),), abstains=missing if passed is None else missing & passed)
+        part = Part(learns=(Learns(keep),), abstains=call.among_passed(missing, gates))
         tokens = torch.where(mask & (seen[1:] == self._each(end, call)), at_last, at_other) * call.learning(part)
         call.report_tokens(f"tokens:{self.within}", tokens, part)
         return replace(part, tokens=tokens)
