@@ -277,3 +277,62 @@ def test_integers_that_float32_does_not_tell_apart(dtype: torch.dtype) -> None:
             make()
     exact = credit.outcome(scale="none", singleton="zero")(credit.Rollouts(x.batch, {"reward": large.double()}))
     assert exact.rows is not None and exact.rows[0] - exact.rows[1] == 1
+
+
+def test_what_was_to_be_scored_by_another_leaves() -> None:
+    """A call of the third and a step of the fourth have no score, and they have nothing else."""
+    calls, steps = spans((1, 2), (7, 8)), spans((1, 2), (10, 11))
+    scores = {"call": torch.tensor([1.0, NAN]), "step": torch.tensor([1.0, NAN])}
+    x = rollouts(spans={"call": calls, "step": steps}, span_rewards=scores)
+    assert (credit.spans("call") + credit.spans("step"))(x).keep.tolist() == [True, True, False, False]
+    mask = x.batch.loss_mask & (torch.arange(12) < 9)  # the fourth has no turn
+    silent = tk.PackedBatch(x.batch.tokens, x.batch.cu_seqlens, mask, x.batch.group_ids)
+    known = {"span_rewards": {"turn": torch.ones(3)}}
+    turned = credit.Rollouts(silent, {"reward": torch.tensor([1.0, 0, 0, NAN])}, **known)
+    spec = credit.outcome() + credit.recipe("delta_belief", reward="turn")
+    assert spec(turned).keep.tolist() == [True, True, True, False]
+
+
+def test_whose_log_probs_are_read() -> None:
+    """A teacher is compared with the old ones; what was unlikely is what the sampler thought so."""
+    x, _ = grown(3)
+    batch, old = x.batch, x.batch.sampler_logprobs - 10
+    both = tk.PackedBatch(
+        batch.tokens,
+        batch.cu_seqlens,
+        batch.loss_mask,
+        batch.group_ids,
+        batch.rewards,
+        old,
+        None,
+        batch.sampler_logprobs,
+    )
+    known = credit.Rollouts(both, tree=x.tree, teacher_logprobs=old + 1)
+    torch.testing.assert_close(credit.directive()(known).advantages, batch.loss_mask.double())
+    assert torch.equal(credit.recipe("spo")(known).mask, credit.recipe("spo")(x).mask)
+
+
+def test_what_could_not_be_scored_below_a_gate_on_a_tree() -> None:
+    tree = tk.Tree(torch.tensor([-1] * 4), torch.tensor([3] * 4))
+    ok, steps = torch.tensor([True, True, True, False]), spans((1, 2))
+    known: dict[str, Any] = {"spans": {"step": steps}, "span_rewards": {"step": torch.ones(1)}}
+    x = rollouts((1.0, 0.0, NAN, NAN), (0, 0, 0, 0), tree=tree, flags={"ok": ok}, **known)
+    term = credit.tree_terms.OfTree(name="treerl").gate("ok")
+    assert term(x).keep.tolist() == [True, True, False, False]
+    assert (term + credit.spans("step"))(x).keep.tolist() == [True, True, False, True]
+
+
+def test_a_divergence_stays_in_its_spans() -> None:
+    x = rollouts(spans={"call": spans((1, 2), (4, 5))}, adds_divergences=True)
+    ((_, weight),) = (2 * credit.divergence().on("call"))(x).divergences
+    close(weight, [0, 2, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0])
+
+
+def test_reflection_by_lengths_and_with_the_outcome() -> None:
+    x, host, contexts = reasoned(6)
+    logprobs, bounds = host(contexts, [row["reference"] for row in x.rows])
+    reward = credit.scored.Reflection(weights="uniform", outcome_weight=0.5)
+    means = torch.stack([logprobs[a:b].mean() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    close(reward(x), means + 0.5 * x.reward("reward"))
+    moved = x.to("cpu")
+    assert not moved.memory and moved.names == x.names

@@ -337,3 +337,25 @@ def test_a_gate_and_what_could_not_be_scored() -> None:
         beside = (term.gate("ok") + credit.spans("step"))(x)
         assert beside.keep.tolist() == [True, True, False, True]  # only the third was to be scored and was not
     close(credit.outcome(scale="none").gate("ok")(x).advantages[1::3], [0.5, -0.5, 0, 0])
+
+
+def test_metrics_of_what_is_gated() -> None:
+    """They are of the tokens that learn, and of a span's term of those in its spans."""
+    calls, ok = spans((1, 3), (4, 5), (8, 9)), torch.tensor([True, True, False, True])
+    rewards = {"call": torch.tensor([3.0, 1, 8]), "turn": torch.tensor([1.0, 0, 5, 2])}
+    teacher = torch.arange(12) / 5 - torch.arange(12).square() / 40
+    known: dict[str, Any] = {"spans": {"call": calls}, "span_rewards": rewards, "teacher_logprobs": teacher}
+    x = rollouts((1.0, 0.0, 3.0, 1.0), flags={"ok": ok}, **known)
+    for name, term in {
+        "outcome": credit.outcome(),
+        "spans:call": credit.spans("call"),
+        "delta_belief": credit.recipe("delta_belief", reward="turn"),
+        "directive": credit.directive(),
+        "w_reinforce": credit.recipe("w_reinforce"),
+        "tokens:group": credit.tree_terms.OfTokens(),
+    }.items():
+        found = term.gate("ok")(x)
+        within = found.mask & (calls.token_span >= 0) if name == "spans:call" else found.mask
+        tokens = found.advantages[within].double()
+        assert len(tokens) == (3 if name == "spans:call" else 6) and found.reached[name] == len(tokens)
+        close([found.metrics[f"{name}/{of}"] for of in ("mean", "std")], [tokens.mean(), tokens.std(correction=0)])

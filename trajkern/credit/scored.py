@@ -87,9 +87,8 @@ class Reflection(Value):
             contexts = [tokens[:end] for tokens, end in zip(rollouts.token_lists, rollouts.prompt_lengths, strict=True)]
             gain = logprobs - rollouts.once("masked references", lambda: _references(rollouts, contexts))[0]
         groups, lengths = (rollouts.ranks.gather(x) for x in (rollouts.batch.group_ids.long(), lengths))
-        if keep is not None:  # each of the others is a group of its own
-            alone = 1 + torch.arange(len(groups), device=gain.device)
-            groups = pair_ids(torch.where(rollouts.ranks.gather(keep), 0, alone), groups)
+        if keep is not None:  # the others are groups of their own
+            groups = pair_ids(rollouts.ranks.gather(keep).long(), groups)
         of_all = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         every, gains = (rollouts.ranks.gather_packed(x, lengths) for x in (logprobs, gain))
         result = reflection_rewards(every, of_all, groups, baseline=every - gains)

@@ -163,10 +163,8 @@ class OfTurns(Term):
         groups = ranks.gather(rollouts.batch.group_ids.long())
         of_all = (rewards, owner + ranks.begin("rollouts"), turns.index.long())
         rewards, rollout, index = (ranks.gather(x, "spans:turn") for x in of_all)
-        if passed is not None:  # a rollout that is gated out is a group of its own, of which nothing is read
-            kept = ranks.gather(passed)
-            groups = pair_ids(torch.where(kept, 0, 1 + torch.arange(len(kept), device=kept.device)), groups)
-            rewards = torch.where(kept[rollout], rewards, 0)
+        if passed is not None:  # those who are gated out are groups of their own, of which nothing is read
+            groups = pair_ids(ranks.gather(passed).long(), groups)
         values = delta_belief.turn_advantages(rewards, rollout, index, groups, finished=self.finished)
         values = ranks.own(values, "spans:turn")
         weights = call.span_counts("turn")
