@@ -38,8 +38,8 @@ ROW = Comparison(
     " (2510.21618)",
     needs="calls whose rewards vary for reasons of their own, and an answer that is hard even with all calls right:"
     " five lookups, of which demonstrations guess half, then a sort",
-    flags="--task trajkern._bench.experiments.tasks.lookups:Lookups --steps 40 --prompts 32 --rollouts 8 --lr 1e-3"
-    " --warmup.steps 400 --warmup.check-every 100 --warmup.pass-at-1 2 --eval.heldout 256 --eval.validation 64"
+    flags="--task trajkern._bench.experiments.tasks.lookups:Lookups --steps 50 --prompts 32 --rollouts 8 --lr 1e-3"
+    " --warmup.steps 400 --warmup.check-every 100 --warmup.pass-at-1 2 --eval.heldout 256 --eval.validation 96"
     " --eval.every 10",
     arms={
         "toolpo": "--recipe toolpo",
