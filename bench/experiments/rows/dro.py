@@ -17,7 +17,7 @@ ROW = Comparison(
     arms={
         "dro": FILTERED,
         "uniform mean": f"{FILTERED} --dro.weights uniform",
-        "no filter": "--recipe dro",
+        "no filter": "--recipe dro --dro.drop-fraction 0",  # as the others resume the first arm's flags
         "verifier": f"--recipe dro --credit {__name__}:VERIFIER",
         "as many dropped at random": f"{FILTERED} --control random-drop",
         "random rewards": f"{FILTERED} {RANDOM}",
