@@ -17,7 +17,7 @@ from trajkern.trainer import train as training
 from trajkern.trainer.config import PRETRAINED, Evaluation, TrainConfig
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.packing import pack_rollouts
-from trajkern.trainer.sampling import sample
+from trajkern.trainer.sampling import left_padded, read_prompts, sample
 from trajkern.trainer.tasks import Task, load_task
 from trajkern.trainer.tree_sampling import TreeShape, grow, plant
 
@@ -181,3 +181,18 @@ def test_smollm2_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     steps, moved = _train_two_steps(_settings(tmp_path / "run", smollm2), monkeypatch)
     assert checked and len(steps) == 2 and moved()
     assert all(step["sampler_drift"] < 1e-3 and step["entropy"] > 0 for step in steps)
+
+
+def test_selected_sequences_go_on_as_they_would_have(policy: HuggingFacePolicy) -> None:
+    tokens, keep = left_padded([policy.encode(text) for text in ("12+3=", "1", "abc")], policy.eos)
+    found = []
+    for rows in (torch.arange(3), torch.tensor([0, 2])):
+        _, cache = read_prompts(policy, tokens, keep, torch.ones(3, dtype=torch.int64), 3)
+        cache = cache.select(rows) if len(rows) < 3 else cache
+        for token in (5, 6, 7):
+            more = torch.full((len(rows), 1), token)
+            with torch.no_grad():
+                last = policy.extend(more, more > 0, cache)
+        found.append(last)
+    torch.testing.assert_close(found[0][[0, 2]], found[1], rtol=0, atol=1e-5)
+    assert (found[0][1] - found[0][0]).abs().max() > 1e-3
