@@ -80,6 +80,12 @@ def test_missing_or_foreign(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "foreign")
 
 
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, path := tmp_path / "old", metadata={checkpoint._KEY: '{"step": 3}'})
+    with pytest.raises(ValueError, match=f"checkpoint must have format 2; {path} has None"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

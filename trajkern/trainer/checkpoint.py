@@ -15,6 +15,7 @@ from trajkern.trainer.optional import require
 from trajkern.trainer.ranks import full, shard_like
 
 _KEY = "trajkern.trainer"
+FORMAT = 2  # of the place and of the configuration in it
 
 
 class Checkpoint(NamedTuple):
@@ -52,9 +53,9 @@ def save(
         tensors |= {f"optimizer.{index}.{k}": full(torch.as_tensor(v)) for k, v in state.items()}
     if path is None:
         return
-    partial = path.with_name(path.name + ".part")
+    partial, stored = path.with_name(path.name + ".part"), {"format": FORMAT, **place}
     try:
-        require("safetensors.torch").save_file(tensors, partial, metadata={_KEY: json.dumps(place)})
+        require("safetensors.torch").save_file(tensors, partial, metadata={_KEY: json.dumps(stored)})
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -66,7 +67,7 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint whole.
 
     Raises:
-        ValueError: no such file, a truncated file, or one that this trainer did not write.
+        ValueError: no such file, a truncated file, or one that this version of the trainer did not write.
     """
     safetensors = require("safetensors")
     try:
@@ -79,7 +80,11 @@ def load(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint must be a whole safetensors file; {path} is damaged ({error})") from None
     if place is None:
         raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")
-    return Checkpoint(path, tensors, json.loads(place))
+    found = json.loads(place)
+    version = found.pop("format", None)
+    if version != FORMAT:
+        raise ValueError(f"checkpoint must have format {FORMAT}; {path} has {version}, of another version of trajkern")
+    return Checkpoint(path, tensors, found)
 
 
 def restore_model(checkpoint: Checkpoint, name: str, model: nn.Module) -> None:
