@@ -60,15 +60,18 @@ def differences(row: Row, test: Test) -> list[float]:
     return [x - y for x, y in pairs if x is not None and y is not None]
 
 
-def write(report: Path, rows: dict[str, Row]) -> None:
-    """Write the page, and the picture beside it."""
+def write(report: Path, rows: dict[str, Row], absent: Sequence[str] = ()) -> None:
+    """Write the page, and the picture beside it; ``absent`` are the rows that have no results."""
     found = findings_of(rows)
     verdicts = {name: verdict(some) for name, some in found.items()}
     picture = report.with_suffix(".png")
     report.parent.mkdir(parents=True, exist_ok=True)
     panels.draw(rows, verdicts, picture)
     notes = report.with_name("reproduction_notes.md")
-    lines = [*_head(rows, found), *_summary(rows, found, verdicts), f"![a panel a row]({picture.name})", ""]
+    lines = [*_head(rows, found), *_summary(rows, found, verdicts)]
+    if absent:
+        lines += [f"Rows without results, of which nothing is claimed: {', '.join(absent)}.", ""]
+    lines += [f"![a panel a row]({picture.name})", ""]
     lines += [_CAPTION, ""]
     lines += [notes.read_text()] if notes.exists() else []
     for name, row in rows.items():

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--results must hold results to make a page of; {options.results} has none")
     if absent := sorted({*(options.best or ())} - rows.keys()):
         parser.error(f"--best must be rows that have results; {', '.join(absent)} have none")
-    page.write(report, rows)
+    page.write(report, rows, [name for name in COMPARISONS if name not in rows])
     print(report)
     if options.best:
         page.draw_some(BEST, rows, options.best)

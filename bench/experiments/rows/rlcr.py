@@ -26,4 +26,7 @@ ROW = Comparison(
         "well_formed",
     ),
     panel=Panel("calibration"),
+    lesson="A proper score halves the calibration error at an accuracy within .01 of the outcome's, and does so only"
+    " where the confidence says something before training. The vote gains nothing by it here: samples of one question"
+    " state much the same confidence.",
 )

@@ -50,4 +50,6 @@ ROW = Comparison(
     tests=(Test("pass@1", "spread over the rollout"), Test("pass@1", "outcome only")),
     measures=("pass@1", "pass@8", "greedy", "found", "all_found", "right_given_all", "mean pass@1"),
     panel=Panel("curve"),
+    lesson="Where calls can be judged one by one, credit their own tokens and no others. Spread over the rollout, the"
+    " same rewards blame and praise an answer that they do not depend on, and it learns two thirds as much.",
 )
