@@ -21,6 +21,6 @@ ROW = Comparison(
     measures=("pass@1", "pass@8", "retrieved", "shown", "tokens"),
     panel=Panel("curve", ("retrieved",), label="questions shown a skill of their family"),
     lesson="A bank pays where the questions of a family share what none of them says: accuracy is the share of"
-    " questions for which a skill was found. What is shown is copied, so that skills of other families leave the policy where"
-    " it began: retrieval is the part to get right.",
+    " questions for which a skill was found. What is shown is copied, so that skills of other families leave the"
+    " policy where it began: retrieval is the part to get right.",
 )
