@@ -67,6 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("device", _devices(metafunc.config))
         return
     backend, rows, ids = metafunc.config.getoption("--backend"), [], []
+    first_dtype = metafunc.definition.get_closest_marker("first_dtype") is not None
     on_threads = metafunc.definition.get_closest_marker("on_threads") is not None
     specs = [s for s in SPECS if s.triton_dtypes or backend != "triton"]
     for device in _devices(metafunc.config):
@@ -76,9 +77,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     continue
                 if on_threads and not (case.large and spec.own_sums):
                     continue
-                for dtype in _dtypes(spec, device, backend) if "dtype" in names else (None,):
+                dtypes = _dtypes(spec, device, backend) if "dtype" in names else (None,)
+                for dtype in dtypes:
                     values = {"spec": spec, "case": case, "dtype": dtype, "device": device}
-                    rows.append([values[n] for n in names])
+                    is_slow = first_dtype and case is not spec.cases[0] and dtype != dtypes[0]
+                    marks = pytest.mark.slow if is_slow else ()
+                    rows.append(pytest.param(*(values[n] for n in names), marks=marks))
                     named = {"spec": spec.name, "case": case and case.name, "dtype": str(dtype)[6:], "device": device}
                     ids.append("-".join(named[n] for n in names))
     metafunc.parametrize(names, rows, ids=ids)

@@ -24,6 +24,7 @@ def _assert_same_bits(left, right) -> None:
     assert not (name := differing(left, right)), f"{name} differs"
 
 
+@pytest.mark.first_dtype
 def test_twice(spec, case, dtype, device) -> None:
     inputs = spec.inputs(case, dtype, device)
     _assert_same_bits(_call(spec, inputs), _call(spec, inputs))

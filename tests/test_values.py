@@ -64,16 +64,17 @@ def _seen(x: Any, view) -> Any:
     return x
 
 
-@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(("op", "example"), SMALL, ids=NAMED)
-def test_views(op, example, view: str) -> None:
+def test_views(op, example) -> None:
     """Of every tensor in every op, value and gradient."""
     for dtype in (torch.float32, torch.float64)[: 2 if example is op.cases[0] else 1]:
         inputs = op.inputs(example, dtype)
         plain = run(op, getattr(tk, op.name), inputs)
-        seen = run(op, getattr(tk, op.name), {k: _seen(v, VIEWS[view]) for k, v in inputs.items()})
-        for name, x in plain.items():
-            torch.testing.assert_close(seen[name], x, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
+        for view, see in VIEWS.items():
+            seen = run(op, getattr(tk, op.name), {k: _seen(v, see) for k, v in inputs.items()})
+            for name, x in plain.items():
+                message = f"{name}, {view}"
+                torch.testing.assert_close(seen[name], x, rtol=1e-5, atol=1e-6, equal_nan=True, msg=message)
 
 
 @pytest.mark.parametrize("op", SPECS, ids=lambda op: op.name)

@@ -326,6 +326,7 @@ print(*(f.__module__ for f in (*functions, FusedLinearForPPO)))
 """
 
 
+@pytest.mark.slow  # two processes that import verl
 def test_page(imported_verl, tmp_path) -> None:
     """docs/verl.md: both commands' options are composed by verl's own configuration and lead to the right functions."""
     page = (ROOT / "docs" / "verl.md").read_text()

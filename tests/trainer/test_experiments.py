@@ -274,6 +274,7 @@ def test_a_version_is_of_code_and_not_of_comments(tmp_path: Path, monkeypatch: p
     assert versions[0] == versions[1] != versions[2]
 
 
+@pytest.mark.slow
 def test_controls_start_from_one_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "controls"
     assert controls.main(["--seeds", "0", "1", "--out", str(out), "--", *SMALL.split(), "--threads", "1"]) == 0
@@ -288,6 +289,7 @@ def test_controls_start_from_one_warm_up(tmp_path: Path, capsys: pytest.CaptureF
         assert supervised["trained"] >= random["trained"] > 0 == supervised["sampled"]
 
 
+@pytest.mark.slow
 def test_an_eager_run_says_what_the_heads_cost(
     config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture
 ) -> None:

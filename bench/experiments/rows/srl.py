@@ -16,7 +16,7 @@ ROW = Comparison(
     arms={
         "srl, then grpo": f"{_SRL} {_THEN}",
         "srl": f"{_SRL} --steps 192",
-        "grpo": "--recipe grpo --steps 32 --eval.every 8",
+        "grpo": "--recipe grpo --steps 32",
         "sft": f"{_SRL} --control supervised --steps 112",
         "srl of random likeness, then grpo": f"{_SRL} {_THEN} {RANDOM}",
     },
