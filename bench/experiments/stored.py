@@ -22,6 +22,7 @@ from trajkern._bench.experiments.comparisons import Comparison
 RESULTS = Path("bench/results/reproduce")
 COMMON = "--time-limit 1e9 --threads 1 --checkpoint-every 0 --eval.validation 128"
 _PACKAGE, _HERE = Path(tk.__file__).resolve().parent, Path(__file__).resolve().parent
+_RUN = (":/trajkern", ":/csrc", ":/bench/experiments")  # what a run's figures come from: not its page, for one
 _OURS = re.compile(r"trajkern\._bench\.experiments\.([\w.]+):")
 
 
@@ -120,11 +121,14 @@ def _code(file: Path) -> str:
 
 
 def commit() -> str:
-    """The checkout's, with "+" where its files differ from it; "unknown" where it is none."""
+    """The checkout's, with "+" where the sources of a run differ from it; "unknown" where it is none."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=_HERE, capture_output=True, check=True)
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=_HERE, capture_output=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", *_RUN],
+            cwd=_HERE,
+            capture_output=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

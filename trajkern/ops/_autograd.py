@@ -32,11 +32,11 @@ class _NoBackward:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply``; where nothing asks for a gradient its forward alone: apply takes as long as a kernel."""
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return function.apply(*args)
     if torch.compiler.is_dynamo_compiling() or is_transformed():
-        return function.apply(*args)
-    if not torch.is_grad_enabled():
-        return function.forward(_NoBackward(), *args)
-    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return function.apply(*args)
     with torch.no_grad():  # what stands in a tuple may require a gradient, and gets none
         return function.forward(_NoBackward(), *args)
