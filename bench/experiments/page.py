@@ -18,7 +18,7 @@ REPORT = Path("bench/reproduction.md")
 _SMALLEST = 1e-4  # of a p that is written out
 _HEAD = """# What the recipes do on tasks that have what they need
 
-`make reproduce` wrote this from `bench/results/reproduce/`: a JSON file a row with every seed's figures and curves,
+`make reproduce` wrote this from `bench/reproduction/`: a JSON file a row with every seed's figures and curves,
 flags, machine and commit. Each row is a recipe beside its authors' baselines and controls, on a generated task with the
 structure that the effect needs; all arms of a row start from one warm-up a seed unless the row says otherwise. Settings
 were chosen on seed 0, which is not among the seeds shown. The built-in model has about 100,000 parameters: this shows

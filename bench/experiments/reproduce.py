@@ -1,6 +1,6 @@
 """Does each recipe do what its authors say? Every row of rows/ over several seeds, from one warm-up a seed.
 
-``make reproduce`` runs all rows, writes bench/results/reproduce/ROW.json and from these bench/reproduction.md with its
+``make reproduce`` runs all rows, writes bench/reproduction/ROW.json and from these bench/reproduction.md with its
 picture; ``ARGS="--only nsr"`` runs one row, ``ARGS=--page-only`` runs none. What has run is kept under runs/reproduce
 and not run again while its flags and sources are the same, so that a run that was stopped goes on where it was. Seeds
 of your own: ``ARGS="--seeds 30 31 32 33 --results runs/mine"``, whose page is runs/mine/reproduction.md.

@@ -19,7 +19,7 @@ from trajkern._bench import ceilings
 from trajkern._bench.experiments.arms import WARM_UP
 from trajkern._bench.experiments.comparisons import Comparison
 
-RESULTS = Path("bench/results/reproduce")
+RESULTS = Path("bench/reproduction")
 COMMON = "--time-limit 1e9 --threads 1 --checkpoint-every 0 --eval.validation 128"
 _PACKAGE, _HERE = Path(tk.__file__).resolve().parent, Path(__file__).resolve().parent
 _RUN = (":/trajkern", ":/csrc", ":/bench/experiments")  # what a run's figures come from: not its page, for one
