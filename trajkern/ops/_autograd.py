@@ -21,7 +21,8 @@ def is_transformed() -> bool:
 class _NoBackward:
     """The ctx of a forward that no backward follows."""
 
-    needs_input_grad = (False,) * 16
+    def __init__(self, count: int) -> None:
+        self.needs_input_grad = (False,) * count
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
@@ -39,7 +40,7 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or is_transformed():
         return function.apply(*args)
     with torch.no_grad():  # what stands in a tuple may require a gradient, and gets none
-        return function.forward(_NoBackward(), *args)
+        return function.forward(_NoBackward(len(args)), *args)
 
 
 def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False) -> Callable[[Backward], Backward]:
