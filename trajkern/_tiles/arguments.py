@@ -38,7 +38,7 @@ class Head(NamedTuple):
         options: list[int],
     ) -> Head:
         """Of an op without targets, about the whole softmax of every hidden state; ``mask`` [T]."""
-        none = torch.empty(0, dtype=torch.int64, device=hidden.device)
+        none = hidden.new_empty(0, dtype=torch.int64)
         return cls(hidden, weight, bias, none, None, mask, None, None, None, scales, options, "")
 
     @property

@@ -91,7 +91,8 @@ class Tiles:
         self.dtype = head.hidden.dtype if half and narrow else head.accumulator
         self.size = head.weight.shape[0] if size is None else size
         self.shard: Shard = shard(head.group, head.weight if size is None else head.weight[:size])
-        self.local = head.targets - self.shard.first
+        first = self.shard.first
+        self.local = head.targets - first if first else head.targets
         self.state_dtype = torch.float64 if self.host else head.accumulator
 
     def pairs(self, keep: Tensor | None) -> Pairs:

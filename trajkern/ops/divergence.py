@@ -139,10 +139,10 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    student = _Side(hidden, weight, bias, softcap, logit_scale)
-    teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    vocabulary = _check_sides(student, teacher, vocabulary)
-    student, teacher = student.with_numbers(""), teacher.with_numbers("teacher_")
+    student = _Side.checked("", hidden, weight, bias, softcap, logit_scale)
+    sides = teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
+    teacher = _Side.checked("teacher_", *sides, beside=hidden)
+    vocabulary = _check_vocabulary(weight, teacher_weight, vocabulary)
     beta = _checked_beta(beta)
     temperature = check_number("temperature", temperature, above=0, dtype=accumulator(hidden))
     _check_mask(mask, hidden)
@@ -160,6 +160,10 @@ def linear_divergence(
     return applied(_LinearDivergence, *heads[0][:3], (*heads[0][3:], *heads[1], beta, vocabulary))
 
 
+# of the teacher, by whether the student's are float64
+_TEACHERS = {True: (torch.float64,), False: tuple(x for x in FLOATS if x != torch.float64)}
+
+
 class _Side(NamedTuple):
     """What one of the two models makes its logits from, by the names of the head's arguments."""
 
@@ -172,26 +176,37 @@ class _Side(NamedTuple):
     def named(self, prefix: str) -> dict[str, Any]:
         return {f"{prefix}{name}": value for name, value in self._asdict().items()}
 
-    def with_numbers(self, prefix: str) -> _Side:
-        """With Python's own, checked."""
-        softcap, logit_scale = check_logit_scales(self.softcap, self.logit_scale, accumulator(self.hidden), prefix)
-        return self._replace(softcap=softcap or None, logit_scale=logit_scale)
+    @classmethod
+    def checked(
+        cls,
+        prefix: str,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        beside: Tensor | None = None,  # the student's hidden states
+    ) -> _Side:
+        """With Python's own numbers; or raises, under names that begin with ``prefix``."""
+        if beside is None:
+            check_projection(hidden, weight, bias)
+        else:
+            dtypes = _TEACHERS[beside.dtype == torch.float64]
+            check_projection(hidden, weight, bias, prefix=prefix, dtypes=dtypes, device=beside.device)
+            if hidden.shape[0] != beside.shape[0]:
+                shape = f"[{beside.shape[0]}, H'], the student's tokens"
+                raise ValueError(f"{prefix}hidden must have shape {shape}; got {describe(hidden)}")
+        softcap, logit_scale = check_logit_scales(softcap, logit_scale, accumulator(hidden), prefix)
+        return cls(hidden, weight, bias, softcap or None, logit_scale)
 
     def head(self, mask: Tensor | None, temperature: float, options: list[int]) -> Head:
         scales = [float(temperature), self.softcap or 0.0, self.logit_scale]
         return Head.of_states(*self[:3], laid_out(mask, torch.bool), scales, options)
 
 
-def _check_sides(student: _Side, teacher: _Side, vocabulary: int | None) -> int | None:
+def _check_vocabulary(weight: Tensor, teacher_weight: Tensor, vocabulary: int | None) -> int | None:
     """Raises, or returns the number of ids that count."""
-    hidden, weight = student[:2]
-    check_projection(*student[:3])
-    dtypes = tuple(x for x in FLOATS if (x == torch.float64) == (hidden.dtype == torch.float64))
-    check_projection(*teacher[:3], prefix="teacher_", dtypes=dtypes, device=hidden.device)
-    if teacher.hidden.shape[0] != hidden.shape[0]:
-        shape = f"[{hidden.shape[0]}, H'], the student's tokens"
-        raise ValueError(f"teacher_hidden must have shape {shape}; got {describe(teacher.hidden)}")
-    sizes = weight.shape[0], teacher.weight.shape[0]
+    sizes = weight.shape[0], teacher_weight.shape[0]
     if vocabulary is None:
         if sizes[0] != sizes[1]:
             raise ValueError(
