@@ -1,5 +1,7 @@
 """The parts of a composed credit together, beside a scalar outcome and beside all but one of them."""
 
+from torch import Tensor
+
 from trajkern import credit
 from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
 
@@ -9,6 +11,16 @@ CHECKED = 0.3 * credit.outcome("action", scale="none", singleton="zero").on("cal
 GATED = CHECKED.gate("well_formed")
 DIRECTED = credit.divergence(where="failed", k=None, beta=0.5)
 
+
+
+def every_verdict(rollouts: credit.Rollouts) -> Tensor:
+    """All that is checked, added up: the outcome, and for an answer of the form its right signs, weighed as above."""
+    return rollouts.reward("reward") + 0.3 * rollouts.flags["well_formed"] * rollouts.reward("action")
+
+
+every_verdict.needs = frozenset({"reward", "action", "flags:well_formed"})  # type: ignore[attr-defined]
+
+SUMMED = credit.outcome(every_verdict)
 COMPOSITION = UNEVEN + GATED + DIRECTED
 NOT_DENSE = UNEVEN + DIRECTED
 NOT_GATED = UNEVEN + CHECKED + DIRECTED
@@ -26,12 +38,20 @@ ROW = Comparison(
     arms={
         "composition": f"--credit {__name__}:COMPOSITION",
         "scalar outcome": f"--credit {__name__}:OUTCOME",
+        "all verdicts in one scalar": f"--credit {__name__}:SUMMED",
         "without the dense part": f"--credit {__name__}:NOT_DENSE",
         "without the gate": f"--credit {__name__}:NOT_GATED",
         "without asymmetry": f"--credit {__name__}:NOT_UNEVEN",
         "without the directive part": f"--credit {__name__}:NOT_DIRECTED",
     },
-    tests=(Test("pass@1", "scalar outcome"), Test("pass@1", "without the directive part")),
+    tests=(
+        Test("pass@1", "scalar outcome"),
+        Test("pass@1", "all verdicts in one scalar"),
+        Test("pass@1", "without the dense part"),
+        Test("pass@1", "without the gate"),
+        Test("distinct", "without asymmetry"),
+        Test("pass@1", "without the directive part"),
+    ),
     measures=("pass@1", "distinct", "codes", "signs", "form", "signs_anywhere"),
     panel=Panel("curve"),
 )

@@ -13,8 +13,8 @@ ROW = Comparison(
     " from a slow teacher that reads the message (2601.20802)",
     needs="a part of the answer that only messages tell, one that only verdicts do, and a policy that reads messages",
     flags="--task trajkern._bench.experiments.tasks.letters:Letters --recipe feedback --feedback.hinted 0.75"
-    " --prompts 32 --steps 150 --feedback.teacher-rate 0.02 --warmup.steps 900 --warmup.lr 2e-3"
-    " --warmup.check-every 900 --warmup.pass-at-1 1 --eval.heldout 256",
+    " --prompts 32 --steps 120 --feedback.teacher-rate 0.02 --warmup.steps 900 --warmup.lr 2e-3"
+    " --warmup.check-every 900 --warmup.pass-at-1 1 --eval.heldout 256 --eval.every 20",
     arms={
         "verdict and divergence": f"--credit {__name__}:BOTH --lr 1.5e-3",
         "verdict only": f"--credit {__name__}:VERDICT --lr 1.5e-3",

@@ -10,19 +10,19 @@ from string import ascii_lowercase, ascii_uppercase
 from trajkern.trainer.tasks import Answer, Question, Task
 from trajkern.trainer.tasks.base import STREAM
 
-LENGTH, SIGNED = 4, 2  # letters of a word, and of these those whose sign is asked for
+LENGTH, SIGNED = 3, 2  # letters of a word, and of these those whose sign is asked for
 CODES, SIGNS = ascii_uppercase, "+-"
 DEMONSTRATIONS = 2  # the split of questions that are shown answered
 
 
 class Letters(Task):
-    """``iuyo=`` is answered by ``iTuAyBoTi-u+``: each letter with its code, then the first two with their signs.
+    """``iuy=`` is answered by ``iTuAyBi-u+``: each letter with its code, then the first two with their signs.
 
     A letter has one of 26 codes and one of two signs, which the seed decides; demonstrations show the form alone, their
     codes and signs are drawn anew each time. Whoever got a code wrong is told the code of one such letter, as in
-    ``oT``, never a sign.
+    ``yB``, never a sign.
 
-    What the effect needs: a part that only a message tells (by chance all codes are right in one answer of 456,976, so
+    What the effect needs: a part that only a message tells (by chance all codes are right in one answer of 17,576, so
     a verdict has nothing to reinforce), and one that only a verdict does (perfect codes alone are right in a quarter);
     and hints that are read, which the demonstrations teach: what stands before the question stands in the answer.
     """
