@@ -6,11 +6,10 @@ from trajkern import credit
 from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
 
 OUTCOME = credit.outcome()
-UNEVEN = OUTCOME.asymmetric(positive=0.1, negative=1.0)
+UNEVEN = OUTCOME.asymmetric(positive=0.3, negative=1.0)
 CHECKED = 0.3 * credit.outcome("action", scale="none", singleton="zero").on("call")
 GATED = CHECKED.gate("well_formed")
 DIRECTED = credit.divergence(where="failed", k=None, beta=0.5)
-
 
 
 def every_verdict(rollouts: credit.Rollouts) -> Tensor:
@@ -29,7 +28,8 @@ NOT_DIRECTED = UNEVEN + GATED
 
 ROW = Comparison(
     claim="dense signal from the structure of a rollout, a gate that is no reward, success and failure that weigh"
-    " differently, and a directive part together beat one scalar at equal tokens",
+    " differently, and a directive part together beat one scalar at equal tokens, of which the dense, the gated"
+    " and the directive part need one another",
     needs="an answer with parts that different signals tell of: codes that only messages name, signs that are checked"
     " one by one, a form without which more signs can be right, and a free digit",
     flags="--task trajkern._bench.experiments.tasks.forms:Forms --recipe feedback --feedback.hinted 0.75 --prompts 32"
@@ -49,7 +49,6 @@ ROW = Comparison(
         Test("pass@1", "all verdicts in one scalar"),
         Test("pass@1", "without the dense part"),
         Test("pass@1", "without the gate"),
-        Test("distinct", "without asymmetry"),
         Test("pass@1", "without the directive part"),
     ),
     measures=("pass@1", "distinct", "codes", "signs", "form", "signs_anywhere"),

@@ -8,11 +8,11 @@ ROW = Comparison(
     needs="claims that look alike until they are worked out, here check digits; verdicts that follow from the work; a"
     " warm-up that ends while the work still slips, so that there is something to learn and samples differ",
     flags="--task trajkern._bench.experiments.tasks.claims:Claims --recipe judge --judge.form pointwise --judge.brief"
-    " --lr 1e-3 --steps 1000 --token-limit 750000 --warmup.pass-at-1 0.6 --warmup.pass-at-k 0 --eval.heldout 256",
+    " --lr 1e-3 --steps 1000 --token-limit 500000 --warmup.pass-at-1 0.6 --warmup.pass-at-k 0 --eval.heldout 256",
     arms={
-        "judge": "--warmup.check-every 5 --eval.every 10",
+        "judge": "--warmup.check-every 5 --eval.every 40",
         "verdict at once": "--judge.no-reasons --warmup.check-every 100 --eval.every 40",
-        "judge, random rewards": f"{RANDOM} --warmup.check-every 5 --eval.every 10",
+        "judge, random rewards": f"{RANDOM} --warmup.check-every 5 --eval.every 40",
     },
     tests=(
         Test("pass@1", "verdict at once"),

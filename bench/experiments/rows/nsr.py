@@ -2,18 +2,18 @@
 
 from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
 
-_LEVEL = "distinct at pass@1 = 0.9"
+_LEVEL = "distinct at pass@1 = 0.97"
 
 ROW = Comparison(
     claim="learning from failures keeps diversity, and with it pass@k at large k; learning from successes loses it"
     " (2506.01347)",
-    needs="many right answers to a question, a start at which half of all samples are right, several updates a batch:"
-    " three digits that complete a sum",
-    flags="--task trajkern._bench.experiments.tasks.puzzle:Puzzle --steps 150 --prompts 24"
-    " --rollouts 8 --updates 8 --lr 5e-4 --warmup.steps 600 --warmup.check-every 50 --warmup.pass-at-1 0.5"
-    " --warmup.pass-at-k 0.9 --eval.samples 64 --eval.heldout 96 --eval.validation 48 --eval.every 10",
+    needs="many right answers to a question, a start at which most samples are right, several updates a batch, and"
+    " batches so large that noise, which costs diversity too, stays small: three digits that complete a sum",
+    flags="--task trajkern._bench.experiments.tasks.puzzle:Puzzle --steps 100 --prompts 96"
+    " --rollouts 8 --updates 8 --lr 5e-4 --warmup.steps 1500 --warmup.check-every 50 --warmup.pass-at-1 0.7"
+    " --warmup.pass-at-k 0.9 --eval.samples 64 --eval.heldout 96 --eval.validation 96 --eval.every 10",
     arms={name: f"--recipe {name}" for name in ("nsr", "w_reinforce", "psr", "grpo")},
-    tests=(Test(_LEVEL, "psr"), Test(_LEVEL, "grpo")),
+    tests=(Test(_LEVEL, "psr"),),
     measures=(_LEVEL, "distinct", *(f"pass@{2**i}" for i in range(7)), "greedy"),
     panel=Panel("curve", ("distinct",), over="pass@1", label="distinct right answers in 64 samples"),
 )
