@@ -17,6 +17,7 @@ from trajkern._bench import (
     ceilings,
     growth,
     head,
+    hosts,
     logprob,
     peers,
     policy_loss,
@@ -41,6 +42,7 @@ FAMILIES = {
     "tree": tree.CASES,
     "span": span.CASES,
     "recipes": recipes.CASES,
+    "hosts": hosts.CASES,
 }
 TIMED = tuple(dict.fromkeys(case.op for cases in FAMILIES.values() for case in cases))
 FORMAT = 2  # of the results file

@@ -136,10 +136,11 @@ class TimedCase:
     devices: tuple[str, ...] = ("cpu", "cuda")
     memory_of: str | None = None  # measure the peak memory beside this argument's size
     host: bool = False  # time what the call costs its caller, not the device
+    outside: str = "recipes"  # the family of what is no op of the registry
 
     @property
     def family(self) -> str:
-        return OPS[self.op].family if self.op in OPS else "recipes"
+        return OPS[self.op].family if self.op in OPS else self.outside
 
     @property
     def name(self) -> str:
