@@ -191,9 +191,9 @@ def test_a_share_of_the_warm_up_shows_no_skill() -> None:
         ({"lessons_for": "none"}, "skillrl.lessons_for must be one of family, all; got 'none'"),
         ({"success_above": 1.0}, "skillrl.success_above must be below 1, a right answer's, got 1.0"),
         ({"capacity": 0}, "capacity must be at least 1"),
-        ({"teacher": "nowhere:no"}, 'skillrl.teacher must be "package.module:name" is expected'),
-        ({"distiller": f"{HERE}:HERE"}, f"skillrl.distiller must be a function; '{HERE}:HERE' is '{HERE}'"),
-        ({"embed": f"{HERE}:nothing"}, "skillrl.embed must be"),
+        ({"teacher": "nowhere:no"}, 'skillrl.teacher: "package.module:name" is expected'),
+        ({"distiller": f"{HERE}:HERE"}, f"skillrl.distiller must be package.module:function; '{HERE}:HERE' is"),
+        ({"embed": f"{HERE}:nothing"}, "skillrl.embed: "),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -41,6 +41,17 @@ SHOWS_WORK = Requirement("one with `reference`, a worked solution", lambda task:
 GIVES_HINTS = Requirement("one with `hint`", lambda task: isinstance(task, HintTask))
 
 
+def load_function(setting: str, name: str) -> Callable[..., Any]:
+    """The function "package.module:function" that a setting names. Raises ValueError where there is none."""
+    try:
+        found = credit.load(name)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{setting} must be package.module:function; {name!r} is {found!r}")
+    return found
+
+
 class Rounds(NamedTuple):
     """Training in rounds of ``steps`` steps on what a filter keeps of ``candidates`` questions."""
 

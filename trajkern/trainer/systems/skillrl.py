@@ -12,7 +12,7 @@ from trajkern import credit
 from trajkern.integrations.sentence_transformers import embeddings
 from trajkern.recipes.skillrl import Skill, SkillBank
 from trajkern.trainer.packing import Piece, demonstration
-from trajkern.trainer.systems.base import GroupSystem, Local
+from trajkern.trainer.systems.base import GroupSystem, Local, load_function
 from trajkern.trainer.tasks.base import Question, Splits
 from trajkern.trainer.tasks.capabilities import family_of
 
@@ -184,7 +184,7 @@ class SkillBased(GroupSystem):
         """The function, called on rank 0: what it says, which may be another thing each time, is told to all."""
         if function is None:
             return None
-        found = load(name, function)
+        found = load_function(f"skillrl.{name}", function)
         return lambda *of: self.ranks.told(found(*of) if self.ranks.number == 0 else None)
 
 
@@ -192,18 +192,7 @@ def embedding(name: str | None) -> Callable[..., Any] | None:
     """What maps texts to vectors: a function, or a model of sentence-transformers."""
     if name is None:
         return None
-    return load("embed", name) if ":" in name else embeddings(name)
-
-
-def load(setting: str, name: str) -> Callable[..., Any]:
-    """The function ``package.module:function`` that a setting names. Raises ValueError where there is none."""
-    try:
-        found = credit.load(name)
-    except ValueError as error:
-        raise ValueError(f"skillrl.{setting} must be {error}") from None
-    if not callable(found):
-        raise ValueError(f"skillrl.{setting} must be a function; {name!r} is {found!r}")
-    return found
+    return load_function("skillrl.embed", name) if ":" in name else embeddings(name)
 
 
 def draw(prompt: str) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from trajkern import credit
 from trajkern.recipes import toolpo
 from trajkern.trainer.systems.actions import action_spans, actions_of, completions
-from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
+from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement, load_function
 from trajkern.trainer.tasks.base import Task
 from trajkern.trainer.tasks.capabilities import Action, ActionTask, SimulatedTask
 
@@ -49,7 +49,7 @@ class ToolRewards(GroupSystem):
     def __post_init__(self) -> None:
         if self.settings.simulate is not None:
             assert isinstance(self.task, SimulatedTask)
-            self.task = self.task.simulated(load_simulator(self.settings.simulate))
+            self.task = self.task.simulated(load_function("toolpo.simulate", self.settings.simulate))
 
     @classmethod
     def expression(cls, recipe: str, settings: ToolPO) -> credit.Spec:
@@ -62,7 +62,7 @@ class ToolRewards(GroupSystem):
     def check(cls, recipe: str, settings: ToolPO, task: Task) -> None:
         super().check(recipe, settings, task)
         if settings.simulate is not None:
-            load_simulator(settings.simulate)
+            load_function("toolpo.simulate", settings.simulate)
             if not isinstance(task, SimulatedTask):
                 raise ValueError(f"task must be one with `simulated`, for toolpo.simulate; got {task.name!r}")
 
@@ -90,14 +90,3 @@ class ToolRewards(GroupSystem):
         preference = toolpo.group_preference(rows[:, 0], rows[:, 1].bool(), rows[:, 2])
         begin = sum(counts[: self.ranks.part])
         return preference[begin : begin + len(own)]
-
-
-def load_simulator(name: str) -> toolpo.Simulator:
-    """The function that ``toolpo.simulate`` names. Raises ValueError where there is none."""
-    try:
-        found = credit.load(name)
-    except ValueError as error:
-        raise ValueError(f"toolpo.simulate: {error}") from None
-    if not callable(found):
-        raise ValueError(f"toolpo.simulate must be package.module:function; {name!r} is {found!r}")
-    return found
