@@ -43,6 +43,7 @@ PARTS = {
     ),
     "verl": Part(("integrations/test_verl.py", "integrations/test_verl_head.py"), ("verl", "torch")),
     "openrlhf": Part(("integrations/test_openrlhf.py",), ("openrlhf", "torch")),
+    "areal": Part(("integrations/test_areal.py",), ("areal", "torch")),
     "liger": Part(("integrations/test_liger.py",), ("liger-kernel", "torch")),
 }
 
