@@ -20,9 +20,8 @@ from torch import Tensor
 
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
-from trajkern.credit.spec import Gated, Only, Sum
-from trajkern.credit.terms import Directive, Outcome, Signs
 from trajkern.integrations._adapter import Patches, WhenImported, check_signature, held
+from trajkern.integrations._credit_checks import may_leave_out
 from trajkern.integrations._verl_rollouts import LOGPROBS, Pack, Rows, rollouts_of
 
 NOT_GIVEN = {  # what a credit may need -> why no trainer of verl has it
@@ -40,22 +39,6 @@ def check_given(spec: Spec) -> None:
     for name, why in NOT_GIVEN.items():
         if name in spec.needs:
             raise ValueError(f"credit must do without {name!r} in verl: {why}; got {spec!r}")
-
-
-def may_leave_out(spec: Spec) -> bool:
-    """Whether whole rollouts can leave the loss by what the expression says; NaN rewards apart."""
-    match spec:
-        case Sum():
-            return all(map(may_leave_out, spec.parts))
-        case Gated() | Only():
-            return True
-        case Signs():
-            return spec.kind != "w_reinforce"
-        case Directive():
-            return spec.where == "failed"
-        case Outcome():
-            return isinstance(spec.reward, Spec) and may_leave_out(spec.reward)
-    return any(map(may_leave_out, spec.inner))
 
 
 @dataclass

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern.credit import PRESETS, Spec, load
+from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._verl_losses import LOSSES
 from trajkern.integrations._wrapped import autocasted
 
@@ -103,9 +104,7 @@ def _credits(credit: Spec | str | None) -> tuple[dict[str, Spec], str | None]:
     specs = {name: spec for name, spec in specs.items() if not spec.needs & _verl_credit.NOT_GIVEN.keys()}
     if credit is None:
         return specs, None
-    spec = load(credit) if isinstance(credit, str) else credit
-    if not isinstance(spec, Spec):
-        raise TypeError(f"credit must be an expression of trajkern.credit or its 'package.module:name', got {credit!r}")
+    spec = spec_of("credit", credit)
     _verl_credit.check_given(spec)
     return specs | {"credit": spec}, PREFIX + "credit"
 

@@ -1,0 +1,249 @@
+"""Micro-batches of slime and miles, which are lists of a tensor a sample, as one pack of their response tokens."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trajkern as tk
+from trajkern._checks import describe
+from trajkern.layouts.spans import trajectories
+from trajkern.losses.kinds import LOG_RATIO_BOUND
+
+SCORERS = ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss_hub.logit_processors")
+_held: set[Any] = set()  # the hosts' reducers that were held against the weights here
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N samples, and the R tokens of their responses end to end.
+
+    Construction checks the lists against each other by their lengths; it reads no value of a device.
+    """
+
+    total_lengths: Sequence[int]  # [N], prompt and response
+    response_lengths: Sequence[int]  # [N]
+    loss_masks: Tensor  # [R], 0 or 1
+
+    @classmethod
+    def of(cls, total_lengths: Any, response_lengths: Any, loss_masks: Any) -> Samples:
+        for name, x in (("total_lengths", total_lengths), ("response_lengths", response_lengths)):
+            if not isinstance(x, Sequence) or not all(isinstance(n, int) for n in x):
+                raise TypeError(f"{name} must be a list of a whole number a sample, got {describe(x)}")
+        if len(total_lengths) != len(response_lengths) or not total_lengths:
+            raise ValueError(
+                f"total_lengths must have a number for each of the samples of response_lengths, at least 1; "
+                f"got {len(total_lengths)} and {len(response_lengths)}"
+            )
+        for n, (total, response) in enumerate(zip(total_lengths, response_lengths, strict=True)):
+            if not 0 <= response < total:
+                raise ValueError(
+                    "response_lengths must be from 0 to less than total_lengths, as a token of the prompt predicts the "
+                    f"first of the response; sample {n} has {response} of {total}"
+                )
+        masks = _joined("loss_masks", loss_masks, response_lengths)
+        if masks.is_cpu and bool(((masks != 0) & (masks != 1)).any()):
+            raise ValueError(f"loss_masks must be 0 or 1, got {masks[(masks != 0) & (masks != 1)][0].item()}")
+        return cls(total_lengths, response_lengths, masks)
+
+    def flat(self, name: str, parts: Any) -> Tensor:
+        """A field of the host's, a tensor ``[R_n]`` a sample, as ``[R]`` without a gradient; an error names it."""
+        return _joined(name, parts, self.response_lengths).detach()
+
+    def split(self, x: Tensor) -> list[Tensor]:  # [R]
+        """A view a sample."""
+        return list(x.split(list(self.response_lengths)))
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return self.loss_masks != 0
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *accumulate(self.response_lengths)], device=self.loss_masks.device)
+
+    @cached_property
+    def whole(self) -> tk.Spans:
+        """Each sample's response as a span."""
+        return trajectories(self.cu_seqlens, self.loss_masks.shape[0])
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """The unmasked tokens of each sample, float32 ``[N]``."""
+        return tk.span_reduce(self.mask.float(), self.whole, "sum")
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where the response tokens stand among all tokens of the samples, int64 ``[R]``."""
+        ends = accumulate(self.total_lengths)
+        begins = accumulate(self.response_lengths, initial=0)
+        shifts = [end - n - begin for end, n, begin in zip(ends, self.response_lengths, begins, strict=False)]
+        device, count = self.loss_masks.device, self.loss_masks.shape[0]
+        shift = torch.tensor(shifts, device=device).repeat_interleave(self.cu_seqlens.diff(), output_size=count)
+        return shift + torch.arange(count, device=device)
+
+    def taken(self, x: Tensor) -> Tensor:  # [R]
+        """``x`` where the loss reads it, and 0 elsewhere, whatever stands there."""
+        return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def sums(self, x: Tensor) -> Tensor:  # [R]
+        """Of each sample's unmasked tokens, ``[N]``."""
+        return tk.span_reduce(self.taken(x), self.whole, "sum")
+
+    def means(self, x: Tensor) -> Tensor:  # [R]
+        """Of each sample's unmasked tokens, ``[N]``, 0 where there are none."""
+        return self.sums(x) / self.counts.clamp_min(1)
+
+    def weights(self, denominators: Tensor | None, per_token: bool) -> Tensor:  # [N]
+        """What the hosts' reducer multiplies each token with before it sums, float32 ``[R]``.
+
+        1 / max(denominator, 1) of its sample, or 1 where ``per_token``; 0 under the mask. None: the sample's own count.
+        """
+        if per_token:
+            return self.mask.float()
+        of_sample = self.counts if denominators is None else denominators
+        return self.taken(tk.spread(1 / of_sample.float().clamp_min(1), self.whole))
+
+
+def _joined(name: str, parts: Any, lengths: Sequence[int]) -> Tensor:
+    if not isinstance(parts, Sequence) or not all(isinstance(x, Tensor) for x in parts):
+        raise TypeError(f"{name} must be a list of a tensor a sample, got {describe(parts)}")
+    if len(parts) != len(lengths):
+        raise ValueError(f"{name} must have a tensor for each of the {len(lengths)} samples, got {len(parts)}")
+    for n, (x, length) in enumerate(zip(parts, lengths, strict=True)):
+        if x.ndim != 1 or x.shape[0] != length:
+            raise ValueError(
+                f"{name} must have the {length} tokens of the response of sample {n}, which no context parallelism has "
+                f"split; got {describe(x)}"
+            )
+    return torch.cat(list(parts))
+
+
+def is_miles(args: Any) -> bool:
+    """Whether these are options of miles, which alone has a choice of layouts."""
+    return hasattr(args, "qkv_format")
+
+
+def check_whole(args: Any, what: str) -> None:
+    """ValueError where options split a sequence, or lay the tokens out as nothing here reads them."""
+    legal = {"context_parallel_size": 1, "qkv_format": "thd", "true_on_policy_mode": False}
+    for name, value in legal.items():
+        if (found := getattr(args, name, value)) != value:
+            raise ValueError(f"{name} must be {value!r} for trajkern's {what}, got {found!r}")
+
+
+def option(args: Any, name: str) -> Any:
+    """An option of the host's; AttributeError that says who reads it where there is none."""
+    if not hasattr(args, name):
+        raise AttributeError(f"args must have {name}, which slime and miles have and trajkern reads; it has none")
+    return getattr(args, name)
+
+
+def samples_of(batch: Mapping[str, Any]) -> Samples:
+    """Of a micro-batch, or of a rank's whole rollout."""
+    wanted = ("total_lengths", "response_lengths", "loss_masks")
+    if missing := [name for name in wanted if batch.get(name) is None]:
+        raise ValueError(f"the batch must have {', '.join(wanted)}; it has no {', '.join(missing)}")
+    return Samples.of(*(batch[name] for name in wanted))
+
+
+def denominators_of(batch: Mapping[str, Any], samples: Samples) -> Tensor | None:
+    """Of each sample, the unmasked tokens of its whole rollout, ``[N]``, where the host says them."""
+    found = batch.get("rollout_mask_sums")
+    if found is None:
+        return None
+    found = found if isinstance(found, Tensor) else torch.stack(list(found))
+    count = len(samples.response_lengths)
+    if found.shape != (count,):
+        raise ValueError(f"rollout_mask_sums must have a number for each of the {count} samples; got {describe(found)}")
+    return found.to(samples.loss_masks.device)
+
+
+def check_reducer(reducer: Callable[[Tensor], Any], samples: Samples, weights: Tensor) -> None:
+    """ValueError where the host's reducer is not the sum with these weights.
+
+    A version that normalises otherwise would get another loss in silence. Reads two numbers, once a reducer's code.
+    """
+    code = getattr(reducer, "__code__", reducer)
+    if code in _held:
+        return
+    probe = 1.0 + torch.arange(weights.shape[0], device=weights.device) % 7
+    theirs, ours = float(reducer(probe)), float(probe @ weights)
+    if not math.isclose(theirs, ours, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(
+            "sum_of_sample_mean must divide each sample by its rollout_mask_sums (or by its own unmasked tokens where "
+            f"the batch has none), or by 1 with --calculate-per-token-loss; of a probe it makes {theirs}, not {ours}"
+        )
+    if ours:
+        _held.add(code)
+
+
+def scored(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples, entropy: bool):
+    """(log-probs, entropy or None) of the response tokens, ``[R]`` each, differentiable in the logits ``[1, T, V]``."""
+    if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] < sum(samples.total_lengths):
+        raise ValueError(
+            f"logits must have shape [1, T, V] with T at least the {sum(samples.total_lengths)} tokens of the samples; "
+            f"got {describe(logits)}"
+        )
+    replays = not is_miles(args) and getattr(args, "rollout_top_p", 1.0) != 1.0
+    if replays or getattr(args, "tensor_model_parallel_size", 1) > 1:
+        return _scored_by_host(args, batch, logits, samples, entropy)
+    tokens = torch.cat(list(batch["unconcat_tokens"]))
+    if tokens.shape[0] != sum(samples.total_lengths):
+        raise ValueError(
+            f"unconcat_tokens must be the {sum(samples.total_lengths)} tokens of total_lengths, got {tokens.shape[0]}"
+        )
+    rows = samples.places - 1
+    targets = tokens.new_zeros(logits.shape[1]).index_copy(0, rows, tokens[samples.places])
+    mask = torch.zeros_like(targets, dtype=torch.bool).index_copy(0, rows, samples.mask)
+    outputs = ("entropy",) if entropy else ()
+    stats = tk.token_stats(
+        logits[0], targets, outputs=outputs, temperature=option(args, "rollout_temperature"), mask=mask
+    )
+    return stats.logprobs[rows], None if stats.entropy is None else stats.entropy[rows]
+
+
+def _scored_by_host(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples, entropy: bool):
+    """As :func:`scored`, by the host, which knows how a vocabulary is spread and which tokens a sampler kept."""
+    there = [sys.modules[name] for name in SCORERS if name in sys.modules]
+    if not there:
+        raise RuntimeError(
+            "tensor_model_parallel_size above 1 and rollout_top_p below 1 need the host's get_log_probs_and_entropy of "
+            f"{' or '.join(SCORERS)}; neither is loaded in this process"
+        )
+    host = there[0]
+    more = {} if is_miles(args) else host.get_rollout_top_p_logprob_kwargs(args, batch)
+    if is_miles(args):
+        more["entropy_requires_grad"] = option(args, "entropy_coef") != 0
+    found = host.get_log_probs_and_entropy(
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=samples.total_lengths,
+        response_lengths=samples.response_lengths,
+        with_entropy=entropy,
+        **more,
+    )
+    found = found[1] if isinstance(found, tuple) else found
+    parts = (_joined(name, found[name], samples.response_lengths) for name in ("log_probs", "entropy")[: 1 + entropy])
+    return next(parts), next(parts, None)
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp, bounded as the losses' ratios are."""
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def loaded(path: str) -> Any:
+    """What a host's ``module.function`` path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
