@@ -132,6 +132,19 @@ def corrected(args: Namespace, batch: dict[str, Any], w: Tensor) -> tuple[Tensor
     return factor, masks, (factor != w).double()
 
 
+def policy_term(args: Namespace, ratio: Tensor, advantages: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, whether it is clipped) of each token, ``compute_policy_loss`` and ``compute_cispo_loss``."""
+    low, high = 1 - args.eps_clip, 1 + args.eps_clip_high
+    if args.advantage_estimator == "cispo":
+        loss = -ratio.clamp(low, high).detach() * advantages * new
+        return loss, (ratio.clamp(low, high) != ratio).double()
+    plain, bounded = -ratio * advantages, -ratio.clamp(low, high) * advantages
+    loss = torch.maximum(plain, bounded)
+    if args.eps_clip_c is not None:
+        loss = torch.where(advantages < 0, torch.minimum(-args.eps_clip_c * advantages, loss), loss)
+    return loss, (bounded > plain).double()
+
+
 def expected(args: Namespace, batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of ``policy_loss_function``, of logits in float64."""
     miles, per_token = hasattr(args, "qkv_format"), args.calculate_per_token_loss
@@ -147,15 +160,7 @@ def expected(args: Namespace, batch: dict[str, Any], logits: Tensor) -> tuple[Te
     if args.advantage_estimator == "gspo":
         kl = torch.cat([x.expand(n) for x, n in zip(means, RESPONSES, strict=True)])
     ratio = (-kl).exp()
-    low, high = 1 - args.eps_clip, 1 + args.eps_clip_high
-    if args.advantage_estimator == "cispo":
-        loss = -ratio.clamp(low, high).detach() * advantages * new
-        clip = (ratio.clamp(low, high) != ratio).double()
-    else:
-        plain, bounded = -ratio * advantages, -ratio.clamp(low, high) * advantages
-        loss, clip = torch.maximum(plain, bounded), (bounded > plain).double()
-        if args.eps_clip_c is not None:
-            loss = torch.where(advantages < 0, torch.minimum(-args.eps_clip_c * advantages, loss), loss)
+    loss, clip = policy_term(args, ratio, advantages, new)
     metrics = {}
     if args.use_opsm:
         parts = zip(advantages.split(RESPONSES), means, batch["loss_masks"], strict=True)
