@@ -69,6 +69,7 @@ class Comparison:
         panel: the picture.
         lesson: what a practitioner takes from it; written when the figures are known.
         shares_warm_up: whether all arms warm up alike.
+        seeds: of the committed results: none on which settings were chosen.
     """
 
     claim: str
@@ -80,6 +81,7 @@ class Comparison:
     panel: Panel = Panel()
     lesson: str = ""
     shares_warm_up: bool = True
+    seeds: tuple[int, ...] = (20, 21, 22, 23, 24, 25)
 
     def __post_init__(self) -> None:
         for test in self.tests:

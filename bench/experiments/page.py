@@ -21,7 +21,7 @@ _HEAD = """# What the recipes do on tasks that have what they need
 `make reproduce` wrote this from `bench/reproduction/`: a JSON file a row with every seed's figures and curves,
 flags, machine and commit. Each row is a recipe beside its authors' baselines and controls, on a generated task with the
 structure that the effect needs; all arms of a row start from one warm-up a seed unless the row says otherwise. Settings
-were chosen on seed 0, which is not among the seeds shown. The built-in model has about 100,000 parameters: this shows
+were chosen on other seeds than a row shows. The built-in model has about 100,000 parameters: this shows
 whether an effect is there, not its size in the paper.
 
 A row's hypotheses stand in `bench/experiments/rows/`: the recipe is better in a measure than another arm. Differences
