@@ -43,7 +43,8 @@ def check_version(package: str, tested: Sequence[str], any_version: bool) -> Non
         installed = version(package)
     except PackageNotFoundError as error:
         raise ImportError(f"{package} is not installed; trajkern was tested with {', '.join(tested)}") from error
-    if installed not in tested and not any_version and (package, installed) not in _warned:
+    public = installed.partition("+")[0]  # without what a build of a commit adds
+    if public not in tested and not any_version and (package, installed) not in _warned:
         _warned.add((package, installed))
         warnings.warn(
             f"trajkern was tested with {package} {' and '.join(tested)}, not with {installed}: the names and "
