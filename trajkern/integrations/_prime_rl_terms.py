@@ -54,7 +54,8 @@ def term_of(kind: str = "default", **options: Any) -> Term:
         for name, value in options.items():
             if not isinstance(value, int | float) or not value >= 0:
                 raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
-        return partial({"default": _default, "ipo": _ipo}[kind], **known | options)
+        own: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {"default": _default, "ipo": _ipo}
+        return partial(own[kind], **known | options)
     if kind in NOT_SERVED:
         raise ValueError(f"kind must not be {kind!r}: it {NOT_SERVED[kind]}")
     aggregate = options.pop("aggregate", None)

@@ -301,7 +301,6 @@ class GRPOLoss:
             taus = self.sapo_tau_pos, self.sapo_tau_neg
             loss, stat = sapo_loss_fn(logprobs, old, advantages, *taus, mask, level, bounds)
         else:
-            clip = {"eps_clip_higher": self.eps_clip_higher, "c_clip": self.c_clip}
             loss, stat = ppo_actor_loss_fn(
                 logprobs,
                 prox,
@@ -309,7 +308,8 @@ class GRPOLoss:
                 advantages,
                 self.eps_clip,
                 mask,
-                **clip,
+                eps_clip_higher=self.eps_clip_higher,
+                c_clip=self.c_clip,
                 rejection_sampling=self.rejection_sampling,
                 importance_sampling_level=level,
                 cu_seqlens=bounds,

@@ -198,7 +198,8 @@ def compute_loss(
     lengths = torch.tensor([x.shape[0] for x in trainer_logprobs], device=new.device)
     tokens = Tokens(new, old, ref, a, mask, None, _bounds(lengths))
     components = zip((rl, ce, ref_kl), weights, scales.values(), (True, False, False), strict=True)
-    losses, metrics = [], {}
+    losses: list[Tensor] = []
+    metrics: dict[str, Tensor] = {}
     for term, w, scale, always in components:
         if w is None and not always:
             continue
@@ -214,7 +215,7 @@ def _packs(streams: Mapping[str, Sequence[Tensor] | None]) -> list[Tensor | None
     (first, wanted), *_ = streams.items()
     if not wanted:
         raise ValueError(f"{first} must hold at least one sequence, got {wanted!r}")
-    packs = []
+    packs: list[Tensor | None] = []
     for name, sequences in streams.items():
         if sequences is None and name not in ("inference_logprobs", "advantages", "loss_mask"):
             packs.append(None)
