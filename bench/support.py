@@ -42,6 +42,10 @@ PARTS = {
         interpreted=True,
     ),
     "verl": Part(("integrations/test_verl.py", "integrations/test_verl_head.py"), ("verl", "torch")),
+    "skyrl": Part(
+        ("integrations/test_skyrl_losses.py", "integrations/test_skyrl.py", "integrations/test_skyrl_credit.py"),
+        ("skyrl", "torch"),
+    ),
     "openrlhf": Part(("integrations/test_openrlhf.py",), ("openrlhf", "torch")),
     "areal": Part(("integrations/test_areal.py",), ("areal", "torch")),
     "liger": Part(("integrations/test_liger.py",), ("liger-kernel", "torch")),

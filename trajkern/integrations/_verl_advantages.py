@@ -19,7 +19,7 @@ from trajkern.integrations._adapter import PaddedRows, padded_rows
 Pair = tuple[Tensor, Tensor]
 
 
-class _Groups(NamedTuple):
+class Groups(NamedTuple):
     """Which rows share a uid, counted on the host, where the uids are."""
 
     ids: Tensor  # [B], dense, in order of first appearance
@@ -27,7 +27,7 @@ class _Groups(NamedTuple):
     start: Tensor  # [G], where each group begins among the rows sorted by id
 
     @classmethod
-    def of(cls, index: Any, count: int, device: torch.device) -> _Groups:
+    def of(cls, index: Any, count: int, device: torch.device) -> Groups:
         if index is None:
             raise ValueError("index must hold the uid of every row for an estimator that compares groups; got None")
         uids = list(index.tolist() if isinstance(index, (np.ndarray, Tensor)) else index)
@@ -58,10 +58,10 @@ class _Batch(NamedTuple):
     rows: PaddedRows
     rewards: Tensor  # [B, L]
     scores: Tensor  # [B]
-    groups: _Groups | None
+    groups: Groups | None
 
     @property
-    def group(self) -> _Groups:
+    def group(self) -> Groups:
         assert self.groups is not None
         return self.groups
 
@@ -69,7 +69,7 @@ class _Batch(NamedTuple):
 def _read(token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, *, grouped: bool = True) -> _Batch:
     rows = padded_rows("response_mask", response_mask)
     rows.pack("token_level_rewards", token_level_rewards)
-    groups = _Groups.of(index, rows.shape[0], response_mask.device) if grouped else None
+    groups = Groups.of(index, rows.shape[0], response_mask.device) if grouped else None
     return _Batch(rows, token_level_rewards, token_level_rewards.sum(-1), groups)
 
 
@@ -298,7 +298,7 @@ def _path_variance(batch: _Batch, old_log_probs, sum_pi_squared, rollout_is_weig
     return torch.where(batch.rows.pad(batch.rows.mask), w, 0).cumsum(-1)
 
 
-def _token_baseline(returns, weights, mask, groups: _Groups, counted, zero_tail: bool, epsilon: float) -> Tensor:
+def _token_baseline(returns, weights, mask, groups: Groups, counted, zero_tail: bool, epsilon: float) -> Tensor:
     """B_t ``[B, L]`` at every position, from the rows of each group that have a token there."""
     w = torch.where(mask, weights, 0)
     baseline = (groups.sum(returns * w) / (groups.sum(w) + epsilon)).to(returns.dtype)[groups.ids]
