@@ -8,7 +8,7 @@ ROW = Comparison(
     needs="claims that look alike until they are worked out, here check digits; verdicts that follow from the work; a"
     " warm-up that ends while the work still slips, so that there is something to learn and samples differ",
     flags="--task trajkern._bench.experiments.tasks.claims:Claims --recipe judge --judge.form pointwise --judge.brief"
-    " --lr 1e-3 --steps 1000 --token-limit 500000 --warmup.pass-at-1 0.6 --warmup.pass-at-k 0 --eval.heldout 256",
+    " --lr 1e-3 --steps 1000 --token-limit 500000 --warmup.pass-at-1 0.75 --warmup.pass-at-k 0 --eval.heldout 256",
     arms={
         "judge": "--warmup.check-every 5 --eval.every 40",
         "verdict at once": "--judge.no-reasons --warmup.check-every 100 --eval.every 40",
@@ -22,4 +22,5 @@ ROW = Comparison(
     measures=("pass@1", "vote@2", "vote@4", "vote@8", "greedy"),
     panel=Panel("bars", measures=("pass@1", "vote@2", "vote@4", "vote@8")),
     shares_warm_up=False,
+    seeds=(30, 31, 32, 33, 34, 35),  # 20 to 25 showed that at a start of .6 most seeds take more tokens than these
 )
