@@ -15,8 +15,10 @@ from torch import Tensor
 import trajkern as tk
 from trajkern import reference
 from trajkern._bench.memory import peak_bytes
+from trajkern._native import head as native
 from trajkern._tiles import tiles
 from trajkern._tiles.pairs import Head, pairs_of
+from trajkern._tiles.shards import Shard
 from trajkern.testing import budget_share, oracle, run
 from trajkern.testing.head import LINEAR_LOGPROBS, LINEAR_POLICY_LOSS
 
@@ -135,6 +137,17 @@ class TestWorkspace:
             grads.append((hidden.grad, weight.grad))
         for other in grads[1:]:
             assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+    def test_ranks_fold_blocks_of_one_size(self) -> None:
+        """However unequal their shards are: they add up each block together."""
+        rows = []
+        for size in (16384, 3616):
+            none = torch.empty(0, dtype=torch.int64)
+            head = Head(torch.ones(2000, 1), torch.ones(size, 1), None, none, *[None] * 5, [1.0, 0.0, 1.0], [0] * 4, "")
+            of_rank = tiles.Tiles(head, native._KERNELS)
+            of_rank.shard = Shard(0, 20000, 16384, None)
+            rows.append(of_rank.fold_shape(2000)[0])
+        assert rows[0] == rows[1] < 2000
 
     def test_any_size_that_holds_a_row(self) -> None:
         grads = []

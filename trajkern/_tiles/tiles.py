@@ -123,11 +123,14 @@ class Tiles:
         return max(total, WORKSPACE[self.host])
 
     def fold_shape(self, slots: int, writes_weight: bool = False) -> tuple[int, int]:
-        """(rows, columns) of a tile that is dropped once folded, or recomputed to be a gradient."""
-        columns = min(COLUMNS[self.host], self.size)
+        """(rows, columns) of a tile that is dropped once folded, or recomputed to be a gradient.
+
+        Ranks fold a block together, so that the widest shard decides about its rows.
+        """
+        columns, widest = (min(COLUMNS[self.host], size) for size in (self.size, self.shard.widest))
         if self.fixed_rows is not None:
             return self.fixed_rows, columns
-        rows = self._bytes(slots, writes_weight) // (columns * self.dtype.itemsize)
+        rows = self._bytes(slots, writes_weight) // (widest * self.dtype.itemsize)
         return max(1, min(slots, rows if writes_weight else min(rows, FOLD_ROWS))), columns
 
     def whole_rows(self, slots: int, writes_weight: bool = False) -> tuple[int, int]:
