@@ -17,7 +17,8 @@ Arch = int | str  # a compute capability, or one of AMD's targets
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
     " ref_logprobs sampler_logprobs normalizer mean_slopes loss metrics x scale"
-    " z grad state student teacher state_s state_t divergence saved upstream picked residual common power mean_logit",
+    " z grad state student teacher state_s state_t divergence saved upstream picked residual common power mean_logit"
+    " factors",
     "*fp64": "columns totals sums partials",
     "*i64": "targets cu_seqlens offsets order rank bounds peaks pair key",
     "*i1": "mask is_top1 selected shares idle",
@@ -137,10 +138,10 @@ VARIANTS = (
     _fold(torch.float32, 151936, True),
     _fold(torch.float32, 32768, False),
     _fold(torch.bfloat16, 131072, False),
-    _gradient(torch.bfloat16, 151936, False, "grad_entropy", "entropy", "power"),
-    _gradient(torch.bfloat16, 131072, True, "power"),
+    _gradient(torch.bfloat16, 151936, False, "factors", "grad_entropy", "entropy", "power"),
+    _gradient(torch.bfloat16, 131072, True, "factors", "power"),
     _gradient(torch.float16, 32768, False),
-    _gradient(torch.float32, 32768, False, "residual", "power"),
+    _gradient(torch.float32, 32768, False, "factors", "residual", "power"),
     _states("gather_kernel", torch.bfloat16),
     _states("scatter_kernel", torch.bfloat16, "power"),
     _states("scatter_kernel", torch.float32),

@@ -24,6 +24,8 @@ from .logprob import MAP_LOADS, NEGLIGIBLE, _columns, _fold, _launch, _load, _ma
 from .policy_loss import policy_loss
 from .primitives import KEEP_NAN, LN_2, LOG2_E, exp, expm1, log1p
 
+BEHIND = tl.constexpr(1 << 62)  # a column that no row has
+
 
 @triton.jit
 def _join(s, old_m, old_rest, old_eu, old_ee, m, rest, eu, ee):
@@ -81,9 +83,8 @@ def fold_kernel(
 
 
 class RowPairs(NamedTuple):
-    """A row's pairs, begin:end, and pointers to all pairs' values; a target's column is counted from ``first``."""
+    """The end of a row's pairs, and pointers to all pairs' values; a target's column is counted from ``first``."""
 
-    begin: tl.tensor
     end: tl.tensor
     pair: tl.tensor
     targets: tl.tensor
@@ -95,7 +96,7 @@ class RowPairs(NamedTuple):
 class Upstream(NamedTuple):
     """What a row's gradient is made from."""
 
-    grad_logprobs: tl.tensor  # the sum of its pairs'
+    grad_logprobs: tl.tensor  # what p is multiplied by at targets: the sum of its pairs', or the row's factor
     grad_entropy: tl.tensor  # likewise
     entropy: tl.tensor
     scale: tl.tensor  # 1 / temperature
@@ -109,13 +110,22 @@ def _bend(x, softcap):
 
 
 @triton.jit
-def _place(grad, x, columns, pairs, upstream, gain, softcap, SOFTCAP: tl.constexpr):
-    """Columns that are targets, from log p itself. Pairs of one target are neighbours: the last one has their sum."""
+def _target(pairs, i):
+    """The column of a row's pair ``i``, behind all others where there is none."""
+    at = tl.load(pairs.pair + i, mask=i < pairs.end, other=0)
+    return tl.load(pairs.targets + at, mask=i < pairs.end, other=BEHIND) - pairs.first
+
+
+@triton.jit
+def _place(grad, x, columns, limit, i, pairs, upstream, gain, softcap, SOFTCAP: tl.constexpr):
+    """Columns below ``limit`` that are targets, from log p itself; pairs are in their order, from ``i`` on.
+
+    Pairs of one target are neighbours: the last one has their sum.
+    """
     total, h = upstream.grad_logprobs, upstream.grad_entropy
-    target_sum, previous = 0.0, tl.full([], -1, tl.int64)
-    for i in range(pairs.begin, pairs.end):
+    target_sum, previous, target = tl.full([], 0.0, tl.float32), tl.full([], -1, tl.int64), _target(pairs, i)
+    while target < limit:
         at = tl.load(pairs.pair + i)
-        target = tl.load(pairs.targets + at) - pairs.first
         target_sum = tl.where(target == previous, target_sum, 0.0) + tl.load(pairs.grad_logprobs + at)
         previous = target
         logp = tl.load(pairs.logprobs + at)
@@ -126,13 +136,15 @@ def _place(grad, x, columns, pairs, upstream, gain, softcap, SOFTCAP: tl.constex
         else:
             value = tl.zeros_like(x) + slope
         grad = tl.where(columns == target, value, grad)
-    return grad
+        i += 1
+        target = _target(pairs, i)
+    return grad, i
 
 
 @triton.jit(do_not_specialize=["first", "stride", "grad_stride", "vectors"])
 def gradient_kernel(
     grad, z,  # [rows, columns], in the same memory or apart
-    norm, key, scale, offsets,  # [keys, 2], [rows], [rows], [rows + 1]
+    norm, factors, key, scale, offsets,  # [keys, 2], [keys, 2] or None, [rows], [rows], [rows + 1]
     pair, targets, logprobs, grad_logprobs, entropy, grad_entropy,  # [pairs], the last two may be None
     residual, power,  # [rows], [], None where grad is not narrow; power in fp16 only
     first, softcap, gain, stride, grad_stride, vectors,
@@ -141,6 +153,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """grad z_j = gain (softcap^2 - z_j^2) s (sum of g over j's pairs - p_j (sum of g + h (log p_j + H))).
 
+    Factors stand for the sum of g, one at j that are targets and one at all others, whose p_j ``norm`` then gives.
     A narrow gradient lies in the first half of its row's own memory: what a step writes has been read by it or before.
     """
     row = tl.program_id(0)
@@ -155,28 +168,32 @@ def gradient_kernel(
         if grad_entropy is not None:
             h += tl.load(grad_entropy + at)
             row_entropy = tl.load(entropy + at)
-    norm += 2 * tl.load(key + row)
-    m, rest = tl.load(norm), tl.load(norm + 1)
+    place = 2 * tl.load(key + row)
+    m, rest = tl.load(norm + place), tl.load(norm + place + 1)
+    at_targets, at_others = total, total
+    if factors is not None:
+        at_targets, at_others = tl.load(factors + place), tl.load(factors + place + 1)
     s = tl.load(scale + row).to(tl.float32)
     if power is not None:
         gain *= tl.load(power)
     log_sum, share = log1p(rest), tl.div_rn(1.0, 1 + rest)
-    pairs = RowPairs(begin, end, pair, targets, logprobs, grad_logprobs, first)
-    upstream = Upstream(total, h, row_entropy, s)
+    pairs = RowPairs(end, pair, targets, logprobs, grad_logprobs, first)
+    upstream = Upstream(at_targets, h, row_entropy, s)
     STEP: tl.constexpr = MAP_LOADS * THREADS * WIDTH
     columns = _columns(THREADS, WIDTH, VECTOR)[None, :, :] + tl.arange(0, MAP_LOADS)[:, None, None] * (THREADS * WIDTH)
     added = tl.zeros([MAP_LOADS, THREADS, WIDTH], tl.float32)
     for start in range(0, size, STEP):
         x = _load(z + start, columns, size - start)
         t = (x - m) * (s * LOG2_E)
-        slope = total + h * row_entropy
+        slope = at_others + h * row_entropy
         if grad_entropy is not None:
             t = tl.maximum(t, NEGLIGIBLE, KEEP_NAN)
             slope += h * (LN_2 * t - log_sum)
         values = -s * share * tl.exp2(t) * slope * gain
         if SOFTCAP:
             values *= _bend(x, softcap)
-        values = _place(values, x, columns + start, pairs, upstream, gain, softcap, SOFTCAP)
+        limit = start + STEP
+        values, begin = _place(values, x, columns + start, limit, begin, pairs, upstream, gain, softcap, SOFTCAP)
         rounded = values.to(grad.dtype.element_ty)
         if residual is not None:
             added += tl.where(columns < size - start, rounded.to(tl.float32) - values, 0.0)
@@ -218,6 +235,17 @@ def fold(
     moments: bool,
 ) -> None:
     fold_rows(z, block.scale, state, moments, first == 0)
+    pick(z, first, block, picked, pairs, local)
+
+
+def pick(
+    z: Tensor,  # [R, columns]
+    first: int,
+    block: Block,
+    picked: Tensor,  # [P']
+    pairs: Pairs,
+    local: Tensor,  # [P]
+) -> None:
     offsets = pairs.offsets[block.lo : block.hi + 1]
     with torch.cuda.device_of(z):
         pick_kernel[(triton.cdiv(z.shape[0], WRITING["BLOCK"]),)](
@@ -232,7 +260,6 @@ def fold_rows(
     moments: bool,
     is_first: bool,
 ) -> None:
-    """Adds a tile to the state of its rows, or begins it."""
     with torch.cuda.device_of(z):
         fold_kernel[(z.shape[0],)](
             z, scale, state, z.stride(0), MOMENTS=moments, FIRST=is_first, **_launch(row_warps(z.shape[1]), z)
@@ -267,11 +294,12 @@ def terms(
     block: Block,
     grad_logprobs: Tensor,  # [P]
     grad_entropy: Tensor | None,  # [P]
+    factors: Tensor | None,  # [keys + 1, 2]
 ) -> BlockTerms:
     entropy = None if grad_entropy is None else stats.entropy
     of_pairs = local, stats.logprobs, grad_logprobs, entropy, grad_entropy
     offsets, key = pairs.offsets[block.lo : block.hi + 1], pairs.key[block.lo : block.hi]
-    return BlockTerms(offsets, pairs.pair, key, *of_pairs, stats.norm)
+    return BlockTerms(offsets, pairs.pair, key, *of_pairs, stats.norm, factors)
 
 
 def gradient(
@@ -290,6 +318,7 @@ def gradient(
             grad,
             z,
             terms.norm,
+            terms.factors,
             terms.key,
             scale,
             terms.offsets,

@@ -50,10 +50,12 @@ void fold(const Tile<T>& tile, const double* scale, bool moments, Sums* state) {
 }
 
 // The pairs of row r are offsets[r]:offsets[r+1], ordered by target; a target is numbered from the tile's first column.
+// factors: what p is multiplied by at the row's targets, and exp(z - max) / (1 + rest) at all others; null: the sum of
+// grad_logprobs, at both.
 template <class A>
 struct Pairs {
   const int64_t *offsets, *targets;
-  const A *logprobs, *grad_logprobs, *entropy, *grad_entropy;  // the last two may be null
+  const A *logprobs, *grad_logprobs, *entropy, *grad_entropy, *factors;  // the last three may be null
 };
 
 // d logit / d (h w) at a logit: logit_scale (1 - z^2 / softcap^2), its difference of squares as a product.
@@ -121,8 +123,10 @@ void gradient(const Tile<T>& tile, const A* norm, const double* scale, const Pai
     constexpr int W = width();
     static thread_local std::vector<Placed> placed;
     T* z = tile.row(r);
-    const logprob::Upstream up = upstream(pairs, norm, scale[r], r);
+    logprob::Upstream up = upstream(pairs, norm, scale[r], r);
+    if (pairs.factors) up.grad_logprob = pairs.factors[2 * r];
     collect_targets(tile, pairs, up, chain, r, placed);
+    if (pairs.factors) up.grad_logprob = pairs.factors[2 * r + 1];
     if (up.grad_logprob == 0 && up.grad_entropy == 0)
       logprob::row_zero(z, tile.columns);
     else if (!chain.is_one())
@@ -143,15 +147,16 @@ void bound_fold(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t co
   });
 }
 
-// of_pairs: in the order of Pairs' members.
+// of_pairs: in the order of Pairs' members, which its factors follow.
 void bound_gradient(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t columns, uintptr_t norm,
-                    uintptr_t scale, const std::array<uintptr_t, 6>& of_pairs, double softcap, double logit_scale) {
+                    uintptr_t scale, const std::array<uintptr_t, 6>& of_pairs, double softcap, double logit_scale,
+                    uintptr_t factors) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const auto [offsets, targets, logprobs, grad_logprobs, entropy, grad_entropy] = of_pairs;
-    const Pairs<A> pairs{as<int64_t>(offsets), as<int64_t>(targets), as<A>(logprobs),
-                         as<A>(grad_logprobs), as<A>(entropy),       as<A>(grad_entropy)};
+    const Pairs<A> pairs{as<int64_t>(offsets), as<int64_t>(targets), as<A>(logprobs), as<A>(grad_logprobs),
+                         as<A>(entropy),       as<A>(grad_entropy),  as<A>(factors)};
     gradient(Tile<T>{as<T>(z), stride, rows, columns}, as<A>(norm), as<double>(scale), pairs,
              Chain{softcap, logit_scale});
   });
@@ -163,7 +168,10 @@ void bound_gradient(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_
 void bind_head(pybind11::module_& m) {
   using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("head_fold", &tk::head::bound_fold, unlocked());
-  m.def("head_gradient", &tk::head::bound_gradient, unlocked());
+  using pybind11::arg;
+  m.def("head_gradient", &tk::head::bound_gradient, unlocked(), arg("z"), arg("dtype"), arg("stride"), arg("rows"),
+        arg("columns"), arg("norm"), arg("scale"), arg("of_pairs"), arg("softcap"), arg("logit_scale"),
+        arg("factors") = 0);
   m.def("prefer_huge_pages",
         [](uintptr_t begin, int64_t bytes) { tk::prefer_huge_pages(reinterpret_cast<void*>(begin), bytes); });
 }

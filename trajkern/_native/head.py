@@ -45,16 +45,39 @@ def fold(
     local: Tensor,  # [P] targets in the shard
     moments: bool,
 ) -> None:
-    if first == 0:
+    fold_rows(z, block.scale, state, moments, first == 0)
+    pick(z, first, block, picked, pairs, local)
+
+
+def fold_rows(
+    z: Tensor,  # [R, columns]
+    scale: Tensor,  # [R] 1 / temperature
+    state: Tensor,  # [R, 4]
+    moments: bool,
+    is_first: bool,
+) -> None:
+    """Adds a tile to the state of its rows, or begins it."""
+    if is_first:
         state.zero_()
         state[:, 0] = -math.inf
     _ext.cpu().head_fold(
-        z.data_ptr(), DTYPE[z.dtype], z.stride(0), *z.shape, block.scale.data_ptr(), moments, state.data_ptr()
+        z.data_ptr(), DTYPE[z.dtype], z.stride(0), *z.shape, scale.data_ptr(), moments, state.data_ptr()
     )
+
+
+def pick(
+    z: Tensor,  # [R, columns]
+    first: int,
+    block: Block,
+    picked: Tensor,  # [P']
+    pairs: Pairs,
+    local: Tensor,  # [P]
+) -> None:
+    """The logits of the block's targets, of those in this tile."""
     some = _of_block(pairs, block)
     column = local[pairs.pair[some]] - first
     inside = (column >= 0) & (column < z.shape[1])
-    logit = z[pairs.slot[some] - block.lo, column.clamp(0, z.shape[1] - 1)].to(state.dtype)
+    logit = z[pairs.slot[some] - block.lo, column.clamp(0, z.shape[1] - 1)].to(picked.dtype)
     picked[some] = torch.where(inside, logit, picked[some])
 
 
@@ -87,6 +110,7 @@ def terms(
     block: Block,
     grad_logprobs: Tensor,  # [P]
     grad_entropy: Tensor | None,  # [P]
+    factors: Tensor | None,  # [keys + 1, 2]
 ) -> BlockTerms:
     some = _of_block(pairs, block)
     index = pairs.pair[some]
@@ -104,6 +128,7 @@ def terms(
         entropy,
         grad_entropy,
         stats.norm[pairs.key[block.lo : block.hi]],
+        None if factors is None else factors[pairs.key[block.lo : block.hi]],
     )
 
 
@@ -129,6 +154,7 @@ def gradient(
         [pointer(x) for x in of_pairs],
         softcap,
         logit_scale,
+        *(() if terms.factors is None else (terms.factors.data_ptr(),)),
     )
 
 

@@ -40,6 +40,14 @@ def _fold(tiles: Tiles, pairs: Pairs, block: Block, columns: int, z: Tensor, out
     return Folded(*tiles.shard.combine(state, block.scale, picked, total))
 
 
+class Upstream(NamedTuple):
+    """What reaches the pairs [P] of a loss."""
+
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None = None
+    factors: Tensor | None = None  # [keys + 1, 2], see the gradient kernels
+
+
 class Stats(NamedTuple):
     """Results under way, of pairs [P] and, for the backward, of keys; the last one is for idle slots."""
 
@@ -80,19 +88,19 @@ def linear_token_stats(kernels: Kernels, *args: Any) -> list[Tensor]:
     for block in blocks(tiles, pairs, rows):
         kernels.write(stats, pairs, block, _fold(tiles, pairs, block, columns, z, outputs), tiles.shard.vocabulary)
         if unit:
-            upstream = torch.ones_like(stats.logprobs), None
-            _chain(tiles, pairs, block, columns, z, stats, upstream, grads, has_logits=True)
+            upstream = Upstream(torch.ones_like(stats.logprobs))
+            chain(tiles, pairs, block, columns, z, stats, upstream, grads, has_logits=True)
     return stats.finish(tiles) + ([tiles.shard.sum(grads.hidden[:-1])] if grads.hidden is not None else [])
 
 
-def _chain(
+def chain(
     tiles: Tiles,
     pairs: Pairs,
     block: Block,
     columns: int,
     z: Tensor,
     stats: Stats,
-    upstream: tuple[Tensor, Tensor | None],  # d loss / d log-probs and entropy, [P]
+    upstream: Upstream,
     grads: Grads,
     *,
     has_logits: bool,
@@ -127,7 +135,8 @@ def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     z = tiles.empty(rows, columns)
     grads = Grads.of(tiles, needs, -(-slots // rows), writes_rows_once=pairs.distinct_rows)
     for block in blocks(tiles, pairs, rows):
-        _chain(tiles, pairs, block, columns, z, stats, (grad_logprobs, grad_entropy), grads, has_logits=False)
+        upstream = Upstream(grad_logprobs, grad_entropy)
+        chain(tiles, pairs, block, columns, z, stats, upstream, grads, has_logits=False)
     return grads.finish(head, tiles.shard)
 
 
@@ -156,8 +165,8 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     for block in blocks(tiles, pairs, rows):
         kernels.write(stats, pairs, block, _fold(tiles, pairs, block, columns, z, outputs), tiles.shard.vocabulary)
         grad_logprobs, *grad_entropy = policy(True)[2:]
-        upstream = grad_logprobs, grad_entropy[0] if grad_entropy else None
-        _chain(tiles, pairs, block, columns, z, stats, upstream, grads, has_logits=True)
+        upstream = Upstream(grad_logprobs, *grad_entropy)
+        chain(tiles, pairs, block, columns, z, stats, upstream, grads, has_logits=True)
     if live is not head.mask and live is not None:  # no gradient: folded in small tiles
         others_live = ~live if head.mask is None else head.mask & ~live
         _fold_all(tiles, tiles.pairs(others_live), stats, outputs)

@@ -56,6 +56,8 @@ class BlockTerms(NamedTuple):
     entropy: Tensor | None  # [pairs], with grad_entropy
     grad_entropy: Tensor | None  # [pairs]
     norm: Tensor  # [keys, 2] max, rest
+    factors: Tensor | None  # [keys, 2] what p is multiplied by at the row's targets, and exp(z - max) / (1 + rest) at
+    #                         all others; None: the sum of the targets' grad_logprobs, at both
 
 
 class Narrowing(NamedTuple):
