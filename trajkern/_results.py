@@ -17,6 +17,15 @@ class TokenStats(NamedTuple):
     mean_logit: Tensor | None = None  # of the logits over the temperature, no gradient; the head's ops only
 
 
+class TopK(NamedTuple):
+    """The k likeliest tokens of softmax(logits / temperature), the likeliest first; of equal ones the lower id."""
+
+    logprobs: Tensor  # [P, k] log p
+    ids: Tensor  # [P, k] int64
+    tail: Tensor  # [P] log of the mass of all others, -inf where there is none
+    target_logprobs: Tensor | None = None  # [P] or [P, M] log p of the targets, where they were given
+
+
 class GAE(NamedTuple):
     """Generalised advantage estimates and the value targets advantages + values."""
 

@@ -7,6 +7,7 @@ from trajkern.reference.logprob import token_logprobs, token_stats
 from trajkern.reference.policy_loss import policy_loss
 from trajkern.reference.reflection import reflection_rewards, variance_weights
 from trajkern.reference.span import span_reduce, spread
+from trajkern.reference.topk import linear_topk
 from trajkern.reference.tree import branch_coefficients, sibling_advantages, subtree_reduce
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_token_stats",
+    "linear_topk",
     "policy_loss",
     "reflection_rewards",
     "sibling_advantages",
