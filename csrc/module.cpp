@@ -10,6 +10,7 @@ void bind_reflection(pybind11::module_& m);
 void bind_span(pybind11::module_& m);
 void bind_span_layout(pybind11::module_& m);
 void bind_srl(pybind11::module_& m);
+void bind_topk(pybind11::module_& m);
 void bind_tree(pybind11::module_& m);
 void bind_tree_layout(pybind11::module_& m);
 
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   bind_span(m);
   bind_span_layout(m);
   bind_srl(m);
+  bind_topk(m);
   bind_tree(m);
   bind_tree_layout(m);
 }

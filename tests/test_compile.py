@@ -21,6 +21,7 @@ _CASES = {
     "linear_token_stats": ("typical", "mask"),
     "linear_policy_loss": ("grpo", "full", "gspo", "tree_full"),
     "linear_divergence": ("typical", "mask"),
+    "linear_topk": ("typical", "several_targets"),
     "subtree_reduce": tree.REDUCTIONS,
     "sibling_advantages": ("mean", "parent"),
     "branch_coefficients": ("weights",),

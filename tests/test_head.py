@@ -21,6 +21,7 @@ from trajkern._tiles.pairs import Head, pairs_of
 from trajkern._tiles.shards import Shard
 from trajkern.testing import budget_share, oracle, run
 from trajkern.testing.head import LINEAR_LOGPROBS, LINEAR_POLICY_LOSS
+from trajkern.testing.topk import LINEAR_TOPK
 
 CONFIG = tk.PolicyLoss("grpo")
 
@@ -332,6 +333,7 @@ def _rank(rank: int, cuts: list[int], store: str, out: str) -> None:
 SHARDED = (
     (LINEAR_LOGPROBS, ("typical", "everything", "shared_rows_masked", "support", "margin_17", "very_negative")),
     (LINEAR_POLICY_LOSS, ("grpo", "full", "gspo", "everything", "small_workspace", "half_zero")),
+    (LINEAR_TOPK, ("typical", "several_targets", "certain", "all", "equal", "everything", "impossible")),
 )
 
 

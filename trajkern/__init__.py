@@ -1,7 +1,7 @@
 """Kernels for reinforcement learning of language-model agents, on packed batches of rollouts."""
 
 from trajkern._backends import backends, use_backend
-from trajkern._results import GAE, Branch, Reflection, TokenStats
+from trajkern._results import GAE, Branch, Reflection, TokenStats, TopK
 from trajkern.layouts.batch import HeadInputs, PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
@@ -15,6 +15,7 @@ from trajkern.ops.logprob import token_logprobs, token_stats
 from trajkern.ops.policy_loss import policy_loss
 from trajkern.ops.reflection import reflection_rewards, variance_weights
 from trajkern.ops.span import span_reduce, spread
+from trajkern.ops.topk import linear_topk
 from trajkern.ops.tree import branch_coefficients, sibling_advantages, subtree_reduce
 from trajkern.ops.tree_loss import Paths
 
@@ -31,6 +32,7 @@ __all__ = [
     "Reflection",
     "Spans",
     "TokenStats",
+    "TopK",
     "Tree",
     "backends",
     "branch_coefficients",
@@ -41,6 +43,7 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_token_stats",
+    "linear_topk",
     "policy_loss",
     "policy_loss_kinds",
     "reflection_rewards",

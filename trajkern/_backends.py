@@ -25,6 +25,7 @@ OWNERS = {  # family -> device -> backend
     "policy_loss": {"cpu": "native", "cuda": "triton"},
     "reflection": {"cpu": "native", "cuda": "triton"},
     "span": {"cpu": "native", "cuda": "cuda"},
+    "topk": {"cpu": "native", "cuda": "triton"},
     "tree": {"cpu": "native", "cuda": "cuda"},
 }
 _PACKAGE = {"native": "trajkern._native", "cuda": "trajkern._native", "triton": "trajkern._triton"}

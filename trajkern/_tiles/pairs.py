@@ -90,6 +90,11 @@ def _is_distinct(head: Head) -> bool:
     return head.rows is None or head.support_ids is None
 
 
+def repeated(x: Tensor, times: int) -> Tensor:  # [P] -> [P times]
+    """Each element so many times, one after the other; torch's repeat_interleave waits for a GPU to count them."""
+    return x[:, None].expand(-1, times).reshape(-1)
+
+
 def in_range(head: Head, vocabulary: int) -> Tensor:
     """Pairs whose row and target exist."""
     valid = (head.targets >= 0) & (head.targets < vocabulary)

@@ -1,6 +1,6 @@
 """One registry of op specs, which the tests, the validation and the benchmarks share."""
 
-from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, span, tree
+from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, span, topk, tree
 from trajkern.testing.numerics import budget_share, errors, oracle, run
 from trajkern.testing.ptx import KernelFault, compiled
 from trajkern.testing.registry import Case, OpSpec, Variant
@@ -14,6 +14,7 @@ SPECS = (
     *divergence.SPECS,
     *reflection.SPECS,
     *span.SPECS,
+    *topk.SPECS,
     *tree.SPECS,
 )
 
