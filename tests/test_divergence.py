@@ -191,6 +191,21 @@ class TestTopK:
         assert student.grad is not None
         assert values.tolist()[1] == 0 and bool((student.grad[1] == 0).all()) and bool(student.grad.isfinite().all())
 
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_ids_named_again_count_once(self, beta: float) -> None:
+        """The first time, whatever stands there the second; on a CPU sums are taken so, too."""
+        student, teacher = (torch.tensor(x).log() for x in ([[0.5, 0.25, 0.125]], [[0.25, 0.25, 0.375]]))
+        again = torch.tensor([[7, 2, 7, 9, 2]])
+        columns = [0, 1, 0, 2, 1]
+        both = student[:, columns].requires_grad_(), teacher[:, columns].clone()
+        both[1][0, 2] = torch.nan
+        found, once = (tk.topk_divergence(*both, ids=again, beta=beta), tk.topk_divergence(student, teacher, beta=beta))
+        assert torch.equal(found, once)
+        (grad,) = torch.autograd.grad(found.sum(), both[0])
+        assert grad[0, [2, 4]].tolist() == [0, 0] and bool((grad[0, [0, 3]] != 0).all())
+        with pytest.raises(ValueError, match="student_logprobs must be log p of distinct ids, of sum p at most 1"):
+            tk.topk_divergence(both[0].detach(), both[0].detach(), beta=beta)
+
     def test_nothing_stored(self) -> None:
         assert tk.topk_divergence(torch.empty(2, 0), torch.empty(2, 0)).tolist() == [0, 0]
 
@@ -253,6 +268,9 @@ class TestBadInput:
                 tk.topk_divergence(logprobs, bad)
             with pytest.raises(ValueError, match="student_logprobs must be log p"):
                 tk.topk_divergence(bad, logprobs)
+        for ids, error in ((torch.zeros(2, 3), TypeError), (torch.zeros(2, 2, dtype=torch.int64), ValueError)):
+            with pytest.raises(error, match="^ids must have"):
+                tk.topk_divergence(logprobs, logprobs, ids=ids)
         masked = torch.tensor([True, False])
         tk.topk_divergence(logprobs, torch.stack((logprobs[0], logprobs[1] + 1)), mask=masked)
         tk.topk_divergence(logprobs, logprobs.bfloat16())

@@ -32,7 +32,7 @@ from trajkern._checks import (
     laid_out,
     readable,
 )
-from trajkern._dtypes import FLOATS, accumulator
+from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
 from trajkern.ops._autograd import applied, differentiable_once
@@ -251,18 +251,23 @@ def topk_divergence(
     student_logprobs: Tensor,  # [T, K]
     teacher_logprobs: Tensor,  # [T, K]
     *,
+    ids: Tensor | None = None,  # [T, K]
     beta: float = 0.0,
     mask: Tensor | None = None,  # [T]
 ) -> Tensor:
-    """The divergences of :func:`linear_divergence` over K stored ids and one bucket with the rest of each distribution.
+    """The divergences of :func:`linear_divergence` over K ids and one bucket with the rest of each distribution.
 
-    The ids of a row are distinct and the same in both arguments: usually the teacher's top K, stored with their
-    log-probs; the student's are ``linear_logprobs`` with K targets a row. The rest is 1 - sum p, its log by log1p; for
-    a sum of 1 it is that of the smallest normal float64, without gradient. Plain torch on every device, in float64.
+    The ids of a row are the same in both arguments: the teacher's top K, stored with their log-probs, the student's are
+    then ``linear_logprobs`` with K targets a row; or the student's own of :func:`linear_topk`, at which the teacher is
+    asked so; or both sides' beside each other, of which ``ids`` says where they meet. The rest is 1 - sum p, its log by
+    log1p; for a sum of 1 it is that of the smallest normal float64, without gradient. Plain torch on every device, in
+    float64.
 
     Args:
         student_logprobs: float32, bfloat16, float16 or float64 ``[T, K]``, log p of each id; -inf is p = 0.
         teacher_logprobs: ``[T, K]``, any of these dtypes.
+        ids: int64 or int32 ``[T, K]``, what the log-probs are of; one that a row names again is not counted again, and
+            its log-probs there are not read. None: those of a row are distinct.
         beta: in [0, 1], as there.
         mask: bool ``[T]``; a False token gives 0 and has gradient 0.
 
@@ -277,12 +282,17 @@ def topk_divergence(
     check_tensor("student_logprobs", student_logprobs, dtypes=FLOATS, ndim=2)
     check_tensor("teacher_logprobs", teacher_logprobs, dtypes=FLOATS, device=student_logprobs.device)
     check_shape("teacher_logprobs", teacher_logprobs, tuple(student_logprobs.shape), "that of student_logprobs")
+    if ids is not None:
+        check_tensor("ids", ids, dtypes=INTEGERS, device=student_logprobs.device)
+        check_shape("ids", ids, tuple(student_logprobs.shape), "that of student_logprobs")
     beta = _checked_beta(beta)
     _check_mask(mask, student_logprobs)
+    reference = _backends.reference()
     for name, x in (("student_logprobs", student_logprobs), ("teacher_logprobs", teacher_logprobs)):
         if readable(x):
-            _check_sums(name, x.detach(), mask)
-    return _backends.reference().topk_divergence(student_logprobs, teacher_logprobs, beta=beta, mask=mask)
+            known = x.detach() if ids is None else reference.divergence.counted_once(x.detach(), ids)
+            _check_sums(name, known, mask)
+    return reference.topk_divergence(student_logprobs, teacher_logprobs, ids=ids, beta=beta, mask=mask)
 
 
 def _check_sums(name: str, logprobs: Tensor, mask: Tensor | None) -> None:

@@ -48,11 +48,14 @@ def topk_divergence(
     student_logprobs: Tensor,  # [T, K]
     teacher_logprobs: Tensor,  # [T, K]
     *,
+    ids: Tensor | None = None,  # [T, K]
     beta: float = 0.0,
     mask: Tensor | None = None,  # [T]
 ) -> Tensor:
     """See :func:`trajkern.topk_divergence`. In float64: the tail is what little the K ids leave of 1."""
     student, teacher = student_logprobs.double(), teacher_logprobs.detach().double()
+    if ids is not None:
+        student, teacher = (counted_once(x, ids) for x in (student, teacher))
     if mask is not None:
         uniform = -math.log(student.shape[1] + 1)
         student, teacher = (torch.where(mask[:, None], x, uniform) for x in (student, teacher))
@@ -61,6 +64,14 @@ def topk_divergence(
     if mask is not None:
         divergence = torch.where(mask, divergence, 0)
     return divergence.to(accumulator(student_logprobs))
+
+
+def counted_once(logprobs: Tensor, ids: Tensor) -> Tensor:  # [T, K]
+    """p = 0 where a row has named the id before."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.where(torch.empty_like(again).scatter_(1, order, again), -math.inf, logprobs)
 
 
 def _log_tail(logprobs: Tensor) -> Tensor:  # [T, K] -> [T, 1]
