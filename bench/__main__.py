@@ -25,6 +25,7 @@ from trajkern._bench import (
     reflection,
     shapes,
     span,
+    topk,
     tree,
 )
 from trajkern._bench.case import OURS, TimedCase
@@ -41,6 +42,7 @@ FAMILIES = {
     "reflection": reflection.CASES,
     "tree": tree.CASES,
     "span": span.CASES,
+    "topk": topk.CASES,
     "recipes": recipes.CASES,
     "hosts": hosts.CASES,
 }

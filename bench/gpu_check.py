@@ -46,6 +46,7 @@ WORKERS = 12  # of pytest
 SANITIZED = (  # ops whose cases together launch every kernel
     "linear_token_stats",
     "linear_divergence",
+    "linear_topk",
     "token_stats",
     "policy_loss",
     "reflection_rewards",
@@ -228,7 +229,7 @@ def stages(folder: Path, page: Path) -> list[Stage]:
         benchmark += ["--html", str(page)]
     held = ["tests/test_invariance.py", "tests/test_contract.py", "tests/test_launches.py"]
     return [
-        smoke("smoke", ("head", "divergence", "logprob", "policy_loss", "reflection"), 20, folder),
+        smoke("smoke", ("head", "divergence", "topk", "logprob", "policy_loss", "reflection"), 20, folder),
         Stage("build", build, 120),
         smoke("smoke-native", ("advantage", "span", "tree"), 15, folder),
         tests("numerics", ["tests/test_numerics.py"], 60, folder),

@@ -324,7 +324,7 @@ def _tritons_dump() -> str | None:
     return str(triton.knobs.nvidia.cuobjdump.path)
 
 
-_FAMILIES = ("logprob", "head", "divergence", "policy_loss", "reflection", "advantage", "span", "tree")
+_FAMILIES = ("logprob", "head", "divergence", "topk", "policy_loss", "reflection", "advantage", "span", "tree")
 
 
 def _parser() -> argparse.ArgumentParser:
