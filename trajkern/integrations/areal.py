@@ -45,7 +45,7 @@ def enable(*, any_version: bool = False) -> None:
     check_version("areal", TESTED, any_version)
     disable()
     module = importlib.import_module(FUNCTIONS)
-    ours = {"ppo_actor_loss_fn": ppo_actor_loss_fn, "sapo_loss_fn": sapo_loss_fn}
+    ours: dict[str, Callable[..., Any]] = {"ppo_actor_loss_fn": ppo_actor_loss_fn, "sapo_loss_fn": sapo_loss_fn}
     theirs = {name: held(module, name) for name in ours}
     for name, function in ours.items():
         check_signature(f"AReaL's {name}", theirs[name], function)
@@ -144,8 +144,8 @@ def sapo_loss_fn(
     loss = _loss(pack, logprobs, old, a, config, pack.mask.sum().clamp_min(1))
     with torch.no_grad():
         log_ratio, ratio = _ratios(pack, logprobs, old, sequence)
-        gates = [torch.sigmoid(tau * (ratio - 1)) * (4 / tau) for tau in (tau_pos, tau_neg)]
-        gate = torch.where(a > 0, *gates)
+        above, below = (torch.sigmoid(tau * (ratio - 1)) * (4 / tau) for tau in (tau_pos, tau_neg))
+        gate = torch.where(a > 0, above, below)
         none = torch.zeros_like(pack.mask)
         stat = {
             "loss": -gate * a,
@@ -154,8 +154,8 @@ def sapo_loss_fn(
             "clip_mask": none,
             "dual_clip_mask": none,
             "sapo_soft_gate": gate,
-            "sapo_scaled_gate_pos": gates[0],
-            "sapo_scaled_gate_neg": gates[1],
+            "sapo_scaled_gate_pos": above,
+            "sapo_scaled_gate_neg": below,
         }
     return loss, _shaped(pack, stat)
 

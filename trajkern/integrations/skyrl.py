@@ -11,6 +11,7 @@ exceptions are written at the functions. ``[B, L]`` tensors are read in place as
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import trajkern.integrations._skyrl_credit as _credit
@@ -60,12 +61,13 @@ def register(*, credit: Spec | str | None = None, any_version: bool = False) -> 
     unregister()
     of_advantages, of_losses = held(core, "AdvantageEstimatorRegistry"), held(core, "PolicyLossRegistry")
     estimators = ESTIMATORS | ({} if spec is None else {"credit": by_credit})
-    for functions, registry in ((estimators, of_advantages), (LOSSES, of_losses)):
+    offered = [(estimators, of_advantages), (LOSSES, of_losses)]
+    for functions, registry in offered:
         theirs = held(registry, "_functions")
         for name in functions.keys() & theirs.keys():
             check_signature(f"SkyRL's {name}", theirs[name], functions[name])
     _hooks.append(_credit.Hook(spec))
-    for functions, registry in ((estimators, of_advantages), (LOSSES, of_losses)):
+    for functions, registry in offered:
         for name, function in functions.items():
             if PREFIX + name in registry._functions:  # what another process has registered
                 registry.unregister(PREFIX + name)
@@ -105,7 +107,7 @@ def by_credit(**_: Any) -> _credit.Pair:
 
 
 gae.__doc__, reinforce_plus_plus.__doc__ = _skyrl_advantages.gae.__doc__, _skyrl_advantages.reinforce_plus_plus.__doc__
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[..., Any]] = {
     "grpo": _skyrl_advantages.grpo,
     "gae": gae,
     "rloo": _skyrl_advantages.rloo,
