@@ -210,7 +210,8 @@ class _Upstream(NamedTuple):
             targets, repeats = torch.cat((targets, head.targets)), [*repeats, rows]
             logprobs = torch.cat((logprobs, saved.target_logprobs))
             grads = torch.cat((grads, saved.grad_target_logprobs.flatten()))
-        every = head._replace(targets=targets, rows=torch.cat(repeats), mask=None)
+        of_every = torch.cat(repeats)
+        every = head._replace(targets=targets, rows=of_every, mask=None)
         keep = torch.ones_like(targets, dtype=torch.bool)
         if not host:
             keep = in_range(every, shard(head.group, head.weight).vocabulary)
@@ -218,7 +219,7 @@ class _Upstream(NamedTuple):
             masks = repeated(head.mask[::each], k), head.mask
             keep = keep & torch.cat(masks[: len(repeats)])
         grads = torch.where(keep, grads.double(), 0)
-        found = cls(every._replace(mask=keep), logprobs, grads, grads.new_zeros(count), every.rows[: count * k : k])
+        found = cls(every._replace(mask=keep), logprobs, grads, grads.new_zeros(count), of_every[: count * k : k])
         found = found._replace(row=torch.where(keep[: count * k : k], found.row, head.hidden.shape[0]))
         if saved.grad_tail is None:
             return found

@@ -69,9 +69,9 @@ class _LinearTopK(torch.autograd.Function):
             return none
         *head, logprobs, ids, tail, norm, of_targets = ctx.saved_tensors
         saved = ctx.each, logprobs, ids, tail, norm, of_targets
-        upstream = tuple(None if g is None else g.contiguous() for g in upstream)
+        given = [None if g is None else g.contiguous() for g in upstream]
         needs = ctx.needs_input_grad[:3]
-        grads = iter(_linear_topk_backward(*head, *ctx.numbers, *saved, *upstream, [*needs]))
+        grads = iter(_linear_topk_backward(*head, *ctx.numbers, *saved, *given, [*needs]))
         return *(next(grads) if need else None for need in needs), *none[3:]
 
 
@@ -146,9 +146,8 @@ def linear_topk(
     if _backends.wants_reference("topk", hidden):
         named = reference_arguments(arguments, head) | {"rows": rows, "targets": targets, "mask": mask}
         return _backends.reference().linear_topk(**named, k=k)
-    found = applied(_LinearTopK, *head[:3], head[3:], k, each, targets is not None)
-    of_targets = None if targets is None else found[3].view(targets.shape)
-    return TopK(*found[:3], of_targets)
+    logprobs, ids, tail, *of_targets = applied(_LinearTopK, *head[:3], head[3:], k, each, targets is not None)
+    return TopK(logprobs, ids, tail, None if targets is None else of_targets[0].view(targets.shape))
 
 
 def _check_rows(hidden: Tensor, rows: Tensor | None, targets: Tensor | None, mask: Tensor | None) -> int:
