@@ -22,5 +22,8 @@ ROW = Comparison(
     },
     tests=(Test("pass@1", "srl"), Test("pass@1", "grpo"), Test("pass@1", "sft")),
     measures=("pass@1", "pass@8", "greedy", "right_methods", "right_methods_unseen", "sound_lines", "tokens"),
+    lesson="Likeness to an expert's steps finds what an outcome that is never met and imitation of bare actions do not,"
+    " and the outcome adds the opcodes that no expert showed: after the switch their share went from .1 to .4 up to .4"
+    " to .98. On one seed of six 120 steps of likeness were too few to begin, and that leaves chance a say.",
     panel=Panel("curve", arms=("srl, then grpo", "srl", "grpo", "srl of random likeness, then grpo")),
 )
