@@ -183,7 +183,7 @@ def test_a_row_that_breaks_leaves_the_others(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(reproduce, "COMPARISONS", {"bad": row, "good": row})
     monkeypatch.setattr(reproduce, "run", run)
-    assert reproduce.run_rows(["bad", "good"], [1, 2], 2, tmp_path) == ["bad: RuntimeError: no"] * 2
+    assert reproduce.run_rows({"bad": [1, 2], "good": [1, 2]}, 2, tmp_path) == ["bad: RuntimeError: no"] * 2
     kept = stored.load(tmp_path, {"bad": row, "good": row})
     assert list(kept) == ["good"] and sorted(kept["good"].arms["one"]) == [1, 2]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import trajkern as tk
 
-FAMILIES = ("divergence", "head", "logprob", "policy_loss", "reflection")
+FAMILIES = ("divergence", "head", "logprob", "policy_loss", "reflection", "topk")
 SHARED = (
     "_dtypes.py",
     "_tiles/*.py",
