@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,9 +183,11 @@ def _commands(name: str, row: Row) -> list[str]:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """The words that all begin with."""
+    """The words that all begin with, up to where each has an option next or nothing more."""
     words = [text.split(" ") for text in texts]
     count = next((n for n, some in enumerate(zip(*words, strict=False)) if len(set(some)) > 1), min(map(len, words)))
+    while count and any(some[count:] and not re.match("--?[a-z]", some[count]) for some in words):
+        count -= 1
     return " ".join(words[0][:count])
 
 

@@ -173,6 +173,19 @@ def test_the_page_is_worked_out_by_hand(tmp_path: Path) -> None:
     assert "**Stale**: these results were made with other flags than the row now has: one." in report.read_text()
 
 
+@pytest.mark.parametrize(
+    ("flags", "common"),
+    [
+        (("--a 1 --credit x:A", "--a 1 --credit x:B"), "--a 1"),
+        (("--a 1", "--a 1 --b"), "--a 1"),
+        (("--a 1", "--b 1"), ""),
+        (("--a 1 -2", "--a 1 -3"), ""),
+    ],
+)
+def test_common_flags_end_in_front_of_an_option(flags: tuple[str, ...], common: str) -> None:
+    assert page._common(flags) == common
+
+
 def test_a_row_that_breaks_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(row: str, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
         if row == "bad":
