@@ -25,4 +25,7 @@ ROW = Comparison(
     tests=(Test("pass@1", "uniform mean"), Test("mean pass@1", "as many dropped at random")),
     measures=("pass@1", "mean pass@1", "greedy", "tokens", "seconds"),
     panel=Panel(over="steps"),
+    lesson="Weighed by its deviation a reference teaches nearly as well as a verifier: its curve lies above that of the"
+    " mean on all six seeds, and both end near the same ceiling, so that the end does not tell them apart. Three"
+    " prompts of four can go by their deviation and nothing is lost; as many gone at random cost .02 to .23.",
 )
