@@ -147,14 +147,13 @@ void bound_fold(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t co
   });
 }
 
-// of_pairs: in the order of Pairs' members, which its factors follow.
+// of_pairs: in the order of Pairs' members.
 void bound_gradient(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_t columns, uintptr_t norm,
-                    uintptr_t scale, const std::array<uintptr_t, 6>& of_pairs, double softcap, double logit_scale,
-                    uintptr_t factors) {
+                    uintptr_t scale, const std::array<uintptr_t, 7>& of_pairs, double softcap, double logit_scale) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const auto [offsets, targets, logprobs, grad_logprobs, entropy, grad_entropy] = of_pairs;
+    const auto [offsets, targets, logprobs, grad_logprobs, entropy, grad_entropy, factors] = of_pairs;
     const Pairs<A> pairs{as<int64_t>(offsets), as<int64_t>(targets), as<A>(logprobs), as<A>(grad_logprobs),
                          as<A>(entropy),       as<A>(grad_entropy),  as<A>(factors)};
     gradient(Tile<T>{as<T>(z), stride, rows, columns}, as<A>(norm), as<double>(scale), pairs,
@@ -168,10 +167,7 @@ void bound_gradient(uintptr_t z, int dtype, int64_t stride, int64_t rows, int64_
 void bind_head(pybind11::module_& m) {
   using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("head_fold", &tk::head::bound_fold, unlocked());
-  using pybind11::arg;
-  m.def("head_gradient", &tk::head::bound_gradient, unlocked(), arg("z"), arg("dtype"), arg("stride"), arg("rows"),
-        arg("columns"), arg("norm"), arg("scale"), arg("of_pairs"), arg("softcap"), arg("logit_scale"),
-        arg("factors") = 0);
+  m.def("head_gradient", &tk::head::bound_gradient, unlocked());
   m.def("prefer_huge_pages",
         [](uintptr_t begin, int64_t bytes) { tk::prefer_huge_pages(reinterpret_cast<void*>(begin), bytes); });
 }

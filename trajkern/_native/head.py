@@ -143,7 +143,7 @@ def gradient(
     narrowing: Narrowing | None,
 ) -> None:
     assert grad.data_ptr() == z.data_ptr() and narrowing is None
-    of_pairs = (terms.offsets, terms.targets - first, *terms[4:8])
+    of_pairs = (terms.offsets, terms.targets - first, *terms[4:8], terms.factors)
     _ext.cpu().head_gradient(
         z.data_ptr(),
         DTYPE[z.dtype],
@@ -154,7 +154,6 @@ def gradient(
         [pointer(x) for x in of_pairs],
         softcap,
         logit_scale,
-        *(() if terms.factors is None else (terms.factors.data_ptr(),)),
     )
 
 
