@@ -1,10 +1,13 @@
-"""What the hosts ask of a credit before there is a batch."""
+"""What the hosts ask of a credit before there is a batch, and what they log of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from trajkern.credit import Spec, load
+import torch
+
+from trajkern.credit import Credit, Spec, load
 from trajkern.credit.spec import Gated, Only, Sum
 from trajkern.credit.terms import Directive, Outcome, Signs
 
@@ -31,3 +34,17 @@ def may_leave_out(spec: Spec) -> bool:
         case Outcome():
             return isinstance(spec.reward, Spec) and may_leave_out(spec.reward)
     return any(map(may_leave_out, spec.inner))
+
+
+def check_given(spec: Spec, host: str, not_given: Mapping[str, str]) -> None:
+    """ValueError where a credit needs what a host never has; ``not_given``: a need, or its kind with a colon -> why."""
+    for need in sorted(spec.needs):
+        kind = need.partition(":")[0] + ":"
+        if why := not_given.get(need, not_given.get(kind)):
+            raise ValueError(f"credit must do without {need!r} in {host}: {why}; got {spec!r}")
+
+
+def metrics_of(found: Credit) -> dict[str, float]:
+    """A credit's metrics as numbers by the names under which hosts log them, with one read of the device."""
+    values = torch.stack([x.double() for x in found.metrics.values()]).tolist()
+    return {f"credit/{name}": x for name, x in zip(found.metrics, values, strict=True)}

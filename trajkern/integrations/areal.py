@@ -2,6 +2,7 @@
 
     from trajkern.integrations import areal
     areal.enable()                                                        # in every process that trains
+    areal.enable(credit=credit.outcome().gate("well_formed"))             # and its advantages by trajkern.credit
     engine.train_batch(batch, loss_fn=areal.GRPOLoss(eps_clip=0.2), loss_weight_fn=...)    # or in a loop of your own
 
 AReaL's engines hand a loss whole sequences: they gather log-probs over Ulysses and context-parallel ranks before.
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.credit import Spec
+from trajkern.integrations import _areal_credit
 from trajkern.integrations import _areal_terms as terms
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
 from trajkern.integrations._areal_terms import Pack, Rejected, packed
+from trajkern.integrations._credit_checks import spec_of
 
 TESTED = ("1.0.4",)
 FUNCTIONS = "areal.utils.functional.functional"
@@ -31,19 +35,29 @@ UNBOUNDED = 1e9  # above exp(20), the op's largest ratio
 _patches = Patches()
 
 
-def enable(*, any_version: bool = False) -> None:
+def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> None:
     """Puts :func:`ppo_actor_loss_fn` and :func:`sapo_loss_fn` in the place of AReaL's in this process.
 
     What is around them stays AReaL's: proximal log-probs, M2PO's mask, the teacher's terms, all that it logs. A second
     call undoes the first.
 
+    Args:
+        credit: an expression of :mod:`trajkern.credit`, or its "package.module:name". What AReaL's ``PPOActor`` then
+            returns as ``advantages`` and ``returns`` is the expression's, and ``loss_mask`` is of who learns. It finds
+            "reward", as AReaL shapes it; a reward or a flag for every entry ``[g]`` of a workflow's dictionary; the
+            spans "turn"; and "teacher_logprobs" where there is a teacher. Rows of one dictionary are one group.
+        any_version: do not warn of an AReaL that this was not tested with.
+
     Raises:
         ImportError: AReaL is missing.
-        RuntimeError: a version of it that lacks what this replaces, or where that takes something else. Another than
-            the tested versions is warned of, unless ``any_version`` is True.
+        RuntimeError: a version of it that lacks what this replaces, or where that takes something else.
+        TypeError, ValueError: a credit that is none, or one that needs what AReaL's actor does not have. At the first
+            batch: an option that a credit would not read (``kl_ctl``, ``discount``, ``gae_lambda``, ``adv_norm``,
+            ``reward_norm``), and a critic's values.
     """
     check_version("areal", TESTED, any_version)
     disable()
+    spec = None if credit is None else spec_of("credit", credit)
     module = importlib.import_module(FUNCTIONS)
     ours: dict[str, Callable[..., Any]] = {"ppo_actor_loss_fn": ppo_actor_loss_fn, "sapo_loss_fn": sapo_loss_fn}
     theirs = {name: held(module, name) for name in ours}
@@ -53,6 +67,8 @@ def enable(*, any_version: bool = False) -> None:
         for name, function in ours.items():
             if holder in sys.modules and vars(sys.modules[holder]).get(name) is theirs[name]:
                 _patches.put(vars(sys.modules[holder]), name, function)
+    if spec is not None:
+        _areal_credit.put(_patches, spec)
 
 
 def disable() -> None:
