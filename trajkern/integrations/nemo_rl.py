@@ -3,6 +3,7 @@
     from trajkern.integrations import nemo_rl
     grpo_train(..., loss_fn=nemo_rl.ClippedPGLossFn(master_config.loss_fn), ...)
     nemo_rl.enable()                     # or: NeMo-RL's own setup makes it, in the process that calls it
+    nemo_rl.enable(credit=credit.outcome() + 0.5 * credit.outcome("format"))   # grpo.adv_estimator.name=trajkern_credit
 
 NeMo-RL gathers log-probs over context-parallel ranks before a loss, so no row is split here; its wrappers of packed
 sequences call the loss row by row, or once with the rows padded.
@@ -19,8 +20,11 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.credit import Spec
+from trajkern.integrations import _nemo_rl_credit
 from trajkern.integrations import _nemo_rl_terms as terms
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._nemo_rl_terms import Batch, Options
 
 TESTED = ("0.6.0", "0.7.0")  # the commit calls itself 0.6.0; the release of that number has another loss
@@ -36,19 +40,30 @@ HOLDERS = (  # hold the name from their import on
 _patches = Patches()
 
 
-def enable(*, any_version: bool = False) -> None:
+def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> None:
     """Puts :class:`ClippedPGLossFn` in the place of NeMo-RL's in this process. A second call undoes the first.
 
     It is NeMo-RL's ``setup``, in the driver, that makes the loss; the workers get it as it was made.
 
+    Args:
+        credit: an expression of :mod:`trajkern.credit`, or its "package.module:name", that forms the advantages of
+            ``grpo_train`` and ``async_grpo_train``; ``grpo.adv_estimator.name`` must then be "trajkern_credit". It
+            finds "reward"; each component ``reward/NAME`` of a batch as NAME; the flag "truncated"; the spans "turn";
+            and what a batch lists of a rollout in the rows of a function. It may leave nothing out of the loss.
+        any_version: do not warn of a NeMo-RL that this was not tested with.
+
     Raises:
         ImportError: NeMo-RL is missing.
         RuntimeError: a version of it that lacks what this replaces, where that takes something else, or whose
-            configuration has other options. Another than the tested versions is warned of, unless ``any_version`` is
-            True.
+            configuration has other options.
+        TypeError, ValueError: a credit that is none; one that needs what NeMo-RL does not have, or can leave tokens or
+            rollouts out. What only a batch can tell is refused at the first one.
     """
     check_version("nemo-rl", TESTED, any_version)
     disable()
+    spec = None if credit is None else spec_of("credit", credit)
+    if spec is not None:
+        _nemo_rl_credit.check(spec)
     module = importlib.import_module(FUNCTIONS)
     theirs, config = held(module, "ClippedPGLossFn"), held(module, "ClippedPGLossConfig")
     check_signature("NeMo-RL's ClippedPGLossFn", theirs.__init__, ClippedPGLossFn.__init__)
@@ -62,6 +77,8 @@ def enable(*, any_version: bool = False) -> None:
     for holder in HOLDERS:
         if holder in sys.modules and vars(sys.modules[holder]).get("ClippedPGLossFn") is theirs:
             _patches.put(vars(sys.modules[holder]), "ClippedPGLossFn", ClippedPGLossFn)
+    if spec is not None:
+        _nemo_rl_credit.put(_patches, spec)
 
 
 def disable() -> None:
