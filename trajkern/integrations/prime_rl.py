@@ -5,6 +5,8 @@
     prime_rl.enable()                       # compute_loss in one packed call
     policy_loss = prime_rl.policy_loss      # [trainer.loss] type="custom" import_path="my_loss.policy_loss"
 
+In the orchestrator, ``prime_rl.enable_credit(spec)`` forms the advantages of ``grpo`` by :mod:`trajkern.credit`.
+
 prime-rl hands ``compute_loss`` whole sequences, under context parallelism too: it gathers their log-probs before. Its
 own version calls the loss sequence by sequence, and reads the device for each one's metrics.
 """
@@ -20,7 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trajkern.credit import Spec
+from trajkern.integrations import _prime_rl_credit
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._prime_rl_terms import HOSTS_OWN, Metrics, Term, Tokens, ce, ref_kl, term_of
 
 TESTED = ("0.8.0",)
@@ -31,7 +36,7 @@ HOLDERS = (
     "__main__",
 )  # who holds compute_loss; torchrun -m runs the trainer as main
 CONFIGS = {"default": "DefaultLossConfig", "ipo": "IPOLossConfig"}
-_patches = Patches()
+_patches, _credits = Patches(), Patches()
 _replaced: list[Callable[..., Any]] = []  # prime-rl's compute_loss, for losses that are not known here
 
 
@@ -79,6 +84,39 @@ def disable() -> None:
     """Takes back what :func:`enable` did; twice does nothing."""
     _patches.undo()
     _replaced.clear()
+
+
+def enable_credit(credit: Spec | str, *, any_version: bool = False) -> None:
+    """Forms the advantages of prime-rl's ``grpo`` by an expression, in the orchestrator's process.
+
+    It must run before the orchestrator does; ``docs/prime-rl.md`` has the lines. A group's traces are compared, as
+    prime-rl does; environments with another ``algo.type`` (but for ``echo``, which takes grpo's advantages) keep
+    theirs. What an expression leaves out has advantage 0, which prime-rl's ``filter_zero_advantages`` takes out of the
+    loss and of its count. A second call undoes the first.
+
+    Args:
+        credit: an expression of :mod:`trajkern.credit`, or its "package.module:name". It finds "reward"; the scores of
+            an environment's rewards, and its metrics, by their names, and flags where all of these are 0 or 1; the flag
+            "truncated"; the spans "turn", a message that the policy wrote each; texts; and rows with "trace", "agent"
+            and "info".
+        any_version: do not warn of a prime-rl that this was not tested with.
+
+    Raises:
+        ImportError: prime-rl is missing.
+        RuntimeError: a version of it that lacks what this replaces, or where that takes something else.
+        TypeError, ValueError: a credit that is none; one that needs what prime-rl does not have, or statistics over
+            more than a group. At the first group: a ``length_penalty``; a credit that leaves tokens out without
+            ``filter_zero_advantages``.
+    """
+    check_version("prime-rl", TESTED, any_version)
+    spec = spec_of("credit", credit)
+    disable_credit()
+    _prime_rl_credit.put(_credits, spec)
+
+
+def disable_credit() -> None:
+    """Takes back what :func:`enable_credit` did; twice does nothing."""
+    _credits.undo()
 
 
 def _check_shown(rl_loss_fn: Callable[..., Any]) -> None:
