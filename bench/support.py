@@ -47,7 +47,8 @@ PARTS = {
         ("skyrl", "torch"),
     ),
     "openrlhf": Part(("integrations/test_openrlhf.py",), ("openrlhf", "torch")),
-    "areal": Part(("integrations/test_areal.py",), ("areal", "torch")),
+    "verl on Ray": Part(("integrations/test_verl_ray.py",), ("ray", "verl", "torch")),
+    "areal": Part(("integrations/test_areal.py", "integrations/test_areal_credit.py"), ("areal", "torch")),
     "liger": Part(("integrations/test_liger.py",), ("liger-kernel", "torch")),
 }
 
