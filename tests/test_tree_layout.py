@@ -235,3 +235,62 @@ class TestFromTrajectories:
         rows = [[0, k] for k in range(20_000)]
         tree = tk.Tree.from_trajectories(_batch(rows, [0] * len(rows)))
         assert tree.num_nodes == 20_001 and tree.num_tokens == 20_001
+
+
+# ids that tokens bear
+
+
+def test_segments_are_the_nodes_as_they_stand() -> None:
+    """A root, two that go on from it, one below the second; another root, with ids in no order."""
+    own = torch.tensor([7, 7, -3, 9, 9, 9, 2**40, 1, 1])
+    above = torch.tensor([7, 7, 7, 7, 7, 7, 9, 1, 1])
+    tree = tk.Tree.from_segments(own, above)
+    assert tree.parent.tolist() == [-1, 0, 0, 2, -1] and tree.node_lengths.tolist() == [2, 1, 3, 1, 2]
+    assert tree.source is None and tree.group_ids is None
+    begin, end = tree.flat_cu_seqlens[:-1].tolist(), tree.flat_cu_seqlens[1:].tolist()
+    paths = [tree.flat_index[a:b].tolist() for a, b in zip(begin, end, strict=True)]
+    assert paths == [[0, 1, 2], [0, 1, 3, 4, 5, 6], [7, 8]]
+    assert tk.Tree.from_segments(own[:0], above[:0]).num_nodes == 0
+
+
+def test_any_tree_comes_back_from_its_ids() -> None:
+    g = torch.Generator().manual_seed(4)
+    parent = random_tree(g, 40).parent
+    tree = tk.Tree(parent, torch.randint(1, 5, (40,), generator=g))
+    name = torch.randperm(100, generator=g)[:40] - 50
+    above = torch.where(parent < 0, name, name[parent.clamp_min(0)])
+    again = tk.Tree.from_segments(name[tree.token_node], above[tree.token_node])
+    assert again.parent.tolist() == parent.tolist() and again.node_lengths.tolist() == tree.node_lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    "own, above, error, message",
+    [
+        ([1, 1, 2, 1], [1, 1, 1, 1], ValueError, r"segment_ids must mark one run .* id 1 begins again at token 3"),
+        ([1, 1, 2, 2], [1, 1, 1, 2], ValueError, r"parent_ids must be one id along .* segment 2 changes at 3"),
+        ([1, 1, 2, 2], [1, 1, 5, 5], ValueError, r"parent_ids must name an id that some token has.*; token 2's is 5"),
+        ([1, 2, 2, 3], [1, 3, 3, 3], ValueError, r"parent_ids must name a segment that stands before.* token 1's is 3"),
+        ([1, 2], [1], ValueError, r"parent_ids must have shape \[2\] \(one id a token\)"),
+        ([1.0, 2.0], [1, 1], TypeError, r"segment_ids must have dtype int64, int32"),
+    ],
+)
+def test_ids_that_make_no_tree(own: list, above: list, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        tk.Tree.from_segments(torch.tensor(own), torch.tensor(above))
+
+
+def test_segments_of_attention_see_what_the_mask_shows() -> None:
+    tree = random_tree(torch.Generator().manual_seed(5), 60)
+    segments = tree.attention_segments
+    bounds_q, bounds_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
+    seen = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.bool)
+    for n in range(len(bounds_q) - 1):
+        keys = segments.keys[bounds_k[n] : bounds_k[n + 1]]
+        queries = range(bounds_q[n], bounds_q[n + 1])
+        for left, token in enumerate(reversed(queries)):
+            seen[token, keys[: len(keys) - left]] = True
+    assert torch.equal(seen, tree.attention_mask(dense=True)[0, 0])
+    assert bounds_q[-1] == tree.num_tokens and segments.cu_seqlens_q.dtype == torch.int32
+    assert segments.max_seqlen_q == max(b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False))
+    assert segments.max_seqlen_k == int(tree.positions.max()) + 1
+    assert tk.Tree(*torch.empty(2, 0, dtype=torch.int64)).attention_segments[3:] == (0, 0)

@@ -30,6 +30,16 @@ class Nodes(NamedTuple):
     token_node: Tensor  # [T]
 
 
+class Segments(NamedTuple):
+    """What a variable-length attention call needs to run a tree: the S nodes with tokens are its sequences."""
+
+    keys: Tensor  # [K] the tokens on the path to each segment's end, from its root down; int64
+    cu_seqlens_q: Tensor  # [S+1] boundaries of the segments in the packed tokens, int32
+    cu_seqlens_k: Tensor  # [S+1] boundaries of their paths in ``keys``, int32
+    max_seqlen_q: int  # tokens of the longest segment
+    max_seqlen_k: int  # of the longest path
+
+
 def offsets_of(counts: Tensor) -> Tensor:
     """Sums of what stands before each entry, and of all, int64."""
     out = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)
@@ -96,6 +106,17 @@ def along_paths(
     arrays = up.data_ptr(), first.data_ptr(), ends.data_ptr()
     _ext.cpu().tree_flat(*arrays, ends.shape[0], places.data_ptr(), index.data_ptr())
     return index.to(parent.device)
+
+
+def attention_segments(nodes: Nodes, lengths: Tensor) -> Segments:
+    """See :attr:`trajkern.Tree.attention_segments`."""
+    some = (lengths > 0).nonzero().squeeze(1)
+    own = lengths.long()[some]
+    path = nodes.position[some] + own
+    bounds_q, bounds_k = offsets_of(own), offsets_of(path)
+    keys = along_paths(nodes.parent, nodes.node_offsets, some, bounds_k)
+    longest = (int(x.max()) if x.numel() else 0 for x in (own, path))
+    return Segments(keys, bounds_q.int(), bounds_k.int(), *longest)
 
 
 def _refuse_parent(parent: Tensor, node: int) -> None:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern import _ext
-from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_values, resolved
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_values
 from trajkern._dtypes import INTEGERS
-from trajkern.layouts._nodes import Nodes, along_paths, derive, offsets_of
+from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
+from trajkern.layouts._prefixes import segments, shared_prefixes
 from trajkern.layouts.batch import HeadInputs, PackedBatch
 from trajkern.losses.kinds import AGGREGATES
 
-_PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 
 
@@ -56,7 +55,8 @@ class Tree:
 
     Leaves are numbered in ascending order of their nodes, and every ``[L]`` argument follows them.
     Construction waits for a GPU, once a batch, since it reads the tree on the host; so do the first uses of
-    :attr:`flat_index` and :attr:`path_nodes`, and each call of :meth:`pairs`; nothing else does.
+    :attr:`flat_index`, :attr:`path_nodes` and :attr:`attention_segments`, and each call of :meth:`pairs`; nothing else
+    does.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -218,6 +218,14 @@ class Tree:
         leaf = torch.arange(self.num_leaves, device=self.device)
         return torch.repeat_interleave(leaf, steps, output_size=node.shape[0]), node
 
+    @cached_property
+    def attention_segments(self) -> Segments:
+        """A forward by variable-length attention: queries as packed, keys and values gathered by ``keys``.
+
+        A segment's queries see the keys of its path up to their own: causal, the ends of both aligned ("bottom-right").
+        """
+        return attention_segments(self._nodes, self.node_lengths)
+
     def pairs(
         self,
         tokens: Tensor,  # [T]
@@ -351,45 +359,25 @@ class Tree:
                 sampler's, at tokens whose loss mask is True): "raise", or "split" to let them part there.
             tolerance: how far such log-probs may lie apart. The first trajectory's are kept.
         """
-        on_mismatch = check_choice("on_mismatch", on_mismatch, ("raise", "split"))
-        tolerance = check_number("tolerance", tolerance, low=0)
-        if not isinstance(batch, PackedBatch):
-            raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
-        tokens, cu_seqlens, group = (
-            resolved(x).cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
-        )
-        mask = batch.loss_mask.cpu().contiguous()
-        present = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
-        logprobs = {name: resolved(x).cpu().double().contiguous() for name, x in present.items()}
-        mismatch, *arrays = _ext.cpu().tree_prefixes(
-            tokens.data_ptr(),
-            mask.data_ptr(),
-            cu_seqlens.data_ptr(),
-            group.data_ptr(),
-            batch.num_trajectories,
-            batch.num_groups,
-            [x.data_ptr() for x in logprobs.values()],
-            tolerance,
-            on_mismatch == "split",
-        )
-        if mismatch is not None:
-            field, *places = mismatch
-            _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)
-        parent, lengths, source, root_groups = (
-            torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays
-        )
-        ids = torch.empty(batch.num_groups, dtype=batch.group_ids.dtype)
-        ids[group] = batch.group_ids.cpu()
-        return cls(parent, lengths, ids[root_groups], source).to(batch.device)
+        return cls(*shared_prefixes(batch, on_mismatch, tolerance)).to(batch.device)
 
+    @classmethod
+    def from_segments(
+        cls,
+        segment_ids: Tensor,  # [T]
+        parent_ids: Tensor,  # [T]
+    ) -> Tree:
+        """The tree of a packed row whose tokens bear the id of their segment, and of the one that it goes on from.
 
-def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> None:
-    name, x = field
-    at = torch.searchsorted(cu_seqlens, torch.tensor(places), right=True) - 1
-    first, second = at.tolist()
-    values = x[places].tolist()
-    raise ValueError(
-        f"{name} must agree to {tolerance:g} along the prefix that trajectories {first} and {second} share; at its "
-        f"token {places[1] - int(cu_seqlens[second])} they are {values[0]:g} and {values[1]:g} "
-        "(on_mismatch='split' lets the trajectories part there)"
-    )
+        A segment is a run of tokens with one id, which occurs in no other run. Its parent is the segment whose id its
+        ``parent_ids`` are; a root's is its own. Parents stand before their children. The segments are the nodes as they
+        stand in the row, so that the row's per-token fields are the tree's, and its last segments the leaves.
+
+        Args:
+            segment_ids, parent_ids: int64 or int32 ``[T]``, any values.
+
+        Raises:
+            TypeError, ValueError: an id that begins twice, a segment with two parents, or a parent that no token has or
+                that stands behind; naming the argument and the token.
+        """
+        return cls(*segments(segment_ids, parent_ids)).to(segment_ids.device)

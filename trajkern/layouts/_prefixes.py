@@ -1,0 +1,98 @@
+"""Where a tree's nodes come from: the shared prefixes of a batch, or ids that tokens bear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trajkern import _ext
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, resolved
+from trajkern._dtypes import INTEGERS
+from trajkern.layouts.batch import PackedBatch
+
+_PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+
+
+def shared_prefixes(
+    batch: PackedBatch, on_mismatch: str, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [M], [M], [roots], [T]
+    """The parents, lengths, group ids and source of :meth:`trajkern.Tree.from_trajectories`, on the host."""
+    on_mismatch = check_choice("on_mismatch", on_mismatch, ("raise", "split"))
+    tolerance = check_number("tolerance", tolerance, low=0)
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
+    tokens, cu_seqlens, group = (
+        resolved(x).cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
+    )
+    mask = batch.loss_mask.cpu().contiguous()
+    present = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
+    logprobs = {name: resolved(x).cpu().double().contiguous() for name, x in present.items()}
+    mismatch, *arrays = _ext.cpu().tree_prefixes(
+        tokens.data_ptr(),
+        mask.data_ptr(),
+        cu_seqlens.data_ptr(),
+        group.data_ptr(),
+        batch.num_trajectories,
+        batch.num_groups,
+        [x.data_ptr() for x in logprobs.values()],
+        tolerance,
+        on_mismatch == "split",
+    )
+    if mismatch is not None:
+        field, *places = mismatch
+        _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)
+    parent, lengths, source, root_groups = (
+        torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays
+    )
+    ids = torch.empty(batch.num_groups, dtype=batch.group_ids.dtype)
+    ids[group] = batch.group_ids.cpu()
+    return parent, lengths, ids[root_groups], source
+
+
+def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> None:
+    name, x = field
+    at = torch.searchsorted(cu_seqlens, torch.tensor(places), right=True) - 1
+    first, second = at.tolist()
+    values = x[places].tolist()
+    raise ValueError(
+        f"{name} must agree to {tolerance:g} along the prefix that trajectories {first} and {second} share; at its "
+        f"token {places[1] - int(cu_seqlens[second])} they are {values[0]:g} and {values[1]:g} "
+        "(on_mismatch='split' lets the trajectories part there)"
+    )
+
+
+def segments(segment_ids: Tensor, parent_ids: Tensor) -> tuple[Tensor, Tensor]:  # [T], [T] -> [M], [M]
+    """The parents and lengths of :meth:`trajkern.Tree.from_segments`, on the host."""
+    check_tensor("segment_ids", segment_ids, dtypes=INTEGERS, ndim=1)
+    check_tensor("parent_ids", parent_ids, dtypes=INTEGERS, device=segment_ids.device)
+    check_shape("parent_ids", parent_ids, tuple(segment_ids.shape), "one id a token")
+    own, above = (resolved(x).cpu().long() for x in (segment_ids, parent_ids))
+    first = torch.ones_like(own, dtype=torch.bool)
+    first[1:] = own[1:] != own[:-1]
+    begin = first.nonzero().squeeze(1)
+    ids, up = own[begin], above[begin]
+    changed = (above != up[first.cumsum(0) - 1]).nonzero()
+    if changed.numel():
+        at = int(changed[0, 0])
+        raise ValueError(f"parent_ids must be one id along a segment; that of segment {int(own[at])} changes at {at}")
+    known, number = ids.sort(stable=True)
+    again = (known[1:] == known[:-1]).nonzero()
+    if again.numel():
+        node = int(number[int(again[0, 0]) + 1])
+        raise ValueError(
+            f"segment_ids must mark one run of tokens each; id {int(ids[node])} begins again at token "
+            f"{int(begin[node])}"
+        )
+    place = torch.searchsorted(known, up).clamp_max(max(len(known) - 1, 0))
+    _refuse_parent(known[place] != up, up, begin, "an id that some token has")
+    parent = torch.where(up == ids, -1, number[place])
+    _refuse_parent(parent > torch.arange(len(parent)), up, begin, "a segment that stands before")
+    return parent, torch.diff(begin, append=torch.tensor([len(own)]))
+
+
+def _refuse_parent(bad: Tensor, up: Tensor, begin: Tensor, legal: str) -> None:
+    if bool(bad.any()):
+        node = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"parent_ids must name {legal}, or the token's own; token {int(begin[node])}'s is {int(up[node])}"
+        )
