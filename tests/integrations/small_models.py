@@ -211,6 +211,7 @@ def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     for said, why in {
         "linear_attention": "recurrent layers",
+        "is recurrent": "recurrent layers",
         "'hybrid'": "recurrent layers",
         "'conv'": "convolutions",
         "chunked_attention": "attention in chunks",

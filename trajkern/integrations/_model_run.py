@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from trajkern import PackedBatch, Tree
+from trajkern.integrations._tree_attention import check_segments, over_boundaries, see_paths
 
 Layout = PackedBatch | Tree
-_VARLEN = "flash_attention"  # what the names of attention implementations over cu_seqlens begin with
 _MASKED = ("eager", "sdpa", "flex_attention")  # those that take a mask of who sees whom
 _UNDERSTOOD = ("sliding_window", "use_sliding_window", "max_window_layers")
+_LISTS = ("layer_types", "layers_block_type", "block_types")  # what configs call the kinds of their layers
+_RECURRENT = {"linear_attention", "mamba", "hybrid", "recurrent", "conv"}
+_CARRIED = ", which would carry the state of one branch into another"
 _REACHES = re.compile(r"window|local_att|chunk|block_size|landmark")  # what configs call an attention's limited reach
 
 
@@ -22,7 +25,7 @@ def layout_kind(inner: Any, layout: Layout) -> str:
     """How ``layout`` runs on this model: "tree", "pack" over cu_seqlens, or "rows", padded."""
     if isinstance(layout, Tree):
         return "tree"
-    return "pack" if attention_of(inner).startswith(_VARLEN) else "rows"
+    return "pack" if over_boundaries(attention_of(inner)) else "rows"
 
 
 def attention_of(inner: Any) -> str:
@@ -40,7 +43,7 @@ class Route(NamedTuple):
 def run_layout(inner: Any, call: Any, layout: Layout, tokens: Tensor, route: Route) -> Tensor:
     """What the head is applied to for every token, ``[T, H]``; ``call`` runs all of ``inner``."""
     if isinstance(layout, Tree):
-        return run_model(inner, call, route, tokens, layout.positions, attention_mask=_tree_mask(inner, layout))[0]
+        return run_model(inner, call, route, tokens, layout.positions, **_tree_options(inner, layout))[0]
     if layout_kind(inner, layout) == "rows":
         return _padded(inner, call, layout, route)
     bounds, longest = layout.cu_seqlens.int(), layout.max_length
@@ -102,16 +105,25 @@ def _padded(inner: Any, call: Any, batch: PackedBatch, route: Route) -> Tensor:
 
 
 def check_tree(inner: Any) -> None:
-    """Refuses a model that has no place for a mask of who sees whom, by what its config says."""
+    """Refuses a model that cannot show a token its own path alone, by what its config says."""
     attention = attention_of(inner)
-    if attention not in _MASKED:
+    if over_boundaries(attention):
+        check_segments()
+    elif attention not in _MASKED:
         raise ValueError(
-            f"model must have one of the attentions {', '.join(_MASKED)} to run a Tree, got {attention!r}; "
-            "load it with attn_implementation="
+            f"model must have one of the attentions {', '.join(_MASKED)}, or flash attention, to run a Tree, got "
+            f"{attention!r}; load it with attn_implementation="
         )
     config = inner.config.get_text_config()
     if unknown := _layer_kinds(config) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"model must attend fully or through a window to run a Tree; it has {sorted(unknown)} layers")
+        raise ValueError(
+            f"model must attend fully or through a window to run a Tree; it has {sorted(unknown)} layers"
+            + _CARRIED * bool(unknown & _RECURRENT)
+        )
+    if getattr(inner, "_is_stateful", False):
+        raise ValueError(
+            f"model must attend fully or through a window to run a Tree; {type(inner).__name__} is recurrent" + _CARRIED
+        )
     if limits := _limits(config):
         raise ValueError(
             f"model must limit its attention by sliding_window alone to run a Tree; its config has {limits}"
@@ -120,12 +132,23 @@ def check_tree(inner: Any) -> None:
 
 def _layer_kinds(config: Any) -> set[str]:
     window = getattr(config, "sliding_window", None)
-    return set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    named = next((x for name in _LISTS if (x := getattr(config, name, None))), None)
+    if named is None:
+        return {"sliding_attention" if window else "full_attention"}
+    return {"full_attention" if kind == "attention" else kind for kind in named}
+
+
+def _tree_options(inner: Any, tree: Tree) -> dict[str, Any]:
+    """What shows each token its own path, by whatever attention the model has."""
+    check_tree(inner)
+    attention = attention_of(inner)
+    if over_boundaries(attention):
+        return see_paths(attention, tree)
+    return {"attention_mask": _tree_mask(inner, tree)}
 
 
 def _tree_mask(inner: Any, tree: Tree) -> Any:
     """Who sees whom, for each kind of the model's layers."""
-    check_tree(inner)
     config, attention = inner.config.get_text_config(), attention_of(inner)
     kinds, window = _layer_kinds(config), getattr(config, "sliding_window", None)
     if attention == "flex_attention" and kinds == {"full_attention"}:

@@ -49,8 +49,9 @@ def log_probs(
 
     Args:
         model: a causal language model of transformers, also inside PEFT's or a parallel wrapper. Whatever attention it
-            has is used: implementations over cu_seqlens get a batch as it is packed; the others get padded rows, or for
-            a tree position ids and a mask of who sees whom, with a sliding window where the model has one.
+            has is used: flash attention gets a batch over cu_seqlens as it is packed, and a tree as segments with the
+            keys of their paths; the others get padded rows, or for a tree position ids and a mask of who sees whom,
+            with a sliding window where the model has one.
         layout: a batch, or a tree of rollouts with each shared prefix once.
         tokens, loss_mask: of a tree's tokens; int64 or int32 ``[T]``, and bool ``[T]``, by default every token that has
             one before it. A batch has its own.
