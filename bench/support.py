@@ -34,10 +34,12 @@ PARTS = {
     "ops": Part(("test_contract.py", "test_head.py", "test_numerics.py"), ("torch", "numpy")),
     "every op and gradient": Part(("test_contract.py",), ("torch", "numpy"), "dtype or no_gradient or every_op"),
     "compiled graphs": Part(("test_compile.py",), ("torch",)),
-    "models": Part(("integrations/test_transformers.py",), ("torch", "transformers", "peft")),
+    "models": Part(
+        ("integrations/test_transformers.py", "integrations/test_tree_attention.py"), ("torch", "transformers", "peft")
+    ),
     "wrappers": Part(("integrations/test_wrapped.py",), ("torch", "transformers", "peft"), "not every_op"),
     "trl": Part(
-        ("integrations/test_trl.py", "integrations/test_trl_loss.py"),
+        ("integrations/test_trl.py", "integrations/test_trl_loss.py", "integrations/test_trl_async.py"),
         ("trl", "torch", "transformers"),
         interpreted=True,
     ),

@@ -299,12 +299,6 @@ def test_a_loss_or_a_head_that_does_not_fit_is_refused(monkeypatch: pytest.Monke
     assert not adapter._enabled
 
 
-def test_the_asynchronous_trainer_is_refused_by_its_name() -> None:
-    trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer").AsyncGRPOTrainer
-    with pytest.raises(TypeError, match="must be a GRPOTrainer or an RLOOTrainer, got AsyncGRPOTrainer"):
-        adapter.enable(trainer)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not (OLDEST / "trl").exists(), reason="no .venv/oldest: make setup installs the oldest TRL there")
 def test_the_oldest_version() -> None:

@@ -55,6 +55,13 @@ READ = {
         " pixel_attention_mask pixel_values prompt_ids prompt_mask ref_per_token_logps sampling_per_token_logps"
         " spatial_shapes token_type_ids tool_mask",
     },
+    "AsyncGRPOTrainer": {
+        "self": "_last_forward_time_s _metrics _step_forward_s _step_forward_tokens _step_samples"
+        " _step_seq_len_weighted _step_trained_tokens accelerator aux_loss_enabled current_gradient_accumulation_steps"
+        " epsilon_high epsilon_low router_aux_loss_coef",
+        "inputs": "advantages attention_mask global_n_forward_tokens global_n_tokens input_ids mean_seq_len"
+        " old_log_probs position_ids segment_id shift_labels token_index tree_max_seqlens",
+    },
     "RLOOTrainer": {
         "self": "_get_per_token_logps_and_entropies _metrics accelerator args aux_loss_enabled epsilon_high epsilon_low"
         " model router_aux_loss_coef",
@@ -65,16 +72,23 @@ READ = {
 }
 
 
+def loss_method(name: str) -> str:
+    """What a trainer of TRL by that name calls its loss."""
+    return "compute_loss" if name == "AsyncGRPOTrainer" else "_compute_loss"
+
+
 def check_fit(name: str, trainer: type, ours: Any) -> None:
     """RuntimeError where a trainer of TRL by that name has not the loss that ``ours`` stands in for."""
-    theirs = held(trainer, "_compute_loss")
+    method = loss_method(name)
+    theirs = held(trainer, method)
     if theirs is ours:
         return
-    for method in ("_get_per_token_logps_and_entropies", "log", "_save_checkpoint"):
-        held(trainer, method)
-    check_signature(f"{name}._compute_loss", theirs, ours)
+    scored = method == "_compute_loss"  # else the loss runs the model itself
+    for other in ("log", "_save_checkpoint", *["_get_per_token_logps_and_entropies"] * scored):
+        held(trainer, other)
+    check_signature(f"{name}.{method}", theirs, ours)
     known = {f"{of}.{x}" for of, names in READ[name].items() for x in names.split()}
-    check_reads(f"{name}._compute_loss", theirs, known)
+    check_reads(f"{name}.{method}", theirs, known)
 
 
 def check_loss(trainer: Any) -> None:
@@ -192,6 +206,11 @@ def read_logged(trainer: Any) -> None:
         for (owner, at), number in zip(places, numbers, strict=True):
             owner[at] = number
     _unread.discard(trainer)
+
+
+def mark_unread(trainer: Any) -> None:
+    """Says that a trainer's metrics hold tensors, which :func:`read_logged` is to read."""
+    _unread.add(trainer)
 
 
 def read_all_logged() -> None:
@@ -315,8 +334,8 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
             metrics[f"clip_ratio/{name}_mean"].append(_mean(self, x.float(), mask))
         shares = [x.float()[:, 0] if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1) for x in (low, high)]
         least, most = map(self.accelerator.gather, shares)
-        metrics["clip_ratio/low_min"].append(-_largest(-least))
-        metrics["clip_ratio/high_max"].append(_largest(most))
+        metrics["clip_ratio/low_min"].append(-largest(-least))
+        metrics["clip_ratio/high_max"].append(largest(most))
     elif self.loss_type == "cispo":
         metrics["cispo_clip_ratio"].append(_mean(self, high.float(), mask))
     elif self.loss_type == "vespo":
@@ -325,7 +344,7 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
         metrics["vespo/phi_seq_mean"].append(_mean(self, weight, mask))
 
 
-def _largest(x: Tensor) -> Tensor:
+def largest(x: Tensor) -> Tensor:
     """Of the numbers, or NaN where there are none."""
     none = x.new_full((1,), -torch.inf)
     largest = torch.cat((torch.where(x.isnan(), none, x), none)).max()

@@ -1,4 +1,4 @@
-"""TRL (1.15 and 1.16): the fused head, the packed loss and a credit in GRPOTrainer and RLOOTrainer, by one line.
+"""TRL (1.15 and 1.16): the fused head, the packed loss and a credit in its GRPO and RLOO trainers, by one line.
 
     from trajkern.integrations import trl
 
@@ -8,7 +8,8 @@
 Two things are replaced, and nothing that they return changes but for rounding. The head that ``add_fused_lm_head``
 gave the model computes only positions with a label, by :func:`trajkern.linear_token_stats`; it is one for the process,
 so every trainer of TRL that has such a head gets it while anything is enabled. ``_compute_loss`` of the trainer or
-class takes the loss and its gradient from :func:`trajkern.policy_loss` and logs what TRL logs.
+class takes the loss and its gradient from :func:`trajkern.policy_loss` and logs what TRL logs; so does ``compute_loss``
+of AsyncGRPOTrainer, of TRL 1.16, whose rows of rollouts that share prefixes are trees: :func:`tree_rollouts`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,29 @@ from trajkern import credit as credits
 from trajkern._checks import describe
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._host_tree import TreeRollouts
+from trajkern.integrations._trl_async import async_grpo_loss
 from trajkern.integrations._trl_credit import ByCredit, Generation, check_advantages, hooks, with_penalty
-from trajkern.integrations._trl_loss import check_fit, check_loss, grpo_loss, read_all_logged, read_logged, rloo_loss
+from trajkern.integrations._trl_loss import (
+    check_fit,
+    check_loss,
+    grpo_loss,
+    loss_method,
+    read_all_logged,
+    read_logged,
+    rloo_loss,
+)
 from trajkern.integrations._trl_score import asked
+from trajkern.integrations._trl_tree import tree_rollouts
 from trajkern.integrations._wrapped import autocasted
 
+__all__ = ["Recipe", "Rollouts", "TreeRollouts", "disable", "enable", "tree_rollouts"]
 TESTED = ("1.15.0", "1.16.0")
-_LOSSES = {"GRPOTrainer": grpo_loss, "RLOOTrainer": rloo_loss}
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "GRPOTrainer": grpo_loss,
+    "RLOOTrainer": rloo_loss,
+    "AsyncGRPOTrainer": async_grpo_loss,
+}
 _MISSING = object()
 _head = Patches()
 _enabled: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of a target -> it, and what it had itself before
@@ -74,7 +91,8 @@ def enable(
     added, by its own baseline.
 
     Args:
-        trainer_or_class: a GRPOTrainer or RLOOTrainer, or one of these classes or a subclass.
+        trainer_or_class: a GRPOTrainer, RLOOTrainer or AsyncGRPOTrainer, or one of these classes or a subclass. The
+            last takes no credit and no recipe: its worker process forms the advantages.
         recipe: whence the advantages come instead of from TRL: the name of a credit in ``trajkern.credit.PRESETS``, or
             a function of :class:`Rollouts`. What a function leaves out gets 0 and counts in the normaliser as in TRL.
         credit: whence the advantages come, an expression of ``trajkern.credit`` or its "package.module:name".
@@ -96,13 +114,18 @@ def enable(
     kind = _kind(trainer_or_class)
     crediting = _crediting(recipe, credit, {"spans": spans, "span_rewards": span_rewards}, teacher_logprobs)
     a_class = isinstance(trainer_or_class, type)
+    if crediting is not None and kind == "AsyncGRPOTrainer":
+        raise ValueError(
+            "recipe and credit must be None for AsyncGRPOTrainer: its worker process scores rollouts, which reach the "
+            "trainer one by one with their advantages, and not as groups"
+        )
     if isinstance(crediting, ByCredit):
         crediting.check_kind(kind)
     if not a_class:
         _check(trainer_or_class, kind, crediting)
     check_head()
     disable(trainer_or_class)
-    put: dict[str, Any] = {"_compute_loss": _LOSSES[kind]} | _reading(trainer_or_class)
+    put: dict[str, Any] = {loss_method(kind): _LOSSES[kind]} | _reading(trainer_or_class)
     if crediting is not None:
         put |= hooks(trainer_or_class, crediting)
     if a_class:
@@ -130,14 +153,21 @@ def _kind(target: Any) -> str:
     """Which of TRL's trainers this is, or is derived from."""
     cls = target if isinstance(target, type) else type(target)
     for name in _LOSSES:
-        base = getattr(importlib.import_module(f"trl.trainer.{name[:4].lower()}_trainer"), name)
-        if issubclass(cls, base):
-            owner = next(c for c in cls.__mro__ if "_compute_loss" in vars(c))
+        base = _base(name, cls)
+        if base is not None and issubclass(cls, base):
+            owner = next(c for c in cls.__mro__ if loss_method(name) in vars(c))
             if owner is not base and id(owner) not in _enabled:
                 raise TypeError(f"trainer_or_class must have {name}'s loss; {owner.__name__} has one of its own")
             check_fit(name, base, _LOSSES[name])
             return name
-    raise TypeError(f"trainer_or_class must be a GRPOTrainer or an RLOOTrainer, got {cls.__name__}")
+    raise TypeError(f"trainer_or_class must be one of {', '.join(_LOSSES)}, got {cls.__name__}")
+
+
+def _base(name: str, cls: type) -> Any:
+    """TRL's trainer of that name; where versions have it at several places, what ``cls`` is derived from, or None."""
+    if name != "AsyncGRPOTrainer":
+        return getattr(importlib.import_module(f"trl.trainer.{name[:4].lower()}_trainer"), name)
+    return next((c for c in cls.__mro__ if c.__name__ == name and c.__module__.startswith("trl.")), None)
 
 
 def _checked(init: Callable[..., None], kind: str, crediting: ByCredit | ByFunction | None) -> Callable[..., None]:
