@@ -25,6 +25,7 @@ class LossArguments(NamedTuple):
     branch: Any  # Branch, Paths or None
     normalizer: Any  # a number or a tensor; once checked a tensor []
     per_token: bool | None  # once checked a bool
+    sequence_group: Any = None  # the ranks over which the trajectories' tokens are spread
 
     def laid_out(self, dtype: torch.dtype) -> LossArguments:
         """Contiguous, the floats of ``dtype``."""
@@ -39,6 +40,7 @@ class LossArguments(NamedTuple):
             self.branch,
             self.normalizer,
             self.per_token,
+            self.sequence_group,
         )
 
     def inputs(self) -> LossInputs:

@@ -156,6 +156,11 @@ class PolicyLoss:
         kl_has_ratio = self.kl_coef != 0 and self.kl == "k3_corrected"
         return level in KINDS[self.kind].in_tree and not (level == "sequence" and kl_has_ratio)
 
+    @property
+    def exact_in_parts(self) -> bool:
+        """Whether sums over a trajectory's tokens give it exactly, so that ranks can each hold some of them."""
+        return self.exact_in_tree or (KINDS[self.kind].by_trajectory and self.resolved_ratio_level == "token")
+
 
 def _options(config: PolicyLoss) -> list[int]:
     return [

@@ -12,6 +12,7 @@ from trajkern._checks import as_number, check_cu_seqlens, check_number, check_sh
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
+from trajkern.ops.policy_loss_ranks import check_parts
 from trajkern.ops.tree_loss import Paths, check_branch, leaf_counts
 
 
@@ -29,6 +30,8 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
     if not isinstance(config, PolicyLoss):
         raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
     _check_tokens(logprobs, entropy, arguments)
+    if arguments.sequence_group is not None:
+        arguments = check_parts(arguments, logprobs)
     if branch is not None:
         check_branch(arguments, logprobs)
         if readable(logprobs):
@@ -49,6 +52,7 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
         branch,
         _check_normalizer(arguments, logprobs, per_token),
         per_token,
+        arguments.sequence_group,
     )
 
 

@@ -24,6 +24,7 @@ from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.head import HEAD, checked_token_stats, grads_fake
 from trajkern.ops.policy_loss import LOSS_INPUTS, checked_policy_loss, scaled_once
+from trajkern.ops.policy_loss_ranks import over_ranks, weighted_parts
 from trajkern.ops.tree_loss import Paths, read_branch
 
 # an op has one argument of a name: here the loss's have the head's beside them
@@ -81,6 +82,7 @@ def linear_policy_loss(
     branch: Branch | Paths | None = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
+    sequence_group: Any = None,
     # of this op
     with_entropy: bool = False,
     with_logprobs: bool = False,
@@ -116,8 +118,8 @@ def linear_policy_loss(
             8,192) 3.9 and 7.8 GiB. Where it is less than 64 MiB (a GPU: 256 MiB), or the weight is frozen, it is that.
             In float16, d weight stays in float32 until the upstream factor is known, so that a loss scaler finds what
             fp16 would lose.
-        old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, branch, normalizer, per_token: as
-            in :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
+        old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, branch, normalizer, per_token,
+            sequence_group: as in :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
         with_entropy: compute the entropy as a metric also where config.entropy_coef is 0.
         with_logprobs: also return the log-probs ``[P]``, detached, as ``metrics["logprobs"]``: the old ones of a second
             update on the batch.
@@ -146,18 +148,8 @@ def linear_policy_loss(
         process_group,
         batch_invariant,
     )
-    loss_arguments = LossArguments(
-        config,
-        old_logprobs,
-        advantages,
-        cu_seqlens,
-        mask,
-        ref_logprobs,
-        sampler_logprobs,
-        branch,
-        normalizer,
-        per_token,
-    )
+    of_pairs = config, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs
+    loss_arguments = LossArguments(*of_pairs, branch, normalizer, per_token, sequence_group)
     return _linear_policy_loss_of(head_arguments, loss_arguments, with_entropy, with_logprobs)
 
 
@@ -201,7 +193,14 @@ def _one_pass(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The loss and its gradients, formed with the logits."""
     dtype = accumulator(head_arguments.hidden)
-    loss_arguments = read_branch(loss_arguments.laid_out(dtype), dtype)
+    loss_arguments = loss_arguments.laid_out(dtype)
+    split = loss_arguments.sequence_group is not None
+    if split:
+        like = loss_arguments.cu_seqlens.new_empty((), dtype=dtype).expand(head.targets.shape)
+        loss_arguments = weighted_parts(loss_arguments, like)
+    else:
+        loss_arguments = read_branch(loss_arguments, dtype)
     inputs = loss_arguments.inputs()._replace(mask=None)  # a graph takes no tensor twice, and the head has it
     loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], (*head[3:], *inputs, int(with_entropy)))
-    return loss, dict(zip(METRICS, metrics.unbind(), strict=True)), logprobs
+    result = loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+    return *(over_ranks(result, loss_arguments) if split else result), logprobs

@@ -25,6 +25,7 @@ from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
+from trajkern.ops.policy_loss_ranks import split_loss
 from trajkern.ops.tree import branch_coefficients
 from trajkern.ops.tree_loss import (
     Paths,
@@ -119,6 +120,7 @@ def policy_loss(
     branch: Branch | Paths | None = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
+    sequence_group: Any = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The policy loss of a packed batch, to minimise, and its metrics.
 
@@ -182,7 +184,15 @@ def policy_loss(
             is to be learnt, and gives a loss and gradients of 0: no token is scored, or no scored one has an advantage,
             a KL term or an entropy term. Else it is an error on the CPU, and NaN where its value or the mask's cannot
             be read; so is a negative one. There, unscored tokens alone count as nothing to be learnt.
-        per_token: whether advantages are per token; None: by their length, per trajectory where N = T.
+        per_token: whether advantages are per token; None: by their length, per trajectory where N = T, and per
+            trajectory with ``sequence_group``.
+        sequence_group: of torch.distributed, over whose ranks the trajectories' tokens are spread (context parallel):
+            each rank's ``cu_seqlens`` bounds its tokens of the same N trajectories, any number or none of each, and
+            advantages per trajectory are the same on all. Every rank must make the call. What is counted or averaged
+            over a trajectory or the batch is over all ranks' tokens, for which a number or a few a trajectory travel;
+            loss and metrics are the whole batch's, the same on every rank, and each has its own tokens' gradient, so
+            that the ranks' gradients of a parameter add up. No ``branch``; not "kl_cov", "clip_cov", nor ratio level
+            "sequence" with "k3_corrected" or a kind whose trees refuse it, nor "gmpo" and "vespo" with it.
 
     Returns:
         (loss, metrics): a float32 scalar (float64 for float64 logprobs), differentiable once in logprobs and entropy
@@ -209,6 +219,7 @@ def policy_loss(
         branch,
         normalizer,
         per_token,
+        sequence_group,
     )
     return checked_policy_loss(logprobs, entropy, check_loss(logprobs, entropy, arguments))
 
@@ -221,6 +232,8 @@ def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: Los
         return _backends.reference().policy_loss(logprobs, entropy=entropy, **arguments._asdict())
     dtype = accumulator(logprobs)
     logprobs, entropy, arguments = laid_out(logprobs, dtype), laid_out(entropy, dtype), arguments.laid_out(dtype)
+    if arguments.sequence_group is not None:
+        return split_loss(logprobs, entropy, arguments, _formed)
     if isinstance(arguments.branch, Paths) and arguments.config.resolved_ratio_level == "sequence":
         return _sequence_loss(logprobs, entropy, arguments)
     arguments = read_branch(arguments, dtype)

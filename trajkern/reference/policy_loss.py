@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trajkern._dtypes import accumulator
@@ -15,16 +16,40 @@ from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 
 
-class _Segments:
-    """Sums over trajectories, and back to their tokens."""
+class _Added(torch.autograd.Function):
+    """The sum over the ranks, what each of them makes of it having a gradient in the parts of all."""
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        lengths = cu_seqlens.diff()
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+        ctx.ranks, total = ranks, part.clone()
+        dist.all_reduce(total, group=ranks)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Added.apply(grad, ctx.ranks), None
+
+
+class _Segments:
+    """Sums over trajectories, of the tokens of all ranks where they are spread, and back to this rank's tokens."""
+
+    def __init__(self, cu_seqlens: Tensor, ranks: Any = None) -> None:
+        lengths, self.ranks = cu_seqlens.diff(), ranks
         self.count = lengths.numel()
         self.of_token = torch.repeat_interleave(torch.arange(self.count, device=lengths.device), lengths)
 
     def sum(self, x: Tensor) -> Tensor:  # [T] -> [N]
-        return torch.zeros(self.count, dtype=x.dtype, device=x.device).index_add(0, self.of_token, x)
+        mine = torch.zeros(self.count, dtype=x.dtype, device=x.device).index_add(0, self.of_token, x)
+        return self.added(mine)
+
+    def added(self, x: Tensor) -> Tensor:
+        return x if self.ranks is None else _Added.apply(x, self.ranks)
+
+    def largest(self, x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        if self.ranks is not None:
+            dist.all_reduce(x, dist.ReduceOp.MAX, self.ranks)
+        return x
 
     def mean(self, x: Tensor, counts: Tensor) -> Tensor:  # [T], [N] -> [N]
         return self.sum(x) / counts.clamp_min(1)
@@ -69,13 +94,14 @@ def policy_loss(
     branch: Any = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
+    sequence_group: Any = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`trajkern.policy_loss`."""
     if branch is not None and not isinstance(branch, Branch):
         of_tokens = logprobs, old_logprobs, mask, ref_logprobs, sampler_logprobs, entropy
         return _flat_policy_loss(branch, config, cu_seqlens, normalizer, of_tokens)
     dtype = accumulator(logprobs)
-    segments = _Segments(cu_seqlens.long())
+    segments = _Segments(cu_seqlens.long(), sequence_group)
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     a, times, leaves = _per_token(advantages, branch, logprobs, segments, per_token, dtype)
     total = torch.stack(times).sum(0)
@@ -105,9 +131,12 @@ def policy_loss(
     entropy = torch.zeros_like(loss) if entropy is None else torch.where(mask, entropy.to(dtype), 0)
     loss = loss - config.entropy_coef * leaves * entropy
     means = {"clip_fraction": clipped, "approx_kl": -token_log_ratio, "ratio_mean": ratio, "entropy": entropy, "kl": kl}
-    metrics = _metrics(means, torch.where(mask, total, 0))
+    metrics = _metrics(means, torch.where(mask, total, 0), segments)
     weights = _token_weights(config, segments.sum(torch.where(mask, leaves, 0)), normalizer)[segments.of_token]
-    return torch.where(mask, loss * weights, 0).sum(), {name: metrics[name].detach() for name in METRICS}
+    share = torch.where(mask, loss * weights, 0).sum()
+    if sequence_group is not None:
+        share = segments.added(share.detach()) + (share - share.detach())  # its gradient is this rank's part's
+    return share, {name: metrics[name].detach() for name in METRICS}
 
 
 def _policy_terms(config: PolicyLoss, advantages: list[Tensor], times: list[Tensor], tokens: _Tokens) -> Term:
@@ -120,12 +149,15 @@ def _policy_terms(config: PolicyLoss, advantages: list[Tensor], times: list[Tens
     return loss, clipped / torch.stack(times).sum(0).clamp_min(1)
 
 
-def _metrics(means: dict[str, Tensor], copies: Tensor) -> dict[str, Tensor]:
+def _metrics(means: dict[str, Tensor], copies: Tensor, segments: _Segments) -> dict[str, Tensor]:
     """Over the tokens, each as often as it has unmasked rollouts."""
-    count, some, ratio = copies.sum(), copies > 0, means["ratio_mean"]
-    metrics = {name: torch.where(some, x * copies, 0).sum() / count.clamp_min(1) for name, x in means.items()}
-    largest = torch.where(some, ratio, 0).amax() if ratio.numel() else count
-    return metrics | {"ratio_max": largest, "num_tokens": count}
+    count, some, ratio = segments.added(copies.sum()), copies > 0, means["ratio_mean"]
+    sums = {name: segments.added(torch.where(some, x * copies, 0).sum()) for name, x in means.items()}
+    largest = torch.where(some, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(())
+    return {name: x / count.clamp_min(1) for name, x in sums.items()} | {
+        "ratio_max": segments.largest(largest),
+        "num_tokens": count,
+    }
 
 
 def _flat_policy_loss(
