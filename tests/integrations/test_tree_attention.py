@@ -174,6 +174,15 @@ def test_what_no_tree_can_run_is_refused_by_name(
         log_probs(model, *forest(), check=check)
 
 
+def test_a_model_with_calls_of_its_own_is_refused(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair("Llama")[0]
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    with pytest.raises(
+        ValueError, match="AttentionInterface to run a Tree by flash attention; LlamaForCausalLM does not"
+    ):
+        log_probs(model, *forest(), check=False)
+
+
 def test_an_old_flash_attention_is_refused(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = transformers.modeling_flash_attention_utils
     monkeypatch.setattr(utils, "flash_attn_supports_top_left_mask", lambda: True)

@@ -108,7 +108,7 @@ def check_tree(inner: Any) -> None:
     """Refuses a model that cannot show a token its own path alone, by what its config says."""
     attention = attention_of(inner)
     if over_boundaries(attention):
-        check_segments()
+        check_segments(inner)
     elif attention not in _MASKED:
         raise ValueError(
             f"model must have one of the attentions {', '.join(_MASKED)}, or flash attention, to run a Tree, got "

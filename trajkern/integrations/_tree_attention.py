@@ -28,8 +28,13 @@ def over_boundaries(attention: str) -> bool:
     return own is not None and getattr(own, "func", own) is host  # some are partial
 
 
-def check_segments() -> None:
-    """ValueError for a flash attention whose causal mask aligns the beginnings of queries and keys."""
+def check_segments(model: Any) -> None:
+    """ValueError for a model that calls flash attention by itself, and for one whose causal mask aligns beginnings."""
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            "model must call its attention through transformers' AttentionInterface to run a Tree by flash attention; "
+            f"{type(model).__name__} does not say so (_supports_attention_backend); load it with another attention"
+        )
     utils = importlib.import_module("transformers.modeling_flash_attention_utils")
     if utils.flash_attn_supports_top_left_mask():
         raise ValueError(
