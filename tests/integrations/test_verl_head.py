@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from trajkern.integrations import verl as adapter
 
@@ -135,13 +137,27 @@ def _rank(store: str, out: str, rank: int) -> None:
     logprobs, entropy = adapter.linear_cross_entropy(hidden, mine, labels, 0.9, "none", torch.distributed.group.WORLD)
     (logprobs + 0.5 * entropy).sum().backward()
     torch.save((logprobs.detach(), entropy.detach(), hidden.grad, mine.grad), f"{out}.{rank}")
+    torch.save(_sharded(rank, "fsdp"), f"{out}.fsdp.{rank}")
+    with pytest.raises(TypeError, match="weight must be a plain tensor, not a DTensor"):
+        _sharded(rank, "tp")
     torch.distributed.destroy_process_group()
+
+
+def _sharded(rank: int, name: str) -> tuple[torch.Tensor, ...]:
+    """A row of the batch a rank, and a shard of the weight as verl's FSDP2 engine hands it over, or of another mesh."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+    hidden, weight, labels = _inputs()
+    shard = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    logprobs, entropy = adapter.FusedLinearForPPO()(hidden[rank], shard, labels[rank], temperature=0.9)
+    (logprobs + 0.5 * entropy).sum().backward()
+    assert shard.grad.placements == shard.placements
+    return logprobs.detach(), entropy.detach(), hidden.grad[rank], shard.grad.full_tensor()
 
 
 def test_over_a_process_group(tmp_path) -> None:
     command = [sys.executable, __file__, str(tmp_path / "store"), str(tmp_path / "out")]
     ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
     parts = [torch.load(tmp_path / f"out.{rank}") for rank in range(2)]
     hidden, weight, labels = _inputs()
     logprobs, entropy = adapter.linear_cross_entropy(hidden, weight, labels, 0.9)
@@ -151,6 +167,12 @@ def test_over_a_process_group(tmp_path) -> None:
         torch.testing.assert_close(part[:2], whole[:2])
     torch.testing.assert_close(parts[0][2] + parts[1][2], whole[2])
     torch.testing.assert_close(torch.cat([parts[0][3], parts[1][3]]), whole[3])
+    hidden, weight, labels = _inputs()
+    logprobs, entropy = adapter.linear_cross_entropy(hidden[:2], weight, labels[:2], 0.9)
+    (logprobs + 0.5 * entropy).sum().backward()
+    for rank in range(2):  # of FSDP the gradient is the mean of the ranks'
+        expected = (*(x.detach().view(2, -1)[rank] for x in (logprobs, entropy)), hidden.grad[rank], weight.grad / 2)
+        torch.testing.assert_close(torch.load(tmp_path / f"out.fsdp.{rank}"), expected)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUP = "from trajkern.integrations import verl\n\nverl.register(replace=True)\nverl.enable_head()\n"
+SETUP = "from trajkern.integrations import verl\n\nverl.register()\nverl.enable_head()\n"
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +51,15 @@ def test_sharded_workers_take_one_processs_step(found: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.stack(losses).mean(), loss)
     for mine in of_ranks:
         torch.testing.assert_close(mine, grads, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_verls_training_worker_takes_the_same_step(found: dict[str, Any], tied: bool) -> None:
+    """Its FSDP2 engine's, by trajkern's loss and head as by verl's loss on logits; an untied head is a shard there."""
+    theirs, ours = found["steps"][tied, False], found["steps"][tied, True]
+    assert len(theirs) == len(ours) == 2
+    for (their_numbers, their_weights), (numbers, weights) in zip(theirs, ours, strict=True):
+        assert numbers == pytest.approx(their_numbers, rel=1e-5, abs=1e-7)
+        assert numbers["grad_norm"] > 0.1 and 0 < numbers["actor/pg_clipfrac"] < 1
+        torch.testing.assert_close(weights, their_weights, rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
-ESTIMATORS = ("grpo", "rloo", "gae")
+ESTIMATORS = ("grpo", "rloo", "opo")
 LOSSES = ("vanilla", "gspo", "cispo", "kl_cov")
 ROWS, LENGTH, WIDTH, V, RANKS = 6, 11, 16, 61, 2
 
@@ -42,7 +43,6 @@ def batch() -> SimpleNamespace:
         rewards=rewards,
         old=old,
         new=old + 0.2 * draw(ROWS, LENGTH),
-        values=draw(ROWS, LENGTH),
         advantages=draw(ROWS, LENGTH),
         uid=["x", "y", "x", "y", "x", "y"],
         ids=torch.randint(V, (ROWS, LENGTH + 1), generator=g),
@@ -52,6 +52,17 @@ def batch() -> SimpleNamespace:
 def config(**changed: Any) -> ActorConfig:
     policy = PolicyLossConfig()
     return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy, **changed)
+
+
+def save_model(folder: str, tied: bool) -> None:
+    """A Qwen2 of two small layers, as verl loads it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": V, "max_position_embeddings": 64}
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, tie_word_embeddings=tied))
+    for x in model.parameters():
+        x.data.mul_(3).add_(0.01 * torch.randn(x.shape))  # no softmax is nearly flat
+    model.save_pretrained(folder)
 
 
 class Tiny(torch.nn.Module):
@@ -73,11 +84,11 @@ class Tiny(torch.nn.Module):
 def computed() -> tuple[list[str], list[Tensor]]:
     """Who stands behind the names, and what estimators, losses and head give, with their gradients."""
     b, found = batch(), []
-    names = [get_adv_estimator_fn(f"trajkern_{x}").__module__ for x in ESTIMATORS[:2]]
+    names = [get_adv_estimator_fn(f"trajkern_{x}").__module__ for x in ESTIMATORS]
     names += [get_policy_loss_fn(f"trajkern_{x}").__module__ for x in LOSSES] + [FusedLinearForPPO.__module__]
-    given = {"token_level_rewards": b.rewards, "response_mask": b.mask, "index": b.uid, "values": b.values}
+    given = {"token_level_rewards": b.rewards, "response_mask": b.mask, "index": b.uid}
     for name in ESTIMATORS:
-        found += get_adv_estimator_fn(name)(**given, gamma=0.9, lam=0.95)  # trajkern's by verl's name
+        found += get_adv_estimator_fn(f"trajkern_{name}")(**given)
     for name in LOSSES:
         new = b.new.clone().requires_grad_()
         loss, _ = get_policy_loss_fn(f"trajkern_{name}")(b.old, new, b.advantages, b.mask, "token-mean", config())
@@ -126,21 +137,36 @@ class Policy(Worker):
         grads = [x.grad for x in model.parameters()]
         return loss, [x.full_tensor() if isinstance(x, DTensor) else x for x in grads]
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def trained(self, folder: str, loss_mode: str, fused: bool) -> tuple[dict[str, float], list[Tensor]]:
+        """A step of verl's own training worker, this process being its rank."""
+        from tests.integrations import verl_engine
+
+        return verl_engine.trained(folder, self.rank, self.world_size, loss_mode, fused)
+
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
+    models = {tied: f"{path}.tied.{tied}" for tied in (True, False)}
+    for tied, folder in models.items():
+        save_model(folder, tied)
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         ray.init(num_cpus=RANKS, num_gpus=0, include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder)
         try:
             pool = RayResourcePool([RANKS], use_gpu=False, max_colocate_count=1)
             group = RayWorkerGroup(resource_pool=pool, ray_cls_with_init=RayClassWithInitArgs(ray.remote(Policy)))
             workers, sharded = group.computed(), group.sharded_step()
+            steps = {}
+            for ours in (False, True):  # in this order, as verl's fused forward replaces that of the model's class
+                mode = "trajkern_vanilla" if ours else "vanilla"
+                steps |= {(tied, ours): group.trained(folder, mode, ours) for tied, folder in models.items()}
         finally:
             ray.shutdown()
     model = Tiny()
     loss = step(model, slice(None), 1)
     whole = loss, [x.grad for x in model.parameters()]
-    torch.save({"here": computed(), "workers": workers, "sharded": sharded, "whole": whole}, path)
+    found = {"here": computed(), "workers": workers, "sharded": sharded, "whole": whole, "steps": steps}
+    torch.save(found, path)
 
 
 if __name__ == "__main__":

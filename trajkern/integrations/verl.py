@@ -33,6 +33,7 @@ PREFIX = "trajkern_"
 UNREAD = {"alpha", "config", "epsilon", "norm_adv_by_std_in_grpo"}  # what estimators of verl's take and do not read
 HEAD = "verl.utils.kernel.linear_cross_entropy"
 TORCH_HEAD = "verl.utils.experimental.torch_functional"
+FSDP_MESH = {"ddp", "fsdp"}  # what verl calls the dimensions of its FSDP engines' ranks
 HEAD_USERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 
 _registered, _head = Patches(), Patches()
@@ -152,6 +153,21 @@ class _PartOfGradient(torch.autograd.Function):
         return grad / ctx.parts, None
 
 
+def _gathered(weight: Tensor) -> Tensor:
+    """The whole of a head that verl's FSDP2 engine has sharded; there its gradient is the mean of the ranks'.
+
+    verl hands over ``lm_head.weight`` outside of the head's own forward, in which FSDP2 would gather it.
+    """
+    kinds = sys.modules.get("torch.distributed.tensor")
+    if kinds is None or not isinstance(weight, kinds.DTensor):
+        return weight
+    mesh = weight.device_mesh
+    if not set(mesh.mesh_dim_names or ("",)) <= FSDP_MESH:
+        return weight  # of another parallelism, which the head refuses
+    whole = weight.full_tensor(grad_placements=[kinds.Partial()] * mesh.ndim)
+    return _PartOfGradient.apply(whole, mesh.size())
+
+
 def linear_cross_entropy(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
@@ -165,13 +181,14 @@ def linear_cross_entropy(
     With a group of n ranks ``weight`` is this rank's rows of the vocabulary. As with verl's, the ranks' gradients of
     ``hidden`` have to be summed by what comes before (Megatron's sequence parallelism does); here they are equal parts.
     A gradient of the entropy that nobody asks for costs nothing. ``reduction`` must be "none". Under autocast the
-    product is autocast's, as verl's own is.
+    product is autocast's, as verl's own is. A weight that verl's FSDP2 engine has sharded is gathered, for forward and
+    backward, and its gradient averaged over the ranks as FSDP2 does; verl's own torch head fails there.
     """
     if reduction != "none":
         raise ValueError(f"reduction must be 'none', the one that verl asks for; got {reduction!r}")
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, one a row; got {list(labels.shape)}")
-    hidden, weight = autocasted(hidden.reshape(-1, hidden.shape[-1]), weight)
+    hidden, weight = autocasted(hidden.reshape(-1, hidden.shape[-1]), _gathered(weight))
     group = dist_process_group
     ranks = 1 if group is None else torch.distributed.get_world_size(group)
     if ranks > 1:
