@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from trajkern._tiles.tiles import COLUMNS
 from trajkern._triton import configs, divergence, head, logprob, policy_loss, reflection
-from trajkern._triton.policy_loss_options import BY_TRAJECTORY
+from trajkern._triton.policy_loss_options import BY_TRAJECTORY, bits, computed_metrics
 
 Arch = int | str  # a compute capability, or one of AMD's targets
 TYPES = {
@@ -106,7 +106,8 @@ def _tokens(
 
 
 def _finish(aggregate: str, *absent: str) -> Variant:
-    options = {"AGGREGATE": aggregate, "ROWS": configs.MOST_PROGRAMS} | configs.PIECES
+    metrics = bits(computed_metrics(*(not absent,) * 3))
+    options = {"AGGREGATE": aggregate, "COMPUTED": metrics, "ROWS": configs.MOST_PROGRAMS} | configs.PIECES
     return Variant(policy_loss.finish_kernel, f"{aggregate}-{len(absent)}", absent, options)
 
 

@@ -14,9 +14,12 @@ from trajkern.losses.kinds import (
     AGGREGATES,
     FORMS,
     KL_ESTIMATORS,
+    METRICS,
     OPTIONS,
     PARAMETERS,
     RATIO_LEVELS,
+    REDUCTIONS,
+    SAMPLER_BAND,
     SAMPLER_CORRECTIONS,
 )
 from trajkern.ops import advantage, span, tree
@@ -24,6 +27,7 @@ from trajkern.ops import advantage, span, tree
 ROOT = Path(__file__).resolve().parent.parent
 TERMS = (ROOT / "csrc" / "cpu" / "policy_loss_terms.h").read_text()
 JOB = (ROOT / "csrc" / "cpu" / "policy_loss_job.h").read_text()
+TOLD = (ROOT / "csrc" / "cpu" / "policy_loss_metrics.h").read_text()
 LAUNCH = (ROOT / "csrc" / "cpu" / "policy_loss.cpp").read_text()
 COMMON = {path.stem: path.read_text() for path in (ROOT / "csrc" / "common").glob("*.h")}
 KL = ("none", *KL_ESTIMATORS)
@@ -34,6 +38,8 @@ ENUMERATIONS = {  # C++'s -> (where, Python's)
     "Kl": (TERMS, KL),
     "Aggregate": (TERMS, AGGREGATES),
     "Correction": (TERMS, SAMPLER_CORRECTIONS),
+    "Metric": (TOLD, tuple(METRICS)),
+    "Reduction": (TOLD, REDUCTIONS),
     "Baseline": (COMMON["advantage"], advantage.BASELINES),
     "Scale": (COMMON["advantage"], advantage.SCALES),
     "Singleton": (COMMON["advantage"], advantage.SINGLETONS),
@@ -91,6 +97,20 @@ def test_options() -> None:
     assert _names(" ".join(declared)) == OPTIONS
     chosen = re.findall(r'choice<\w+>\("(\w+)", x\[(\d)\]\)', LAUNCH)
     assert chosen == [(name, str(k)) for k, name in enumerate(OPTIONS[:5])]
+
+
+def test_metrics() -> None:
+    """C++ reduces each as the table says, and Triton's columns bear their names."""
+    rules = re.findall(r"\{Reduction::(\w+), Needs::(\w+)\}, +// (\w+)", TOLD)
+    assert rules == [(metric.reduction, metric.needs or "nothing", name) for name, metric in METRICS.items()]
+    assert {metric.reduction for metric in METRICS.values()} == set(REDUCTIONS)
+    low, high = re.findall(r"kSampler(?:Low|High) = ([\d.]+)", TOLD)
+    assert (float(low), float(high)) == SAMPLER_BAND
+    pytest.importorskip("triton")
+    module = importlib.import_module("trajkern._triton.policy_loss")
+    columns = {name: getattr(module, {"kl": "KL_MEAN"}.get(name, name.upper())).value for name in METRICS}
+    assert list(columns.values()) == list(range(len(METRICS)))
+    assert module.FALLS.value < module.COLUMNS.value
 
 
 def test_rows_of_a_branch() -> None:

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trajkern.losses.inputs import LossInputs
-from trajkern.losses.kinds import METRICS
+from trajkern.losses.inputs import LossInputs, fill_without_tokens
+from trajkern.losses.kinds import METRICS, SAMPLER_BAND
 
 from .configs import FLAT, MOST_PROGRAMS, PIECES
-from .policy_loss_options import Options, launch_numbers, switches
+from .policy_loss_options import Options, bits, computed_metrics, launch_numbers, switches
 from .policy_loss_terms import (
     Coefficients,
     Pack,
@@ -29,14 +29,25 @@ from .policy_loss_terms import (
     token_loss,
 )
 from .policy_loss_trajectories import falls_in_share, first_piece, span, trajectory, trajectory_of
-from .primitives import KEEP_NAN
+from .primitives import KEEP_NAN, exp, exp_excess
 
-COLUMNS = tl.constexpr(16)  # of a program's sums, as _row and tokens_kernel name them; the last five are 0
+# the columns of a program's sums: the metrics, of effective_sample_size the squares; then what else is added up
+CLIP_FRACTION, CLIP_LOW, CLIP_HIGH, APPROX_KL, RATIO_MEAN, RATIO_MAX, ENTROPY, KL_MEAN = map(tl.constexpr, range(8))
+SAMPLER_KL, SAMPLER_OUTSIDE, EFFECTIVE_SAMPLE_SIZE, NUM_TOKENS = map(tl.constexpr, range(8, 12))
+LOSS, SAMPLER_RATIO, SCORED, TRAJECTORIES, FALLS = map(tl.constexpr, range(len(METRICS), len(METRICS) + 5))
+COLUMNS = tl.constexpr(32)  # of which the rest are 0
+COUNT = tl.constexpr(len(METRICS))
+# of the metrics, those of each reduction; the others are means
+LARGEST, SUMS, EFFECTIVE = (
+    tl.constexpr(bits(metric.reduction == name for metric in METRICS.values()))
+    for name in ("largest", "sum", "effective_share")
+)
+SAMPLER_LOW, SAMPLER_HIGH = map(tl.constexpr, SAMPLER_BAND)
 
 
 @triton.jit
-def _row(loss, w, keep, count, BRANCH: tl.constexpr):
-    """Sums over a piece: loss, clipped, -log-ratio, ratio, its largest, entropy, KL, tokens."""
+def _row(loss, w, keep, count, BRANCH: tl.constexpr, SAMPLER: tl.constexpr):
+    """Sums over a piece, and its largest ratio."""
     clipped, ratio = tl.where(keep, loss.clipped, 0.0), tl.where(keep, loss.ratio, 0.0)
     largest = tl.max(ratio, 0)
     log_ratio, entropy, kl = loss.log_ratio, loss.entropy, loss.kl
@@ -44,13 +55,22 @@ def _row(loss, w, keep, count, BRANCH: tl.constexpr):
         log_ratio, ratio, entropy, kl = log_ratio * count, ratio * count, entropy * count, kl * count
     ratio_sum = tl.sum(ratio, 0)
     column = tl.arange(0, COLUMNS)
-    row = tl.where(column == 0, tl.sum(tl.where(keep, loss.value, 0.0), 0) * w, 0.0)
-    row = tl.where(column == 1, tl.sum(clipped, 0), row)
-    row = tl.where(column == 2, -tl.sum(log_ratio, 0), row)
-    row = tl.where(column == 3, ratio_sum, row)
-    row = tl.where(column == 5, tl.sum(entropy, 0), row)
-    row = tl.where(column == 6, tl.sum(kl, 0), row)
-    row = tl.where(column == 7, tl.sum(count, 0), row)
+    row = tl.where(column == LOSS, tl.sum(tl.where(keep, loss.value, 0.0), 0) * w, 0.0)
+    row = tl.where(column == CLIP_FRACTION, tl.sum(clipped, 0), row)
+    row = tl.where(column == CLIP_LOW, tl.sum(loss.below, 0), row)
+    row = tl.where(column == CLIP_HIGH, tl.sum(loss.above, 0), row)
+    row = tl.where(column == APPROX_KL, -tl.sum(log_ratio, 0), row)
+    row = tl.where(column == RATIO_MEAN, ratio_sum, row)
+    row = tl.where(column == ENTROPY, tl.sum(entropy, 0), row)
+    row = tl.where(column == KL_MEAN, tl.sum(kl, 0), row)
+    row = tl.where(column == NUM_TOKENS, tl.sum(count, 0), row)
+    if SAMPLER:
+        sampler_ratio = exp(loss.log_w)
+        outside = (sampler_ratio < SAMPLER_LOW) | (sampler_ratio > SAMPLER_HIGH)
+        row = tl.where(column == SAMPLER_KL, tl.sum(count * exp_excess(loss.log_w), 0), row)
+        row = tl.where(column == SAMPLER_OUTSIDE, tl.sum(tl.where(outside, count, 0.0), 0), row)
+        row = tl.where(column == SAMPLER_RATIO, tl.sum(count * sampler_ratio, 0), row)
+        row = tl.where(column == EFFECTIVE_SAMPLE_SIZE, tl.sum(count * sampler_ratio * sampler_ratio, 0), row)
     return row.to(tl.float64), tl.where(ratio_sum == ratio_sum, largest, ratio_sum)
 
 
@@ -105,13 +125,13 @@ def tokens_kernel(
             tl.store(shares + at, keep & loss.share, mask=inside)
         if grad_entropy is not None:
             tl.store(grad_entropy + at, tl.where(keep, -entropy_coef * loss.leaves * w, 0.0), mask=inside)
-        row, ratio = _row(loss, w, keep, count, BRANCH)
-        row = tl.where(column == 8, counted.to(tl.float64), row)
-        row = tl.where(column == 9, tl.where((of.count > 0) & (offset == 0), 1.0, 0.0), row)
+        row, ratio = _row(loss, w, keep, count, BRANCH, sampler_logprobs is not None)
+        row = tl.where(column == SCORED, counted.to(tl.float64), row)
+        row = tl.where(column == TRAJECTORIES, tl.where((of.count > 0) & (offset == 0), 1.0, 0.0), row)
         total += row
         largest = tl.maximum(largest, ratio, KEEP_NAN)
-    total = tl.where(column == 4, largest.to(tl.float64), total)
-    total = tl.where(column == 10, falls_in_share(cu_seqlens, trajectories, BLOCK).to(tl.float64), total)
+    total = tl.where(column == RATIO_MAX, largest.to(tl.float64), total)
+    total = tl.where(column == FALLS, falls_in_share(cu_seqlens, trajectories, BLOCK).to(tl.float64), total)
     tl.store(partials + tl.program_id(0) * COLUMNS + column, total)
 
 
@@ -129,9 +149,9 @@ def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: 
     """
     w = tl.full([], 1.0, tl.float32)
     if AGGREGATE == "token_mean":
-        units = tl.sum(_column(partials, 8, programs, ROWS), 0)
+        units = tl.sum(_column(partials, SCORED, programs, ROWS), 0)
     else:
-        units = tl.sum(_column(partials, 9, programs, ROWS), 0)
+        units = tl.sum(_column(partials, TRAJECTORIES, programs, ROWS), 0)
     if AGGREGATE != "token_sum":
         if normalizer is not None:
             n = tl.load(normalizer)
@@ -142,19 +162,26 @@ def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def _report(partials, w, loss, metrics, programs, ROWS: tl.constexpr):
-    """The loss, means of the metrics, the largest ratio, the tokens."""
-    tl.store(loss, (tl.sum(_column(partials, 0, programs, ROWS), 0) * w).to(tl.float32))
-    count = tl.sum(_column(partials, 7, programs, ROWS), 0)
-    for column in tl.static_range(1, 7):
-        found = _column(partials, column, programs, ROWS)
-        if column == 4:
+def _report(partials, w, loss, metrics, programs, COMPUTED: tl.constexpr, ROWS: tl.constexpr):
+    """The loss, and each metric by its reduction: NaN where it is not among those COMPUTED."""
+    tl.store(loss, (tl.sum(_column(partials, LOSS, programs, ROWS), 0) * w).to(tl.float32))
+    count = tl.sum(_column(partials, NUM_TOKENS, programs, ROWS), 0)
+    for column in tl.static_range(0, COUNT):
+        if (COMPUTED >> column) & 1:
+            found = _column(partials, column, programs, ROWS)
             total = tl.sum(found, 0)
-            result = tl.where(total == total, tl.max(found, 0), total)
+            if (LARGEST >> column) & 1:
+                result = tl.where(total == total, tl.max(found, 0), total)
+            elif (SUMS >> column) & 1:
+                result = total
+            elif (EFFECTIVE >> column) & 1:
+                ratios = tl.sum(_column(partials, SAMPLER_RATIO, programs, ROWS), 0)
+                result = ratios * ratios / tl.where(count > 0, count * total, 1.0)
+            else:
+                result = total / tl.maximum(count, 1.0)
+            tl.store(metrics + column, result.to(tl.float32))
         else:
-            result = tl.sum(found, 0) / tl.maximum(count, 1.0)
-        tl.store(metrics + column - 1, result.to(tl.float32))
-    tl.store(metrics + 6, count.to(tl.float32))
+            tl.store(metrics + column, float("nan"))
 
 
 @triton.jit
@@ -188,7 +215,7 @@ def _spread(
 def finish_kernel(
     partials, cu_seqlens, normalizer, loss, metrics, grad_logprobs, grad_entropy, shares, mean_slopes,
     tokens, trajectories, pieces, programs, steps, divisor,
-    AGGREGATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    AGGREGATE: tl.constexpr, COMPUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rows' sums, and the gradients times what a token weighs: NaN where cu_seqlens does not cut up the pack."""
     w = _unit_weight(partials, normalizer, programs, AGGREGATE, ROWS)
@@ -201,9 +228,9 @@ def finish_kernel(
             AGGREGATE == "seq_mean_token_sum" or AGGREGATE == "seq_mean_token_mean", f"no aggregate {AGGREGATE}"
         )
     ends = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + trajectories) == tokens)
-    w = tl.where(ends & (tl.sum(_column(partials, 10, programs, ROWS), 0) == 0), w, float("nan"))
+    w = tl.where(ends & (tl.sum(_column(partials, FALLS, programs, ROWS), 0) == 0), w, float("nan"))
     if tl.program_id(0) == 0:
-        _report(partials, w, loss, metrics, programs, ROWS)
+        _report(partials, w, loss, metrics, programs, COMPUTED, ROWS)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tokens
     if mean_slopes is not None:
@@ -242,8 +269,11 @@ def policy_loss(
     grad_entropy = new(tokens) if wanted.need_entropy else None
     results = [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
     if tokens == 0:
-        loss.zero_(), metrics.zero_()
+        loss.zero_()
+        given = {"ref_logprobs": x.ref_logprobs, "sampler_logprobs": x.sampler_logprobs}
+        fill_without_tokens(metrics, entropy=entropy, **given)
         return results
+    computed = computed_metrics(entropy is not None, x.ref_logprobs is not None, x.sampler_logprobs is not None)
     pieces = trajectories + tokens // PIECES["BLOCK"]
     share = _ceil_div(pieces, MOST_PROGRAMS)
     programs = _ceil_div(pieces, share)
@@ -266,7 +296,7 @@ def policy_loss(
         finish_kernel[(blocks,)](
             partials, x.cu_seqlens, x.normalizer, loss, metrics, grad_logprobs, grad_entropy, shares, mean_slopes,
             tokens, trajectories, pieces, programs, steps, divisor,
-            AGGREGATE=wanted.aggregate, ROWS=MOST_PROGRAMS, **PIECES,
+            AGGREGATE=wanted.aggregate, COMPUTED=bits(computed), ROWS=MOST_PROGRAMS, **PIECES,
         )  # fmt: skip
     return results
 

@@ -43,13 +43,14 @@ class Term(NamedTuple):
     value: tl.tensor
     slope: tl.tensor  # its derivative in the log-ratio, by gmpo in the trajectory's mean
     direct: tl.tensor  # its derivative in log p where the ratio is held
-    clipped: tl.tensor
+    clipped: tl.tensor  # whether the ratio is clipped or the token dropped
+    beyond: tl.tensor  # whether that is a bound of the ratio's
 
 
 @triton.jit
 def _of_log_p(weight, token, clipped):
     """weight log p, without a gradient in the weight."""
-    return Term(weight * token.new, tl.zeros_like(weight), weight, clipped)
+    return Term(weight * token.new, tl.zeros_like(weight), weight, clipped, clipped)
 
 
 @triton.jit
@@ -58,13 +59,13 @@ def _clip(a, token, numbers):
     low, high, dual = numbers[0], numbers[1], numbers[2]
     bounded = tl.clamp(token.ratio, low, high, KEEP_NAN)
     value, clipped = tl.maximum(-token.ratio * a, -bounded * a, KEEP_NAN), token.ratio * a > bounded * a
-    slope = tl.where(clipped, 0.0, -token.ratio * a)
+    slope, beyond = tl.where(clipped, 0.0, -token.ratio * a), clipped
     if token.chosen is not None:
         value, slope = tl.where(token.chosen, 0.0, value), tl.where(token.chosen, 0.0, slope)
         clipped = clipped | token.chosen
     over = (a < 0) & (value > -dual * a)
     value, slope = tl.where(over, -dual * a, value), tl.where(over, 0.0, slope)
-    return Term(value, slope, tl.zeros_like(a), clipped | over)
+    return Term(value, slope, tl.zeros_like(a), clipped | over, beyond)
 
 
 @triton.jit
@@ -82,7 +83,8 @@ def _sapo(a, token, numbers):
     e = exp(-tl.abs(y))
     sigmoid = tl.div_rn(tl.where(y >= 0, 1.0, e), 1 + e)
     value, slope = -a * tl.div_rn(4.0, tau) * sigmoid, tl.div_rn(-4 * a * token.ratio * e, (1 + e) * (1 + e))
-    return Term(value, slope, tl.zeros_like(a), tl.zeros_like(a) != 0)
+    never = tl.zeros_like(a) != 0
+    return Term(value, slope, tl.zeros_like(a), never, never)
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def _kl_cov(a, token, numbers):
     value = -token.ratio * a + tl.where(token.chosen, coef * tl.abs(log_ratio), 0.0)
     sign = (log_ratio > 0).to(tl.float32) - (log_ratio < 0).to(tl.float32)
     slope = -token.ratio * a + tl.where(token.chosen, coef * sign, 0.0)
-    return Term(value, slope, tl.zeros_like(a), token.chosen)
+    return Term(value, slope, tl.zeros_like(a), token.chosen, tl.zeros_like(a) != 0)
 
 
 @triton.jit
@@ -139,7 +141,7 @@ def _gmpo(a, token, numbers):
     low, high = numbers[0], numbers[1]
     value = tl.zeros_like(a) - token.means.advantage * token.means.ratio
     clipped = ((a > 0) & (token.log_ratio > high)) | ((a < 0) & (token.log_ratio < -low))
-    return Term(value, value, tl.zeros_like(a), clipped)
+    return Term(value, value, tl.zeros_like(a), clipped, clipped)
 
 
 @triton.jit

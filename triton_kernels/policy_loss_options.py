@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from trajkern.losses.kinds import (
     PARAMETERS,
     RATIO_LEVELS,
     SAMPLER_CORRECTIONS,
+    computed,
 )
 
 MEMBERS: dict[str, tuple[str, ...]] = {  # of the options that are enumerations
@@ -89,3 +91,15 @@ def launch_numbers(form: str, params: tuple[float, ...]) -> tuple[float, ...]:
         values |= {"clip_low": 1 - values["clip_low"], "clip_high": 1 + values["clip_high"]}
     numbers = tuple(values[name] for name in FORMS[form])
     return coefficients + numbers + (0.0,) * (NUMBERS - len(numbers))
+
+
+@cache
+def computed_metrics(entropy: bool, ref_logprobs: bool, sampler_logprobs: bool) -> tuple[bool, ...]:
+    """Of each metric, whether it is a number where these arguments are there or not."""
+    given = {"entropy": entropy, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
+    return computed(*(name for name, is_given in given.items() if is_given))
+
+
+def bits(flags: Iterable[bool]) -> int:
+    """A compile-time set of columns: bit i is flag i."""
+    return sum(1 << i for i, flag in enumerate(flags) if flag)

@@ -55,11 +55,14 @@ class TokenLoss(NamedTuple):
     mean_slope: tl.tensor  # in the trajectory's mean
     share: tl.tensor  # whether that mean moves with its log p
     clipped: tl.tensor  # the rollouts whose ratio is clipped
+    below: tl.tensor  # of them those at a bound of the ratio's below 1
+    above: tl.tensor  # and above
     log_ratio: tl.tensor  # its own, clamped
     ratio: tl.tensor
     entropy: tl.tensor
     kl: tl.tensor
     leaves: tl.tensor  # what weighs its KL and entropy
+    log_w: tl.tensor  # of the old policy's ratio to the sampler
 
 
 @triton.jit
@@ -115,11 +118,11 @@ def _kl_term(d, ratio, KL: tl.constexpr):
 
 
 @triton.jit
-def _corrected(term, old, pack, place, coefficients, CORRECTION: tl.constexpr):
+def _corrected(term, log_w, coefficients, CORRECTION: tl.constexpr):
     """The term times the sampler correction; "sequence_mask" has taken its tokens away before."""
     value, slope, direct = term.value, term.slope, term.direct
     if CORRECTION == "tis" or CORRECTION == "icepop":
-        w = exp(clamp_log_ratio(old - tl.load(pack.sampler_logprobs + place.at, mask=place.keep, other=0.0)))
+        w = exp(log_w)
         if CORRECTION == "tis":
             w = tl.minimum(w, coefficients.sampler_high, KEEP_NAN)
         else:
@@ -127,22 +130,23 @@ def _corrected(term, old, pack, place, coefficients, CORRECTION: tl.constexpr):
         value, slope, direct = value * w, slope * w, direct * w
     else:
         tl.static_assert(CORRECTION == "none" or CORRECTION == "sequence_mask", f"no sampler correction {CORRECTION}")
-    return Term(value, slope, direct, term.clipped)
+    return Term(value, slope, direct, term.clipped, term.beyond)
 
 
 @triton.jit
 def _branch_term(term, token, numbers, pack, place, FORM: tl.constexpr, PER_TOKEN: tl.constexpr):
-    """The term of the positive advantages and that of the negative ones, summed; the rollouts that are clipped.
+    """The term of the positive advantages and that of the negative ones, summed, its flags as numbers of rollouts.
 
     The forms are linear in A > 0, and in A < 0: summed over the leaves, those of the sums of either.
     """
-    clipped = tl.where(term.clipped, 1.0, 0.0)
     up, down, level = load_rollouts(pack.advantages, pack.stride, place, PER_TOKEN)
     below = form_term(load_advantage(pack.advantages + pack.stride, place, PER_TOKEN), token, numbers, FORM)
     if FORM != "clip":  # A = 0 is clipped as A < 0 is; by clip never
         down += level
     value, slope, direct = term.value + below.value, term.slope + below.slope, term.direct + below.direct
-    return Term(value, slope, direct, term.clipped), up * clipped + tl.where(below.clipped, down, 0.0)
+    clipped = tl.where(term.clipped, up, 0.0) + tl.where(below.clipped, down, 0.0)
+    beyond = tl.where(term.beyond, up, 0.0) + tl.where(below.beyond, down, 0.0)
+    return Term(value, slope, direct, clipped, beyond)
 
 
 @triton.jit
@@ -171,11 +175,17 @@ def token_loss(
         chosen = tl.load(pack.selected + at, mask=keep, other=0) != 0
     token = Token(new, old, log_ratio, ratio, chosen, means)
     term = form_term(a, token, numbers, FORM)
+    free = ~term.clipped
     if BRANCH:
-        term, clipped = _branch_term(term, token, numbers, pack, place, FORM, PER_TOKEN)
+        term = _branch_term(term, token, numbers, pack, place, FORM, PER_TOKEN)
+        clipped, beyond = term.clipped, term.beyond
     else:
-        clipped = tl.where(term.clipped, 1.0, 0.0)
-    term = _corrected(term, old, pack, place, coefficients, CORRECTION)
+        clipped, beyond = tl.where(term.clipped, 1.0, 0.0), tl.where(term.beyond, 1.0, 0.0)
+    below, above = tl.where(log_ratio < 0, beyond, 0.0), tl.where(log_ratio > 0, beyond, 0.0)
+    log_w = tl.zeros_like(a)
+    if pack.sampler_logprobs is not None:
+        log_w = clamp_log_ratio(old - tl.load(pack.sampler_logprobs + at, mask=keep, other=0.0))
+    term = _corrected(term, log_w, coefficients, CORRECTION)
     value, slope, direct = term.value, term.slope, term.direct
     mean_slope, share = tl.zeros_like(a), within
     if FORM == "gmpo":
@@ -183,7 +193,7 @@ def token_loss(
         if SEQUENCE:
             mean_slope *= means.free
         else:
-            share = within & (a != 0) & ~term.clipped
+            share = within & (a != 0) & free
     kl, entropy, leaves = tl.zeros_like(a), tl.zeros_like(a), tl.full(a.shape, 1.0, tl.float32)
     if BRANCH:
         leaves = load_advantage(pack.advantages + 2 * pack.stride, place, PER_TOKEN)
@@ -198,4 +208,6 @@ def token_loss(
     if SEQUENCE:
         mean_slope, slope = mean_slope + slope, tl.zeros_like(a)
     slope = tl.where(within, slope, 0.0) + direct
-    return TokenLoss(value, slope, mean_slope, share, clipped, own_log_ratio, ratio, entropy, kl, leaves)
+    return TokenLoss(
+        value, slope, mean_slope, share, clipped, below, above, own_log_ratio, ratio, entropy, kl, leaves, log_w
+    )

@@ -191,6 +191,7 @@ std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
   for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA {
     block.open(job.runs[r]);
     block.form();
+    if (job.sampler_logprobs) block.measure_sampler();
     totals[r] = block.totals;
     if (!waits) return;
     for_parts(job.cu_seqlens, job.runs[r], [&](int64_t n, int offset, int length) TK_INLINE_LAMBDA {
@@ -209,34 +210,13 @@ std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
 }
 
 template <class Real>
-void write_results(const std::vector<RunTotals>& runs, double tokens, bool branches, Real* loss, Real* metrics) {
-  RunTotals sum;
-  for (const RunTotals& run : runs) {
-    sum.loss += run.loss, sum.clipped += run.clipped, sum.log_ratio += run.log_ratio, sum.ratio += run.ratio;
-    sum.entropy += run.entropy, sum.kl += run.kl, sum.ratio_max = std::max(sum.ratio_max, run.ratio_max);
-    sum.tokens += run.tokens;
-  }
-  if (branches) tokens = sum.tokens;
-  const double count = std::max(tokens, 1.0);
-  const double out[] = {sum.clipped / count,
-                        -sum.log_ratio / count,
-                        sum.ratio / count,
-                        std::isnan(sum.ratio) ? sum.ratio : sum.ratio_max,
-                        sum.entropy / count,
-                        sum.kl / count,
-                        tokens};
-  *loss = sum.loss;
-  std::copy(std::begin(out), std::end(out), metrics);
-}
-
-template <class Real>
 void policy_loss(Job<Real> job) {
   job.runs = cut(job.cu_seqlens, job.trajectories);
   job.shared.resize(job.trajectories);
   TrajectorySums statistics = collect(job);
   const double tokens = share(job, statistics);
   if (job.options.form == Form::gmpo) share_geometric_means(job, statistics);
-  write_results(form(job, statistics), tokens, job.branch_stride, job.loss, job.metrics);
+  write_results(job, form(job, statistics), tokens);
 }
 
 template <class Real>

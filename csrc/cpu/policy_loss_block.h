@@ -1,5 +1,6 @@
 // The stages of the policy loss over a run of tokens.
 #pragma once
+#include "policy_loss_metrics.h"
 #include "policy_loss_tokens.h"
 
 namespace tk::policy {
@@ -64,12 +65,14 @@ struct Block {
   // sums of either.
   TK_INLINE Term<V> policy_of_branch(Lane& x, int i) const {
     Term<V> sum = policy(x, i);
-    sum.clipped *= in.branch(kPositiveCount, i);
+    const V up = in.branch(kPositiveCount, i);
+    sum.clipped *= up, sum.beyond *= up;
     x.token.advantage = masked(x, in.branch(kNegative, i));
     const Term<V> down = policy(x, i);
     sum.loss += down.loss, sum.d_log_ratio += down.d_log_ratio, sum.d_logprob += down.d_logprob;
     const V level = options.form == Form::clip ? V{} : in.branch(kZeroCount, i);  // clipped as A < 0 is, or never
-    sum.clipped += (in.branch(kNegativeCount, i) + level) * down.clipped;
+    const V below = in.branch(kNegativeCount, i) + level;
+    sum.clipped += below * down.clipped, sum.beyond += below * down.beyond;
     return sum;
   }
 
@@ -83,7 +86,7 @@ struct Block {
   // between stages, and the code is there once. At sequence level the log-ratio's gradient, in `first`, waits for its
   // trajectory's sum.
   TK_INLINE void form() {
-    Sum<V> losses, clipped, log_ratios, ratios, entropies, kls, tokens;
+    Sum<V> losses, clipped, below, above, log_ratios, ratios, entropies, kls, tokens;
     V largest{};
     in.each([&](int i, int j) TK_INLINE_LAMBDA {
       Lane x = in.lane(i);
@@ -92,6 +95,8 @@ struct Block {
       const V times = in.branches ? masked(x, in.rollouts(i)) : V{} + 1;
       const V leaves = in.branches ? in.branch(kLeafCount, i) : V{} + 1;
       clipped.add(j, masked(x, term.clipped));
+      below.add(j, x.token.log_ratio < 0 ? term.beyond : V{});
+      above.add(j, x.token.log_ratio > 0 ? term.beyond : V{});
       log_ratios.add(j, times * x.bounded);
       ratios.add(j, times * own);
       if (in.branches) tokens.add(j, times);
@@ -117,9 +122,30 @@ struct Block {
       if (options.need_logprobs) write(in.job.grad_logprobs, i, masked(x, w * term.d_logprob));
       if (options.need_entropy) write(in.job.grad_entropy, i, masked(x, w * leaves * -params.entropy_coef));
     });
-    totals.loss = losses.fold(), totals.clipped = clipped.fold(), totals.log_ratio = log_ratios.fold();
-    totals.ratio = ratios.fold(), totals.ratio_max = fold_max<W>(largest);
-    totals.entropy = entropies.fold(), totals.kl = kls.fold(), totals.tokens = tokens.fold();
+    totals.loss = losses.fold(), totals[Metric::clip_fraction] = clipped.fold();
+    totals[Metric::clip_low] = below.fold(), totals[Metric::clip_high] = above.fold();
+    totals[Metric::approx_kl] = -log_ratios.fold();
+    const double ratio = totals[Metric::ratio_mean] = ratios.fold();
+    totals[Metric::ratio_max] = std::isnan(ratio) ? ratio : fold_max<W>(largest);
+    totals[Metric::entropy] = entropies.fold(), totals[Metric::kl] = kls.fold();
+    totals[Metric::num_tokens] = tokens.fold();
+  }
+
+  // Of w, the ratio of the old policy to the sampler: a loop of its own, so that the one above is no slower without it.
+  TK_INLINE void measure_sampler() {
+    Sum<V> ratios, kls, outsides, squares;
+    in.each([&](int i, int j) TK_INLINE_LAMBDA {
+      const Lane x = in.lane(i);
+      const V times = in.branches ? masked(x, in.rollouts(i)) : V{} + 1;
+      const V log_w = in.log_sampler_weight(x, i), w = exponential(log_w), share = times * masked(x, w);
+      const V low = w < Real(kSamplerLow) ? V{} + 1 : V{}, high = w > Real(kSamplerHigh) ? V{} + 1 : V{};
+      ratios.add(j, share);
+      kls.add(j, times * exp_above_tangent(log_w));
+      outsides.add(j, times * (low + high));
+      squares.add(j, share * w);
+    });
+    totals.sampler_ratio = ratios.fold(), totals[Metric::effective_sample_size] = squares.fold();
+    totals[Metric::sampler_kl] = kls.fold(), totals[Metric::sampler_outside] = outsides.fold();
   }
 
   TK_INLINE void write(Real* to, int i, const V& x) const {

@@ -35,10 +35,6 @@ struct Shared {
 enum BranchRow : int { kPositive, kNegative, kLeafCount, kPositiveCount, kNegativeCount, kZeroCount };
 constexpr int kBranchRows = 6;
 
-struct RunTotals {
-  double loss = 0, clipped = 0, log_ratio = 0, ratio = 0, ratio_max = 0, entropy = 0, kl = 0, tokens = 0;
-};
-
 template <class Real>
 struct Job {
   const Real *logprobs, *old_logprobs, *advantages, *ref_logprobs, *sampler_logprobs, *entropy, *normalizer;

@@ -62,9 +62,10 @@ template <class V>
 struct Token {
   V advantage, log_ratio, ratio, logprob, old_logprob;
 };
+// clipped: 1 where the ratio is clipped or the token dropped; beyond: where that is a bound of the ratio's.
 template <class V>
 struct Term {
-  V loss, d_log_ratio, d_logprob, clipped;
+  V loss, d_log_ratio, d_logprob, clipped, beyond;
 };
 
 template <class V>
@@ -167,20 +168,21 @@ TK_INLINE Term<V> clip(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V ceiling = a > 0 ? p.clip_dual * a : V{} + std::numeric_limits<Scalar<V>>::infinity();
   const V upper = bounded > free ? bounded : free, loss = ceiling < upper ? ceiling : upper;
   const V clipped = nonzero(loss - free);
-  return {loss, clipped > 0 ? V{} : free, V{}, clipped};
+  return {loss, clipped > 0 ? V{} : free, V{}, clipped, nonzero(upper - free)};
 }
 
 // No loss where the token is selected.
 template <class V>
 TK_INLINE Term<V> drop(const Term<V>& x, const V& selected) {
   const V kept = 1 - selected;
-  return {kept * x.loss, kept * x.d_log_ratio, V{}, kept * x.clipped + selected};
+  return {kept * x.loss, kept * x.d_log_ratio, V{}, kept * x.clipped + selected, kept * x.beyond};
 }
 
 template <class V>
 TK_INLINE Term<V> cispo(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V bounded = clamp(t.ratio, p.ratio_low, p.ratio_high), slope = -bounded * t.advantage;
-  return {slope * t.logprob, V{}, slope, bounded == t.ratio ? V{} : V{} + 1};
+  const V clipped = bounded == t.ratio ? V{} : V{} + 1;
+  return {slope * t.logprob, V{}, slope, clipped, clipped};
 }
 
 template <class V>
@@ -188,19 +190,19 @@ TK_INLINE Term<V> sapo(const Token<V>& t, const Params<Scalar<V>>& p) {
   const V tau = t.advantage > 0 ? V{} + p.sapo_tau_pos : V{} + p.sapo_tau_neg;
   const V decay = exponential(clamp(tau * (1 - t.ratio), -80, 80)), sigmoid = 1 / (1 + decay);
   const V scale = -4 * t.advantage * sigmoid;
-  return {scale / tau, scale * (decay * sigmoid) * t.ratio, V{}, V{}};
+  return {scale / tau, scale * (decay * sigmoid) * t.ratio, V{}, V{}, V{}};
 }
 
 template <class V>
 TK_INLINE Term<V> reinforce(const Token<V>& t) {
-  return {-t.advantage * t.logprob, V{}, -t.advantage, V{}};
+  return {-t.advantage * t.logprob, V{}, -t.advantage, V{}, V{}};
 }
 
 // Valid unless past the threshold.
 template <class V>
 TK_INLINE Term<V> dppo(const Token<V>& t, const V& excess) {
-  const V slope = excess > 0 ? V{} : -t.advantage * clamp(t.ratio, 0, 20);
-  return {slope * t.logprob, V{}, slope, excess > 0 ? V{} + 1 : V{}};
+  const V slope = excess > 0 ? V{} : -t.advantage * clamp(t.ratio, 0, 20), clipped = excess > 0 ? V{} + 1 : V{};
+  return {slope * t.logprob, V{}, slope, clipped, clipped};
 }
 
 // How far p - q is past the threshold in the direction A pushes it.
@@ -224,7 +226,7 @@ TK_INLINE Term<V> dppo_kl(const Token<V>& t, const Params<Scalar<V>>& p) {
 template <class V>
 TK_INLINE Term<V> kl_cov(const Token<V>& t, const V& selected, const Params<Scalar<V>>& p) {
   const V penalty = selected * p.cov_coef, free = -t.ratio * t.advantage;
-  return {free + penalty * magnitude(t.log_ratio), free + penalty * sign(t.log_ratio), V{}, selected};
+  return {free + penalty * magnitude(t.log_ratio), free + penalty * sign(t.log_ratio), V{}, selected, V{}};
 }
 
 // gmpo's log-ratio, bounded in the direction of A; 0 where A is 0.
@@ -240,7 +242,7 @@ template <class V>
 TK_INLINE Term<V> gmpo(const Token<V>& t, const V& loss, const V& derivative, const Params<Scalar<V>>& p) {
   const V directed = nonzero(t.advantage), slope = directed * derivative;
   const V clipped = nonzero(directed * t.log_ratio - gmpo_log_ratio(t.advantage, t.log_ratio, p));
-  return {loss, clipped > 0 ? V{} : slope, V{}, clipped};
+  return {loss, clipped > 0 ? V{} : slope, V{}, clipped, clipped};
 }
 
 // vespo's weights of a trajectory for A >= 0 and A < 0, from the sum of its log-ratios.
@@ -257,7 +259,7 @@ inline VespoWeights vespo_weights(double sum, const Params<double>& p) {
 template <class V>
 TK_INLINE Term<V> vespo(const Token<V>& t, const V& weight_pos, const V& weight_neg) {
   const V slope = -(t.advantage >= 0 ? weight_pos : weight_neg) * t.advantage;
-  return {slope * t.logprob, V{}, slope, V{}};
+  return {slope * t.logprob, V{}, slope, V{}, V{}};
 }
 
 // What tis or icepop multiplies the policy term by, w = exp(log_w).
@@ -281,17 +283,17 @@ template <class V>
 TK_INLINE Term<V> kl(Kl estimator, const V& d, const V& ratio) {
   switch (estimator) {
     case Kl::none:
-      return {V{}, V{}, V{}, V{}};
+      return {V{}, V{}, V{}, V{}, V{}};
     case Kl::k1:
-      return {d, V{}, V{} + 1, V{}};
+      return {d, V{}, V{} + 1, V{}, V{}};
     case Kl::k2:
-      return {Scalar<V>(0.5) * d * d, V{}, d, V{}};
+      return {Scalar<V>(0.5) * d * d, V{}, d, V{}, V{}};
     case Kl::k3:
     case Kl::k3_corrected: {
       const V x = clamp(-d, -kLogRatioBound, kLogRatioBound), k3 = exp_above_tangent(x);
       const V slope = x == -d ? -(k3 + x) : V{};
-      if (estimator == Kl::k3) return {k3, V{}, slope, V{}};
-      return {ratio * k3, ratio * k3, ratio * slope, V{}};
+      if (estimator == Kl::k3) return {k3, V{}, slope, V{}, V{}};
+      return {ratio * k3, ratio * k3, ratio * slope, V{}, V{}};
     }
   }
   __builtin_unreachable();

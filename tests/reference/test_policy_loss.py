@@ -37,6 +37,9 @@ OWN = {  # kind -> (ratio level, aggregation)
 }
 
 
+OWN_CLIP = dict.fromkeys(("dapo", "bnpo", "dr_grpo", "gspo", "luspo", "clip_cov"), "grpo")  # that have grpo's clip
+
+
 def random_batch(per_token: bool, seed: int = 0, lengths: tuple[int, ...] = (3, 0, 5, 1, 6, 2)) -> SimpleNamespace:
     """Random tokens: one trajectory is empty, the one of a single token is masked, others are masked in part."""
     rng, total = random.Random(seed), sum(lengths)
@@ -96,6 +99,13 @@ def ranked(b: SimpleNamespace, c: PolicyLoss, scored: list[int]) -> list[int]:
 
 def clipped(c: PolicyLoss, r: float, a: float) -> bool:
     return (a > 0 and r > 1 + c.clip_high) or (a < 0 and r < 1 - c.clip_low)
+
+
+def beyond(c: PolicyLoss, flag: bool, r: float, a: float, is_chosen: bool) -> bool:
+    """Whether a token that is clipped or dropped is so by a bound of the ratio's."""
+    if OWN_CLIP.get(c.kind, c.kind) == "grpo":
+        return flag and clipped(c, r, a) and not is_chosen
+    return flag and not is_chosen
 
 
 def clip_term(c: PolicyLoss, r: float, a: float) -> tuple[float, bool]:
@@ -180,7 +190,7 @@ def definition(b: SimpleNamespace, c: PolicyLoss, normalizer: float | None = Non
         inside = [c.sampler_low <= w <= c.sampler_high for w in weight]
         trajectories = list(itertools.compress(trajectories, inside))
     scored = [t for tokens in trajectories for t in tokens]
-    chosen, losses, flags, ratios, kls = ranked(b, c, scored), [], [], [], []
+    chosen, losses, flags, ratios, kls, bounded = ranked(b, c, scored), [], [], [], [], []
     for tokens in trajectories:
         logs = ratios_of(b, c, tokens)
         kl = [kl_term(c, b.new[t] - b.ref[t], math.exp(x)) for t, x in zip(tokens, logs, strict=True)]
@@ -192,16 +202,27 @@ def definition(b: SimpleNamespace, c: PolicyLoss, normalizer: float | None = Non
             ]
         )
         flags += [flag for _, flag in terms]
+        bounded += [
+            beyond(c, flag, math.exp(x), b.a[t], t in chosen)
+            for t, (_, flag), x in zip(tokens, terms, logs, strict=True)
+        ]
         ratios, kls = ratios + [math.exp(x) for x in logs], kls + kl
     count = max(1, len(scored))
+    logs = [bound(b.old[t] - b.sampler[t]) for t in scored]
+    weights = [math.exp(x) for x in logs]
     return {
         "loss": aggregated(losses, c.aggregate or OWN[c.kind][1], normalizer, c.max_length),
         "clip_fraction": sum(flags) / count,
+        "clip_low": sum(flag for flag, r in zip(bounded, ratios, strict=True) if r < 1) / count,
+        "clip_high": sum(flag for flag, r in zip(bounded, ratios, strict=True) if r > 1) / count,
         "approx_kl": sum(bound(b.old[t] - b.new[t]) for t in scored) / count,
         "ratio_mean": sum(ratios) / count,
         "ratio_max": max(ratios, default=0.0),
         "entropy": sum(b.entropy[t] for t in scored) / count,
-        "kl": sum(kls) / count if c.kl_coef else 0.0,
+        "kl": sum(kls) / count if c.kl_coef else math.nan,
+        "sampler_kl": sum(w - 1 - x for w, x in zip(weights, logs, strict=True)) / count,
+        "sampler_outside": sum(not 0.5 <= w <= 2 for w in weights) / count,
+        "effective_sample_size": sum(weights) ** 2 / (count * sum(w * w for w in weights)) if weights else 0.0,
         "num_tokens": len(scored),
     }
 
@@ -224,7 +245,7 @@ def check(c: PolicyLoss, per_token: bool = False, seed: int = 0, normalizer=None
     expected = definition(b, c, None if normalizer is None else float(normalizer))
     assert metrics.keys() | {"loss"} == expected.keys()
     for name, actual in ({"loss": loss} | metrics).items():
-        assert actual.item() == pytest.approx(expected[name], rel=1e-12, abs=1e-14), name
+        assert actual.item() == pytest.approx(expected[name], rel=1e-12, abs=1e-14, nan_ok=True), name
         assert actual.dtype == torch.float64 and actual.shape == ()
     return expected
 
@@ -271,6 +292,13 @@ def test_kl(kind: str, kl: str) -> None:
 @pytest.mark.parametrize("band", [(0.9, 1.1), (0.5, 2.0), (5.0, 9.0)], ids=["narrow", "wide", "nothing_inside"])
 def test_sampler_correction(correction: str, kind: str, band: tuple[float, float]) -> None:
     check(full(kind, sampler_correction=correction, sampler_low=band[0], sampler_high=band[1]), per_token=True)
+
+
+def test_a_metric_that_was_not_computed_is_nan() -> None:
+    inputs = arguments(random_batch(False)) | dict.fromkeys(("ref_logprobs", "sampler_logprobs", "entropy"))
+    _, metrics = reference.policy_loss(**inputs, config=PolicyLoss())
+    missing = {name for name, x in metrics.items() if x.isnan()}
+    assert missing == {"entropy", "kl", "sampler_kl", "sampler_outside", "effective_sample_size"}
 
 
 @pytest.mark.parametrize("kind", RANKING)

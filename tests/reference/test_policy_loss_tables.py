@@ -182,8 +182,8 @@ class TestTrajectories:
     CU, MASK = torch.tensor([0, 3, 3, 4, 6]), torch.tensor([True, True, True, False, True, True])
     NEW, ADVANTAGES = tensor([-1.0, -2, -3, math.nan, -4, -5]), tensor([1, 50, 100, -2])
 
-    def loss(self, config: PolicyLoss, old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return reference.policy_loss(self.NEW, old, self.ADVANTAGES, self.CU, config=config, mask=self.MASK)
+    def loss(self, config: PolicyLoss, old: Tensor, **others: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return reference.policy_loss(self.NEW, old, self.ADVANTAGES, self.CU, config=config, mask=self.MASK, **others)
 
     @pytest.mark.parametrize(
         ("aggregate", "expected"),
@@ -222,6 +222,21 @@ class TestTrajectories:
         assert loss.item() == pytest.approx(expected, rel=1e-14)
         assert metrics["clip_fraction"].item() == pytest.approx(2 / 5)
 
+    def test_sides_of_the_clip(self) -> None:
+        """Of five, A = 1 above at ratio 2, A = -2 below at 1/2 and, on neither side, at the dual clip at ratio 4."""
+        old = self.NEW - tensor([2, 1, 0.5, 9, 0.5, 4]).log()
+        metrics = self.loss(PolicyLoss("dapo", clip_dual=3), old)[1]
+        sides = [metrics[name].item() for name in ("clip_fraction", "clip_low", "clip_high")]
+        assert sides == pytest.approx([3 / 5, 1 / 5, 1 / 5])
+
+    def test_mismatch_with_the_sampler(self) -> None:
+        """w = 0.8, 1.25, 1, 4, 1/4 on the five tokens: two outside of [1/2, 2]; sums 7.3 and 19.265 of squares."""
+        sampler = self.NEW - tensor([0.8, 1.25, 1, math.nan, 4, 0.25]).log()
+        metrics = self.loss(PolicyLoss("dapo"), self.NEW, sampler_logprobs=sampler)[1]
+        assert metrics["sampler_kl"].item() == pytest.approx((7.3 - 5) / 5)  # the logs add up to 0
+        assert metrics["sampler_outside"].item() == pytest.approx(2 / 5)
+        assert metrics["effective_sample_size"].item() == pytest.approx(7.3**2 / (5 * 19.265))
+
     def test_as_many_tokens_as_trajectories(self) -> None:
         """N = T = 2, the second trajectory empty: per trajectory unless asked otherwise."""
         args = (tensor([-1, -1]), tensor([-1, -1]), tensor([3, 7]), torch.tensor([0, 2, 2]))
@@ -246,6 +261,7 @@ class TestTrajectories:
             config=config,
             mask=torch.zeros(total, dtype=torch.bool),
             ref_logprobs=new.detach(),
+            sampler_logprobs=new.detach(),
             entropy=new.detach(),
         )
         loss.backward()

@@ -10,6 +10,7 @@ from torch import Tensor
 from trajkern import _ext
 from trajkern._checks import check_cu_seqlens
 from trajkern._native._args import DTYPE, pointer
+from trajkern.losses.inputs import fill_without_tokens
 from trajkern.losses.kinds import METRICS
 
 
@@ -44,6 +45,8 @@ def policy_loss(
     sizes = tokens, cu_seqlens.shape[0] - 1, advantages.shape[1] if advantages.ndim == 2 else 0
     if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, *sizes, options, params):
         check_cu_seqlens(cu_seqlens, tokens)
+    if tokens == 0:  # tensors without an address, by which the kernel knows what is given
+        fill_without_tokens(metrics, entropy=entropy, ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs)
     return [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
 
 

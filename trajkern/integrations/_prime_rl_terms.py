@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.losses.kinds import METRICS, computed
 
 # How a metric is told: a number, or values and the tokens whose mean it is.
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
@@ -181,4 +182,5 @@ def _of_kind(x: Tokens, scale: float, *, config: tk.PolicyLoss) -> tuple[Tensor,
         normalizer=scale,
         per_token=True,
     )
-    return loss, dict(metrics)
+    found = dict(zip(METRICS, computed("ref_logprobs") if config.kl_coef else computed(), strict=True))
+    return loss, {name: x for name, x in metrics.items() if found[name]}

@@ -134,7 +134,7 @@ def vanilla(call: _Call) -> Result:
     over = call.truncated(bound) & (call.advantages < 0)
     lower = call.rows.mean(over.to(loss.dtype))
     return loss, _metrics(
-        call.config, pg_clipfrac=m["clip_fraction"] - lower, ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower
+        call.config, pg_clipfrac=m["clip_low"] + m["clip_high"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=lower
     )
 
 

@@ -169,8 +169,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             per_token=per_token,
             with_logprobs=True,
         )
-        share = self._clip_share(rows, metrics["logprobs"], old, advantages.detach())
-        return loss, (metrics["kl"], share) if self.beta != 0 else (share,)
+        if self.clips and vllm_is_ratio is None:  # whose zeros are not clipped
+            share = metrics["clip_low"] + metrics["clip_high"]
+        else:
+            share = self._clip_share(rows, metrics["logprobs"], old, advantages.detach())
+        kl = metrics["kl"] if self.use_ref_model else torch.zeros_like(share)
+        return loss, (kl, share) if self.beta != 0 else (share,)
 
     @staticmethod
     def _hidden(rows: PaddedRows, name: str, x: Tensor) -> Tensor:

@@ -166,12 +166,11 @@ class PolicyLoss(torch.nn.Module):
             normalizer=normalizer,
             **layout,
         )
-        if weights is not None or self.config.clip_dual is not None:
-            # OpenRLHF counts what the first clip cuts: before the dual one, and before the correction's zeros
-            plain = tk.PolicyLoss(self.config.kind, clip_low=self.config.clip_low, clip_high=self.config.clip_high)
-            metrics = tk.policy_loss(new.detach(), base, a, rows.cu_seqlens, config=plain, **layout)[1]
+        if weights is not None:  # OpenRLHF counts before the correction's zeros
+            metrics = tk.policy_loss(new.detach(), base, a, rows.cu_seqlens, config=self.config, **layout)[1]
+        clipped = metrics["clip_low"] + metrics["clip_high"]  # by the first clip, before the dual one
         apart = None if weights is None else rows.mean(rollout - old)
-        return loss, metrics["clip_fraction"], rows.mean(old - new), apart, dropped
+        return loss, clipped, rows.mean(old - new), apart, dropped
 
     @torch.no_grad()
     def _correction(self, rows: PaddedRows, old: Tensor, rollout: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
 
-from trajkern.losses.kinds import OPTIONS, PARAMETERS
+from trajkern.losses.kinds import OPTIONS, PARAMETERS, computed
 
 
 class LossInputs(NamedTuple):
@@ -29,3 +30,13 @@ class LossInputs(NamedTuple):
 
     def parameter(self, name: str) -> float:
         return self.params[PARAMETERS.index(name)]
+
+
+def fill_without_tokens(metrics: Tensor, **given: Tensor | None) -> None:
+    """Sets them to what they are of no token: 0, or NaN without the argument that they need."""
+    metrics.zero_()
+    numbers = computed(*(name for name, x in given.items() if x is not None))
+    for is_number, places in groupby(range(len(numbers)), numbers.__getitem__):
+        first, *rest = places
+        if not is_number:
+            metrics[first : first + 1 + len(rest)].fill_(float("nan"))

@@ -14,7 +14,46 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
 SAMPLER_CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
 
 LOG_RATIO_BOUND = 20.0  # of a clamped log-ratio: exp of it is finite in float32, so 0 * inf cannot arise
-METRICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "num_tokens")
+SAMPLER_BAND = (0.5, 2.0)  # outside of it a ratio to the sampler counts as "sampler_outside"
+
+
+class Metric(NamedTuple):
+    """A number that is told with the loss, of the tokens that take part, each as often as it has rollouts: n of them.
+
+    Args:
+        reduction: what it is of the tokens' values x, of REDUCTIONS; 0 where n is 0.
+        needs: the argument without which it is NaN.
+        of_ratio: whether the values are of the clipped ratio, so a rollout's at ratio level "sequence".
+    """
+
+    reduction: str = "mean"
+    needs: str | None = None
+    of_ratio: bool = False
+
+
+# sum x / n; the largest x; sum x; (sum x)^2 / (n sum x^2)
+REDUCTIONS = ("mean", "largest", "sum", "effective_share")
+METRICS = {
+    "clip_fraction": Metric(of_ratio=True),
+    "clip_low": Metric(of_ratio=True),
+    "clip_high": Metric(of_ratio=True),
+    "approx_kl": Metric(),
+    "ratio_mean": Metric(of_ratio=True),
+    "ratio_max": Metric("largest", of_ratio=True),
+    "entropy": Metric(needs="entropy"),
+    "kl": Metric(needs="ref_logprobs"),
+    "sampler_kl": Metric(needs="sampler_logprobs"),
+    "sampler_outside": Metric(needs="sampler_logprobs"),
+    "effective_sample_size": Metric("effective_share", needs="sampler_logprobs"),
+    "num_tokens": Metric("sum"),
+}
+
+
+def computed(*given: str) -> tuple[bool, ...]:
+    """Of each metric, whether it is a number where ``given`` are the arguments that are not None."""
+    known = {None, *given}
+    return tuple(metric.needs in known for metric in METRICS.values())
+
 
 # The numbers that the kernels take, named as PolicyLoss names them.
 PARAMETERS = (

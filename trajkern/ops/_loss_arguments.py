@@ -48,7 +48,7 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
         arguments.cu_seqlens,
         arguments.mask,
         arguments.ref_logprobs if config.kl_coef else None,
-        arguments.sampler_logprobs if config.sampler_correction != "none" else None,
+        arguments.sampler_logprobs,
         branch,
         _check_normalizer(arguments, logprobs, per_token),
         per_token,

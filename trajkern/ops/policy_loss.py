@@ -174,7 +174,8 @@ def policy_loss(
         config: :class:`PolicyLoss`.
         mask: bool ``[T]``; a False token is not read and has gradient 0.
         ref_logprobs: float ``[T]``, needed when config.kl_coef is not 0, and read only then.
-        sampler_logprobs: float ``[T]``, needed by config.sampler_correction: what the sampling engine reported.
+        sampler_logprobs: float ``[T]``, what the sampling engine reported; needed by config.sampler_correction, else
+            only metrics.
         entropy: float ``[T]``, differentiable; needed when config.entropy_coef is not 0, else only a metric.
         branch: :class:`Paths`, for tokens of a packed tree of which ``cu_seqlens`` bounds the nodes (as
             ``tree.pairs(...)`` gives it); any aggregation. Or a :class:`Branch` of sums per node or per token, for
@@ -196,9 +197,18 @@ def policy_loss(
 
     Returns:
         (loss, metrics): a float32 scalar (float64 for float64 logprobs), differentiable once in logprobs and entropy
-        (no other argument gets a gradient), and a dict of scalars on the device over the unmasked tokens:
-        "clip_fraction" (ratio clipped, or token dropped), "approx_kl" (mean of old - new), "ratio_mean", "ratio_max",
-        "entropy", "kl" (0 where not computed), "num_tokens".
+        (no other argument gets a gradient), and a dict of scalars on the device over the tokens that take part, the
+        unmasked ones of the trajectories that the sequence mask leaves:
+
+        - "clip_fraction" (ratio clipped, or token dropped), and of it "clip_low" and "clip_high", where the kind's own
+          bound below or above r = 1 is what clips; the rest is at clip_dual, or chosen by covariance;
+        - "approx_kl" (mean of old - new), "ratio_mean", "ratio_max", "num_tokens";
+        - "entropy" where it is given, "kl" where config.kl_coef is not 0;
+        - where sampler_logprobs are given, with log w = clamp(old_logprobs - sampler_logprobs, -20, 20): "sampler_kl"
+          (k3 of KL(sampler || old policy): mean of w - 1 - log w), "sampler_outside" (share of w outside [1/2, 2]),
+          and "effective_sample_size" as a share of the n tokens, (sum w)^2 / (n sum w^2), not with sequence_group.
+
+        A metric that was not computed is NaN; one of no tokens is 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -302,9 +312,8 @@ def _sequence_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgu
     of_tokens = arguments._replace(
         config=replace(config, kind="reinforce"),
         advantages=stacked(no_policy_term, dtype),
-        sampler_logprobs=None,
         normalizer=None,
     )
     rest, metrics = _formed(logprobs, entropy, None, of_tokens)
     loss = policy + rest if one_or_nan is None else (policy + rest) / one_or_nan
-    return loss, metrics | {name: of_ratio[name] for name in ("clip_fraction", "ratio_mean", "ratio_max")}
+    return loss, metrics | {name: of_ratio[name] for name, metric in METRICS.items() if metric.of_ratio}

@@ -102,17 +102,25 @@ def weighted_parts(arguments: LossArguments, like: Tensor) -> LossArguments:
 def over_ranks(share: Result, arguments: LossArguments) -> Result:
     """The shares added up, with this rank's gradient, and the metrics over the tokens of all ranks."""
     loss, metrics = share
-    tokens, largest = metrics["num_tokens"], metrics["ratio_max"]
-    means = [name for name in METRICS if name not in ("num_tokens", "ratio_max")]
-    mine = torch.stack([tokens, largest, *(metrics[name] * tokens for name in means)]).double()
+    mine = torch.stack([metrics[name] for name in METRICS]).double()
     of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(arguments.sequence_group))]
     dist.all_gather(of_ranks, mine, group=arguments.sequence_group)
-    counts, maxima, *sums = torch.stack(of_ranks, 1).unbind()
-    count = counts.sum()
-    whole = {name: x.sum() / count.clamp_min(1) for name, x in zip(means, sums, strict=True)}
-    whole |= {"num_tokens": count, "ratio_max": maxima.max()}
+    gathered = dict(zip(METRICS, torch.stack(of_ranks, 1).unbind(), strict=True))
+    tokens = gathered["num_tokens"]
     loss = applied(_Whole, loss, arguments.sequence_group)
-    return loss, {name: whole[name].to(tokens.dtype) for name in METRICS}
+    return loss, {name: _reduced(name, x, tokens).to(loss.dtype) for name, x in gathered.items()}
+
+
+def _reduced(name: str, of_ranks: Tensor, tokens: Tensor) -> Tensor:
+    """A metric over all tokens from the ranks', ``[ranks]`` each; NaN where these do not give it."""
+    reduction = METRICS[name].reduction
+    if reduction == "mean":
+        return (of_ranks * tokens).sum() / tokens.sum().clamp_min(1)
+    if reduction == "largest":
+        return of_ranks.max()
+    if reduction == "sum":
+        return of_ranks.sum()
+    return of_ranks.new_full((), torch.nan)
 
 
 def _of_ratio(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, formed: Formed) -> Result:
@@ -149,7 +157,7 @@ def _of_ratio(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments
         signs = {"positive": terms.positive_count, "negative": -terms.negative_count}
         of_ratio = policy_term(terms._replace(**signs))[1]
     loss, metrics = _tokens_alone(logprobs, entropy, arguments, weights, formed)
-    metrics |= {name: of_ratio[name] for name in ("clip_fraction", "ratio_mean", "ratio_max")}
+    metrics |= {name: of_ratio[name] for name, metric in METRICS.items() if metric.of_ratio}
     return _marked(policy + loss, one_or_nan), metrics
 
 
@@ -181,8 +189,9 @@ def _geometric(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
     factor = torch.where(counts > 0, sums.get("factor", counts), 0)
     policy = -((weights * factor * sums["advantage"] / each).to(dtype) * (sums["log_ratio"] / each).exp()).sum()
     clipped = (sign * log_ratio > sign * inside) & _of_tokens(counts > 0, arguments, logprobs)
-    share = (clipped if mask is None else clipped & mask).sum()
-    loss, metrics = _tokens_alone(logprobs, entropy, arguments, weights, formed, clipped=share)
+    clipped = clipped if mask is None else clipped & mask
+    sides = {"clip_fraction": clipped, "clip_low": clipped & (log_ratio < 0), "clip_high": clipped & (log_ratio > 0)}
+    loss, metrics = _tokens_alone(logprobs, entropy, arguments, weights, formed, sides)
     return _marked(policy + loss, one_or_nan), metrics
 
 
@@ -210,15 +219,15 @@ def _tokens_alone(
     arguments: LossArguments,
     weights: Tensor,  # [N]
     formed: Formed,
-    clipped: Tensor | None = None,  # []
+    clipped: dict[str, Tensor] | None = None,  # [T]
 ) -> Result:
-    """KL and entropy terms and the metrics of tokens; ``clipped``: how many of this rank's count as such."""
+    """KL and entropy terms and the metrics of tokens; ``clipped``: which of this rank's count as such."""
     config = replace(summed(arguments.config), kind="reinforce", ratio_level="token")
     no_policy_term = torch.zeros_like(weights, dtype=logprobs.dtype)
     of_tokens = arguments._replace(advantages=no_policy_term, config=config, per_token=False)
     loss, metrics = formed(logprobs, entropy, None, _with_weights(of_tokens, weights))
-    if clipped is not None:
-        metrics["clip_fraction"] = clipped / metrics["num_tokens"].clamp_min(1)
+    for name, flags in (clipped or {}).items():
+        metrics[name] = flags.sum() / metrics["num_tokens"].clamp_min(1)
     return over_ranks((loss, metrics), arguments)
 
 

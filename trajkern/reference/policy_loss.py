@@ -13,7 +13,7 @@ from trajkern._dtypes import accumulator
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
-from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
+from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS, SAMPLER_BAND
 
 
 class _Added(torch.autograd.Function):
@@ -68,7 +68,12 @@ class _Tokens(NamedTuple):
     counts: Tensor  # [N]
 
 
-Term = tuple[Tensor, Tensor]  # the loss of each token, and whether its ratio was clipped (or the token dropped)
+class _Term(NamedTuple):
+    """Of each token; sums over rollouts where there is a branch, the flags then the share of them."""
+
+    loss: Tensor
+    clipped: Tensor  # whether its ratio is clipped, or it is dropped
+    beyond: Tensor  # whether that is a bound of the ratio's
 
 
 def _clamp(log_ratio: Tensor) -> Tensor:
@@ -122,42 +127,82 @@ def policy_loss(
     ratio = log_ratio.exp()
     old = torch.where(mask, old_logprobs.detach().to(dtype), 0)
     tokens = _Tokens(new, old, token_log_ratio, log_ratio, ratio, mask, segments, counts)
-    loss, clipped = _policy_terms(config, a, times, tokens)
-    loss = loss * (1 if factor is None else factor)
-    kl = torch.zeros_like(loss)
+    terms = _policy_terms(config, a, times, tokens)
+    loss = terms.loss * (1 if factor is None else factor)
+    kl = None
     if config.kl_coef:
         kl = _kl(config.kl, difference(logprobs, ref_logprobs), ratio)  # type: ignore[arg-type]
         loss = loss + config.kl_coef * leaves * kl
-    entropy = torch.zeros_like(loss) if entropy is None else torch.where(mask, entropy.to(dtype), 0)
-    loss = loss - config.entropy_coef * leaves * entropy
-    means = {"clip_fraction": clipped, "approx_kl": -token_log_ratio, "ratio_mean": ratio, "entropy": entropy, "kl": kl}
-    metrics = _metrics(means, torch.where(mask, total, 0), segments)
+    if entropy is not None:
+        entropy = torch.where(mask, entropy.to(dtype), 0)
+        loss = loss - config.entropy_coef * leaves * entropy
+    log_w = None if sampler_logprobs is None else _clamp(difference(old_logprobs, sampler_logprobs))
+    values = _clip_values(terms, tokens) | {"entropy": entropy, "kl": kl} | _sampler_values(log_w)
+    metrics = _metrics(values, torch.where(mask, total, 0), segments)
     weights = _token_weights(config, segments.sum(torch.where(mask, leaves, 0)), normalizer)[segments.of_token]
     share = torch.where(mask, loss * weights, 0).sum()
     if sequence_group is not None:
         share = segments.added(share.detach()) + (share - share.detach())  # its gradient is this rank's part's
-    return share, {name: metrics[name].detach() for name in METRICS}
+    return share, metrics
 
 
-def _policy_terms(config: PolicyLoss, advantages: list[Tensor], times: list[Tensor], tokens: _Tokens) -> Term:
-    """The terms under each of a token's advantages: their sum, and the share of its rollouts that are clipped."""
+def _policy_terms(config: PolicyLoss, advantages: list[Tensor], times: list[Tensor], tokens: _Tokens) -> _Term:
+    """The terms under each of a token's advantages: their sum, and the shares of its rollouts."""
     form = _TERMS[KINDS[config.kind].form]
     terms = [form(config, a, tokens) for a in advantages]
-    loss, clipped = torch.zeros_like(tokens.ratio), torch.zeros_like(tokens.ratio)
-    for (term, is_clipped), count in zip(terms, times, strict=True):
-        loss, clipped = loss + term, clipped + is_clipped * count
-    return loss, clipped / torch.stack(times).sum(0).clamp_min(1)
+    rollouts = torch.stack(times).sum(0).clamp_min(1)
+
+    def share(flags: list[Tensor]) -> Tensor:
+        return torch.stack([flag * count for flag, count in zip(flags, times, strict=True)]).sum(0) / rollouts
+
+    loss = torch.stack([x.loss for x in terms]).sum(0)
+    return _Term(loss, share([x.clipped for x in terms]), share([x.beyond for x in terms]))
 
 
-def _metrics(means: dict[str, Tensor], copies: Tensor, segments: _Segments) -> dict[str, Tensor]:
-    """Over the tokens, each as often as it has unmasked rollouts."""
-    count, some, ratio = segments.added(copies.sum()), copies > 0, means["ratio_mean"]
-    sums = {name: segments.added(torch.where(some, x * copies, 0).sum()) for name, x in means.items()}
-    largest = torch.where(some, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(())
-    return {name: x / count.clamp_min(1) for name, x in sums.items()} | {
-        "ratio_max": segments.largest(largest),
-        "num_tokens": count,
+def _clip_values(terms: _Term, x: _Tokens) -> dict[str, Tensor | None]:
+    """What the metrics of the ratio are made of, ``[T]``."""
+    return {
+        "clip_fraction": terms.clipped,
+        "clip_low": torch.where(x.log_ratio < 0, terms.beyond, 0),
+        "clip_high": torch.where(x.log_ratio > 0, terms.beyond, 0),
+        "approx_kl": -x.token_log_ratio,
+        "ratio_mean": x.ratio,
+        "ratio_max": x.ratio,
+        "num_tokens": torch.ones_like(x.ratio),
     }
+
+
+def _sampler_values(log_w: Tensor | None) -> dict[str, Tensor | None]:
+    """What the metrics of w, the ratio of the old policy to the sampler, are made of, ``[T]``."""
+    names = [name for name, metric in METRICS.items() if metric.needs == "sampler_logprobs"]
+    if log_w is None:
+        return dict.fromkeys(names)
+    w, (low, high) = log_w.exp(), SAMPLER_BAND
+    outside = ((w < low) | (w > high)).to(w.dtype)
+    return dict(zip(names, (torch.expm1(log_w) - log_w, outside, w), strict=True))
+
+
+def _metrics(values: dict[str, Tensor | None], copies: Tensor, segments: _Segments) -> dict[str, Tensor]:
+    """Over the tokens, each as often as it has unmasked rollouts; NaN where there are no values."""
+    found = {name: _reduced(values[name], metric.reduction, copies, segments) for name, metric in METRICS.items()}
+    return {name: x.detach() for name, x in found.items()}
+
+
+def _reduced(x: Tensor | None, reduction: str, copies: Tensor, segments: _Segments) -> Tensor:
+    count, some = segments.added(copies.sum()), copies > 0
+    if x is None or reduction == "effective_share" and segments.ranks is not None:
+        return count.new_full((), torch.nan)
+    if reduction == "largest":
+        return segments.largest(torch.where(some, x, 0).amax() if x.numel() else x.new_zeros(()))
+    total = segments.added(torch.where(some, x * copies, 0).sum())
+    if reduction == "mean":
+        return total / count.clamp_min(1)
+    if reduction == "sum":
+        return total
+    if reduction == "effective_share":
+        squares = torch.where(some, x * x * copies, 0).sum()
+        return total * total / torch.where(count > 0, count * squares, 1)
+    raise AssertionError(f"unknown reduction {reduction!r}")
 
 
 def _flat_policy_loss(
@@ -260,9 +305,10 @@ def _kl(estimator: str, d: Tensor, ratio: Tensor) -> Tensor:
     raise AssertionError(f"unknown kl {estimator!r}")
 
 
-def _clip(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _clip(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     bounded = x.ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
-    loss, clipped = torch.maximum(-x.ratio * a, -bounded * a), x.ratio * a > bounded * a
+    loss, beyond = torch.maximum(-x.ratio * a, -bounded * a), x.ratio * a > bounded * a
+    clipped = beyond
     if c.ranks_tokens:
         dropped = _largest_covariances(c, a, x, x.mask & ~clipped, (c.cov_low, c.cov_high))
         loss, clipped = torch.where(dropped, 0, loss), clipped | dropped
@@ -270,62 +316,63 @@ def _clip(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
         bound = -c.clip_dual * a
         over = (a < 0) & (loss > bound)
         loss, clipped = torch.where(over, bound, loss), clipped | over
-    return loss, clipped
+    return _Term(loss, clipped, beyond)
 
 
-def _cispo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _cispo(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     bounded = x.ratio.detach().clamp(1 - c.clip_low, 1 + c.clip_high)
-    return -bounded * a * x.logprobs, bounded != x.ratio
+    return _Term(-bounded * a * x.logprobs, bounded != x.ratio, bounded != x.ratio)
 
 
-def _sapo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _sapo(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     tau = _choose(a > 0, c.sapo_tau_pos, c.sapo_tau_neg, a)
-    return -a * (4 / tau) * torch.sigmoid(tau * (x.ratio - 1)), _never(x)
+    return _unclipped(-a * (4 / tau) * torch.sigmoid(tau * (x.ratio - 1)), x)
 
 
-def _reinforce(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
-    return -a * x.logprobs, _never(x)
+def _reinforce(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
+    return _unclipped(-a * x.logprobs, x)
 
 
-def _dppo_tv(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _dppo_tv(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     moved = x.logprobs.detach().exp() - x.old_logprobs.exp()
     return _unless(torch.where(a > 0, moved > c.clip_high, moved < -c.clip_low), a, x)
 
 
-def _dppo_kl(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _dppo_kl(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     new, old = x.logprobs.detach(), x.old_logprobs
     p, q = new.exp(), old.exp()
     binary_kl = q * (old - new) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
     return _unless(torch.where(a > 0, (binary_kl > c.clip_high) & (p > q), (binary_kl > c.clip_low) & (p < q)), a, x)
 
 
-def _unless(past: Tensor, a: Tensor, x: _Tokens) -> Term:
+def _unless(past: Tensor, a: Tensor, x: _Tokens) -> _Term:
     """No loss where the token's probability has moved past the threshold in the direction A pushes it."""
-    return -a * x.ratio.detach().clamp_max(20) * x.logprobs * ~past, past
+    return _Term(-a * x.ratio.detach().clamp_max(20) * x.logprobs * ~past, past, past)
 
 
-def _kl_cov(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _kl_cov(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     chosen = _largest_covariances(c, a, x, x.mask)
-    return -x.ratio * a + torch.where(chosen, c.cov_coef * x.log_ratio.abs(), 0), chosen
+    return _Term(-x.ratio * a + torch.where(chosen, c.cov_coef * x.log_ratio.abs(), 0), chosen, chosen & False)
 
 
-def _gmpo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _gmpo(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     sign, inside = a.sign(), x.log_ratio.clamp(-c.clip_low, c.clip_high)
     bounded = torch.minimum(sign * x.log_ratio, sign * inside) * sign
     mean_ratio = x.segments.mean(torch.where(x.mask, bounded, 0), x.counts).exp()
     mean_advantage = x.segments.mean(torch.where(x.mask, a, 0), x.counts)
-    return -(mean_advantage * mean_ratio)[x.segments.of_token], sign * x.log_ratio > sign * inside
+    beyond = sign * x.log_ratio > sign * inside
+    return _Term(-(mean_advantage * mean_ratio)[x.segments.of_token], beyond, beyond)
 
 
-def _vespo(c: PolicyLoss, a: Tensor, x: _Tokens) -> Term:
+def _vespo(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
     log_w = _clamp(x.segments.sum(x.token_log_ratio.detach())[x.segments.of_token])
     k = _choose(a >= 0, c.vespo_k_pos, c.vespo_k_neg, a)
     decay = _choose(a >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg, a)
     weight = (decay + k * log_w - decay * log_w.exp()).exp()
-    return -weight * a * x.logprobs, _never(x)
+    return _unclipped(-weight * a * x.logprobs, x)
 
 
-_TERMS: dict[str, Callable[[PolicyLoss, Tensor, _Tokens], Term]] = {
+_TERMS: dict[str, Callable[[PolicyLoss, Tensor, _Tokens], _Term]] = {
     "clip": _clip,
     "cispo": _cispo,
     "sapo": _sapo,
@@ -338,8 +385,8 @@ _TERMS: dict[str, Callable[[PolicyLoss, Tensor, _Tokens], Term]] = {
 }
 
 
-def _never(x: _Tokens) -> Tensor:
-    return torch.zeros_like(x.mask)
+def _unclipped(loss: Tensor, x: _Tokens) -> _Term:
+    return _Term(loss, torch.zeros_like(x.mask), torch.zeros_like(x.mask))
 
 
 def _largest_covariances(

@@ -312,7 +312,9 @@ LINEAR_POLICY_LOSS = _spec(
     lambda x: {"loss": x[0], **x[1]},
     no_grad_outputs=(*METRICS, "logprobs"),
     # log p is made of logits of about this size, and a ratio has log p's error
-    term_scale=dict.fromkeys(("loss", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl"), 8.0),
+    term_scale=dict.fromkeys(
+        ("loss", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "sampler_kl", "effective_sample_size"), 8.0
+    ),
 )
 
 SPECS = (LINEAR_LOGPROBS, LINEAR_TOKEN_STATS, LINEAR_POLICY_LOSS)

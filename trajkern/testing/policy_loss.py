@@ -83,6 +83,10 @@ def _far(x: Inputs) -> None:
     x["old_logprobs"][1::2] = -60.0
 
 
+def _few(x: Inputs) -> None:
+    x |= dict.fromkeys(("ref_logprobs", "sampler_logprobs", "entropy"))
+
+
 def _zero_advantages(x: Inputs) -> None:
     x["advantages"] = x["advantages"].relu()
 
@@ -170,6 +174,8 @@ CASES = (
     Case("on_policy", _edited(_packed(PolicyLoss()), _on_policy), "ratio exactly 1: every clip is a tie"),
     Case("far", _edited(_packed(_DAPO), _far), "log-ratios beyond 20 are clamped, 0 * inf cannot arise"),
     Case("zero_advantages", _edited(_packed(_DAPO), _zero_advantages), "half the advantages zero"),
+    Case("few_inputs", _edited(_packed(PolicyLoss()), _few), "metrics that are not computed"),
+    Case("no_tokens_few_inputs", _edited(_packed(PolicyLoss(), (0, 0)), _few), "T = 0, likewise"),
     Case("no_tokens", _packed(_DAPO, (0, 0)), "T = 0"),
     Case("no_trajectories", _packed(_DAPO, ()), "N = 0"),
     Case("one_token", _packed(_DAPO, (1,), per_token=True), "N = T = 1"),
@@ -210,7 +216,7 @@ POLICY_LOSS = OpSpec(
     triton_dtypes=(torch.float32,),
     cases=CASES,
     variants=(Variant("trajectories_reversed", _reversed_trajectories),),
-    term_scale={"loss": 1.0, "clip_fraction": 1.0, "approx_kl": 1.0, "kl": 1.0},
+    term_scale=dict.fromkeys(("loss", "clip_fraction", "clip_low", "clip_high", "approx_kl", "kl", "sampler_kl"), 1.0),
 )
 
 SPECS = (POLICY_LOSS,)
