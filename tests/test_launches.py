@@ -92,10 +92,12 @@ def _watched_both_ways(spec: OpSpec, case: Case) -> tuple[Watch, Watch]:
 
 
 def _has_row(spec: OpSpec, case: Case) -> bool:
-    """A tree's sums over leaves, and a choice of tokens by rank, are calls of their own before the loss."""
+    """A tree's sums over leaves, a choice of tokens by rank and terms of their own are calls beside the loss."""
     inputs = spec.inputs(case, torch.float32)
-    plain = spec.name != "policy_loss" or (inputs.get("branch") is None and not inputs["config"].ranks_tokens)
-    return spec.name in LAUNCHES and plain
+    if spec.name == "policy_loss" and inputs["config"].ranks_tokens:
+        return False
+    beside = ("branch", "supervised_weights", "kl_weights")
+    return spec.name in LAUNCHES and all(inputs.get(name) is None for name in beside)
 
 
 @pytest.mark.parametrize("small", SMALL)

@@ -23,7 +23,8 @@ OF_PAIRS = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ent
 
 
 def _splits(inputs: Inputs) -> bool:
-    return inputs["config"].exact_in_parts and inputs.get("branch") is None and "sampling_support" not in inputs
+    refused = ("branch", "sampling_support", "supervised_weights", "kl_weights")
+    return inputs["config"].exact_in_parts and all(inputs.get(name) is None for name in refused)
 
 
 def _cases(spec: OpSpec) -> list[Case]:

@@ -80,22 +80,20 @@ def _unclipped(kl_tau: float) -> tk.PolicyLoss:
 
 def _kept(x: Tokens, advantages: Tensor, kept: Tensor, kl_tau: float, scale: float) -> Tensor:
     """The sum of w (-kept A r + kl_tau (log r)^2) over the scale."""
-    weighted = x.weights is not None
-    a = torch.where(kept, advantages * x.weights if x.weights is not None else advantages, 0)
+    weights = None if x.weights is None else torch.where(x.mask, x.weights, 0)
     loss, _ = tk.policy_loss(
         x.new,
         x.old,
-        a,
+        torch.where(kept, advantages if weights is None else advantages * weights, 0),
         x.cu_seqlens,
-        config=_unclipped(0.0 if weighted else kl_tau),
+        config=_unclipped(kl_tau),
         mask=x.mask,
         ref_logprobs=x.old,
         normalizer=scale,
         per_token=True,
+        kl_weights=weights,
+        kl_normalizer=None if weights is None else scale,
     )
-    if x.weights is not None and kl_tau:  # the op's KL has one coefficient for all tokens
-        log_ratio = torch.where(x.mask, x.new - x.old, 0)
-        loss = loss + (torch.where(x.mask, x.weights, 0) * log_ratio.square()).sum() * (kl_tau / scale)
     return loss
 
 

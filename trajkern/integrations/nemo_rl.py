@@ -156,7 +156,8 @@ class ClippedPGLossFn:
         a = x.advantages
         if o.use_importance_sampling_correction:
             a = a * terms.spread(x, weights.raw, o.sequence_level_importance_ratios)
-        loss, _ = tk.policy_loss(
+        correct, of_correct = self._positive(x, data), o.positive_example_nll_weight
+        loss, told = tk.policy_loss(
             x.new,
             None if o.force_on_policy_ratio or o.disable_ppo_ratio else x.old,
             a,
@@ -165,13 +166,15 @@ class ClippedPGLossFn:
             mask=x.rows.mask,
             normalizer=(tokens if o.token_level_loss else rows).to(x.new.device) * guard,
             per_token=True,
+            supervised_weights=correct if correct is None else of_correct * correct,
         )
+        nll = x.new.new_zeros(()) if correct is None else told["supervised_loss"] / of_correct
         few = 1e-8  # what NeMo-RL adds to a number that divides
         of_metrics = tokens.to(x.new.device) + few, rows.to(x.new.device) + few
-        kl, nll = self._kl(x, data, *of_metrics), self._positive(x, data)
-        loss = loss + self.reference_policy_kl_penalty * kl + o.positive_example_nll_weight * nll
+        kl = self._kl(x, data, *of_metrics)
+        loss = loss + self.reference_policy_kl_penalty * kl
         found = terms.metrics_of(x, o, weights, *of_metrics)
-        found |= {"loss": loss.detach(), "kl_penalty": kl.detach(), "positive_nll_loss": nll.detach()}
+        found |= {"loss": loss.detach(), "kl_penalty": kl.detach(), "positive_nll_loss": nll}
         values = torch.stack([value.to(torch.float64) for value in found.values()]).tolist()  # the one read
         return loss, dict(zip(found, values, strict=True))
 
@@ -183,17 +186,15 @@ class ClippedPGLossFn:
             return torch.where(x.rows.mask, kl, 0).sum() / tokens
         return x.means(kl).sum() / rows
 
-    def _positive(self, x: Batch, data: Mapping[str, Any]) -> Tensor:
+    def _positive(self, x: Batch, data: Mapping[str, Any]) -> Tensor | None:
+        """1 on the tokens of rows with a positive reward, ``[T]``, whose mean log-prob is in the loss as well."""
         if not self.options.positive_example_nll_weight > 0 or "rewards" not in data:
-            return x.new.new_zeros(())
+            return None
         rewards = data["rewards"]
         if not isinstance(rewards, Tensor) or rewards.shape != x.samples.shape:
             got = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
             raise ValueError(f"data['rewards'] must have shape [B] = {list(x.samples.shape)}, got {got}")
-        correct = x.rows.mask & (rewards > 0)[x.of_rows]
-        config = tk.PolicyLoss("reinforce")
-        ones = torch.ones_like(x.advantages)
-        return tk.policy_loss(x.new, None, ones, x.rows.cu_seqlens, config=config, mask=correct, per_token=True)[0]
+        return (x.rows.mask & (rewards > 0)[x.of_rows]).to(x.advantages.dtype)
 
 
 def _normalizations(o: Options, kinds: Any) -> dict[str, Any]:

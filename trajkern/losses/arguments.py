@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from trajkern._checks import laid_out
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.inputs import LossInputs
+from trajkern.losses.kinds import KL_ESTIMATORS
+from trajkern.losses.streams import Streams
 
 
 class LossArguments(NamedTuple):
@@ -26,6 +29,10 @@ class LossArguments(NamedTuple):
     normalizer: Any  # a number or a tensor; once checked a tensor []
     per_token: bool | None  # once checked a bool
     sequence_group: Any = None  # the ranks over which the trajectories' tokens are spread
+    supervised_weights: Tensor | None = None  # [T]
+    supervised_normalizer: Any = None  # as normalizer
+    kl_weights: Tensor | None = None  # [T]
+    kl_normalizer: Any = None  # likewise
 
     def laid_out(self, dtype: torch.dtype) -> LossArguments:
         """Contiguous, the floats of ``dtype``."""
@@ -41,7 +48,29 @@ class LossArguments(NamedTuple):
             self.normalizer,
             self.per_token,
             self.sequence_group,
+            laid_out(self.supervised_weights, dtype),
+            self.supervised_normalizer,
+            laid_out(self.kl_weights, dtype),
+            self.kl_normalizer,
         )
+
+    def parted(self) -> tuple[Streams, LossArguments]:
+        """The terms that have weights of their own, and the arguments of the rest; checked and laid out."""
+        if self.supervised_weights is None and self.kl_weights is None:
+            return Streams(), self
+        streams = Streams(self.supervised_weights, self.supervised_normalizer)
+        rest = self._replace(supervised_weights=None, supervised_normalizer=None, kl_weights=None, kl_normalizer=None)
+        if self.kl_weights is None:
+            return streams, rest
+        estimator, coefficient = KL_ESTIMATORS.index(self.config.kl), self.config.kl_coef
+        streams = streams._replace(
+            kl_weights=self.kl_weights,
+            kl_normalizer=self.kl_normalizer,
+            ref_logprobs=self.ref_logprobs,
+            kl=estimator,
+            kl_coef=coefficient,
+        )
+        return streams, rest._replace(config=replace(self.config, kl_coef=0.0), ref_logprobs=None)
 
     def inputs(self) -> LossInputs:
         """As the kernels read them; a branch's rows stand in ``advantages`` by now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
     if not isinstance(config, PolicyLoss):
         raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
     _check_tokens(logprobs, entropy, arguments)
+    _check_streams(arguments, logprobs)
     if arguments.sequence_group is not None:
         arguments = check_parts(arguments, logprobs)
     if branch is not None:
@@ -53,6 +55,10 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
         _check_normalizer(arguments, logprobs, per_token),
         per_token,
         arguments.sequence_group,
+        arguments.supervised_weights,
+        _stream_normalizer("supervised", arguments.supervised_weights, arguments.supervised_normalizer, logprobs),
+        arguments.kl_weights if config.kl_coef else None,
+        _stream_normalizer("kl", arguments.kl_weights, arguments.kl_normalizer, logprobs) if config.kl_coef else None,
     )
 
 
@@ -80,6 +86,45 @@ def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgum
         check_cu_seqlens(cu_seqlens, length[0])
 
 
+def _check_streams(arguments: LossArguments, logprobs: Tensor) -> None:
+    given = (
+        ("supervised", arguments.supervised_weights, arguments.supervised_normalizer),
+        ("kl", arguments.kl_weights, arguments.kl_normalizer),
+    )
+    for name, weights, normalizer in given:
+        if weights is None:
+            if normalizer is not None:
+                raise ValueError(f"{name}_normalizer must come with {name}_weights; got {describe(normalizer)}")
+            continue
+        check_tensor(f"{name}_weights", weights, dtypes=FLOATS, device=logprobs.device)
+        check_shape(f"{name}_weights", weights, tuple(logprobs.shape), "one weight a token")
+        if arguments.sequence_group is not None:
+            raise ValueError(
+                f"{name}_weights must be None with sequence_group, over whose ranks they are not counted; "
+                f"got {describe(weights)}"
+            )
+        if arguments.branch is not None:
+            raise ValueError(
+                f"{name}_weights must be None where branch is given, whose tokens stand for several rollouts: "
+                "index everything per token with tree.flat_index, and pass tree.flat_cu_seqlens"
+            )
+    if arguments.kl_weights is not None and arguments.config.kl_coef and arguments.config.kl == "k3_corrected":
+        raise ValueError(
+            "kl_weights must be None for kl 'k3_corrected', whose ratio only tokens of the mask have; "
+            f"got {describe(arguments.kl_weights)}"
+        )
+
+
+def _stream_normalizer(name: str, weights: Tensor | None, normalizer: Any, logprobs: Tensor) -> Tensor | None:
+    """As a tensor; None: how many tokens have a weight."""
+    dtype = accumulator(logprobs)
+    if weights is None:
+        return None
+    if normalizer is None:
+        return (weights != 0).sum().clamp_min(1).to(dtype)
+    return _as_normalizer(f"{name}_normalizer", normalizer, logprobs, lambda: bool((weights != 0).any()))
+
+
 def _check_advantages(logprobs: Tensor, advantages: Any, cu_seqlens: Tensor, per_token: bool | None) -> bool:
     check_tensor("advantages", advantages, dtypes=FLOATS, ndim=1, device=logprobs.device)
     tokens, trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
@@ -94,22 +139,26 @@ def _check_advantages(logprobs: Tensor, advantages: Any, cu_seqlens: Tensor, per
 
 
 def _check_normalizer(arguments: LossArguments, logprobs: Tensor, per_token: bool) -> Tensor | None:
-    """As a tensor; what it is where nothing is to be learnt does not matter, and may be 0."""
-    normalizer, dtype = arguments.normalizer, accumulator(logprobs)
-    if normalizer is None:
+    if arguments.normalizer is None:
         return None
+    return _as_normalizer("normalizer", arguments.normalizer, logprobs, lambda: _learns(arguments, logprobs, per_token))
+
+
+def _as_normalizer(name: str, normalizer: Any, logprobs: Tensor, learns: Callable[[], bool]) -> Tensor:
+    """As a tensor; what it is where nothing is to be learnt does not matter, and may be 0."""
+    dtype = accumulator(logprobs)
     if isinstance(normalizer, Tensor):
-        check_tensor("normalizer", normalizer, dtypes=(*FLOATS, *INTEGERS), device=logprobs.device)
+        check_tensor(name, normalizer, dtypes=(*FLOATS, *INTEGERS), device=logprobs.device)
         if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must have one element; got {describe(normalizer)}")
+            raise ValueError(f"{name} must have one element; got {describe(normalizer)}")
         if not readable(normalizer):
             return normalizer.detach().to(dtype).reshape(())
         normalizer = normalizer.detach().reshape(())
-    if (normalizer := as_number("normalizer", normalizer)) != 0:
-        normalizer = check_number("normalizer", normalizer, above=0, dtype=dtype)
+    if (normalizer := as_number(name, normalizer)) != 0:
+        normalizer = check_number(name, normalizer, above=0, dtype=dtype)
     elif readable(logprobs):
-        if _learns(arguments, logprobs, per_token):
-            raise ValueError(f"normalizer must be greater than 0, got {normalizer}, where something is to be learnt")
+        if learns():
+            raise ValueError(f"{name} must be greater than 0, got {normalizer}, where something is to be learnt")
         normalizer = 1
     if torch.compiler.is_compiling():  # torch.full would fix the value in the graph
         return torch.ones((), dtype=dtype, device=logprobs.device) * normalizer

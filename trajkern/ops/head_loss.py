@@ -18,32 +18,38 @@ from trajkern._tiles.arguments import Head
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import METRICS
+from trajkern.losses.streams import STREAM_METRICS, Streams
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.head import HEAD, checked_token_stats, grads_fake
-from trajkern.ops.policy_loss import LOSS_INPUTS, checked_policy_loss, scaled_once
+from trajkern.ops.policy_loss import LOSS_INPUTS, checked_policy_loss, scaled_once, told_streams
 from trajkern.ops.policy_loss_ranks import over_ranks, weighted_parts
 from trajkern.ops.tree_loss import Paths, read_branch
 
 # an op has one argument of a name: here the loss's have the head's beside them
 _LOSS_INPUTS = LOSS_INPUTS.replace("mask", "loss_mask").replace("options", "loss_options")
+_STREAMS = (  # Streams
+    "Tensor? supervised_weights, Tensor? supervised_normalizer, Tensor? kl_weights, Tensor? kl_normalizer,"
+    " Tensor? kl_ref_logprobs, int kl_estimator, float kl_coef"
+)
 
 
 def _policy_loss_fake(*args):
-    head, _ = Head.split(args)
-    shapes = ((), len(METRICS), head.targets.shape)
+    head, others = Head.split(args)
+    streams = Streams(*others[-9:-2])
+    shapes = ((), len(METRICS) + len(STREAM_METRICS) * streams.given, head.targets.shape)
     results = [head.hidden.new_empty(shape, dtype=head.accumulator) for shape in shapes]
     wide = head.accumulator if head.hidden.dtype == torch.float16 else head.hidden.dtype
     return results + [grad.to(wide) for grad in grads_fake(*args)]
 
 
-# -> [loss, metrics, logprobs, the gradients in hidden, weight and bias that ``needs`` asks for, fp16's in float32: an
-#     upstream factor that a loss scaler makes large comes too late for what fp16 has rounded to 0]
+# -> [loss, metrics (behind them the streams'), logprobs, the gradients in hidden, weight and bias that ``needs`` asks
+#     for, fp16's in float32: a loss scaler's large upstream factor comes too late for what fp16 has rounded to 0]
 _linear_policy_loss = define(
     "head",
-    f"linear_policy_loss({HEAD}, Tensor? {_LOSS_INPUTS}, int outputs, bool[] needs) -> Tensor[]",
+    f"linear_policy_loss({HEAD}, Tensor? {_LOSS_INPUTS}, {_STREAMS}, int outputs, bool[] needs) -> Tensor[]",
     _policy_loss_fake,
 )
 
@@ -83,6 +89,10 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
     sequence_group: Any = None,
+    supervised_weights: Tensor | None = None,  # [P]
+    supervised_normalizer: float | Tensor | None = None,
+    kl_weights: Tensor | None = None,  # [P]
+    kl_normalizer: float | Tensor | None = None,
     # of this op
     with_entropy: bool = False,
     with_logprobs: bool = False,
@@ -119,7 +129,9 @@ def linear_policy_loss(
             In float16, d weight stays in float32 until the upstream factor is known, so that a loss scaler finds what
             fp16 would lose.
         old_logprobs, ref_logprobs, sampler_logprobs, advantages, cu_seqlens, config, branch, normalizer, per_token,
-            sequence_group: as in :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs.
+            sequence_group, supervised_weights, supervised_normalizer, kl_weights, kl_normalizer: as in
+            :func:`policy_loss`, per pair where that says per token: cu_seqlens counts pairs. A pair with a weight is
+            computed whatever the mask says.
         with_entropy: compute the entropy as a metric also where config.entropy_coef is 0.
         with_logprobs: also return the log-probs ``[P]``, detached, as ``metrics["logprobs"]``: the old ones of a second
             update on the batch.
@@ -149,7 +161,8 @@ def linear_policy_loss(
         batch_invariant,
     )
     of_pairs = config, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs
-    loss_arguments = LossArguments(*of_pairs, branch, normalizer, per_token, sequence_group)
+    streams = supervised_weights, supervised_normalizer, kl_weights, kl_normalizer
+    loss_arguments = LossArguments(*of_pairs, branch, normalizer, per_token, sequence_group, *streams)
     return _linear_policy_loss_of(head_arguments, loss_arguments, with_entropy, with_logprobs)
 
 
@@ -160,6 +173,10 @@ def _linear_policy_loss_of(
     head = check_head(head_arguments)
     logprobs = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)  # as they will be
     loss_arguments = check_loss(logprobs, logprobs, loss_arguments)
+    streams, _ = loss_arguments.parted()
+    if streams.given:  # which have pairs of their own
+        head_arguments = head_arguments._replace(mask=streams.joined(loss_arguments.mask))
+        head = check_head(head_arguments)
     if _backends.wants_reference("head", hidden):
         arguments = reference_arguments(head_arguments, head) | loss_arguments._asdict()
         return _backends.reference().linear_policy_loss(
@@ -193,14 +210,19 @@ def _one_pass(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The loss and its gradients, formed with the logits."""
     dtype = accumulator(head_arguments.hidden)
-    loss_arguments = loss_arguments.laid_out(dtype)
+    streams, loss_arguments = loss_arguments.laid_out(dtype).parted()
     split = loss_arguments.sequence_group is not None
     if split:
         like = loss_arguments.cu_seqlens.new_empty((), dtype=dtype).expand(head.targets.shape)
         loss_arguments = weighted_parts(loss_arguments, like)
     else:
         loss_arguments = read_branch(loss_arguments, dtype)
-    inputs = loss_arguments.inputs()._replace(mask=None)  # a graph takes no tensor twice, and the head has it
-    loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], (*head[3:], *inputs, int(with_entropy)))
-    result = loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+    inputs = loss_arguments.inputs()
+    if not streams.given:
+        inputs = inputs._replace(mask=None)  # a graph takes no tensor twice, and the head has it
+    others = (*head[3:], *inputs, *streams, int(with_entropy))
+    loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], others)
+    result = loss, dict(zip(METRICS, metrics.unbind(), strict=not streams.given))
+    if streams.given:
+        result[1].update(told_streams(streams, metrics[len(METRICS) :]))
     return *(over_ranks(result, loss_arguments) if split else result), logprobs

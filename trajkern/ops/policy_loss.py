@@ -22,6 +22,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.inputs import LossInputs
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
+from trajkern.losses.streams import STREAM_METRICS, Streams, stream_terms
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
@@ -105,6 +106,20 @@ class _PolicyLoss(torch.autograd.Function):
         return *scaled_once(ctx, "policy_loss", grad_loss), None, None
 
 
+class _StreamTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logprobs, streams):
+        loss, grad, values = stream_terms(Streams(*streams), logprobs)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(values)
+        return loss, values
+
+    @staticmethod
+    @differentiable_once("policy_loss")
+    def backward(ctx: Any, grad_loss, _):
+        return ctx.saved_tensors[0] * grad_loss, None
+
+
 @recorded
 def policy_loss(
     logprobs: Tensor,  # [T]
@@ -121,6 +136,11 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
     sequence_group: Any = None,
+    # terms of their own
+    supervised_weights: Tensor | None = None,  # [T]
+    supervised_normalizer: float | Tensor | None = None,
+    kl_weights: Tensor | None = None,  # [T]
+    kl_normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The policy loss of a packed batch, to minimise, and its metrics.
 
@@ -166,6 +186,14 @@ def policy_loss(
     the coefficient sum_l w_l. At ratio level "sequence" a leaf's log-ratio is a mean along its path: the log-ratios are
     summed down the paths, the loss is formed a leaf, and its derivatives are summed back up.
 
+    **Terms of their own.** With weights s and c of tokens, and normalisers S and C, the loss is the one above, without
+    its KL where c is given, plus
+
+        - (sum of s logprobs) / S + kl_coef (sum of c KL) / C:
+
+    the cross-entropy of demonstrations, and a KL to the reference where it is wanted, packed with what was sampled. A
+    token of weight 0 takes no part in its term; one of another weight does, whatever the mask says.
+
     Args:
         logprobs, old_logprobs: float ``[T]``; log p of each token now and when it was sampled (or at the last sync).
             None: the policy has not moved since, so the old ones are these.
@@ -194,6 +222,11 @@ def policy_loss(
             loss and metrics are the whole batch's, the same on every rank, and each has its own tokens' gradient, so
             that the ranks' gradients of a parameter add up. No ``branch``; not "kl_cov", "clip_cov", nor ratio level
             "sequence" with "k3_corrected" or a kind whose trees refuse it, nor "gmpo" and "vespo" with it.
+        supervised_weights, kl_weights: float ``[T]``, s and c; None: no such term. Not with ``branch``, whose tokens
+            stand for several rollouts, nor with ``sequence_group``; and c not with kl "k3_corrected". c is not read
+            where config.kl_coef is 0.
+        supervised_normalizer, kl_normalizer: S and C, as ``normalizer``; None: how many tokens have a weight that is
+            not 0, at least 1.
 
     Returns:
         (loss, metrics): a float32 scalar (float64 for float64 logprobs), differentiable once in logprobs and entropy
@@ -208,7 +241,8 @@ def policy_loss(
           (k3 of KL(sampler || old policy): mean of w - 1 - log w), "sampler_outside" (share of w outside [1/2, 2]),
           and "effective_sample_size" as a share of the n tokens, (sum w)^2 / (n sum w^2), not with sequence_group.
 
-        A metric that was not computed is NaN; one of no tokens is 0.
+        A metric that was not computed is NaN; one of no tokens is 0. With supervised_weights there is also
+        "supervised_loss", their term; with kl_weights "kl" is (sum of c KL) / C.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -230,6 +264,10 @@ def policy_loss(
         normalizer,
         per_token,
         sequence_group,
+        supervised_weights,
+        supervised_normalizer,
+        kl_weights,
+        kl_normalizer,
     )
     return checked_policy_loss(logprobs, entropy, check_loss(logprobs, entropy, arguments))
 
@@ -246,8 +284,22 @@ def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: Los
         return split_loss(logprobs, entropy, arguments, _formed)
     if isinstance(arguments.branch, Paths) and arguments.config.resolved_ratio_level == "sequence":
         return _sequence_loss(logprobs, entropy, arguments)
+    streams, arguments = arguments.parted()
     arguments = read_branch(arguments, dtype)
-    return _formed(logprobs, entropy, _selected(logprobs, arguments), arguments)
+    result = _formed(logprobs, entropy, _selected(logprobs, arguments), arguments)
+    return _with_streams(logprobs, streams, result) if streams.given else result
+
+
+def _with_streams(logprobs: Tensor, streams: Streams, result: Result) -> Result:
+    loss, metrics = result
+    more, values = applied(_StreamTerms, logprobs, tuple(streams))
+    return loss + more, metrics | told_streams(streams, values)
+
+
+def told_streams(streams: Streams, values: Tensor) -> dict[str, Tensor]:
+    """The metrics of the terms that there are."""
+    given = (streams.kl_weights is not None, streams.supervised_weights is not None)
+    return {name: x for name, x, is_given in zip(STREAM_METRICS, values.unbind(), given, strict=True) if is_given}
 
 
 def _formed(logprobs: Tensor, entropy: Tensor | None, selected: Tensor | None, arguments: LossArguments) -> Result:

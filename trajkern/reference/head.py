@@ -100,13 +100,21 @@ def linear_policy_loss(
     branch: Any = None,
     normalizer: float | Tensor | None = None,
     per_token: bool | None = None,
+    supervised_weights: Tensor | None = None,  # [P]
+    supervised_normalizer: float | Tensor | None = None,
+    kl_weights: Tensor | None = None,  # [P]
+    kl_normalizer: float | Tensor | None = None,
     with_entropy: bool = False,
     with_logprobs: bool = False,
     **head: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`trajkern.linear_policy_loss`."""
     outputs = ("entropy",) if config.entropy_coef or with_entropy else ()
-    stats = linear_token_stats(hidden, weight, targets, outputs=outputs, mask=mask, **head)
+    computed = mask
+    for weights in (supervised_weights, kl_weights):
+        if computed is not None and weights is not None:
+            computed = computed | (weights != 0)
+    stats = linear_token_stats(hidden, weight, targets, outputs=outputs, mask=computed, **head)
     old = stats.logprobs.detach() if old_logprobs is None else old_logprobs
     loss, metrics = policy_loss(
         stats.logprobs,
@@ -121,5 +129,9 @@ def linear_policy_loss(
         branch=branch,
         normalizer=normalizer,
         per_token=per_token,
+        supervised_weights=supervised_weights,
+        supervised_normalizer=supervised_normalizer,
+        kl_weights=kl_weights,
+        kl_normalizer=kl_normalizer,
     )
     return loss, metrics | ({"logprobs": stats.logprobs.detach()} if with_logprobs else {})

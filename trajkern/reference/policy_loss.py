@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from trajkern._dtypes import accumulator
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
-from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS, SAMPLER_BAND
+from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND
+from trajkern.reference._metrics import metrics_of, sampler_values
 
 
 class _Added(torch.autograd.Function):
@@ -87,6 +89,38 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 def policy_loss(
     logprobs: Tensor,  # [T]
+    *args: Any,
+    config: PolicyLoss,
+    ref_logprobs: Tensor | None = None,  # [T]
+    supervised_weights: Tensor | None = None,  # [T]
+    supervised_normalizer: float | Tensor | None = None,
+    kl_weights: Tensor | None = None,  # [T]
+    kl_normalizer: float | Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See :func:`trajkern.policy_loss`."""
+    of_mask = config if kl_weights is None else replace(config, kl_coef=0.0)
+    loss, metrics = _token_loss(logprobs, *args, config=of_mask, ref_logprobs=ref_logprobs, **others)
+    dtype = accumulator(logprobs)
+
+    def mean(weights: Tensor, normalizer: Any, value: Callable[[Tensor], Tensor]) -> Tensor:
+        taken = weights != 0
+        number = taken.sum().clamp_min(1) if normalizer is None else normalizer
+        return (weights[taken].to(dtype) * value(taken)).sum() / (number if taken.any() else 1)
+
+    if kl_weights is not None and config.kl_coef:
+        assert ref_logprobs is not None
+        apart = logprobs.to(dtype) - ref_logprobs.detach().to(dtype)
+        kl = mean(kl_weights, kl_normalizer, lambda taken: _kl(config.kl, apart[taken], apart[taken]))
+        loss, metrics = loss + config.kl_coef * kl, metrics | {"kl": kl.detach()}
+    if supervised_weights is not None:
+        nll = mean(supervised_weights, supervised_normalizer, lambda taken: -logprobs[taken].to(dtype))
+        loss, metrics = loss + nll, metrics | {"supervised_loss": nll.detach()}
+    return loss, metrics
+
+
+def _token_loss(
+    logprobs: Tensor,  # [T]
     old_logprobs: Tensor,  # [T]
     advantages: Tensor | None,  # [N] or [T]
     cu_seqlens: Tensor,  # [N+1]
@@ -98,10 +132,10 @@ def policy_loss(
     entropy: Tensor | None = None,  # [T]
     branch: Any = None,
     normalizer: float | Tensor | None = None,
-    per_token: bool | None = None,
-    sequence_group: Any = None,
+    **layout: Any,  # per_token, sequence_group
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """See :func:`trajkern.policy_loss`."""
+    """The loss of the tokens of the mask; see :func:`trajkern.policy_loss`."""
+    per_token, sequence_group = layout.get("per_token"), layout.get("sequence_group")
     if branch is not None and not isinstance(branch, Branch):
         of_tokens = logprobs, old_logprobs, mask, ref_logprobs, sampler_logprobs, entropy
         return _flat_policy_loss(branch, config, cu_seqlens, normalizer, of_tokens)
@@ -137,8 +171,8 @@ def policy_loss(
         entropy = torch.where(mask, entropy.to(dtype), 0)
         loss = loss - config.entropy_coef * leaves * entropy
     log_w = None if sampler_logprobs is None else _clamp(difference(old_logprobs, sampler_logprobs))
-    values = _clip_values(terms, tokens) | {"entropy": entropy, "kl": kl} | _sampler_values(log_w)
-    metrics = _metrics(values, torch.where(mask, total, 0), segments)
+    values = _clip_values(terms, tokens) | {"entropy": entropy, "kl": kl} | sampler_values(log_w)
+    metrics = metrics_of(values, torch.where(mask, total, 0), segments)
     weights = _token_weights(config, segments.sum(torch.where(mask, leaves, 0)), normalizer)[segments.of_token]
     share = torch.where(mask, loss * weights, 0).sum()
     if sequence_group is not None:
@@ -172,39 +206,6 @@ def _clip_values(terms: _Term, x: _Tokens) -> dict[str, Tensor | None]:
     }
 
 
-def _sampler_values(log_w: Tensor | None) -> dict[str, Tensor | None]:
-    """What the metrics of w, the ratio of the old policy to the sampler, are made of, ``[T]``."""
-    names = [name for name, metric in METRICS.items() if metric.needs == "sampler_logprobs"]
-    if log_w is None:
-        return dict.fromkeys(names)
-    w, (low, high) = log_w.exp(), SAMPLER_BAND
-    outside = ((w < low) | (w > high)).to(w.dtype)
-    return dict(zip(names, (torch.expm1(log_w) - log_w, outside, w), strict=True))
-
-
-def _metrics(values: dict[str, Tensor | None], copies: Tensor, segments: _Segments) -> dict[str, Tensor]:
-    """Over the tokens, each as often as it has unmasked rollouts; NaN where there are no values."""
-    found = {name: _reduced(values[name], metric.reduction, copies, segments) for name, metric in METRICS.items()}
-    return {name: x.detach() for name, x in found.items()}
-
-
-def _reduced(x: Tensor | None, reduction: str, copies: Tensor, segments: _Segments) -> Tensor:
-    count, some = segments.added(copies.sum()), copies > 0
-    if x is None or reduction == "effective_share" and segments.ranks is not None:
-        return count.new_full((), torch.nan)
-    if reduction == "largest":
-        return segments.largest(torch.where(some, x, 0).amax() if x.numel() else x.new_zeros(()))
-    total = segments.added(torch.where(some, x * copies, 0).sum())
-    if reduction == "mean":
-        return total / count.clamp_min(1)
-    if reduction == "sum":
-        return total
-    if reduction == "effective_share":
-        squares = torch.where(some, x * x * copies, 0).sum()
-        return total * total / torch.where(count > 0, count * squares, 1)
-    raise AssertionError(f"unknown reduction {reduction!r}")
-
-
 def _flat_policy_loss(
     paths: Any, config: PolicyLoss, cu_seqlens: Tensor, normalizer: Any, of_tokens: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,7 +216,7 @@ def _flat_policy_loss(
     if paths.gate is not None:
         counted = torch.repeat_interleave(paths.gate, tree.flat_lengths)
         mask = counted if mask is None else mask & counted
-    return policy_loss(
+    return _token_loss(
         logprobs,
         old,
         paths.advantages,

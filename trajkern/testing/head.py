@@ -254,6 +254,21 @@ def _tree_loss(config: PolicyLoss, **options):
     return make
 
 
+def _streams(x: Inputs) -> None:
+    """Weights on pairs of both sides of the mask."""
+    g, pairs = torch.Generator().manual_seed(5), x["targets"].shape
+    for name in ("supervised_weights", "kl_weights"):
+        weights = torch.rand(pairs, generator=g, dtype=torch.float64) - 0.2
+        x[name] = torch.where(torch.rand(pairs, generator=g) < 0.3, weights, 0)
+    x["kl_normalizer"] = 5.0
+
+
+def _supervised(x: Inputs) -> None:
+    _half_zero(x)
+    _streams(x)
+    x["kl_weights"] = x["kl_normalizer"] = None
+
+
 def _half_zero(x: Inputs) -> None:
     x["advantages"][::2] = 0
 
@@ -269,6 +284,7 @@ def _on_policy(x: Inputs) -> None:
 _FULL = PolicyLoss(
     "dapo", clip_high=0.28, clip_dual=3.0, kl_coef=0.1, kl="k3", entropy_coef=0.05, sampler_correction="tis"
 )
+_GSPO = PolicyLoss("gspo", kl_coef=0.1)
 _REMOVING = dataclasses.replace(_FULL, sampler_correction="sequence_mask")
 LOSS_CASES = (
     *(Case(kind, _loss(PolicyLoss(kind, max_length=16)), "the kind alone") for kind in KINDS),
@@ -297,6 +313,10 @@ LOSS_CASES = (
         Case(f"tree_{kind}", _tree_loss(PolicyLoss(kind, max_length=16, clip_dual=3.0)), "a packed tree", mixed=True)
         for kind in ("grpo", "dapo", "dr_grpo", "bnpo", "gspo")
     ),
+    Case("streams", _edited(_loss(_FULL, mask=_mask), _streams), "cross-entropy and KL of pairs outside the mask"),
+    Case("streams_sequence", _edited(_loss(_GSPO, mask=_mask), _streams), "the same in two passes"),
+    Case("streams_unmasked", _edited(_loss(_FULL, workspace_bytes=65 * 4 * 5), _streams), "every pair, many blocks"),
+    Case("supervised", _edited(_loss(PolicyLoss("grpo"), mask=_mask), _supervised), "on pairs of advantage 0, too"),
     Case("tree_full", _tree_loss(_FULL, mask=_mask), "every term and a mask", mixed=True),
     Case("tree_mask", _tree_loss(_REMOVING), "rollouts removed", mixed=True),
     Case(
@@ -310,11 +330,12 @@ LINEAR_POLICY_LOSS = _spec(
     "linear_policy_loss",
     tuple(dataclasses.replace(c, large=c.name not in _FEW_LOSSES) for c in LOSS_CASES),
     lambda x: {"loss": x[0], **x[1]},
-    no_grad_outputs=(*METRICS, "logprobs"),
+    no_grad_outputs=(*METRICS, "supervised_loss", "logprobs"),
     # log p is made of logits of about this size, and a ratio has log p's error
     term_scale=dict.fromkeys(
         ("loss", "approx_kl", "ratio_mean", "ratio_max", "entropy", "kl", "sampler_kl", "effective_sample_size"), 8.0
-    ),
+    )
+    | {"supervised_loss": 8.0},
 )
 
 SPECS = (LINEAR_LOGPROBS, LINEAR_TOKEN_STATS, LINEAR_POLICY_LOSS)

@@ -18,6 +18,7 @@ from trajkern.testing.tree import random_tree
 
 _LENGTHS = (9, 0, 40, 1, 23, 5)  # of which one is empty
 _PER_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "entropy", "mask")
+_WEIGHTS = ("supervised_weights", "kl_weights")
 
 
 def _packed(
@@ -81,6 +82,28 @@ def _on_policy(x: Inputs) -> None:
 def _far(x: Inputs) -> None:
     x["logprobs"][::2] = -60.0
     x["old_logprobs"][1::2] = -60.0
+
+
+def _streams(x: Inputs) -> None:
+    """Weights on tokens of both sides of the mask; what stands under neither is not read."""
+    g = torch.Generator().manual_seed(5)
+    for name in ("supervised_weights", "kl_weights"):
+        weights = torch.rand(x["logprobs"].shape, generator=g, dtype=torch.float64) - 0.2
+        x[name] = torch.where(torch.rand(weights.shape, generator=g) < 0.4, weights, 0)
+    unread = (x["supervised_weights"] == 0) & (x["kl_weights"] == 0)
+    if x["mask"] is not None:
+        unread &= ~x["mask"]
+        x["logprobs"][unread] = torch.nan
+
+
+def _own_normalizers(x: Inputs) -> None:
+    _streams(x)
+    x |= {"supervised_normalizer": 3.5, "kl_normalizer": torch.tensor(12.0)}
+
+
+def _supervised(x: Inputs) -> None:
+    _streams(x)
+    x["kl_weights"] = None
 
 
 def _few(x: Inputs) -> None:
@@ -162,9 +185,25 @@ def _cases() -> Iterator[Case]:
 
 _DAPO = _full("dapo")
 
+
+def _stream_cases() -> Iterator[Case]:
+    for kind in ("grpo", "gspo", "kl_cov"):
+        yield Case(f"streams_{kind}", _edited(_packed(_full(kind)), _streams), "terms with weights of their own")
+    for kl in ("k1", "k2", "k3"):
+        config = _full("dapo", kl=kl, sampler_correction="sequence_mask", sampler_low=0.9, sampler_high=1.1)
+        yield Case(f"streams_{kl}", _edited(_packed(config), _own_normalizers), "and normalisers")
+    yield Case("supervised", _edited(_packed(_full("dapo")), _supervised), "a cross-entropy beside the mask's KL")
+    yield Case("supervised_no_kl", _edited(_packed(PolicyLoss()), _streams), "kl_coef 0: weights that are not read")
+    nothing = _packed(_DAPO, mask=lambda m, g: m & False)
+    yield Case("only_streams", _edited(nothing, _streams), "nothing sampled is scored")
+    yield Case("streams_no_tokens", _edited(_packed(_DAPO, (0, 0)), _streams), "T = 0")
+    yield Case("streams_long", _edited(_packed(_DAPO, (3000,)), _own_normalizers), "longer than a row", large=True)
+
+
 CASES = (
     *_cases(),
     *_tree_cases(),
+    *_stream_cases(),
     Case("large_normalizer", _packed(_DAPO, normalizer=2.0**22), "gradients that fp16 has for a scaled loss"),
     Case("no_mask", _packed(_DAPO, mask=lambda m, g: None), "every token scored"),
     Case("nothing_scored", _packed(_DAPO, mask=lambda m, g: m & False), "an empty sum is 0"),
@@ -189,7 +228,8 @@ def _reversed_trajectories(inputs: Inputs, g: torch.Generator):
     bounds = inputs["cu_seqlens"].tolist()
     order = [torch.arange(a, b) for a, b in pairwise(bounds)][::-1]
     index = torch.cat(order) if order else torch.arange(0)
-    turned = {k: v[index] if k in _PER_TOKEN and v is not None else v for k, v in inputs.items()}
+    of_tokens = (*_PER_TOKEN, *_WEIGHTS)
+    turned = {k: v[index] if k in of_tokens and v is not None else v for k, v in inputs.items()}
     if isinstance(inputs.get("branch"), Paths):
         return inputs, lambda name, x: x  # a tree's nodes cannot come before their parents
     if inputs["advantages"] is None:
@@ -211,12 +251,16 @@ POLICY_LOSS = OpSpec(
     family="policy_loss",
     outputs=lambda x: {"loss": x[0]} | x[1],
     differentiable=("logprobs", "entropy"),
-    typed=("logprobs", "old_logprobs", "advantages", "branch", "ref_logprobs", "sampler_logprobs", "entropy"),
+    typed=(
+        *("logprobs", "old_logprobs", "advantages", "branch", "ref_logprobs", "sampler_logprobs", "entropy"),
+        *_WEIGHTS,
+    ),
     dtypes=(torch.float32, torch.float64, torch.bfloat16),
     triton_dtypes=(torch.float32,),
     cases=CASES,
     variants=(Variant("trajectories_reversed", _reversed_trajectories),),
-    term_scale=dict.fromkeys(("loss", "clip_fraction", "clip_low", "clip_high", "approx_kl", "kl", "sampler_kl"), 1.0),
+    term_scale=dict.fromkeys(("loss", "clip_fraction", "clip_low", "clip_high", "approx_kl", "kl", "sampler_kl"), 1.0)
+    | {"supervised_loss": 1.0},
 )
 
 SPECS = (POLICY_LOSS,)
