@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.integrations.test_areal import actor  # noqa: F401
 from trajkern import credit
-from trajkern.integrations import _adapter
+from trajkern.integrations import _adapter, _areal_credit
 from trajkern.integrations import areal as adapter
 
 CONFIG = {
@@ -72,6 +75,8 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     adapter.disable()
 
 
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = ("advantages", "loss_mask")
 LOGGED: dict[str, float] = {}
 PROMPTS, RESPONSES = ((2, 2, 2), (3, 3)), ((4, 1, 3), (2, 6))
 REWARDS = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0])
@@ -176,6 +181,39 @@ def test_nobody_learns(host) -> None:
     _check(found, torch.zeros(5))
 
 
+SPREAD = {  # of both ranks: a statistic over the batch, and a gate that one rank's rollouts fail
+    "whitened": credit.outcome(scale="none").whiten(),
+    "gated": credit.outcome(scale="none").gate(lambda rollouts: rollouts.rewards["tone"] < 3),
+}
+
+
+def _spread(name: str, data: list[dict[str, Any]], group: Any = None) -> list[dict[str, Any]]:
+    made = PPOActor(SimpleNamespace(**CONFIG), SimpleNamespace(data_parallel_group=group))
+    logs = SimpleNamespace(stats_tracker=SimpleNamespace(scalar=lambda **found: None))
+    return _areal_credit._credited(PPOActor.compute_advantages, SPREAD[name], logs)(made, data)
+
+
+def _rank(store: str, out: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = {name: _spread(name, _trajectories()[rank : rank + 1], dist.group.WORLD) for name in SPREAD}
+    torch.save({name: [x[0][key] for key in KEYS] for name, x in found.items()}, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_groups_over_two_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", __name__, str(tmp_path / "store"), str(tmp_path / "out")]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    for name in SPREAD:
+        whole = _spread(name, _trajectories())
+        for rank, x in enumerate(whole):
+            theirs = torch.load(tmp_path / f"out.{rank}")[name]
+            torch.testing.assert_close(theirs, [x[key] for key in KEYS])
+    assert not whole[1]["loss_mask"].any() and whole[0]["loss_mask"].any()
+
+
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (credit.outcome(), {"kl_ctl": 0.1}, "actor.kl_ctl must be 0 with a credit.*got 0.1"),
     (credit.outcome(), {"discount": 0.9}, "actor.discount must be 1 with a credit"),
@@ -206,3 +244,7 @@ def test_a_critic_is_refused_and_another_version(host, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match=r"PPOActor.compute_advantages must take \(data\)"):
         adapter.enable(credit=credit.outcome())
     monkeypatch.setattr(host.PPOActor, "compute_advantages", theirs)
+
+
+if __name__ == "__main__":
+    _rank(*sys.argv[1:3], int(sys.argv[3]))
