@@ -60,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         from trajkern._bench.static import main as static
 
         return static([x for x in argv if x != "--static"])
+    if "--memory" in argv:
+        from trajkern._bench.memory_run import main as memory
+
+        return memory([x for x in argv if x != "--memory"])
     args = _parser().parse_args(argv)
     try:
         _refuse(args)
@@ -229,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
         "--static",
         action="store_true",
         help="measure nothing: compile for GPUs and predict; see `trajkern bench --static --help`",
+    )
+    add(
+        "--memory",
+        action="store_true",
+        help="instead, the longest batch that each head and loss trains; see `trajkern bench --memory --help`",
     )
     return parser
 

@@ -55,7 +55,11 @@ def contenders(problem: Problem, device: str) -> tuple[dict[str, Function], dict
 
 def versions() -> dict[str, str]:
     """Peer -> its version, or why it is not there."""
-    return {name: trouble(peer) or metadata.version(peer.distribution) for name, peer in PEERS.items()}
+    return {name: version(peer) for name, peer in PEERS.items()}
+
+
+def version(peer: Peer) -> str:
+    return trouble(peer) or metadata.version(peer.distribution)
 
 
 @cache
@@ -148,12 +152,12 @@ def _liger_linear(problem: Problem, device: str) -> Function:
     return form
 
 
-def _liger_loss(problem: Problem, device: str) -> Function:
+def _liger_loss(problem: Problem, device: str, **options: Any) -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     if len(set(problem.inputs["cu_seqlens"].diff().tolist())) > 1:
         raise Cannot("takes trajectories of one length")
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo", **options)
 
     def form(
         hidden: Tensor,
