@@ -127,6 +127,18 @@ def _trl_linear(problem: Problem, device: str) -> Function:
     }
 
 
+def _trl_topk(problem: Problem, device: str) -> Function:
+    """The student's part of SDPO's loss."""
+    from trl.experimental.sdpo.loss_utils import add_tail_bucket
+
+    def form(hidden: Tensor, weight: Tensor, k: int, **_: Any) -> Outcome:
+        logits = (hidden @ weight.t()).float()
+        logprobs = logits.topk(k, dim=-1).values - logits.logsumexp(-1, keepdim=True)
+        return {"logprobs": logprobs, "tail": add_tail_bucket(logprobs)[:, -1]}
+
+    return form
+
+
 # Liger
 
 
@@ -249,6 +261,17 @@ def _verl_linear(problem: Problem, device: str) -> Function:
     }
 
 
+def _verl_topk(problem: Problem, device: str) -> Function:
+    """The student's part of its distillation loss, in chunks, which keep the least."""
+    from verl.trainer.distillation.fsdp.losses import _chunked_topk_log_probs
+
+    def form(hidden: Tensor, weight: Tensor, k: int, **_: Any) -> Outcome:
+        logits = (hidden @ weight.t()).float()[None]
+        return {"logprobs": _chunked_topk_log_probs(logits, logits.topk(k, dim=-1).indices)[0]}
+
+    return form
+
+
 def _verl_groups(problem: Problem, device: str) -> Function:
     """In its favour: it is given the ids as the array of objects that its trainer has."""
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
@@ -309,7 +332,12 @@ PEERS = {
     "trl": Peer(
         "trl",
         "trl.trainer.utils",
-        {"token_logprobs": _trl_logprobs, "token_stats": _trl_stats, "linear_logprobs": _trl_linear},
+        {
+            "token_logprobs": _trl_logprobs,
+            "token_stats": _trl_stats,
+            "linear_logprobs": _trl_linear,
+            "linear_topk": _trl_topk,
+        },
     ),
     "liger": Peer(
         "liger-kernel",
@@ -327,6 +355,7 @@ PEERS = {
             "token_logprobs": _verl_logprobs,
             "token_stats": _verl_stats,
             "linear_logprobs": _verl_linear,
+            "linear_topk": _verl_topk,
             "group_advantages": _verl_groups,
             "whiten": _verl_whiten,
             "policy_loss": _verl_loss,
