@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from trajkern.trainer import checkpoint
 from trajkern.trainer.models.transformer import ModelConfig, Transformer
+from trajkern.trainer.place import Clock
 from trajkern.trainer.run import CHECKPOINT, results_folder
 
 SMALL = ModelConfig(layers=1, width=16, heads=2, ffn=24)
+BEFORE = {"pass_at_1": 0.5, "pass_at_k": 1.0, "greedy": None, "details": {"pass@2": None}, "families": {}}
+BEFORE |= {"pass_at": [0.5], "distinct": 1, "reliability": [[3, 0.5, 0.5]]}
+PLACE: dict[str, Any] = {
+    "config": {},
+    "phase": "main",
+    "step": 7,
+    "start": {"step": 3, "tokens": 9},
+    "before": BEFORE,
+    "system": {"skills": []},
+    "data": "",
+    "clock": asdict(Clock(sampled=9, sampling=0.5)),
+    "metrics": 80,
+}
 
 
 def _model(seed: int, config: ModelConfig = SMALL) -> Transformer:
@@ -42,16 +63,28 @@ def _trained(seed: int) -> tuple[Transformer, torch.optim.AdamW, torch.Generator
 
 def _save(path: Path, seed: int = 1) -> tuple[Transformer, torch.optim.AdamW, torch.Generator]:
     model, optimizer, generator = _trained(seed)
-    checkpoint.save(
-        path, models={"policy": model}, optimizer=optimizer, generator=generator, place={"step": 7, "phase": "main"}
-    )
+    checkpoint.save(path, models={"policy": model}, optimizer=optimizer, generator=generator, place=PLACE)
     return model, optimizer, generator
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What a checkpoint file holds."""
+    _save(path := tmp_path_factory.mktemp("whole") / "c")
+    return path.read_bytes()
+
+
+@pytest.fixture
+def path(tmp_path: Path, whole: bytes) -> Path:
+    """Of a whole checkpoint."""
+    (tmp_path / "c").write_bytes(whole)
+    return tmp_path / "c"
 
 
 def test_round_trip(tmp_path: Path) -> None:
     model, optimizer, generator = _save(tmp_path / "c")
     stored = checkpoint.load(tmp_path / "c")
-    assert stored.place == {"step": 7, "phase": "main"}
+    assert stored.place == PLACE
     twin = _model(2)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     checkpoint.restore_model(stored, "policy", twin)
@@ -64,9 +97,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 400, -1], ids=["empty", "header cut", "tensors cut", "last byte missing"])
-def test_truncated(tmp_path: Path, size: int) -> None:
-    path = tmp_path / "c"
-    _save(path)
+def test_truncated(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=f"checkpoint must be a whole safetensors file; {path} is damaged"):
         checkpoint.load(path)
@@ -82,24 +113,26 @@ def test_missing_or_foreign(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path := tmp_path / "old", metadata={checkpoint._KEY: '{"step": 3}'})
-    with pytest.raises(ValueError, match=f"checkpoint must have format 2; {path} has None"):
+    with pytest.raises(ValueError, match=f"checkpoint must have format 3; {path} has None"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (ModelConfig(layers=1, width=32, heads=2, ffn=24), r"\[16\] as policy.blocks.0.attention_norm.*, not \[32\]"),
+        (
+            ModelConfig(layers=1, width=32, heads=2, ffn=24),
+            r"\[16\] as policy.blocks.0.attention_norm.*, not float32\[32\]",
+        ),
         (ModelConfig(layers=2, width=16, heads=2, ffn=24), r"has nothing as policy.blocks.1.attention_norm.weight"),
     ],
     ids=["wider", "deeper"],
 )
-def test_other_model_is_refused_and_left_alone(tmp_path: Path, other: ModelConfig, message: str) -> None:
-    _save(tmp_path / "c")
+def test_other_model_is_refused_and_left_alone(path: Path, other: ModelConfig, message: str) -> None:
     model = _model(5, other)
     before = _state(model)
-    with pytest.raises(ValueError, match=f"checkpoint must be of the same model; .* {message}"):
-        checkpoint.restore_model(checkpoint.load(tmp_path / "c"), "policy", model)
+    with pytest.raises(ValueError, match=f"checkpoint must be of the same model; .*{message}"):
+        checkpoint.restore_model(checkpoint.load(path), "policy", model)
     assert all(map(torch.equal, before, _state(model)))
 
 
@@ -117,6 +150,141 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         _save(path, seed=2)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("stride", [251, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_refused_wherever_it_is(path: Path, whole: bytes, stride: int) -> None:
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(0, len(whole), stride):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="^checkpoint must be") as refused:
+            checkpoint.load(path)
+        assert str(path) in str(refused.value), at
+        assert at < end or " is damaged (the tensor " in str(refused.value), at
+
+
+def test_the_tensor_that_changed_is_named(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    changed = {
+        "is not what was saved": tensors
+        | {"policy.norm.weight": tensors["policy.norm.weight"].nextafter(torch.ones(16))},
+        "is missing": {k: v for k, v in tensors.items() if k != "policy.norm.weight"},
+    }
+    for what, some in changed.items():
+        save_file(some, path, metadata=metadata)
+        with pytest.raises(ValueError, match=f"{path} is damaged .the tensor policy.norm.weight {what}"):
+            checkpoint.load(path)
+
+
+def _without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.pop(name)  # type: ignore[arg-type,return-value]
+
+
+def _with(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with("optimizer.1.exp_avg", torch.zeros(3)), r"has float32\[3\] as optimizer.1.exp_avg, not float32\[16\]"),
+        (_with("optimizer.1.step", torch.zeros(9)), r"has float32\[9\] as optimizer.1.step, not float32\[\]"),
+        (_with("optimizer.1.exp_avg_sq", torch.zeros(16).half()), r"float16\[16\] as .*, not float32\[16\]"),
+        (_without("optimizer.1.exp_avg_sq"), "has nothing as optimizer.1.exp_avg_sq, not float32"),
+        (_with("optimizer.99.step", torch.tensor(1.0)), r"has float32\[\] as optimizer.99.step, not nothing"),
+        (_with("optimizer.x", torch.tensor(1.0)), r"has float32\[\] as optimizer.x, not nothing"),
+        (
+            _with("policy.norm.weight", torch.zeros(16).double()),
+            r"has float64\[16\] as policy.norm.weight, not float32",
+        ),
+        (_with("generator", torch.zeros(4).byte()), r"same device; .* has uint8\[4\] as generator, not uint8\[5056\]"),
+        (_without("generator"), "has nothing as generator, not uint8"),
+        (_with("generator", torch.full((5056,), 255).byte()), "must hold a generator's state; .* does not"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    """Of checkpoints whose checksums hold."""
+    stored = checkpoint.load(path)
+    change(stored.tensors)
+    model, optimizer, generator = _trained(2)
+    before = [*_state(model), generator.get_state()], [x.clone() for x in optimizer.state[model.norm.weight].values()]
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore_optimizer(stored, optimizer, model)
+        before[1][:] = optimizer.state[model.norm.weight].values()
+        checkpoint.restore_model(stored, "policy", model)
+        before[0][:-1] = _state(model)
+        checkpoint.restore_generator(stored, generator)
+    assert all(map(torch.equal, before[0], [*_state(model), generator.get_state()]))
+    assert all(map(torch.equal, before[1], optimizer.state[model.norm.weight].values()))
+
+
+def test_a_parameter_that_was_never_moved_comes_back_as_it_was(tmp_path: Path) -> None:
+    twins = [_model(1), _model(1)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in twins]
+    twins[0].norm.requires_grad_(False)
+    _step(twins[0], optimizers[0])
+    generator = torch.Generator()
+    saved = {"models": {"policy": twins[0]}, "optimizer": optimizers[0], "generator": generator, "place": PLACE}
+    checkpoint.save(tmp_path / "c", **saved)
+    stored = checkpoint.load(tmp_path / "c")
+    checkpoint.restore_model(stored, "policy", twins[1])
+    checkpoint.restore_optimizer(stored, optimizers[1], twins[1])
+    for model, optimizer in zip(twins, optimizers, strict=True):
+        model.norm.requires_grad_(True)
+        _step(model, optimizer)
+    assert all(map(torch.equal, *map(_state, twins)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"phase": "x"}, "place.phase must be one of warmup, main, then; got 'x'"),
+        ({"step": -5}, "place.step must be at least 0, got -5"),
+        ({"step": 2}, "place.start.step must be at most step = 2, got 3"),
+        ({"step": True}, "place.step must be a whole number, got True"),
+        ({"step": None}, "place.step must be a whole number, got None"),
+        ({"clock": {}}, "place.clock.sampled must be given"),
+        ({"clock": PLACE["clock"] | {"sampling": float("nan")}}, "place.clock.sampling must be at least 0, got nan"),
+        ({"before": None}, "place.before must be None in the warmup, and given after it; the phase is main"),
+        ({"before": BEFORE | {"details": {"x": "y"}}}, "place.before.details.x must be a number, got 'y'"),
+        ({"before": BEFORE | {"pass_at": [1, None]}}, r"place.before.pass_at\[1\] must be a number, got None"),
+        ({"start": [1, 2]}, "place.start must be a table of step, tokens; got"),
+        ({"metrics": "80"}, "place.metrics must be a whole number, got '80'"),
+        ({"more": 1}, "place.more must not be given, which is none of config, phase, "),
+        ({"data": None}, "place.data must be a text, got None"),
+    ],
+    ids=str,
+)
+def test_a_place_of_another_schema_is_refused(path: Path, change: dict[str, Any], message: str) -> None:
+    with safe_open(path, framework="pt") as file:
+        found = json.loads(file.metadata()[checkpoint._KEY])
+    text = json.dumps(found | {"place": PLACE | change})
+    digest = checkpoint.hashlib.sha256(text.encode()).hexdigest()
+    save_file(load_file(path), path, metadata={checkpoint._KEY: text, checkpoint._CHECKSUM: digest})
+    with pytest.raises(ValueError, match=f"checkpoint must hold where its run stands; {path} does not: {message}"):
+        checkpoint.load(path)
+
+
+def test_the_mode_is_the_umasks_and_a_killed_save_leaves_nothing(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        _save(path := tmp_path / "c.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    left = tmp_path / "c.safetensors.part"
+    left.mkdir()
+    (left / ".tmpAbC").write_bytes(b"half")
+    checkpoint.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    left.mkdir()
+    (left / "c.safetensors").write_bytes(b"half")
+    _save(path, seed=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"] and checkpoint.load(path)
 
 
 def test_a_folder_that_holds_a_run_is_refused(config) -> None:

@@ -17,9 +17,10 @@ from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.lagging import Lag, follow
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.transformer import ModelConfig
+from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.rounds import questions_of
-from trajkern.trainer.run import Clock, Run, Start
+from trajkern.trainer.run import Run
 from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.tasks import Question
 

@@ -21,8 +21,9 @@ from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import Then, TrainConfig, parse
+from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.ranks import ALONE
-from trajkern.trainer.run import CHECKPOINT, METRICS, Clock, Interrupted, Start
+from trajkern.trainer.run import CHECKPOINT, METRICS, Interrupted
 from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.tasks import load_task
 

@@ -1,9 +1,14 @@
-"""Checkpoints: one safetensors file with weights, optimiser moments, generator state and the run's place as JSON."""
+"""Checkpoints: one safetensors file with weights, optimiser moments, generator state and the run's place as JSON.
+
+Its metadata hold the place, a checksum of each tensor, and one of those two.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from trajkern.trainer.optional import require
+from trajkern.trainer.place import read_place
 from trajkern.trainer.ranks import full, shard_like
 
-_KEY = "trajkern.trainer"
-FORMAT = 2  # of the place and of the configuration in it
+_KEY, _CHECKSUM = "trajkern.trainer", "trajkern.trainer.sha256"
+FORMAT = 3  # of the metadata, and of the configuration in them
+PARTIAL = ".part"  # the folder in which a checkpoint is written ends with it
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its step
 
 
 class Checkpoint(NamedTuple):
@@ -37,78 +45,164 @@ def save(
     generator: torch.Generator,
     place: dict[str, Any],
 ) -> None:
-    """Write a checkpoint; a reader sees the old file or the new one, never a part.
+    """Write a checkpoint; a reader sees the old file or the new one, never a part, also after a power cut.
 
     Args:
         path: file to replace; None on the ranks that only bring their shards.
         models: modules by name, "policy" among them; shared parameters are stored once.
-        optimizer, generator: their whole state is stored; the optimizer's by the number of the policy's parameter.
-        place: JSON data to find again in :attr:`Checkpoint.place`.
+        optimizer, generator: their whole state is stored; that of AdamW by the number of the policy's parameter.
+        place: JSON data to find again in :attr:`Checkpoint.place`; see :class:`trajkern.trainer.place.Place`.
     """
     tensors = {"generator": generator.get_state()}
     for name, model in models.items():
         tensors |= {f"{name}.{k}": full(v.detach()).contiguous() for k, v in model.named_parameters()}
     for index, parameter in enumerate(models["policy"].parameters()):
-        state = optimizer.state.get(parameter, {})
+        state = optimizer.state.get(parameter) or (_untouched(parameter) if optimizer.state else {})
         tensors |= {f"optimizer.{index}.{k}": full(torch.as_tensor(v)) for k, v in state.items()}
     if path is None:
         return
-    partial, stored = path.with_name(path.name + ".part"), {"format": FORMAT, **place}
+    read_place(place)
+    checksums = {name: checksum(x) for name, x in tensors.items()}
+    stored = json.dumps({"format": FORMAT, "place": place, "tensors": checksums})
+    metadata = {_KEY: stored, _CHECKSUM: hashlib.sha256(stored.encode()).hexdigest()}
+    folder = path.with_name(path.name + PARTIAL)  # what a kill leaves behind, the library's files too, lies in it
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        require("safetensors.torch").save_file(tensors, partial, metadata={_KEY: json.dumps(stored)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        partial, plain = folder / path.name, folder / "plain"
+        require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
+        plain.touch()
+        partial.chmod(plain.stat().st_mode)  # the library makes files that nobody else may read
+        _sync(partial)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    _sync(path.parent)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed :func:`save` left in a folder of results."""
+    for left in folder.glob(f"*.safetensors{PARTIAL}"):
+        shutil.rmtree(left)
+
+
+def checksum(x: Tensor) -> str:
+    """Of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(_described(x).encode())
+    digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint whole.
+    """Read a checkpoint whole, and check it.
 
     Raises:
-        ValueError: no such file, a truncated file, or one that this version of the trainer did not write.
+        ValueError: no such file; a file that is truncated or has changed since it was saved, with the tensor that has;
+            one that this version of the trainer did not write; a place that is not of the schema.
     """
     safetensors = require("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            place = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise ValueError(f"checkpoint must be an existing file; got {path}") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint must be a whole safetensors file; {path} is damaged ({error})") from None
-    if place is None:
+        raise _damaged(path, str(error)) from None
+    if _KEY not in metadata:
         raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")
-    found = json.loads(place)
-    version = found.pop("format", None)
-    if version != FORMAT:
+    found = _read_metadata(path, metadata)
+    sums = found["tensors"]
+    for name in sorted(sums.keys() | tensors.keys()):
+        if name not in tensors:
+            raise _damaged(path, f"the tensor {name} is missing")
+        if name not in sums or checksum(tensors[name]) != sums[name]:
+            raise _damaged(path, f"the tensor {name} is not what was saved")
+    try:
+        read_place(found["place"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint must hold where its run stands; {path} does not: {error}") from None
+    return Checkpoint(path, tensors, found["place"])
+
+
+def _read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    text = metadata[_KEY]
+    changed = hashlib.sha256(text.encode()).hexdigest() != metadata.get(_CHECKSUM)
+    try:
+        found = json.loads(text)
+        version = found.get("format")
+    except (ValueError, AttributeError):
+        raise _damaged(path, "its metadata are not what was saved") from None
+    if version != FORMAT and (_CHECKSUM not in metadata or not changed):
         raise ValueError(f"checkpoint must have format {FORMAT}; {path} has {version}, of another version of trajkern")
-    return Checkpoint(path, tensors, found)
+    whole = isinstance(found.get("tensors"), dict) and "place" in found
+    if changed or not whole:
+        raise _damaged(path, "its metadata are not what was saved")
+    return dict(found)
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"checkpoint must be a whole safetensors file; {path} is damaged ({why})")
 
 
 def restore_model(checkpoint: Checkpoint, name: str, model: nn.Module) -> None:
     """Copy the weights stored under ``name`` into ``model``; on a mismatch raise ValueError and change nothing."""
-    stored = checkpoint.under(f"{name}.")
-    parameters = dict(model.named_parameters())
-    for key in sorted(stored.keys() | parameters.keys()):
-        expected, shape = (list(x[key].shape) if key in x else "nothing" for x in (parameters, stored))
-        if expected != shape:
-            raise ValueError(
-                f"checkpoint must be of the same model; {checkpoint.path} has {shape} as {name}.{key}, not {expected}"
-            )
+    stored, parameters = checkpoint.under(f"{name}."), dict(model.named_parameters())
+    _check(checkpoint, "model", f"{name}.", {key: _described(x) for key, x in parameters.items()})
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(shard_like(stored[key], parameter))
 
 
 def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, policy: nn.Module) -> None:
-    """The inverse of what ``save`` did with the optimizer of this ``policy``."""
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = list(policy.parameters())
+    """The inverse of what ``save`` did with the AdamW of this ``policy``; on a mismatch raise ValueError and change
+    nothing. Either every parameter has its moments or, before a first step, none has."""
+    stored, parameters = checkpoint.under("optimizer."), list(policy.parameters())
+    state = {n: _untouched(parameter) for n, parameter in enumerate(parameters)} if stored else {}
+    expected = {f"{n}.{field}": _described(x) for n, fields in state.items() for field, x in fields.items()}
+    _check(checkpoint, "model and optimizer", "optimizer.", expected)
     number = {p: n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    for key, value in checkpoint.under("optimizer.").items():
-        index, _, field = key.partition(".")
-        parameter = parameters[int(index)]
-        state.setdefault(number[parameter], {})[field] = shard_like(value, parameter)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    loaded = {
+        number[parameters[n]]: {field: shard_like(stored[f"{n}.{field}"], parameters[n]) for field in fields}
+        for n, fields in state.items()
+    }
+    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def restore_generator(checkpoint: Checkpoint, generator: torch.Generator) -> None:
+    """Give a generator its state back; on a mismatch raise ValueError and change nothing."""
+    _check(checkpoint, "device", "generator", {"": _described(generator.get_state())})
+    try:
+        generator.set_state(checkpoint.tensors["generator"])
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint must hold a generator's state; {checkpoint.path} does not: {error}") from None
+
+
+def _untouched(parameter: Tensor) -> dict[str, Tensor]:
+    """What AdamW has of a parameter that it has never moved."""
+    moments = {name: torch.zeros(parameter.shape, dtype=parameter.dtype) for name in _MOMENTS}
+    return {"step": torch.zeros((), dtype=torch.float32), **moments}
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def _check(checkpoint: Checkpoint, same: str, prefix: str, expected: Mapping[str, str]) -> None:
+    """Raise ValueError where what is stored under ``prefix`` is not of these dtypes and shapes, no more and no less."""
+    stored = {key: _described(x) for key, x in checkpoint.under(prefix).items()}
+    for key in sorted(stored.keys() | expected.keys()):
+        came, wanted = stored.get(key, "nothing"), expected.get(key, "nothing")
+        if came != wanted:
+            raise ValueError(
+                f"checkpoint must be of the same {same}; {checkpoint.path} has {came} as {prefix}{key}, not {wanted}"
+            )
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -14,6 +14,7 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.optional import require
+from trajkern.trainer.schema import conform
 from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.tree_sampling import TreeShape
 
@@ -241,9 +242,9 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_json`."""
-        paths = {k: Path(v) for k, v in data.items() if k in _PATHS and v is not None}
-        return cls(**{**data, **paths, **{k: table(**data[k]) for k, table in _TABLES.items() if k in data}})
+        """The inverse of :meth:`to_json`. Raises ValueError where a setting is missing, unknown or of another kind."""
+        config: TrainConfig = conform("config", data, cls)
+        return config
 
 
 def check_parts(loss: tk.PolicyLoss, otherwise: str) -> None:
@@ -254,7 +255,6 @@ def check_parts(loss: tk.PolicyLoss, otherwise: str) -> None:
         raise ValueError(f"{otherwise} with loss.sampler_correction 'sequence_mask', which changes what is counted")
 
 
-_PATHS = ("out", "tensorboard", "resume", "config")
 _TABLES: dict[str, Any] = {
     f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if callable(f.default_factory)
 }

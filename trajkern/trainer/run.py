@@ -21,6 +21,7 @@ from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
 from trajkern.trainer.lagging import ANCHOR
 from trajkern.trainer.models.policy import Policy
+from trajkern.trainer.place import Clock, Phase, Start, read_place
 from trajkern.trainer.ranks import Ranks, full
 from trajkern.trainer.report import Display, Metrics
 from trajkern.trainer.systems import System
@@ -34,40 +35,6 @@ class Interrupted(Exception):
     """Ctrl-C was pressed; a checkpoint was written to ``args[0]``."""
 
 
-@dataclass
-class Clock:
-    """Tokens and seconds of sampling and of optimisation."""
-
-    sampled: int = 0
-    scored: int = 0  # beside those sampled and trained: what a reward asked the policy about
-    sampling: float = 0.0
-    trained: int = 0
-    shared: int = 0  # of those trained, what a prefix shared with another rollout saved
-    training: float = 0.0
-
-    @contextlib.contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Add the seconds of a block to "sampling" or "training"."""
-        began = time.perf_counter()
-        yield
-        setattr(self, what, getattr(self, what) + time.perf_counter() - began)
-
-    @property
-    def drawn(self) -> int:
-        """Tokens sampled and scored."""
-        return self.sampled + self.scored
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second through both."""
-        return (self.sampled + self.trained) / max(self.sampling + self.training, 1e-9)
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Tokens a second, sampled and trained."""
-        return self.sampled / max(self.sampling, 1e-9), self.trained / max(self.training, 1e-9)
-
-
 class Stage(NamedTuple):
     """A recipe at work: its settings, what plays, what credits the rollouts, and what the loop draws from."""
 
@@ -75,13 +42,6 @@ class Stage(NamedTuple):
     system: System
     spec: Spec
     pool: list[Question]
-
-
-class Start(NamedTuple):
-    """Where a stage begins: the steps taken before it, and the tokens sampled and scored."""
-
-    step: int = 0
-    tokens: int = 0
 
 
 @dataclass
@@ -101,7 +61,7 @@ class Run:
     display: Display
     interrupt: threading.Event
     optimizer: torch.optim.Optimizer
-    phase: str = "warmup"
+    phase: Phase = "warmup"
     step: int = 0
     start: Start = Start()
     before: Accuracy | None = None
@@ -145,7 +105,7 @@ class Run:
             "config": self.given.to_json(),
             "phase": self.phase,
             "step": self.step,
-            "start": self.start._asdict(),
+            "start": asdict(self.start),
             "before": self.before and asdict(self.before),
             "system": self.system.state(),
             "data": self.task.fingerprint,
@@ -158,13 +118,11 @@ class Run:
         return self.out / name
 
     def restore(self, stored: checkpoint.Checkpoint) -> None:
-        """Continue where ``stored`` stands; weights and optimiser are the caller's to restore."""
-        place = stored.place
-        self.phase, self.step, self.clock = place["phase"], place["step"], Clock(**place["clock"])
-        self.start = Start(**place["start"])
-        self.before = Accuracy(**place["before"]) if place["before"] else None
-        self.system.restore(place["system"])
-        self.generator.set_state(stored.tensors["generator"])
+        """Continue where ``stored`` stands; what the stage, the optimiser and the generator hold is the caller's to
+        restore."""
+        place = read_place(stored.place)
+        self.phase, self.step, self.start = place.phase, place.step, place.start
+        self.before, self.clock = place.before, place.clock
 
     def between_steps(self) -> None:
         """The place where a run may stop: heed Ctrl-C, and write the regular checkpoint."""
@@ -215,6 +173,7 @@ def results_folder(config: TrainConfig) -> Path:
         if not config.resume and (folder / CHECKPOINT).exists():
             raise ValueError(f"out must be a new folder, or resume given; {folder} already holds {CHECKPOINT}")
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.clear(folder)
     (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
     return folder
 

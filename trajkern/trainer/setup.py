@@ -52,11 +52,10 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         checkpoint.restore_optimizer(stored, optimizer, policy)
     stages = [make_stage(some, spec, task, splits, policy, ranks) for some, spec in zip(configs, specs, strict=True)]
     stage = stages[phase == "then"]
-    if stored and phase != "warmup":
-        stage.system.copies = make_copies(stage.config, stage.system, splits)
-        for name, copy in stage.system.copies.items():  # the end of a warm-up may be that of a run without
-            if stored.under(f"{name}.") or stored.place["step"] > stored.place["start"]["step"]:
-                checkpoint.restore_model(stored, name, copy)
+    generator = torch.Generator(ranks.device).manual_seed(config.seed)
+    if stored:
+        restore_stage(stored, stage, splits)
+        checkpoint.restore_generator(stored, generator)
     max_new = config.max_new or longest_answer(policy, task, splits)
     out = ranks.told(results_folder(config) if ranks.number == 0 else None)
     assert out is not None
@@ -67,7 +66,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         task=task,
         splits=splits,
         policy=policy,
-        generator=torch.Generator(ranks.device).manual_seed(config.seed),
+        generator=generator,
         max_new=max_new,
         out=out,
         metrics=open_metrics(config, ranks, out, stored),
@@ -79,6 +78,21 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         run.restore(stored)
     display.say(description(run))
     return run
+
+
+def restore_stage(stored: checkpoint.Checkpoint, stage: Stage, splits: Splits) -> None:
+    """Give a stage what it remembers, and its copies of the policy. Raises ValueError where it is another's."""
+    place, system = stored.place, stage.system
+    if place["phase"] != "warmup":
+        system.copies = make_copies(stage.config, system, splits)
+        for name, copy in system.copies.items():  # the end of a warm-up may be that of a run without
+            if stored.under(f"{name}.") or place["step"] > place["start"]["step"]:
+                checkpoint.restore_model(stored, name, copy)
+    try:
+        system.restore(place["system"])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"what the recipe {stage.config.recipe} remembers"
+        raise ValueError(f"checkpoint must hold {what}; {stored.path} does not: {error!r}") from None
 
 
 def make_stage(config: TrainConfig, spec: Spec, task: Task, splits: Splits, policy: Policy, ranks: Ranks) -> Stage:

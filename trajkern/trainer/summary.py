@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
-from trajkern.trainer.run import Clock
+from trajkern.trainer.place import Clock
 
 
 class Result(NamedTuple):

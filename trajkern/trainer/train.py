@@ -14,10 +14,11 @@ from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy, evaluate
 from trajkern.trainer.lagging import follow
 from trajkern.trainer.packing import Piece, token_count
+from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import joined
 from trajkern.trainer.rounds import questions_of
-from trajkern.trainer.run import METRICS, Clock, Run, Start, deterministic, interruptible
+from trajkern.trainer.run import METRICS, Run, deterministic, interruptible
 from trajkern.trainer.setup import lags_of, load_credit, make_copies, make_optimizer, make_stage, set_up
 from trajkern.trainer.summary import Result, summary
 from trajkern.trainer.systems.base import Values
