@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import trajkern as tk
 from trajkern.trainer import cli_main
 from trajkern.trainer.config import TrainConfig, parse
+from trajkern.trainer.schema import Range, hints_of
 
 
 def test_every_field_is_a_flag() -> None:
@@ -102,6 +106,116 @@ def test_mistakes_exit_with_two_and_list_the_choices(
     captured = capsys.readouterr()
     assert re.search(message, " ".join((captured.out + captured.err).split()))
     assert not list(tmp_path.iterdir()), "nothing is written before the arguments are checked"
+
+
+OUT_OF_RANGE = [
+    ("threads", "100000", "between 1 and 256, got 100000"),
+    ("threads", "-1", "between 1 and 256, got -1"),
+    ("max_new", "0", "at least 1, got 0"),
+    ("max_new", "-1", "at least 1, got -1"),
+    ("lr", "inf", "finite, got inf"),
+    ("lr", "nan", "above 0, got nan"),
+    ("temperature", "inf", "finite, got inf"),
+    ("seed", "-1", "between 0 and 9223372036854775807, got -1"),
+    ("shots", "-1", "at least 0, got -1"),
+    ("tensor_parallel", "0", "at least 1, got 0"),
+    ("time_limit", "nan", "above 0, got nan"),
+    ("checkpoint_every", "-1", "at least 0, got -1"),
+    ("warmup.steps", "-1", "at least 0, got -1"),
+    ("warmup.batch", "0", "at least 1, got 0"),
+    ("warmup.batch", "-1", "at least 1, got -1"),
+    ("warmup.lr", "0", "above 0, got 0"),
+    ("warmup.weight_decay", "-1", "at least 0, got -1"),
+    ("warmup.demonstrations", "0", "at least 1, got 0"),
+    ("warmup.check_every", "0", "at least 1, got 0"),
+    ("warmup.pass_at_k", "nan", "at least 0, got nan"),
+    ("eval.every", "0", "at least 1, got 0"),
+    ("eval.every", "-1", "at least 1, got -1"),
+    ("eval.samples", "0", "at least 1, got 0"),
+    ("eval.heldout", "0", "at least 1, got 0"),
+    ("eval.validation", "-1", "at least 1, got -1"),
+    ("tiny.heads", "0", "at least 1, got 0"),
+    ("tree.keep", "0", "at least 1, got 0"),
+    ("compose.threshold", "1.5", "between 0 and 1, got 1.5"),
+    ("compose.hint_weight", "inf", "finite, got inf"),
+    ("dro.reflective", "0", "above 0 and at most 1, got 0"),
+    ("dro.lag_every", "0", "at least 1, got 0"),
+    ("srl.min_std", "-1", "at least 0, got -1"),
+    ("judge.meta_steps", "-1", "at least 0, got -1"),
+    ("toolpo.call_weight", "inf", "finite, got inf"),
+    ("feedback.hinted", "2", "between 0 and 1, got 2"),
+    ("skillrl.lesson_length", "3", "at least 4, got 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), OUT_OF_RANGE, ids=str)
+def test_a_number_out_of_range_is_refused_as_a_flag_and_in_a_file(
+    name: str, value: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be {expected}"):
+        parse([f"--{name.replace('_', '-')}", value])
+    table, _, key = name.rpartition(".")
+    (tmp_path / "run.toml").write_text(f"[{table}]\n{key} = {value}\n" if table else f"{key} = {value}\n")
+    with pytest.raises(ValueError, match=f"run.toml: {name} must be {expected}"):
+        parse(["--config", str(tmp_path / "run.toml"), f"--{name.replace('_', '-')}", "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('steps = "3"', "steps must be a whole number, got '3'"),
+        ("steps = true", "steps must be a whole number, got True"),
+        ("reference = 1", "reference must be True or False, got 1"),
+        ("seed = 0.5", "seed must be a whole number, got 0.5"),
+        ("task = 3", "task must be a text, got 3"),
+        ('control = "placebo"', "control must be one of none, random-rewards, .*; got 'placebo'"),
+        ("[loss]\nclip_low = -1", "loss.clip_low must be at least 0"),
+        ("[loss]\nsampler_high = -1", "loss.sampler_high must be at least 0"),
+        ('[loss]\nkind = "ppo"', "loss.kind must be one of"),
+        ("[loss]\nmax_length = 0", "loss.max_length must be at least 1"),
+    ],
+)
+def test_a_value_of_a_file_is_checked_though_a_flag_overrides_it(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    over = "--steps 3 --reference --seed 1 --task count_bits --control none --loss.clip-low 0.1 --loss.kind grpo"
+    with pytest.raises(ValueError, match=f"run.toml: {message}"):
+        parse(["--config", str(tmp_path / "run.toml"), *over.split(), *"--loss.max-length 9".split()])
+
+
+def test_what_a_flag_makes_right_together_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        'max_new = "None"\n[loss]\nkind = "dr_grpo"\nsampler_low = 3\n[then]\nsteps = 2\n[tree]\nkeep = 5\n'
+    )
+    flags = "--loss.max-length 9 --loss.sampler-high 4 --then.recipe psr --tree.rounds 2"
+    config = parse(["--config", str(tmp_path / "run.toml"), *flags.split()])
+    assert (config.loss.kind, config.loss.sampler_low, config.loss.sampler_high) == ("dr_grpo", 3, 4)
+    assert (config.then.steps, config.tree.keep, config.max_new) == (2, 5, None)
+
+
+def test_every_number_has_a_range() -> None:
+    plain = {
+        f"{name}.{key}" if table else name: hint
+        for name, of in hints_of(TrainConfig).items()
+        for table in [dataclasses.is_dataclass(of) and of is not tk.PolicyLoss]
+        for key, hint in (hints_of(of) if table else {name: of}).items()
+        if {int, float} & {hint, *get_args(hint)}
+        and not any(isinstance(limit, Range) for x in (hint, *get_args(hint)) for limit in get_args(x))
+    }
+    assert not plain
+
+
+def test_settings_of_another_schema_are_refused() -> None:
+    data = TrainConfig().to_json()
+    for change, message in (
+        ({"steps": -5}, "config.steps must be at least 0, got -5"),
+        ({"eval": data["eval"] | {"samples": 0}}, "config.eval.samples must be at least 1, got 0"),
+        ({"eval": {"samples": 8}}, "config.eval.every must be given"),
+        ({"stepz": 3}, "config.stepz must not be given, which is none of task, model"),
+        ({"out": 3}, "config.out must be a path, got 3"),
+        ({"loss": 3}, "config.loss must be a table of kind, "),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            TrainConfig.from_json(data | change)
 
 
 @pytest.mark.parametrize("name", ["control", "head"])

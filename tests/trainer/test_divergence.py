@@ -150,5 +150,5 @@ def test_a_teacher_lags_behind_the_policy(model: CharacterModel) -> None:
     assert slow.lags() == {TEACHER: Lag(0.25)} and itself.lags() == {} and itself.teacher is model
     slow.copies[TEACHER] = copy = sdpo.frozen_teacher(model)
     assert slow.teacher is copy
-    with pytest.raises(ValueError, match=r"the rate of a lag must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match="feedback.teacher_rate must be between 0 and 1, got 1.5"):
         HintedTeacher("feedback", Feedback(teacher_rate=1.5), task, model)

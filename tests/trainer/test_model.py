@@ -91,9 +91,9 @@ def test_default_size() -> None:
 
 
 def test_bad_sizes() -> None:
-    with pytest.raises(ValueError, match="model.width must be a multiple of 2 \\* model.heads = 8.*got 20"):
+    with pytest.raises(ValueError, match="tiny.width must be a multiple of 2 \\* tiny.heads = 8.*got 20"):
         ModelConfig(width=20, heads=4)
-    with pytest.raises(ValueError, match="model.layers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="tiny.layers must be at least 1, got 0"):
         ModelConfig(layers=0)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trajkern import credit
+from trajkern.trainer.schema import Finite, Share
 from trajkern.trainer.tasks.base import Question, Task
 
 Gate = Literal["drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate"]
@@ -29,9 +30,9 @@ class Compose:
 
     rubric: str | None = None
     gate: Gate | None = None
-    threshold: float = 0.5
-    positive_weight: float = 1.0
-    hint_weight: float = 0.0
+    threshold: Share = 0.5
+    positive_weight: Finite = 1.0
+    hint_weight: Finite = 0.0
 
 
 def load_rubric(name: str | None, task: Task) -> Rubric | None:

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args
 
 import trajkern as tk
@@ -14,7 +15,19 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.optional import require
-from trajkern.trainer.schema import conform
+from trajkern.trainer.schema import (
+    Count,
+    NotNegative,
+    Positive,
+    Seconds,
+    Seed,
+    Several,
+    Size,
+    Threads,
+    check_fields,
+    conform,
+    hints_of,
+)
 from trajkern.trainer.systems import SYSTEMS
 from trajkern.trainer.tree_sampling import TreeShape
 
@@ -39,14 +52,14 @@ class WarmUp:
         pass_at_k: validation pass@k that it needs as well.
     """
 
-    steps: int = 400
-    batch: int = 128
-    lr: float = 4e-3
-    weight_decay: float | None = None
-    demonstrations: int | None = None
-    check_every: int = 20
-    pass_at_1: float = 0.25
-    pass_at_k: float = 0.5
+    steps: Count = 400
+    batch: Size = 128
+    lr: Positive = 4e-3
+    weight_decay: NotNegative | None = None
+    demonstrations: Size | None = None
+    check_every: Size = 20
+    pass_at_1: NotNegative = 0.25
+    pass_at_k: NotNegative = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,10 +73,10 @@ class Evaluation:
         every: steps between validations in the main loop.
     """
 
-    heldout: int = 512
-    validation: int = 256
-    samples: int = 8
-    every: int = 25
+    heldout: Size = 512
+    validation: Size = 256
+    samples: Size = 8
+    every: Size = 25
 
 
 @dataclass(frozen=True)
@@ -79,20 +92,17 @@ class Then:
     """
 
     recipe: str | None = None
-    steps: int = 0
-    lr: float | None = None
-    prompts: int | None = None
+    steps: Count = 0
+    lr: Positive | None = None
+    prompts: Size | None = None
     credit: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "then.")
         if self.recipe is None and (self.steps or self.lr or self.prompts or self.credit):
             raise ValueError(f"then.recipe must be given for other settings of then, got {self}")
         if self.recipe is not None and self.steps < 1:
             raise ValueError(f"then.steps must be at least 1 for then.recipe {self.recipe!r}, got {self.steps}")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"then.lr must be above 0, got {self.lr}")
-        if self.prompts is not None and self.prompts < 1:
-            raise ValueError(f"then.prompts must be at least 1, got {self.prompts}")
 
 
 def with_tables_of_recipes(cls: type[T]) -> type[T]:
@@ -162,27 +172,27 @@ class TrainConfig:
     recipe: str = "grpo"
     credit: str | None = None
     control: Control = "none"
-    seed: int = 0
-    steps: int = 300
-    prompts: int = 64
-    rollouts: int = 8
+    seed: Seed = 0
+    steps: Count = 300
+    prompts: Size = 64
+    rollouts: Several = 8
     drop_equal: bool = True
-    updates: int = 1
-    temperature: float = 1.0
-    max_new: int | None = None
-    shots: int = 2
-    lr: float = 5e-4
-    questions: int = 20_000
-    micro_tokens: int | None = None
-    tensor_parallel: int = 1
+    updates: Size = 1
+    temperature: Positive = 1.0
+    max_new: Size | None = None
+    shots: Count = 2
+    lr: Positive = 5e-4
+    questions: Size = 20_000
+    micro_tokens: Size | None = None
+    tensor_parallel: Size = 1
     device: str = "cpu"
-    time_limit: float = 240.0
-    token_limit: int | None = None
-    threads: int | None = None
+    time_limit: Seconds = 240.0
+    token_limit: Size | None = None
+    threads: Threads | None = None
     head: Head = "fused"
     reference: bool = False
     out: Path | None = None
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     tensorboard: Path | None = None
     resume: Path | None = None
     config: Path | None = None
@@ -195,24 +205,11 @@ class TrainConfig:
     compose: Compose = field(default_factory=Compose)
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("prompts", 1), ("rollouts", 2), ("updates", 1), ("questions", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, choices in (("control", get_args(Control)), ("head", get_args(Head))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        for name in ("temperature", "lr", "time_limit"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.micro_tokens is not None and self.micro_tokens < 1:
-            raise ValueError(f"micro_tokens must be at least 1, got {self.micro_tokens}")
+        check_fields(self)
         if self.micro_tokens:
             check_parts(self.loss, "micro_tokens must not be given")
-        if self.token_limit is not None:
-            if self.token_limit < 1:
-                raise ValueError(f"token_limit must be at least 1, got {self.token_limit}")
-            if self.control == "supervised":
-                raise ValueError("token_limit must not be given with control 'supervised', which samples nothing")
+        if self.token_limit is not None and self.control == "supervised":
+            raise ValueError("token_limit must not be given with control 'supervised', which samples nothing")
         if self.questions < self.prompts:
             raise ValueError(f"questions must be at least prompts = {self.prompts}, got {self.questions}")
 
@@ -278,7 +275,8 @@ def parse(argv: list[str]) -> TrainConfig:
     The defaults follow the model: small steps and no warm-up for any but "tiny".
 
     Raises:
-        ValueError: a TOML file that is missing, is no TOML or has an unknown key; a checkpoint that cannot be read.
+        ValueError: a TOML file that is missing, is no TOML or has an unknown key or a value out of range, which a flag
+            may override; a checkpoint that cannot be read.
         SystemExit: a bad flag (with a message), or ``--help``.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -296,13 +294,14 @@ def parse(argv: list[str]) -> TrainConfig:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, whose keys are checked. Raises ValueError naming the file."""
+    """The settings in a TOML file, each of which is checked by itself. Raises ValueError naming the file."""
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         settings = toml.loads(path.read_text())
     except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
         raise ValueError(f"config must be a readable TOML file; {path}: {error}") from None
     _check_keys(settings, TrainConfig, path, "")
+    _check_values(settings, TrainConfig, path, "")
     return settings
 
 
@@ -314,6 +313,32 @@ def _check_keys(settings: dict[str, Any], table: type, path: Path, prefix: str) 
             raise ValueError(f"config {path} must hold settings of {table_name}: {', '.join(known)}; got {key!r}")
         if isinstance(value, dict):
             _check_keys(value, _TABLES[key], path, key)
+
+
+def _check_values(settings: dict[str, Any], table: type, path: Path, prefix: str) -> None:
+    hints = hints_of(table)
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _check_values(value, _TABLES[key], path, f"{key}.")
+        elif value != "None" or NoneType not in get_args(hints[key]):  # TOML has no other word for it
+            try:
+                conform(prefix + key, value, hints[key])
+                if table is tk.PolicyLoss:
+                    _check_option_of_loss(key, value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"config {path}: {error}") from None
+
+
+def _check_option_of_loss(key: str, value: Any) -> None:
+    """What :class:`trajkern.PolicyLoss` says of one option, whatever the flags make of the others."""
+    swapped = {"low": "high", "high": "low"}
+    twin = "_".join(swapped.get(word, word) for word in key.split("_"))  # of a lower bound the upper one
+    try:
+        tk.PolicyLoss(**{twin: value, key: value})
+    except (TypeError, ValueError) as error:
+        name, _, text = str(error).partition(" ")
+        if name in (key, twin):
+            raise ValueError(f"loss.{key} {text}") from None
 
 
 def _flags(settings: dict[str, Any], prefix: str = "--") -> list[str]:

@@ -44,12 +44,18 @@ class Range:
             raise ValueError(f"{name} must be finite, got {value}")
 
 
+LARGEST = 2**63 - 1  # that a generator takes as a seed
 Count = Annotated[int, Range(low=0)]
 Size = Annotated[int, Range(low=1)]
 Share = Annotated[float, Range(low=0, high=1)]
+PartOf = Annotated[float, Range(above=0, high=1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(low=0)]
 Finite = Annotated[float, Range()]
+Seed = Annotated[int, Range(low=0, high=LARGEST)]
+Threads = Annotated[int, Range(low=1, high=256)]  # far more crash OpenMP's runtime
+Seconds = Annotated[float, Range(above=0, infinite=True)]
+Several = Annotated[int, Range(low=2)]
 
 
 @functools.cache
@@ -94,7 +100,10 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if origin in (list, dict):
         return _collection(name, value, origin, arguments)
     if is_dataclass(hint):
-        return value if isinstance(value, hint) else _table(name, value, hint)
+        if isinstance(value, hint):
+            check_fields(value, f"{name}.")
+            return value
+        return _table(name, value, hint)
     expected, types = _PLAIN[hint]
     if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{name} must be {expected}, got {value!r}")

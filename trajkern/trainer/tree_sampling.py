@@ -13,6 +13,7 @@ from trajkern.trainer.forest import Forest
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.ranks import ALONE, Rows
 from trajkern.trainer.sampling import Drawn, draw, left_padded, read_prompts
+from trajkern.trainer.schema import Size, check_fields
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,13 @@ class TreeShape:
         keep: leaves of a tree that are trained, drawn at random.
     """
 
-    trees: int = 2
-    expansions: int = 2
-    rounds: int = 1
-    keep: int = 3
+    trees: Size = 2
+    expansions: Size = 2
+    rounds: Size = 1
+    keep: Size = 3
 
     def __post_init__(self) -> None:
-        for name in ("trees", "expansions", "rounds", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"tree.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "tree.")
         if self.keep > self.leaves:
             raise ValueError(
                 f"tree.keep must be at most tree.rounds * tree.expansions + 1 = {self.leaves}, got {self.keep}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trajkern.trainer.models.attention import Attend, Cache, CachedAttention, packed_attention
 from trajkern.trainer.models.blocks import Layout
+from trajkern.trainer.schema import Size, check_fields
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,16 @@ class ModelConfig:
         ffn: inner size of the SwiGLU.
     """
 
-    layers: int = 2
-    width: int = 64
-    heads: int = 4
-    ffn: int = 160
+    layers: Size = 2
+    width: Size = 64
+    heads: Size = 4
+    ffn: Size = 160
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "ffn"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "tiny.")
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"model.width must be a multiple of 2 * model.heads = {2 * self.heads} (rotary turns pairs); "
+                f"tiny.width must be a multiple of 2 * tiny.heads = {2 * self.heads} (rotary turns pairs); "
                 f"got {self.width}"
             )
 

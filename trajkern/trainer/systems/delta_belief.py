@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from trajkern import Spans, credit
+from trajkern.trainer.schema import Finite
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement
 from trajkern.trainer.tasks.capabilities import Belief, BeliefTask, PenaltyTask
 
@@ -27,10 +28,10 @@ class DeltaBelief:
         finished: how the statistics of a turn count rollouts that had ended before it.
     """
 
-    scale: float = 0.1
+    scale: Finite = 0.1
     clip: bool = True
-    win_reward: float = 2.0
-    turn_cost: float = 0.05
+    win_reward: Finite = 2.0
+    turn_cost: Finite = 0.05
     penalties: bool = True
     finished: Literal["included", "masked"] = "included"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from trajkern import Spans, credit
 from trajkern.recipes import dro
 from trajkern.trainer.lagging import SCORER, Lag
+from trajkern.trainer.schema import Count, Finite, NotNegative, PartOf, Share, Size, check_fields
 from trajkern.trainer.systems.actions import tokens_within
 from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played, Rounds
 from trajkern.trainer.tasks.base import Question, Splits
@@ -47,21 +48,24 @@ class DRO:
 
     weights: Literal["variance", "uniform"] = "variance"
     masked: bool = False
-    propagation: float = 0.0
-    reflective: float = 0.1
-    drop_fraction: float = 0.0
-    top_k: int = 0
-    worst_fraction: float = 0.25
-    round_steps: int = 0
-    candidates: int = 256
-    carry: float = 0.1
-    length_weight: float = 0.0
-    length_beta: float = 1.0
-    outcome_weight: float = 0.0
+    propagation: NotNegative = 0.0
+    reflective: PartOf = 0.1
+    drop_fraction: Share = 0.0
+    top_k: Count = 0
+    worst_fraction: PartOf = 0.25
+    round_steps: Count = 0
+    candidates: Size = 256
+    carry: Share = 0.1
+    length_weight: Finite = 0.0
+    length_beta: NotNegative = 1.0
+    outcome_weight: Finite = 0.0
     reward_policy: Literal["policy", "lagged", "static"] = "policy"
-    lag_rate: float = 1.0
-    lag_every: int = 10
+    lag_rate: Share = 1.0
+    lag_every: Size = 10
     learns: Literal["reasoning", "all"] = "reasoning"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "dro.")
 
 
 class Reflection(GroupSystem):
@@ -80,9 +84,6 @@ class Reflection(GroupSystem):
 
     def __post_init__(self) -> None:
         settings = self.settings
-        if settings.round_steps < 0:
-            raise ValueError(f"dro.round_steps must be at least 0, got {settings.round_steps}")
-        self.lags()  # which checks their settings
         names = ("weights", "masked", "outcome_weight", "propagation", "reflective")
         reward = credit.scored.Reflection(**{name: getattr(settings, name) for name in names})
         self.filter = credit.scored.InReach(reward, settings.drop_fraction, settings.top_k, settings.worst_fraction)

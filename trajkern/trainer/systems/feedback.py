@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trajkern import credit
 from trajkern.trainer.lagging import TEACHER, Lag
 from trajkern.trainer.packing import Piece, demonstration
+from trajkern.trainer.schema import Finite, Share, check_fields
 from trajkern.trainer.systems.base import GIVES_HINTS, GroupSystem, Local
 from trajkern.trainer.systems.hints import hinted
 from trajkern.trainer.tasks.base import Question
@@ -27,10 +28,13 @@ class Feedback:
             main loop began with.
     """
 
-    reward_weight: float = 1.0
-    directive_weight: float = 1.0
-    hinted: float = 0.5
-    teacher_rate: float = 1.0
+    reward_weight: Finite = 1.0
+    directive_weight: Finite = 1.0
+    hinted: Share = 0.5
+    teacher_rate: Share = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "feedback.")
 
 
 class HintedTeacher(GroupSystem):

@@ -16,6 +16,7 @@ from trajkern.trainer.models import verdicts
 from trajkern.trainer.models.meta import MetaModel
 from trajkern.trainer.models.verdicts import HIGHEST
 from trajkern.trainer.sampling import sample
+from trajkern.trainer.schema import Count, check_fields
 from trajkern.trainer.systems.base import GroupSystem, Played, Rater, Requirement
 from trajkern.trainer.tasks.base import Answer, Question, Splits, Task
 from trajkern.trainer.tasks.capabilities import CritiqueTask, ReferenceTask, ResponseTask
@@ -45,11 +46,10 @@ class Judge:
     rule: Literal["deepseek_grm", "rm_r1", "rrm"] = "deepseek_grm"
     reasons: bool = True
     brief: bool = False
-    meta_steps: int = 0
+    meta_steps: Count = 0
 
     def __post_init__(self) -> None:
-        if self.meta_steps < 0:
-            raise ValueError(f"judge.meta_steps must be at least 0, got {self.meta_steps}")
+        check_fields(self, "judge.")
         if self.form == "pointwise" and self.rule != "deepseek_grm":
             raise ValueError(f"judge.rule must be deepseek_grm for judge.form pointwise, got {self.rule}")
         if self.rule == "rm_r1" and self.brief:

@@ -6,12 +6,13 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from trajkern import credit
 from trajkern.integrations.sentence_transformers import embeddings
 from trajkern.recipes.skillrl import Skill, SkillBank
 from trajkern.trainer.packing import Piece, demonstration
+from trajkern.trainer.schema import Count, Finite, Range, Share, Size, check_fields
 from trajkern.trainer.systems.base import GroupSystem, Local, load_function
 from trajkern.trainer.tasks.base import Question, Splits
 from trajkern.trainer.tasks.capabilities import family_of
@@ -52,34 +53,26 @@ class SkillRL:
         bare: in [0, 1]; the share of the warm-up's demonstrations that show no skill, drawn by their prompts.
     """
 
-    top_k: int = 6
-    delta: float = 0.4
-    general: int | None = None
+    top_k: Count = 6
+    delta: Annotated[float, Range(low=-1, high=1)] = 0.4
+    general: Count | None = None
     search: Search = "family"
     embed: str | None = None
     grows_by: Grows = "both"
     distiller: str | None = None
     teacher: str | None = None
     lessons_for: Scope = "family"
-    threshold: float = 0.4
-    success_above: float = 0.0
-    failures: int = 10
-    growth: int = 3
-    lines: int = 5
-    lesson_length: int = 400
-    capacity: int = 32
-    bare: float = 0.0
+    threshold: Share = 0.4
+    success_above: Finite = 0.0
+    failures: Size = 10
+    growth: Size = 3
+    lines: Size = 5
+    lesson_length: Annotated[int, Range(low=4)] = 400
+    capacity: Size = 32
+    bare: Share = 0.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("top_k", 0, None), ("general", 0, None), ("delta", -1, 1), ("bare", 0, 1)):
-            value = getattr(self, name)
-            if value is not None and not (low <= value and (high is None or value <= high)):
-                expected = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise ValueError(f"skillrl.{name} must be {expected}, got {value}")
-        for name, choices in (("search", Search), ("grows_by", Grows), ("lessons_for", Scope)):
-            if getattr(self, name) not in get_args(choices):
-                expected = f"one of {', '.join(get_args(choices))}"
-                raise ValueError(f"skillrl.{name} must be {expected}; got {getattr(self, name)!r}")
+        check_fields(self, "skillrl.")
         if not self.success_above < 1:
             raise ValueError(f"skillrl.success_above must be below 1, a right answer's, got {self.success_above}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from trajkern import credit
 from trajkern.recipes import srl
 from trajkern.trainer.packing import Piece, demonstration
+from trajkern.trainer.schema import Finite, NotNegative, Size, check_fields
 from trajkern.trainer.systems.base import SHOWS_WORK, GroupSystem, Local, Played
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 from trajkern.trainer.tasks.capabilities import ReferenceTask
@@ -27,16 +28,15 @@ class SRL:
         demonstrations: of the warm-up's, the first so many are the expert's; by default all.
     """
 
-    penalty: float = -1.0
-    min_std: float = 1e-4
+    penalty: Finite = -1.0
+    min_std: NotNegative = 1e-4
     thought_end: str = "</think>"
-    demonstrations: int | None = None
+    demonstrations: Size | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "srl.")
         if not self.thought_end:
             raise ValueError("srl.thought_end must be a text, got an empty one")
-        if self.demonstrations is not None and self.demonstrations < 1:
-            raise ValueError(f"srl.demonstrations must be at least 1, got {self.demonstrations}")
 
 
 class NextStep(Task):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trajkern import credit
 from trajkern.recipes import toolpo
+from trajkern.trainer.schema import Finite
 from trajkern.trainer.systems.actions import action_spans, actions_of, completions
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement, load_function
 from trajkern.trainer.tasks.base import Task
@@ -28,8 +29,8 @@ class ToolPO:
             evaluation asks; see trajkern.recipes.toolpo.Simulator.
     """
 
-    call_weight: float = 1.0
-    preference_weight: float = 1.0
+    call_weight: Finite = 1.0
+    preference_weight: Finite = 1.0
     attribution: bool = True
     simulate: str | None = None
 
