@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from trajkern.trainer import checkpoint
+from trajkern.trainer.folder import CHECKPOINT, Folder
 from trajkern.trainer.models.transformer import ModelConfig, Transformer
 from trajkern.trainer.place import Clock
-from trajkern.trainer.run import CHECKPOINT, results_folder
 
 SMALL = ModelConfig(layers=1, width=16, heads=2, ffn=24)
 BEFORE = {"pass_at_1": 0.5, "pass_at_k": 1.0, "greedy": None, "details": {"pass@2": None}, "families": {}}
@@ -101,6 +101,23 @@ def test_truncated(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=f"checkpoint must be a whole safetensors file; {path} is damaged"):
         checkpoint.load(path)
+
+
+def test_the_file_and_then_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((stat.S_ISDIR(os.fstat(file).st_mode), path.exists())))
+    _save(path := tmp_path / "c")
+    assert synced == [(False, False), (True, True)]
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors, file, metadata) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=f"{tmp_path / 'c'} could not be written: .*No space left"):
+        _save(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_or_foreign(tmp_path: Path) -> None:
@@ -292,5 +309,5 @@ def test_a_folder_that_holds_a_run_is_refused(config) -> None:
     settings.out.mkdir()
     (settings.out / CHECKPOINT).write_bytes(b"precious")
     with pytest.raises(ValueError, match="out must be a new folder, or resume given; .* already holds"):
-        results_folder(settings)
+        Folder.of(settings)
     assert (settings.out / CHECKPOINT).read_bytes() == b"precious"

@@ -83,6 +83,11 @@ def test_json_round_trip() -> None:
         ("--rollouts 1", "rollouts must be at least 2, got 1"),
         ("--tree.keep 9", "tree.keep must be at most tree.rounds .* = 3, got 9"),
         ("--temperature 0", "temperature must be above 0, got 0.0"),
+        ("--threads 100000", "threads must be between 1 and 256, got 100000"),
+        ("--threads -1", "threads must be between 1 and 256, got -1"),
+        ("--lr inf", "lr must be finite, got inf"),
+        ("--eval.every 0", "eval.every must be at least 1, got 0"),
+        ("--dro.reflective 0", "dro.reflective must be above 0 and at most 1, got 0.0"),
         ("--token-limit 0", "token_limit must be at least 1, got 0"),
         ("--token-limit 9 --control supervised", "token_limit must not be given with control 'supervised'"),
         ("--resume nowhere.safetensors", "checkpoint must be an existing file; got nowhere.safetensors"),
@@ -149,12 +154,12 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), OUT_OF_RANGE, ids=str)
-def test_a_number_out_of_range_is_refused_as_a_flag_and_in_a_file(
-    name: str, value: str, expected: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be {expected}"):
-        parse([f"--{name.replace('_', '-')}", value])
+def test_a_number_out_of_range_is_refused(name: str, value: str, expected: str, tmp_path: Path) -> None:
     table, _, key = name.rpartition(".")
+    data = TrainConfig().to_json()
+    (data[table] if table else data)[key] = float(value) if "n" in value or "." in value else int(value)
+    with pytest.raises(ValueError, match=f"^config.{name} must be {expected}"):
+        TrainConfig.from_json(data)
     (tmp_path / "run.toml").write_text(f"[{table}]\n{key} = {value}\n" if table else f"{key} = {value}\n")
     with pytest.raises(ValueError, match=f"run.toml: {name} must be {expected}"):
         parse(["--config", str(tmp_path / "run.toml"), f"--{name.replace('_', '-')}", "1"])

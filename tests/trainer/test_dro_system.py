@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.rounds import questions_of
 from trajkern.trainer.run import Run
+from trajkern.trainer.stopping import Interrupt
 from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.tasks import Question
 
@@ -129,4 +129,4 @@ def test_dro_s_rounds_train_on_what_the_filter_keeps_and_carry_some_over(model: 
 def test_rounds_and_lags_that_cannot_be_are_refused(config: Make, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dro = DRO(**{"round_steps": 2, **settings})
-        setup.set_up(config(task="chain_sum_steps", recipe="dro", dro=dro), ALONE, threading.Event())
+        setup.set_up(config(task="chain_sum_steps", recipe="dro", dro=dro), ALONE, Interrupt())

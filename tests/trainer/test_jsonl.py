@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -15,8 +16,8 @@ from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.config import Evaluation, TrainConfig, WarmUp
+from trajkern.trainer.folder import Folder
 from trajkern.trainer.models.tokenizer import ALPHABET
-from trajkern.trainer.run import results_folder
 from trajkern.trainer.tasks import (
     Action,
     ActionTask,
@@ -343,4 +344,5 @@ def test_a_module_in_the_working_folder(
 )
 def test_the_folder_of_results(task: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert results_folder(TrainConfig(task=task)) == Path("runs") / folder
+    with contextlib.closing(Folder.of(TrainConfig(task=task))) as made:
+        assert made.path == Path("runs") / folder

@@ -21,8 +21,8 @@ from trajkern.trainer import cli_main
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.collect import moments_of
 from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.folder import CHECKPOINT, METRICS
 from trajkern.trainer.ranks import ALONE, Moments, Ranks
-from trajkern.trainer.run import CHECKPOINT, METRICS
 from trajkern.trainer.setup import check_ranks
 from trajkern.trainer.tasks import Action, Answer, Question, Task
 from trajkern.trainer.train import train

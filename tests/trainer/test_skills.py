@@ -15,8 +15,8 @@ from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig, WarmUp
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.transformer import ModelConfig
-from trajkern.trainer.run import Interrupted
 from trajkern.trainer.setup import load_system
+from trajkern.trainer.stopping import Interrupted
 from trajkern.trainer.systems import skillrl
 from trajkern.trainer.systems.skillrl import SkillBased, SkillRL
 from trajkern.trainer.tasks import Answer, Question, Splits, Task

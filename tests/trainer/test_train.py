@@ -21,9 +21,10 @@ from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import Then, TrainConfig, parse
+from trajkern.trainer.folder import CHECKPOINT, METRICS
 from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.ranks import ALONE
-from trajkern.trainer.run import CHECKPOINT, METRICS, Interrupted
+from trajkern.trainer.stopping import Interrupted
 from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.tasks import load_task
 
@@ -36,14 +37,14 @@ def _records(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("tokens/s", "seconds")} for line in lines]
 
 
-def _interrupt(monkeypatch: pytest.MonkeyPatch, step: str, after: int) -> None:
-    """Press Ctrl-C during the ``after``-th call of ``training.<step>``."""
+def _interrupt(monkeypatch: pytest.MonkeyPatch, step: str, after: int, number: int = signal.SIGINT) -> None:
+    """Press Ctrl-C, or send another signal, during the ``after``-th call of ``training.<step>``."""
     original, calls = getattr(training, step), []
 
     def interrupted(*args):
         calls.append(step)
         if len(calls) == after:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(*args)
 
     monkeypatch.setattr(training, step, interrupted)
@@ -168,21 +169,24 @@ def test_groups_in_which_nothing_differs_stay_if_asked_to(config: Make, changes:
     assert stay["num_tokens"] > drop["num_tokens"]
 
 
-def test_ctrl_c_writes_a_checkpoint_and_exits_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_a_signal_writes_a_checkpoint_and_exits_with_its_status(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    _interrupt(monkeypatch, "policy_step", 2)
-    before = signal.getsignal(signal.SIGINT)
+    _interrupt(monkeypatch, "policy_step", 2, number)
+    before = signal.getsignal(number)
     arguments = (
         f"--task chain_sum --steps 6 --prompts 4 --rollouts 4 --questions 100 --out {tmp_path / 'run'} --threads 1"
         " --warmup.steps 2 --warmup.batch 8 --warmup.demonstrations 16 --eval.heldout 8 --eval.validation 4"
         " --tiny.layers 1 --tiny.width 16 --tiny.heads 2"
     )
-    assert cli_main(arguments.split()) == 130
+    assert cli_main(arguments.split()) == status
     assert f"--resume {tmp_path / 'run' / CHECKPOINT}" in capsys.readouterr().err
     stored = load(tmp_path / "run" / CHECKPOINT)
     assert (stored.place["phase"], stored.place["step"]) == ("main", 2)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize(

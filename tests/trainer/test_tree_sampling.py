@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from trajkern import credit, recipes
 from trajkern.trainer import sampling
 from trajkern.trainer import train as training
+from trajkern.trainer.folder import METRICS
 from trajkern.trainer.models.policy import CharacterModel, Policy
 from trajkern.trainer.models.tokenizer import EOS, decode, encode
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.ranks import ALONE
-from trajkern.trainer.run import METRICS
 from trajkern.trainer.sampling import draw, sample
 from trajkern.trainer.tree_sampling import Node, TreeShape, grow, leaf_chances, plant, thin
 

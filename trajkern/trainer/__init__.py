@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 
 def cli_main(argv: list[str]) -> int:
-    """Run the trainer on command-line arguments; returns the exit status (130 after Ctrl-C, 2 after a bad argument,
-    1 where another rank failed)."""
+    """Run the trainer on command-line arguments; returns the exit status: 2 after a bad argument, 1 where a file or
+    another rank failed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
     from trajkern.trainer.config import parse
-    from trajkern.trainer.ranks import RankError, Terminated
-    from trajkern.trainer.run import Interrupted
+    from trajkern.trainer.folder import ResultsError
+    from trajkern.trainer.ranks import RankError
+    from trajkern.trainer.stopping import Interrupted
     from trajkern.trainer.train import train
 
     folder = str(Path.cwd())
@@ -20,18 +22,23 @@ def cli_main(argv: list[str]) -> int:
     try:
         train(parse(argv))
     except Interrupted as stopped:
-        print(f"interrupted; continue with --resume {stopped.args[0]}", file=sys.stderr)
-        return 130
+        _say(str(stopped))
+        return 128 + stopped.number
     except KeyboardInterrupt:
-        print("stopped at once; the last regular checkpoint stands", file=sys.stderr)
+        _say("stopped at once; the last regular checkpoint stands")
         return 130
     except (ValueError, ImportError) as error:
-        print(f"trajkern train: {error}", file=sys.stderr)
+        _say(f"trajkern train: {error}")
         return 2
-    except RankError as error:
-        print(f"trajkern train: {error}; the last checkpoint stands", file=sys.stderr)
+    except ResultsError as error:
+        _say(f"trajkern train: {error}")
         return 1
-    except Terminated:
-        print("stopped by SIGTERM; the last checkpoint stands", file=sys.stderr)
-        return 143
+    except RankError as error:
+        _say(f"trajkern train: {error}; the last checkpoint stands")
+        return 1
     return 0
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a terminal that has closed
+        print(text, file=sys.stderr, flush=True)

@@ -70,7 +70,7 @@ def save(
     folder.mkdir()
     try:
         partial, plain = folder / path.name, folder / "plain"
-        require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
+        _write(tensors, partial, metadata)
         plain.touch()
         partial.chmod(plain.stat().st_mode)  # the library makes files that nobody else may read
         _sync(partial)
@@ -197,6 +197,14 @@ def _check(checkpoint: Checkpoint, same: str, prefix: str, expected: Mapping[str
             raise ValueError(
                 f"checkpoint must be of the same {same}; {checkpoint.path} has {came} as {prefix}{key}, not {wanted}"
             )
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Raises OSError where the disk is full: the library has an error of its own."""
+    try:
+        require("safetensors.torch").save_file(tensors, path, metadata=metadata)
+    except require("safetensors").SafetensorError as error:
+        raise OSError(f"{path.parent.parent / path.name} could not be written: {error}") from None
 
 
 def _sync(path: Path) -> None:

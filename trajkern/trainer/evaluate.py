@@ -126,7 +126,7 @@ def evaluate(
         rewards.mean().item(),
         rewards.amax(1).mean().item(),
         torch.cat(best).mean().item() if greedy else None,
-        {k: v if v == v else None for k, v in details.items()},  # JSON has no NaN
+        {k: None if v is None or v != v else float(v) for k, v in details.items()},  # JSON has no NaN
         by_family(task, questions, rewards),
         by_k,
         distinct_right(rewards, texts),

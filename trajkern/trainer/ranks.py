@@ -231,10 +231,6 @@ class RankError(Exception):
     """Another rank ended this run."""
 
 
-class Terminated(Exception):
-    """SIGTERM came, as torchrun sends it to the ranks that are left."""
-
-
 @contextlib.contextmanager
 def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone.
@@ -254,7 +250,7 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
     from torch.distributed.device_mesh import init_device_mesh
 
     dist.init_process_group(store=store, rank=rank, world_size=count)
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         shape, names = (count // tensor_parallel, tensor_parallel), ("data", "vocabulary")
         yield Ranks(init_device_mesh(place.type, shape, mesh_dim_names=names), place)
@@ -265,10 +261,6 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(number: int, frame: Any) -> None:
-    raise Terminated
 
 
 def _device(name: str, local: int) -> torch.device:
@@ -282,7 +274,7 @@ def _device(name: str, local: int) -> torch.device:
 
 def _explain(error: Exception, store: Any, rank: int, count: int) -> None:
     """Tell the others how this rank ended; on one that ended because of another, raise what is known of that one."""
-    follows = isinstance(error, Terminated) or any(mark in str(error) for mark in _CONSEQUENCES)
+    follows = any(mark in str(error) for mark in _CONSEQUENCES)
     store.set(f"ended/{rank}", "" if follows else f"{type(error).__name__}: {error}")
     # who waits for this rank hears of its end when it ends
     until, told = time.monotonic() + (PATIENCE if follows else 0.5), dict[int, str]()

@@ -67,7 +67,10 @@ class Display:
         self._printed = 0.0
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        try:
+            self._console.print(text, markup=False)
+        except OSError:  # the terminal has closed: the run goes on without
+            self._console.quiet = True
 
     def begin(self, name: str, total: int, done: int) -> None:
         """Start the display of a phase of ``total`` steps, of which ``done`` are behind us."""

@@ -1,11 +1,8 @@
-"""A run's state: what it trains, where it stands, what it leaves behind, and how it is saved, resumed and stopped."""
+"""A run's state: what it trains, where it stands, and how it is saved and resumed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,20 +16,15 @@ from trajkern.credit import Spec
 from trajkern.trainer import checkpoint
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy
+from trajkern.trainer.folder import CHECKPOINT, Folder
 from trajkern.trainer.lagging import ANCHOR
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.place import Clock, Phase, Start, read_place
 from trajkern.trainer.ranks import Ranks, full
 from trajkern.trainer.report import Display, Metrics
+from trajkern.trainer.stopping import Interrupt, Interrupted
 from trajkern.trainer.systems import System
-from trajkern.trainer.tasks import Question, Splits, Task, task_label
-
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
-
-
-class Interrupted(Exception):
-    """Ctrl-C was pressed; a checkpoint was written to ``args[0]``."""
+from trajkern.trainer.tasks import Question, Splits, Task
 
 
 class Stage(NamedTuple):
@@ -56,10 +48,10 @@ class Run:
     policy: Policy
     generator: torch.Generator
     max_new: int
-    out: Path
+    folder: Folder
     metrics: Metrics
     display: Display
-    interrupt: threading.Event
+    interrupt: Interrupt
     optimizer: torch.optim.Optimizer
     phase: Phase = "warmup"
     step: int = 0
@@ -68,6 +60,11 @@ class Run:
     last: Any = None  # the last micro-batch that was trained
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the results."""
+        return self.folder.path
 
     @property
     def config(self) -> TrainConfig:
@@ -90,6 +87,11 @@ class Run:
     def anchor(self) -> Policy | None:
         """The policy before this stage, where the loss has a KL term."""
         return self.system.copies.get(ANCHOR)
+
+    def close(self) -> None:
+        """Leave the terminal and the folder to others."""
+        with contextlib.closing(self.folder), contextlib.closing(self.metrics):
+            self.display.end()
 
     def record(self, values: dict[str, float | int | None]) -> None:
         """Write a step's metrics and show them, with the phase's tokens and seconds so far."""
@@ -125,10 +127,10 @@ class Run:
         self.before, self.clock = place.before, place.clock
 
     def between_steps(self) -> None:
-        """The place where a run may stop: heed Ctrl-C, and write the regular checkpoint."""
+        """The place where a run may stop: heed a signal, and write the regular checkpoint."""
         every = self.config.checkpoint_every
         if self.ranks.any(self.interrupt.is_set()):
-            raise Interrupted(self.save())
+            raise Interrupted(self.save(), self.interrupt.number)
         if self.phase != "warmup" and every and self.step and self.step % every == 0:
             self.save()
 
@@ -156,50 +158,6 @@ def optimise(run: Run, losses: Iterable[Tensor]) -> float:
         torch.nn.utils.clip_grads_with_norm_(some, 1.0, norm)
     run.optimizer.step()
     return norm.item()
-
-
-def results_folder(config: TrainConfig) -> Path:
-    """The folder of a run's results, made where it is missing.
-
-    Raises ValueError where ``out`` already holds another run's checkpoint.
-    """
-    if config.out is None:
-        first = Path("runs") / f"{task_label(config.task)}-{config.label}-seed{config.seed}"
-        folder, number = first, 2
-        while folder.exists():
-            folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-    else:
-        folder = config.out
-        if not config.resume and (folder / CHECKPOINT).exists():
-            raise ValueError(f"out must be a new folder, or resume given; {folder} already holds {CHECKPOINT}")
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.clear(folder)
-    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
-    return folder
-
-
-@contextlib.contextmanager
-def interruptible(patient: bool) -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that the step in progress ends first; a second Ctrl-C stops at once.
-
-    Unless ``patient``: torchrun passes on the Ctrl-C that every rank gets from the terminal, too.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def heed(number: int, frame: Any) -> None:
-        event.set()
-        if not patient:
-            signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, heed)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,22 @@ from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups, knowable
 from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
+from trajkern.trainer.folder import METRICS, Folder
 from trajkern.trainer.lagging import ANCHOR, Lag
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.models.tokenizer import ALPHABET
 from trajkern.trainer.packing import demonstration, token_count
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.report import Display, Metrics
-from trajkern.trainer.run import METRICS, Run, Stage, results_folder
+from trajkern.trainer.run import Run, Stage
+from trajkern.trainer.stopping import Interrupt
 from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
 from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.tasks import JsonlTask, Splits, Task, load_task
 
 
-def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run:
+def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
     stored = checkpoint.load(config.resume) if config.resume else None
     phase = stored.place["phase"] if stored else "warmup"
@@ -57,8 +58,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         restore_stage(stored, stage, splits)
         checkpoint.restore_generator(stored, generator)
     max_new = config.max_new or longest_answer(policy, task, splits)
-    out = ranks.told(results_folder(config) if ranks.number == 0 else None)
-    assert out is not None
+    folder = take_folder(config, ranks)
     run = Run(
         given=config,
         stage=stage,
@@ -68,8 +68,8 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: threading.Event) -> Run
         policy=policy,
         generator=generator,
         max_new=max_new,
-        out=out,
-        metrics=open_metrics(config, ranks, out, stored),
+        folder=folder,
+        metrics=open_metrics(config, ranks, folder.path, stored),
         display=display,
         interrupt=interrupt,
         optimizer=optimizer,
@@ -93,6 +93,14 @@ def restore_stage(stored: checkpoint.Checkpoint, stage: Stage, splits: Splits) -
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         what = f"what the recipe {stage.config.recipe} remembers"
         raise ValueError(f"checkpoint must hold {what}; {stored.path} does not: {error!r}") from None
+
+
+def take_folder(config: TrainConfig, ranks: Ranks) -> Folder:
+    """The folder of the results, which rank 0 makes and locks."""
+    folder = Folder.of(config) if ranks.number == 0 else None
+    path = ranks.told(folder and folder.path)
+    assert path is not None
+    return folder or Folder(path)
 
 
 def make_stage(config: TrainConfig, spec: Spec, task: Task, splits: Splits, policy: Policy, ranks: Ranks) -> Stage:

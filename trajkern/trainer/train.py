@@ -6,20 +6,24 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import trajkern as tk
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy, evaluate
+from trajkern.trainer.folder import METRICS, WARM, failure
+from trajkern.trainer.idle import Idle
 from trajkern.trainer.lagging import follow
 from trajkern.trainer.packing import Piece, token_count
 from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import joined
 from trajkern.trainer.rounds import questions_of
-from trajkern.trainer.run import METRICS, Run, deterministic, interruptible
+from trajkern.trainer.run import Run, deterministic
 from trajkern.trainer.setup import lags_of, load_credit, make_copies, make_optimizer, make_stage, set_up
+from trajkern.trainer.stopping import interruptible
 from trajkern.trainer.summary import Result, summary
 from trajkern.trainer.systems.base import Values
 from trajkern.trainer.systems.plain import PlainTrees
@@ -35,9 +39,20 @@ def train(config: TrainConfig) -> Result:
     Raises:
         ValueError: an unknown task, model, recipe or device; a checkpoint that is truncated or of another model; an
             ``out`` that holds another run; more ranks than can share the work.
-        Interrupted: Ctrl-C; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
+        ResultsError: a file could not be read or written (a full disk, a folder that is gone); the message has it and
+            the last checkpoint.
         RankError: another rank failed or died; the last checkpoint stands.
     """
+    folder: list[Path] = []  # of the results, once it is known
+    try:
+        return trained(config, folder)
+    except OSError as error:
+        raise failure(error, folder[0] if folder else config.out, config.resume) from error
+
+
+def trained(config: TrainConfig, folder: list[Path]) -> Result:
+    """What came of the run; the folder of its results is added to ``folder``."""
     backend = tk.use_backend("reference") if config.reference else nullcontext()
     with (
         backend,
@@ -47,6 +62,7 @@ def train(config: TrainConfig) -> Result:
         ranks.device if ranks.device.type != "cpu" else nullcontext(),  # a default device slows every call down
     ):
         run = set_up(config, ranks, interrupt)
+        folder.append(run.out)
         try:
             if run.phase == "warmup":
                 warm_up(run)
@@ -57,8 +73,7 @@ def train(config: TrainConfig) -> Result:
                 reinforce(run)
             return finish(run)
         finally:
-            run.display.end()
-            run.metrics.close()
+            run.close()
 
 
 def set_lr(run: Run, lr: float) -> None:
@@ -100,7 +115,7 @@ def begin_main(run: Run) -> None:
     run.optimizer = make_optimizer(run.config, run.task, run.policy, run.phase)
     run.system.copies = make_copies(run.config, run.system, run.splits)
     if run.config.warmup.steps:
-        run.save("warmup.safetensors")
+        run.save(WARM)
 
 
 def begin_then(run: Run, config: TrainConfig) -> None:
@@ -117,6 +132,7 @@ def reinforce(run: Run) -> None:
     config, end = run.config, run.start.step + run.config.steps
     run.display.begin(config.arm, end, run.step)
     batches = batches_a_step(run) if config.control == "supervised" else 0.0
+    idle = Idle()
     while run.step < end:
         run.between_steps()
         if limit := reached_limit(run):
@@ -129,12 +145,16 @@ def reinforce(run: Run) -> None:
         else:
             set_lr(run, config.lr * decay)
             values = policy_step(run)
+            if words := idle.after(values):
+                run.display.say(f"step {run.step + 1}: {words}")
         run.step += 1
         follow(run.system.copies, lags_of(config, run.system), run.policy, run.step - run.start.step)
         if run.step % config.eval.every == 0:
             validate(run, values)
         run.record(values)
     run.display.end()
+    if words := idle.ended():
+        run.display.say(words)
 
 
 def reached_limit(run: Run) -> str | None:

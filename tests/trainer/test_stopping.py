@@ -1,0 +1,192 @@
+"""Signals, the lock on the results' folder, files that fail, and steps that train nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trajkern.trainer import cli_main, idle
+from trajkern.trainer import train as training
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.folder import CHECKPOINT, WARM, Folder
+from trajkern.trainer.report import Display
+from trajkern.trainer.stopping import Interrupted, interruptible
+
+Make = Callable[..., TrainConfig]
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("process 1 on elsewhere", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_heeded_once(number: int) -> None:
+    told: list[int] = []
+    before = signal.signal(number, lambda n, frame: told.append(n))
+    try:
+        own = signal.getsignal(number)
+        with interruptible(patient=False) as interrupt:
+            assert not interrupt.is_set()
+            signal.raise_signal(number)
+            assert interrupt.is_set() and interrupt.number == number and not told
+            signal.raise_signal(number)
+            assert told == [number], "a second one does what it did before"
+        assert signal.getsignal(number) is own
+        with interruptible(patient=True) as interrupt:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert interrupt.is_set() and told == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_was_ignored_still_is() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible(patient=False) as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")],
+)
+def test_the_exit_status_is_the_signals(
+    number: int, status: int, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(config: TrainConfig, folder: list[Path]) -> None:
+        raise Interrupted(Path("there"), number)
+
+    monkeypatch.setattr(training, "trained", stopped)
+    assert cli_main([]) == status
+    assert capsys.readouterr().err == f"stopped by {word}; continue with --resume there\n"
+
+
+def test_two_runs_cannot_share_a_folder(config: Make) -> None:
+    with contextlib.closing(Folder.of(config())) as first:
+        with pytest.raises(ValueError, match=f"no other run works in; {first.path} is process"):
+            Folder.of(config())
+        with contextlib.closing(Folder.of(config("other"))) as other:
+            assert other.path != first.path
+    Folder.of(config()).close()
+
+
+def test_a_dead_process_holds_no_lock(config: Make) -> None:
+    settings = config()
+    settings.out.mkdir()
+    command = [sys.executable, "-S", "-c", HOLD, str(settings.out / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="no other run works in; .* is process 1 on elsewhere's"):
+            Folder.of(settings)
+        other.kill()
+    Folder.of(settings).close()
+
+
+def test_default_folders_are_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.ExitStack() as open_folders:
+        paths = [open_folders.enter_context(contextlib.closing(Folder.of(TrainConfig()))).path.name for _ in range(3)]
+    assert paths == ["chain_sum-grpo-seed0", "chain_sum-grpo-seed0-2", "chain_sum-grpo-seed0-3"]
+
+
+def test_what_a_killed_save_left_goes_at_the_next_start(config: Make) -> None:
+    left = config().out / f"{WARM}.part"
+    left.mkdir(parents=True)
+    (left / ".tmp1").write_bytes(b"half")
+    Folder.of(config()).close()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("way", ["out", "parent", "lock"])
+def test_a_file_in_the_way(config: Make, way: str) -> None:
+    settings = config("folder/run")
+    where = {"out": settings.out, "parent": settings.out.parent, "lock": settings.out / "lock"}[way]
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.mkdir() if way == "lock" else where.write_text("mine")
+    with pytest.raises(ValueError, match=f"out must be a folder that can be written to; got {settings.out}: .*folder"):
+        Folder.of(settings)
+    assert way == "lock" or where.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; results go to {out}"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "gone/x"), "No such file: 'gone/x'"),
+        (PermissionError(errno.EROFS, "Read-only file system", "y"), "Read-only file system: 'y'"),
+    ],
+    ids=["full", "gone", "read-only"],
+)
+@pytest.mark.parametrize("stands", [CHECKPOINT, WARM, None])
+def test_a_file_that_fails_is_named_with_the_last_checkpoint(
+    error: OSError, words: str, stands: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def failing(config: TrainConfig, folder: list[Path]) -> None:
+        folder.append(tmp_path)
+        raise error
+
+    monkeypatch.setattr(training, "trained", failing)
+    if stands:
+        (tmp_path / stands).touch()
+    assert cli_main(["--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("trajkern train: [Errno") and words.format(out=tmp_path) in told
+    standing = f"the last checkpoint stands: continue with --resume {tmp_path / (stands or '')}"
+    assert told.endswith(f"; {standing if stands else 'there is no checkpoint yet'}\n")
+
+
+def test_a_terminal_that_closes_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, tried = Display(), []
+
+    def closed(*args: Any, **options: Any) -> None:
+        tried.append(args)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(display._console, "print", closed)
+    display.say("heard by nobody")
+    assert tried and display._console.quiet
+
+
+IDLE = {"live_groups": 0, "reward": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (IDLE, "no rollout earned a reward: a longer warm-up"),
+        (IDLE | {"reward": 1.0}, "the rollouts of each question earned the same"),
+        (IDLE | {"gated_rollouts": 5}, "its gate may leave no group two rollouts"),
+        (IDLE | {"live_groups": 3}, "what is kept of the live groups has no token to learn from"),
+    ],
+    ids=str,
+)
+def test_steps_that_train_nothing_are_told_with_the_likely_reason(values: dict[str, Any], reason: str) -> None:
+    watch = idle.Idle()
+    said = [watch.after(values) for _ in range(2 * idle.PATIENCE + 1)]
+    assert [n + 1 for n, words in enumerate(said) if words] == [idle.PATIENCE, 2 * idle.PATIENCE]
+    assert said[idle.PATIENCE - 1].startswith(f"nothing was trained in the last {idle.PATIENCE} steps; {reason}")
+    assert watch.ended().startswith(f"nothing was trained in the last {2 * idle.PATIENCE + 1} steps; {reason}")
+
+
+def test_a_step_that_trains_begins_the_count_again() -> None:
+    watch, live = idle.Idle(), {"live_groups": 2, "reward": 0.5, "grad_norm": 0.1}
+    steps = [*[IDLE] * (idle.PATIENCE - 1), live, *[IDLE] * (idle.PATIENCE - 1)]
+    assert not any(watch.after(values) for values in steps) and watch.ended() is None
+    assert watch.after(IDLE) is not None
+    assert idle.Idle().ended() is None

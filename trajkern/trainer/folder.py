@@ -1,0 +1,100 @@
+"""A run's folder of results: made, locked against other runs, and what stands in it when a file fails."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from trajkern.trainer import checkpoint
+from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.tasks import task_label
+
+CHECKPOINT = "checkpoint.safetensors"
+WARM = "warmup.safetensors"  # the end of the warm-up
+METRICS = "metrics.jsonl"
+LOCK = "lock"
+
+
+class ResultsError(Exception):
+    """A file could not be read or written: which one and why, and from where the run can be continued."""
+
+
+class Folder:
+    """A folder of results; of :meth:`of`, one that no other process works in until :meth:`close` or this one's end."""
+
+    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+        self.path, self._lock = path, lock
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Folder:
+        """Make, lock and tidy up the folder of a run, and write its settings there.
+
+        Raises:
+            ValueError: ``out`` cannot be a folder or be written to, another run works in it, or it holds another run's
+                checkpoint and none is resumed.
+        """
+        path = config.out
+        try:
+            if path is None:
+                path = _new(config)
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path, _locked(path))
+        except OSError as error:
+            raise ValueError(f"out must be a folder that can be written to; got {path or 'runs'}: {error}") from None
+        if config.out is not None and not config.resume and (path / CHECKPOINT).exists():
+            folder.close()
+            raise ValueError(f"out must be a new folder, or resume given; {path} already holds {CHECKPOINT}")
+        checkpoint.clear(path)
+        (path / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+        return folder
+
+    def close(self) -> None:
+        """Let others work in it."""
+        if self._lock:
+            self._lock.close()
+
+
+def _new(config: TrainConfig) -> Path:
+    """A folder that nobody else has made."""
+    first = Path("runs") / f"{task_label(config.task)}-{config.label}-seed{config.seed}"
+    folder, number = first, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not first.parent.is_dir():
+                raise
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The file by which the folder is locked: the system lets go of it when the process ends, however it does."""
+    file = open(folder / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"out must be a folder that no other run works in; {folder} is {holder}'s") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def failure(error: OSError, folder: Path | None, resumed: Path | None) -> ResultsError:
+    """What a failed file means to the run whose results go to ``folder`` and which continues ``resumed``."""
+    what = str(error) or type(error).__name__
+    if error.filename is None and folder is not None:
+        what += f"; results go to {folder}"
+    found = [folder / name for name in (CHECKPOINT, WARM)] if folder else []
+    stands = [path for path in (*found, resumed) if path is not None and os.path.exists(path)]
+    rest = f"the last checkpoint stands: continue with --resume {stands[0]}" if stands else "there is no checkpoint yet"
+    return ResultsError(f"{what}; {rest}")

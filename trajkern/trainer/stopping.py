@@ -1,0 +1,60 @@
+"""How a run is asked to stop: Ctrl-C, and the signals of schedulers and of terminals that close."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Interrupted(Exception):
+    """A signal came; a checkpoint was written to ``path``."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        super().__init__(path, number)
+        self.path, self.number = path, number
+
+    def __str__(self) -> str:
+        name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+        return f"stopped by {name}; continue with --resume {self.path}"
+
+
+class Interrupt(threading.Event):
+    """Set by a signal, whose ``number`` it keeps."""
+
+    number: int = signal.SIGINT
+
+
+@contextlib.contextmanager
+def interruptible(patient: bool) -> Iterator[Interrupt]:
+    """An event that Ctrl-C, SIGTERM and SIGHUP set, so that the step in progress ends first; of each, a second one does
+    what it did before. A signal that was ignored, as nohup has it of SIGHUP, still is.
+
+    Unless ``patient``: torchrun passes on the Ctrl-C that every rank gets from the terminal, too.
+    """
+    event = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+    before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def heed(number: int, frame: Any) -> None:
+        if not event.is_set():
+            event.number = number
+        event.set()
+        if not patient:
+            signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, heed)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
