@@ -143,12 +143,16 @@ def _interpreted() -> bool:
 
 
 def wants_reference(family: str, x: Tensor) -> bool:
-    """True where the plain torch expression is what runs: asked for, or a GPU family whose kernels are not built."""
+    """True where the plain torch expression is what runs: asked for, or a GPU family whose kernels are not built.
+
+    Never of meta tensors, whose shapes an op's fake knows.
+    """
     if _asked is not None:
-        return _asked == "reference"
-    owner = OWNERS[family].get("cpu" if x.is_cpu else x.device.type)
+        return _asked == "reference" and not x.is_meta
+    device = "cpu" if x.is_cpu else x.device.type
+    owner = OWNERS[family].get(device)
     if owner != "cuda":
-        return owner is None
+        return owner is None and device != "meta"
     return torch.version.hip is not None or _ext.problem("_C_cuda") is not None
 
 

@@ -9,21 +9,18 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def describe(x: Any) -> str:
-    """A short description of a value for an error message."""
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
-    return f"{x!r} ({type(x).__name__})"
+from trajkern._dtypes import INTEGERS
+from trajkern._memory import PLAIN, check_memory, check_plain, shown
+from trajkern._memory import check_valued as check_valued
+from trajkern._memory import describe as describe
+from trajkern._memory import is_fake as is_fake
 
 
 def readable(x: Tensor) -> bool:
     """Whether checking x's values costs no synchronisation (and no graph break)."""
-    return x.is_cpu and not torch.compiler.is_compiling()
+    return x.is_cpu and not is_compiling() and (type(x) in PLAIN or not is_fake(x))
 
 
 def resolved(x: Tensor) -> Tensor:
@@ -42,19 +39,6 @@ def laid_out(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype).contiguous()
 
 
-def check_plain(name: str, x: Any) -> None:
-    """Refuses the subclasses of which the values lie elsewhere: sharded, quantised and nested tensors."""
-    if type(x) in _PLAIN or not is_traceable_wrapper_subclass(x):
-        return
-    kind, placed = type(x).__name__, getattr(x, "placements", None)
-    if placed is None:
-        raise TypeError(f"{name} must be a plain tensor, not a {kind}; got {describe(x)}")
-    raise TypeError(
-        f"{name} must be a plain tensor, not a {kind} with placements {tuple(placed)}: {name}.full_tensor() is one, "
-        "and its grad_placements= says how the ranks' gradients are reduced"
-    )
-
-
 def check_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -69,16 +53,38 @@ def check_tensor(
     ndim: int | None = None,
     device: torch.device | None = None,
 ) -> None:
-    if type(x) not in _PLAIN:
+    """The gate in front of everything that takes a tensor's pointer.
+
+    What lies in strides over memory of its own passes, and what has only a shape: meta and fake tensors, and those of
+    traces and of torch.func's transforms.
+    """
+    if type(x) not in PLAIN:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(x)}")
         check_plain(name, x)
+        if not is_dynamo_compiling():
+            check_memory(name, x)
+    elif not is_dynamo_compiling():
+        try:
+            memory = x.untyped_storage()
+            whole = memory.nbytes() == x.nbytes and memory.data_ptr() != 0 and (ndim == 1 or not x.is_nested)
+        except (RuntimeError, NotImplementedError):  # it has no storage
+            whole = False
+        if not whole:
+            check_memory(name, x)
     if dtypes is not None and x.dtype not in dtypes:
         check_dtype(name, x, dtypes)
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got {describe(x)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors; got {describe(x)}")
+
+
+def check_boundaries(name: str, x: Any, device: torch.device | None = None) -> None:
+    """``[N+1]`` integers; their values are :func:`check_offsets`'s to check."""
+    check_tensor(name, x, dtypes=INTEGERS, ndim=1, device=device)
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least its first 0; it is empty")
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -100,9 +106,9 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
         return value
     choices, given = tuple(choices), value
     if (value := _unwrapped(value)) is not None and not isinstance(value, (int, str, torch.dtype, float)):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(given)}")
     if isinstance(value, bool) or value not in choices:  # True == 1
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(given)}")
     return choices[choices.index(value)]
 
 
@@ -112,17 +118,21 @@ def as_number(name: str, value: Any) -> float:
         return value
     given: Any = value
     if isinstance(value, Tensor):
+        check_tensor(name, value)
         if value.requires_grad:
             raise TypeError(f"{name} must not require a gradient, which it would not get; got {describe(value)}")
-        if value.ndim == 0 and not value.is_cpu:
+        if value.ndim == 0 and (not value.is_cpu or is_fake(value)):
             raise TypeError(f"{name} must be a number, or lie on the CPU: to read it would wait; got {describe(value)}")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             raise TypeError(f"{name} must be a number in a graph, which cannot read a tensor; got {describe(value)}")
         value = value.item() if value.ndim == 0 else value
     value = _unwrapped(value)
     if isinstance(value, bool) or not isinstance(value, (int, Real)):
         raise TypeError(f"{name} must be a number, got {describe(given)}")
-    return int(value) if isinstance(value, int) else float(value)
+    try:
+        return int(value) if isinstance(value, int) else float(value)
+    except OverflowError:  # a fraction's
+        raise ValueError(f"{name} must be finite, got {describe(given)}") from None
 
 
 def check_number(
@@ -143,19 +153,19 @@ def check_number(
     """
     value = as_number(name, value)
     if low is not None and not value >= low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+        raise ValueError(f"{name} must be at least {low}, got {shown(value)}")
     if above is not None and not value > above:
-        raise ValueError(f"{name} must be greater than {above}, got {value}")
+        raise ValueError(f"{name} must be greater than {above}, got {shown(value)}")
     if value != value:
         raise ValueError(f"{name} must be a number, got NaN")
     if abs(value) > sys.float_info.max:  # or an integer that no float holds
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
     if high is not None and not value <= high:
-        raise ValueError(f"{name} must be at most {high}, got {value}")
+        raise ValueError(f"{name} must be at most {high}, got {shown(value)}")
     if dtype is not None and value != 0:
         least, most = REPRESENTABLE[dtype]
         if not least <= abs(value) <= most:
-            raise ValueError(f"{name} must be {_range(dtype)}; got {value}")
+            raise ValueError(f"{name} must be {_range(dtype)}; got {shown(value)}")
     return value
 
 
@@ -175,6 +185,15 @@ def check_flag(name: str, value: Any) -> bool:
     if isinstance(flag := _unwrapped(value), bool):
         return flag
     raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_process_group(name: str, value: Any) -> None:
+    if value is not None and not is_dynamo_compiling() and not isinstance(value, _process_groups()):
+        raise TypeError(f"{name} must be a process group of torch.distributed, got {describe(value)}")
+
+
+def _process_groups() -> tuple[type, ...]:
+    return (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
 
 
 # The magnitudes that are normal numbers of a dtype, as are their reciprocals.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_pairs, check_temperatures
+from trajkern._checks import check_cu_seqlens, check_pairs, check_temperatures
 from trajkern._native._args import DTYPE, pointer
 from trajkern._native.policy_loss import policy_loss
 from trajkern._tiles import head as tiles
@@ -206,4 +206,7 @@ def linear_token_stats_backward(*args: Any) -> list[Tensor]:
 
 def linear_policy_loss(*args: Any) -> list[Tensor]:
     _check(args)
+    head, (_, _, cu_seqlens, *_) = Head.split(args)
+    if any(head.options[3:]):
+        check_cu_seqlens(cu_seqlens, head.targets.shape[0])
     return tiles.linear_policy_loss(_KERNELS, *args)

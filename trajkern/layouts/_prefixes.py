@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_choice, check_number, check_shape, check_tensor, resolved
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_valued, resolved
 from trajkern._dtypes import INTEGERS
-from trajkern.layouts.batch import PackedBatch
+from trajkern.layouts.batch import PackedBatch, check_batch
 
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
@@ -19,8 +19,7 @@ def shared_prefixes(
     """The parents, lengths, group ids and source of :meth:`trajkern.Tree.from_trajectories`, on the host."""
     on_mismatch = check_choice("on_mismatch", on_mismatch, ("raise", "split"))
     tolerance = check_number("tolerance", tolerance, low=0)
-    if not isinstance(batch, PackedBatch):
-        raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
+    check_batch(batch)
     tokens, cu_seqlens, group = (
         resolved(x).cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
     )
@@ -64,6 +63,7 @@ def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, to
 def segments(segment_ids: Tensor, parent_ids: Tensor) -> tuple[Tensor, Tensor]:  # [T], [T] -> [M], [M]
     """The parents and lengths of :meth:`trajkern.Tree.from_segments`, on the host."""
     check_tensor("segment_ids", segment_ids, dtypes=INTEGERS, ndim=1)
+    check_valued("segment_ids", segment_ids)
     check_tensor("parent_ids", parent_ids, dtypes=INTEGERS, device=segment_ids.device)
     check_shape("parent_ids", parent_ids, tuple(segment_ids.shape), "one id a token")
     own, above = (resolved(x).cpu().long() for x in (segment_ids, parent_ids))

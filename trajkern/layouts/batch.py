@@ -7,22 +7,29 @@ position. Fields are checked against each other once, here, so that no kernel ne
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trajkern._checks import (
+    check_boundaries,
     check_cu_seqlens,
     check_finite,
     check_shape,
     check_tensor,
+    check_valued,
     describe,
 )
 from trajkern._dtypes import INTEGERS
 
 _FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+
+
+def check_batch(batch: Any) -> None:
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"batch must be a PackedBatch, got {describe(batch)}")
 
 
 class HeadInputs(NamedTuple):
@@ -67,8 +74,9 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         check_tensor("tokens", self.tokens, dtypes=INTEGERS, ndim=1)
+        check_valued("tokens", self.tokens)
         device, length = self.tokens.device, self.tokens.numel()
-        check_tensor("cu_seqlens", self.cu_seqlens, dtypes=INTEGERS, ndim=1, device=device)
+        check_boundaries("cu_seqlens", self.cu_seqlens, device)
         check_cu_seqlens(self.cu_seqlens, length)
         count = self.cu_seqlens.numel() - 1
         check_tensor("loss_mask", self.loss_mask, dtypes=(torch.bool,), device=device)
@@ -175,6 +183,7 @@ class PackedBatch:
         values on the host, as construction does.
         """
         check_tensor("tokens", tokens, dtypes=INTEGERS, ndim=2)
+        check_valued("tokens", tokens)
         keep = _real_tokens(attention_mask, tokens)
         scored = _flags("loss_mask", loss_mask, tokens)
         if bool((scored & ~keep).any()):

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_count, check_cu_seqlens, check_shape, check_tensor, resolved
+from trajkern._checks import (
+    check_boundaries,
+    check_count,
+    check_cu_seqlens,
+    check_shape,
+    check_tensor,
+    check_valued,
+    resolved,
+)
 from trajkern._dtypes import INTEGERS
 
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
@@ -46,6 +54,7 @@ class Spans:
 
     def __post_init__(self, cu_seqlens: Tensor | None) -> None:
         check_tensor("start", self.start, dtypes=INTEGERS, ndim=1)
+        check_valued("start", self.start)
         for name in ("end", "trajectory", "index"):
             check_tensor(name, getattr(self, name), dtypes=INTEGERS, device=self.device)
             check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
@@ -54,7 +63,7 @@ class Spans:
         _check_ranges(arrays, self.num_tokens)
         _check_numbers(arrays)
         if cu_seqlens is not None:
-            check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=self.device)
+            check_boundaries("cu_seqlens", cu_seqlens, self.device)
             check_cu_seqlens(cu_seqlens, self.num_tokens)
             _check_inside(arrays, cu_seqlens.cpu().long())
 
@@ -100,7 +109,8 @@ class Spans:
         Found on the host, whatever the device.
         """
         check_tensor("loss_mask", loss_mask, dtypes=(torch.bool,), ndim=1)
-        check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=loss_mask.device)
+        check_valued("loss_mask", loss_mask)
+        check_boundaries("cu_seqlens", cu_seqlens, loss_mask.device)
         check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
         mask, bounds = loss_mask.cpu().contiguous(), resolved(cu_seqlens).cpu().long().contiguous()
         before = torch.zeros(-(-tokens // _BLOCK) + 1, dtype=torch.int64)  # turns that begin before each block

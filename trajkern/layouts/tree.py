@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_values
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_valued, check_values
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
 from trajkern.layouts._prefixes import segments, shared_prefixes
@@ -69,6 +69,7 @@ class Tree:
 
     def __post_init__(self) -> None:
         check_tensor("parent", self.parent, dtypes=INTEGERS, ndim=1)
+        check_valued("parent", self.parent)
         device, count = self.parent.device, self.parent.numel()
         if count >= 2**31 - 1:
             raise ValueError(f"parent must hold fewer than 2**31 - 1 nodes, got {count}")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from trajkern._checks import check_tensor
+
 Backward = Callable[..., Any]
 
 
@@ -58,6 +60,9 @@ def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False)
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
             _refuse_transformed(names, grads)
+            for g in grads:
+                if g is not None:
+                    check_tensor(f"the upstream gradient of {names}", g)
             grads = tuple(g if g is None else g.resolve_neg() for g in grads)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)

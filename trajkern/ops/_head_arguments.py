@@ -12,6 +12,7 @@ from trajkern._checks import (
     check_flag,
     check_number,
     check_pairs,
+    check_process_group,
     check_shape,
     check_tensor,
     describe,
@@ -56,6 +57,7 @@ def check_head(arguments: HeadArguments) -> Head:
     _check_tensors(arguments)
     temperatures, scales = _check_scales(arguments)
     logits_dtype = check_choice("logits_dtype", arguments.logits_dtype, {torch.float32, hidden.dtype})
+    check_process_group("process_group", arguments.process_group)
     group = "" if arguments.process_group is None else arguments.process_group.group_name
     of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
     invariant = check_flag("batch_invariant", arguments.batch_invariant)
@@ -119,8 +121,6 @@ def check_projection(
     check_tensor(name, weight, dtypes=(hidden.dtype,), ndim=2, device=hidden.device)
     if weight.shape[1] != width or 0 in weight.shape:
         raise ValueError(f"{name} must have shape [V, {width}] with V at least 1; got {describe(weight)}")
-    if not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
-        raise ValueError(f"{name} must have memory; this was freed, as sharded models do outside of their forward")
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, dtypes=(hidden.dtype,), device=hidden.device)
         check_shape(f"{prefix}bias", bias, tuple(weight.shape[:1]), f"one number a row of {name}")

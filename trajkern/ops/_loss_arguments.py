@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import as_number, check_cu_seqlens, check_number, check_shape, check_tensor, describe, readable
+from trajkern._checks import (
+    as_number,
+    check_boundaries,
+    check_cu_seqlens,
+    check_flag,
+    check_number,
+    check_process_group,
+    check_shape,
+    check_tensor,
+    describe,
+    readable,
+)
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
@@ -17,12 +28,15 @@ from trajkern.ops.policy_loss_ranks import check_parts
 from trajkern.ops.tree_loss import Paths, check_branch, leaf_counts
 
 
-def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> LossArguments:
+def check_loss(
+    logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, *, in_head: bool = False
+) -> LossArguments:
     """Raises, or returns the arguments with what nothing reads left out, ``normalizer`` a tensor, ``per_token`` a bool.
 
     Args:
         logprobs: as given, or what has the shape and dtype that the head's will have.
         entropy: likewise.
+        in_head: whether the head reads ``cu_seqlens``, before a launcher of the loss can check it.
     """
     config, branch = arguments.config, arguments.branch
     if branch is not None and arguments.advantages is not None:
@@ -30,7 +44,10 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
     check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
     if not isinstance(config, PolicyLoss):
         raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
-    _check_tokens(logprobs, entropy, arguments)
+    check_process_group("sequence_group", arguments.sequence_group)
+    if arguments.per_token is not None:
+        arguments = arguments._replace(per_token=check_flag("per_token", arguments.per_token))
+    _check_tokens(logprobs, entropy, arguments, in_head)
     _check_streams(arguments, logprobs)
     if arguments.sequence_group is not None:
         arguments = check_parts(arguments, logprobs)
@@ -62,7 +79,7 @@ def check_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
     )
 
 
-def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments) -> None:
+def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, in_head: bool) -> None:
     config, cu_seqlens, mask = arguments.config, arguments.cu_seqlens, arguments.mask
     device, length = logprobs.device, tuple(logprobs.shape)
     per_token = (
@@ -80,9 +97,10 @@ def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgum
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), device=device)
         check_shape("mask", mask, length, "one flag a token")
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=device)
-    # what ranks tokens reads cu_seqlens before a launcher can check it
-    if readable(logprobs) and (config.ranks_tokens or _backends.wants_reference("policy_loss", logprobs)):
+    check_boundaries("cu_seqlens", cu_seqlens, device)
+    # what ranks tokens or adds up a part's reads cu_seqlens before a launcher can check it
+    early = in_head or config.ranks_tokens or arguments.sequence_group is not None
+    if (early or _backends.wants_reference("policy_loss", logprobs)) and readable(cu_seqlens):
         check_cu_seqlens(cu_seqlens, length[0])
 
 
@@ -178,5 +196,6 @@ def _learns(arguments: LossArguments, logprobs: Tensor, per_token: bool) -> bool
     assert advantages is not None
     live = advantages != 0
     if not per_token:
+        check_cu_seqlens(arguments.cu_seqlens, logprobs.shape[0])
         live = live.repeat_interleave(arguments.cu_seqlens.diff())
     return bool((live & scored).any())

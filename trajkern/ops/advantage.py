@@ -16,10 +16,12 @@ from torch import Tensor
 
 from trajkern import _backends
 from trajkern._checks import (
+    check_boundaries,
     check_choice,
     check_cu_seqlens,
     check_flag,
     check_number,
+    check_process_group,
     check_rewards,
     check_shape,
     check_tensor,
@@ -187,6 +189,7 @@ def group_advantages(
         check_shape("weights", weights, shape, "one weight a reward")
     options: dict[str, Any] = {"baseline": baseline, "scale": scale, "ddof": ddof, "eps": eps, "singleton": singleton}
     if process_group is not None:
+        check_process_group("process_group", process_group)
         if rewards.requires_grad:
             raise ValueError("rewards must not require a gradient with process_group, which gives none")
         _check_values(rewards, gate, weights)
@@ -287,7 +290,7 @@ def gae(
 
 def _check_scan(rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
     check_tensor("rewards", rewards, dtypes=FLOATS, ndim=1)
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=rewards.device)
+    check_boundaries("cu_seqlens", cu_seqlens, rewards.device)
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), device=rewards.device)
         check_shape("mask", mask, tuple(rewards.shape), "one flag a token")
@@ -327,6 +330,7 @@ def whiten(
     shift_mean, ddof = check_flag("shift_mean", shift_mean), check_choice("ddof", ddof, (0, 1))
     eps = check_number("eps", eps, above=0, dtype=accumulator(x))
     if process_group is not None:
+        check_process_group("process_group", process_group)
         if x.requires_grad:
             raise ValueError("x must not require a gradient with process_group, which gives none")
         options: dict[str, Any] = {"shift_mean": shift_mean, "ddof": ddof, "eps": eps}

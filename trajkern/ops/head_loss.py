@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
+from trajkern._checks import check_flag
 from trajkern._dtypes import accumulator
 from trajkern._results import Branch
 from trajkern._tiles.arguments import Head
@@ -170,9 +171,10 @@ def _linear_policy_loss_of(
     head_arguments: HeadArguments, loss_arguments: LossArguments, with_entropy: bool, with_logprobs: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     hidden, targets = head_arguments.hidden, head_arguments.targets
+    with_entropy, with_logprobs = check_flag("with_entropy", with_entropy), check_flag("with_logprobs", with_logprobs)
     head = check_head(head_arguments)
     logprobs = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)  # as they will be
-    loss_arguments = check_loss(logprobs, logprobs, loss_arguments)
+    loss_arguments = check_loss(logprobs, logprobs, loss_arguments, in_head=True)
     streams, _ = loss_arguments.parted()
     if streams.given:  # which have pairs of their own
         head_arguments = head_arguments._replace(mask=streams.joined(loss_arguments.mask))

@@ -18,10 +18,12 @@ from torch import Tensor
 from trajkern import _backends
 from trajkern._checks import (
     check_choice,
+    check_flag,
     check_shape,
     check_targets,
     check_tensor,
     describe,
+    is_fake,
     laid_out,
 )
 from trajkern._dtypes import accumulator
@@ -165,8 +167,9 @@ def token_stats(
 def _stats(logits, targets, outputs, temperature, mask, inplace_backward) -> Sequence[Tensor]:
     """Log p, then the outputs in their order."""
     temperatures, temperature = _check(logits, targets, temperature, mask)
+    inplace_backward = check_flag("inplace_backward", inplace_backward)
     if _backends.wants_reference("logprob", logits):
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not is_fake(targets):
             check_targets(targets, logits.shape[-1], mask)
         each = temperature if temperatures is None else temperatures
         stats = _backends.reference().token_stats(logits, targets, outputs=outputs, temperature=each, mask=mask)

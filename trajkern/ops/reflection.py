@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trajkern import _backends
 from trajkern._checks import (
+    check_boundaries,
     check_choice,
     check_count,
     check_cu_seqlens,
@@ -33,6 +34,7 @@ from trajkern._checks import (
     check_shape,
     check_squarable,
     check_tensor,
+    is_fake,
     laid_out,
     readable,
 )
@@ -184,6 +186,8 @@ def reflection_rewards(
 def _of_groups(scores: Tensor, rank: Tensor, num_groups: int | None) -> Tensor:  # [N], [N] -> [G]
     if num_groups is not None and not readable(rank):
         return torch.where(rank[-1:] + 1 == num_groups, scores[:num_groups], torch.nan)
+    if rank.is_meta or is_fake(rank):
+        raise ValueError("num_groups must be given where group_ids has a shape and no values; got None")
     groups = int(rank[-1]) + 1 if rank.shape[0] else 0
     _check_count(num_groups, groups)
     return scores[:groups]
@@ -209,9 +213,7 @@ def _apply(
 def _check(logprobs: Tensor, cu_seqlens: Tensor, group_ids: Tensor, ddof: int, normalize: bool) -> tuple[int, bool]:
     """ddof and normalize as Python's."""
     check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=logprobs.device)
-    if cu_seqlens.shape[0] == 0:
-        raise ValueError("cu_seqlens must hold at least its first 0; it is empty")
+    check_boundaries("cu_seqlens", cu_seqlens, logprobs.device)
     check_tensor("group_ids", group_ids, dtypes=INTEGERS, device=logprobs.device)
     check_shape("group_ids", group_ids, (cu_seqlens.shape[0] - 1,), "one id a rollout")
     return check_choice("ddof", ddof, (0, 1)), check_flag("normalize", normalize)

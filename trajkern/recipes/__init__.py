@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from trajkern._checks import check_choice
-from trajkern.layouts.batch import PackedBatch
+from trajkern.layouts.batch import PackedBatch, check_batch
 from trajkern.recipes import nsr
 from trajkern.recipes.grpo import grpo
 from trajkern.recipes.trees import TREE_RECIPES, TreeRecipe, path_nodes
@@ -24,6 +24,7 @@ Recipe = Callable[..., Tensor | tuple[Tensor, Tensor]]
 def _by_sign(kind: str) -> Recipe:
     def advantages(batch: PackedBatch, *, process_group: Any = None) -> tuple[Tensor, Tensor]:
         """A rollout's own reward decides: no rank needs to hear of another's."""
+        check_batch(batch)
         if batch.rewards is None:
             raise ValueError(f"batch must have rewards for the recipe {kind}; got None")
         return nsr.advantages(batch.rewards, kind=kind)

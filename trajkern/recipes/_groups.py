@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, spread, subtree_reduce
-from trajkern._checks import check_cu_seqlens, check_finite, check_shape, check_tensor, check_values, readable
+from trajkern._checks import (
+    check_boundaries,
+    check_cu_seqlens,
+    check_finite,
+    check_shape,
+    check_tensor,
+    check_values,
+    readable,
+)
 from trajkern.layouts.spans import trajectories
 from trajkern.ops.advantage import FLOATS, INTEGERS
 
@@ -87,7 +95,7 @@ def group_sum(
 
 def check_packing(cu_seqlens: Any, tokens: int, device: torch.device) -> int:
     """The number of trajectories that ``cu_seqlens`` bounds."""
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=device)
+    check_boundaries("cu_seqlens", cu_seqlens, device)
     if readable(cu_seqlens):
         check_cu_seqlens(cu_seqlens, tokens)
     return cu_seqlens.shape[0] - 1

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_flag, check_number, check_offsets, check_tensor, readable
+from trajkern._checks import (
+    check_boundaries,
+    check_choice,
+    check_flag,
+    check_number,
+    check_offsets,
+    check_tensor,
+    readable,
+)
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_index, check_order, check_vector, group_sum, pair_ids, taken, widened
@@ -52,7 +60,7 @@ def turn_rewards(
     """
     check_tensor("log_beliefs", log_beliefs, dtypes=FLOATS, ndim=1)
     total, device = log_beliefs.shape[0], log_beliefs.device
-    check_tensor("cu_beliefs", cu_beliefs, dtypes=INTEGERS, ndim=1, device=device)
+    check_boundaries("cu_beliefs", cu_beliefs, device)
     count = cu_beliefs.shape[0] - 1
     if readable(cu_beliefs):
         check_offsets("cu_beliefs", cu_beliefs, total, "beliefs")

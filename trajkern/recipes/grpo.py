@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trajkern.layouts.batch import PackedBatch
+from trajkern.layouts.batch import PackedBatch, check_batch
 from trajkern.ops.advantage import group_advantages
 
 
@@ -16,6 +16,7 @@ def grpo(batch: PackedBatch, *, process_group: Any = None) -> Tensor:
     A group of equal rewards gets exactly 0. With ``process_group`` a group may be spread over its ranks. Raises
     ValueError where the batch has no rewards.
     """
+    check_batch(batch)
     if batch.rewards is None:
         raise ValueError("batch must have rewards for the recipe grpo; got None")
     return group_advantages(batch.rewards, batch.group_ids, process_group=process_group)

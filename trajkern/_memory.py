@@ -1,0 +1,95 @@
+"""What a tensor's elements lie in, which is asked before a pointer to them is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+PLAIN = (Tensor, torch.nn.Parameter)
+_LONGEST = 200  # characters of a value in a message
+
+
+def describe(x: Any) -> str:
+    """A short description of a value for an error message."""
+    if not isinstance(x, Tensor):
+        return f"{shown(x)} ({type(x).__name__})"
+    dtype = str(x.dtype).removeprefix("torch.")
+    if x.is_nested:
+        return f"nested {dtype} on {x.device}"
+    layout = "" if x.layout is torch.strided else f"{_named(x.layout)} "
+    return f"{layout}{dtype}{list(x.shape)} on {x.device}"
+
+
+def shown(value: Any) -> str:
+    """A value's own words, cut short; of an integer that Python will not print, its size."""
+    if isinstance(value, int) and value.bit_length() > 1024:  # no float holds it
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        words = repr(value)
+    except Exception:  # whatever an object's own repr raises
+        return f"a {type(value).__name__}"
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+
+
+def _named(layout: torch.layout) -> str:
+    return str(layout).removeprefix("torch.").removeprefix("_")
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether it has a shape and a device's name, and no values."""
+    return isinstance(x, FakeTensor)
+
+
+def check_plain(name: str, x: Any) -> None:
+    """Refuses the subclasses of which the values lie elsewhere: sharded, quantised and nested tensors."""
+    if type(x) in PLAIN or not is_traceable_wrapper_subclass(x):
+        return
+    kind, placed = type(x).__name__, getattr(x, "placements", None)
+    if placed is None:
+        raise TypeError(f"{name} must be a plain tensor, not a {kind}; got {describe(x)}")
+    raise TypeError(
+        f"{name} must be a plain tensor, not a {kind} with placements {tuple(placed)}: {name}.full_tensor() is one, "
+        "and its grad_placements= says how the ranks' gradients are reduced"
+    )
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """Refuses a tensor that is not strided, or whose elements do not all lie in memory."""
+    if _is_traced(x):
+        return
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of strides; got {describe(x)}")
+    if x.is_meta or x.numel() == 0:
+        return
+    if x._is_zerotensor():
+        raise ValueError(f"{name} must have memory; got {describe(x)} that stands for zeros and holds none")
+    held, needed = x.untyped_storage().nbytes(), _end(x)
+    if held < needed:
+        raise ValueError(
+            f"{name} must have memory; this was freed, as sharded models do outside of their forward: of the {needed} "
+            f"bytes of {describe(x)} there are {held}"
+        )
+
+
+def check_valued(name: str, x: Tensor) -> None:
+    """Refuses what has a shape and no values, where they are read whatever the device."""
+    if x.is_meta or is_fake(x):
+        raise ValueError(f"{name} must have values, which are read here; got {describe(x)}, a tensor of a shape alone")
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a trace or a transform stands for the values, and plain torch or an op's fake runs on it."""
+    if isinstance(x, (FakeTensor, FunctionalTensor)):
+        return True
+    return torch._is_functional_tensor(x) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _end(x: Tensor) -> int:
+    """The bytes of a storage up to the end of x's last element."""
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.itemsize
