@@ -169,12 +169,12 @@ def check_number(
     return value
 
 
-def check_count(name: str, value: Any, *, low: int | None = None) -> int:
+def check_count(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
     """The value as a Python int, of Python's own or of numpy's."""
     number = _unwrapped(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
-    check_number(name, number, low=low)
+    check_number(name, number, low=low, high=high)
     return number
 
 

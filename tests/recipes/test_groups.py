@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trajkern import Tree, _backends
-from trajkern.layouts._nodes import Nodes
 from trajkern.recipes import (
     delta_belief,
     dro,
@@ -111,12 +110,7 @@ CALLS: dict[str, Callable[[Tree], object]] = {
 
 def on_meta(tree: Tree) -> Tree:
     """The tree without its values: what needs one raises."""
-    moved = object.__new__(Tree)
-    for name in ("parent", "node_lengths"):
-        object.__setattr__(moved, name, torch.empty_like(getattr(tree, name), device="meta"))
-    nodes = Nodes(*(torch.empty_like(x, device="meta") for x in tree._nodes))
-    object.__setattr__(moved, "_derived", (nodes, tree.num_roots, tree.levels))
-    return moved
+    return tree.to("meta")
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from trajkern._results import Branch
 from trajkern.credit.rollouts import Rollouts
-from trajkern.layouts.tree import Tree, aggregate_weights
+from trajkern.layouts._leaf_weights import aggregate_weights
+from trajkern.layouts.tree import Tree
 from trajkern.losses.config import PolicyLoss
 from trajkern.ops.span import spread
 from trajkern.ops.tree_loss import Paths

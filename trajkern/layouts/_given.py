@@ -30,8 +30,8 @@ class Given:
         for name, x, version in self._versions:
             if x._version != version:
                 raise ValueError(
-                    f"{name} must not be written into once a {self.layout} is made of it; it was, {x._version - version} "
-                    f"times: make another {self.layout}"
+                    f"{name} must not be written into once a {self.layout} is made of it; it was, "
+                    f"{x._version - version} times: make another {self.layout}"
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import resolved
+from trajkern.layouts._given import MOST_TOKENS
 
 
 class Nodes(NamedTuple):
@@ -53,6 +54,10 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     if bool((lengths < 0).any()):
         at = int((lengths < 0).nonzero()[0, 0])
         raise ValueError(f"node_lengths must be at least 0; node {at}'s is {int(lengths[at])}")
+    longest = int(lengths.max()) if m else 0
+    if longest > MOST_TOKENS or (total := int(lengths.sum())) > MOST_TOKENS:
+        found = f"a node of {longest}" if longest > MOST_TOKENS else total
+        raise ValueError(f"node_lengths must be at most {MOST_TOKENS} tokens in all, got {found}")
     short = {
         name: torch.empty(m, dtype=torch.int32)
         for name in ("parent", "child", "leaf_begin", "leaf_end", "tree_begin", "root", "depth")
@@ -85,7 +90,7 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
         previous=previous,
         leaves=leaf,
         node_offsets=offsets_of(lengths),
-        token_node=torch.repeat_interleave(torch.arange(m), lengths, output_size=int(lengths.sum())),
+        token_node=torch.repeat_interleave(torch.arange(m), lengths, output_size=total),
         **short,
     )
     return Nodes(*(x.to(device) for x in nodes)), roots, levels

@@ -20,9 +20,9 @@ def shared_prefixes(
     on_mismatch = check_choice("on_mismatch", on_mismatch, ("raise", "split"))
     tolerance = check_number("tolerance", tolerance, low=0)
     check_batch(batch)
-    tokens, cu_seqlens, group = (
-        resolved(x).cpu().long().contiguous() for x in (batch.tokens, batch.cu_seqlens, batch.group_index)
-    )
+    tokens, cu_seqlens = (resolved(x).cpu().long().contiguous() for x in (batch.tokens, batch.bounds))
+    distinct, group = torch.unique(batch.group_ids.cpu(), return_inverse=True)
+    _check_sizes(batch, int(cu_seqlens[-1]))
     mask = batch.loss_mask.cpu().contiguous()
     present = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
     logprobs = {name: resolved(x).cpu().double().contiguous() for name, x in present.items()}
@@ -32,7 +32,7 @@ def shared_prefixes(
         cu_seqlens.data_ptr(),
         group.data_ptr(),
         batch.num_trajectories,
-        batch.num_groups,
+        distinct.shape[0],
         [x.data_ptr() for x in logprobs.values()],
         tolerance,
         on_mismatch == "split",
@@ -43,9 +43,17 @@ def shared_prefixes(
     parent, lengths, source, root_groups = (
         torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays
     )
-    ids = torch.empty(batch.num_groups, dtype=batch.group_ids.dtype)
-    ids[group] = batch.group_ids.cpu()
-    return parent, lengths, ids[root_groups], source
+    return parent, lengths, distinct[root_groups], source
+
+
+def _check_sizes(batch: PackedBatch, tokens: int) -> None:
+    """That no field was given other data since the batch was made: the search below takes pointers."""
+    for name in ("tokens", "loss_mask", *_PER_TOKEN):
+        if (x := getattr(batch, name)) is not None:
+            check_tensor(name, x)
+            check_shape(name, x, (tokens,), "one a token, as when the batch was made")
+    check_tensor("group_ids", batch.group_ids)
+    check_shape("group_ids", batch.group_ids, (batch.num_trajectories,), "one id a trajectory, as then")
 
 
 def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> None:

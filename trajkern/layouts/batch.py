@@ -22,6 +22,7 @@ from trajkern._checks import (
     describe,
 )
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts._given import Given, owned
 
 _FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
@@ -55,8 +56,9 @@ class PackedBatch:
         old_logprobs, ref_logprobs, sampler_logprobs: float ``[T]``, read only where ``loss_mask`` is True (finite
             there); what stands elsewhere does not matter.
 
-    All tensors are on one device. Construction reads values on the host, which waits for a GPU a few times, once a
-    batch; nothing later does.
+    All tensors are on one device. What ops read of ``cu_seqlens`` is copied; a later write into it, ``tokens``,
+    ``loss_mask`` or ``group_ids`` makes the next use a ValueError, where torch counts it. Construction reads values on
+    the host, which waits for a GPU a few times, once a batch; nothing later does.
 
     Raises:
         TypeError: a field that is no tensor or has the wrong dtype.
@@ -94,8 +96,9 @@ class PackedBatch:
                 check_finite(name, x, where=self.loss_mask)
         self._check_first_tokens()
         dense = torch.unique(self.group_ids, return_inverse=True)
-        longest = int(self.lengths.max()) if count else 0
+        longest = int(self.cu_seqlens.diff().max()) if count else 0
         object.__setattr__(self, "_derived", (dense[1], dense[0].numel(), longest, self._pairs()))
+        _keep(self, owned(self.cu_seqlens))
 
     def _check_first_tokens(self) -> None:
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
@@ -120,7 +123,7 @@ class PackedBatch:
     @property
     def num_trajectories(self) -> int:
         """N."""
-        return self.cu_seqlens.numel() - 1
+        return self.bounds.numel() - 1
 
     @property
     def num_groups(self) -> int:
@@ -140,7 +143,13 @@ class PackedBatch:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each trajectory, ``[N]``."""
-        return self.cu_seqlens.diff()
+        return self.bounds.diff()
+
+    @property
+    def bounds(self) -> Tensor:
+        """``cu_seqlens`` as they were given, the layout's own: not to be written into."""
+        self._given.check()  # type: ignore[attr-defined]
+        return self._bounds  # type: ignore[attr-defined]
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +157,7 @@ class PackedBatch:
 
     def head_inputs(self) -> HeadInputs:
         """The rows and targets that carry loss; a target never belongs to another trajectory than its row."""
+        self._given.check()  # type: ignore[attr-defined]
         return self._derived[3]  # type: ignore[attr-defined]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
@@ -160,7 +170,7 @@ class PackedBatch:
         pairs = HeadInputs(*(x.to(device, non_blocking=non_blocking) for x in pairs))
         index = index.to(device, non_blocking=non_blocking)
         object.__setattr__(moved, "_derived", (index, groups, longest, pairs))
-        return moved
+        return _keep(moved, self.bounds.to(device, non_blocking=non_blocking))
 
     @classmethod
     def from_padded(
@@ -217,8 +227,16 @@ class PackedBatch:
         lengths = self.lengths.long()
         row = torch.arange(self.num_trajectories, device=self.device) * length
         begin = row if side == "right" else row + length - lengths
-        shift = torch.repeat_interleave(begin - self.cu_seqlens[:-1], lengths, output_size=self.num_tokens)
+        shift = torch.repeat_interleave(begin - self.bounds[:-1], lengths, output_size=self.num_tokens)
         return shift + torch.arange(self.num_tokens, device=self.device)
+
+
+def _keep(batch: PackedBatch, bounds: Tensor) -> PackedBatch:
+    """The batch, which reads these boundaries."""
+    given = {name: getattr(batch, name) for name in ("tokens", "cu_seqlens", "loss_mask", "group_ids")}
+    object.__setattr__(batch, "_bounds", bounds)
+    object.__setattr__(batch, "_given", Given("PackedBatch", given))
+    return batch
 
 
 def _real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from trajkern._checks import (
     resolved,
 )
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts._given import MOST_TOKENS, Given, owned
 
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
 
@@ -34,12 +35,13 @@ class Spans:
         trajectory: int64 or int32 ``[S]``, at least 0, never decreasing: whose each span is.
         index: int64 or int32 ``[S]``, at least 0: the span's number inside its trajectory, in which it ascends (numbers
             may be left out).
-        num_tokens: T.
+        num_tokens: T, at most 2^31 - 1.
         cu_seqlens: int64 or int32 ``[N+1]``, from 0 to T; not kept. With it, a span that leaves its trajectory is an
             error.
 
-    All tensors are on one device. Construction and :meth:`turns` read values on the host, which waits for a GPU a few
-    times, once a batch; nothing later does.
+    All tensors are on one device. What ops read of them is copied, so that a later write into one changes nothing; it
+    makes the next use a ValueError, where torch counts it. Construction and :meth:`turns` read values on the host,
+    which waits for a GPU a few times, once a batch; nothing later does.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -58,7 +60,7 @@ class Spans:
         for name in ("end", "trajectory", "index"):
             check_tensor(name, getattr(self, name), dtypes=INTEGERS, device=self.device)
             check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
-        object.__setattr__(self, "num_tokens", check_count("num_tokens", self.num_tokens, low=0))
+        object.__setattr__(self, "num_tokens", check_count("num_tokens", self.num_tokens, low=0, high=MOST_TOKENS))
         arrays = torch.stack([x.long() for x in (self.start, self.end, self.trajectory, self.index)]).cpu()
         _check_ranges(arrays, self.num_tokens)
         _check_numbers(arrays)
@@ -66,10 +68,11 @@ class Spans:
             check_boundaries("cu_seqlens", cu_seqlens, self.device)
             check_cu_seqlens(cu_seqlens, self.num_tokens)
             _check_inside(arrays, cu_seqlens.cpu().long())
+        _keep(self, (owned(self.start), owned(self.end)))
 
     def __len__(self) -> int:
         """S."""
-        return self.start.shape[0]
+        return self.ranges[0].shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -78,12 +81,19 @@ class Spans:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each span, ``[S]``."""
-        return self.end - self.start
+        start, end = self.ranges
+        return end - start
+
+    @property
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """(start, end) as they were given, the layout's own: not to be written into."""
+        self._given.check()  # type: ignore[attr-defined]
+        return self._ranges  # type: ignore[attr-defined]
 
     @cached_property
     def token_span(self) -> Tensor:
         """The span of each token, or -1 outside every span, int64 ``[T]``."""
-        edges = torch.stack((self.start, self.end), 1).long().flatten()
+        edges = torch.stack(self.ranges, 1).long().flatten()
         edges = torch.cat((edges.new_zeros(1), edges, edges.new_full((1,), self.num_tokens)))
         span = torch.full((edges.shape[0] - 1,), -1, device=self.device)  # what lies between spans, and they
         span[1::2] = torch.arange(len(self), device=self.device)
@@ -92,7 +102,9 @@ class Spans:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Spans:
         """The same spans on another device, not validated again."""
         arrays = (self.start, self.end, self.trajectory, self.index)
-        return _trusted(*(x.to(device, non_blocking=non_blocking) for x in arrays), self.num_tokens)
+        moved = _bare(*(x.to(device, non_blocking=non_blocking) for x in arrays), self.num_tokens)
+        start, end = (x.to(device, non_blocking=non_blocking) for x in self.ranges)
+        return _keep(moved, (start, end))
 
     @classmethod
     def turns(
@@ -122,6 +134,18 @@ class Spans:
 
 def _trusted(*values: Any) -> Spans:
     """Spans that are known to be legal."""
+    start, end, *_ = values
+    return _keep(_bare(*values), (owned(start), owned(end)))
+
+
+def _keep(spans: Spans, ranges: tuple[Tensor, Tensor]) -> Spans:
+    """The spans, which read these ranges."""
+    object.__setattr__(spans, "_ranges", ranges)
+    object.__setattr__(spans, "_given", Given("Spans", {"start": spans.start, "end": spans.end}))
+    return spans
+
+
+def _bare(*values: Any) -> Spans:
     spans = object.__new__(Spans)
     for field, value in zip(fields(Spans), values, strict=True):
         object.__setattr__(spans, field.name, value)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_valued, check_values
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts._given import Given, owned
+from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
 from trajkern.layouts._prefixes import segments, shared_prefixes
 from trajkern.layouts.batch import HeadInputs, PackedBatch
@@ -24,39 +26,23 @@ from trajkern.losses.kinds import AGGREGATES
 DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 
 
-def aggregate_weights(
-    counts: Tensor,  # [L]
-    aggregate: str,
-    max_length: float | None,
-    normalizer: Tensor | float | None = None,
-) -> Tensor:
-    """See :meth:`Tree.leaf_weights`; ``normalizer`` stands for N."""
-    counted = (counts > 0).double()
-    if aggregate in ("token_sum", "token_mean"):
-        return counted
-    whole = counted.sum().clamp_min(1) if normalizer is None else normalizer
-    weights = torch.where(counts > 0, counted / whole, 0)  # where nothing is counted the normalizer may be 0
-    if aggregate == "seq_mean_token_mean":
-        return weights / counts.clamp_min(1)
-    return weights / max_length if max_length and aggregate == "seq_mean_token_sum_norm" else weights
-
-
 @dataclass(frozen=True, eq=False)
 class Tree:
     """A forest of M nodes, L leaves and T tokens, each shared prefix stored once.
 
     Args:
         parent: int64 or int32 ``[M]``; the node above each node, which must come before it, or -1 for a root.
-        node_lengths: int64 or int32 ``[M]``, at least 0; the tokens of each node.
+        node_lengths: int64 or int32 ``[M]``, at least 0; the tokens of each node, at most 2^31 - 1 in all.
         group_ids: int64 or int32, one id a root (in the order of the roots); equal ids share a prompt. Without it each
             root is a group of its own.
         source: int64 or int32 ``[T]``; where each token stands in the flat batch that the tree was made from
             (``batch.tokens[tree.source]``), or None.
 
     Leaves are numbered in ascending order of their nodes, and every ``[L]`` argument follows them.
-    Construction waits for a GPU, once a batch, since it reads the tree on the host; so do the first uses of
-    :attr:`flat_index`, :attr:`path_nodes` and :attr:`attention_segments`, and each call of :meth:`pairs`; nothing else
-    does.
+    What ops read of ``parent`` and ``node_lengths`` is copied; a later write into one of them makes the next use a
+    ValueError, where torch counts it. Construction waits for a GPU, once a batch, since it reads the tree on the host;
+    so do the first uses of :attr:`flat_index`, :attr:`path_nodes` and :attr:`attention_segments`, and each call of
+    :meth:`pairs`; nothing else does.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -76,7 +62,7 @@ class Tree:
         check_tensor("node_lengths", self.node_lengths, dtypes=INTEGERS, device=device)
         check_shape("node_lengths", self.node_lengths, (count,), "one length a node")
         derived, roots, levels = derive(self.parent, self.node_lengths)
-        object.__setattr__(self, "_derived", (derived, roots, levels))
+        _keep(self, (derived, roots, levels))
         if self.group_ids is not None:
             check_tensor("group_ids", self.group_ids, dtypes=INTEGERS, device=device)
             check_shape("group_ids", self.group_ids, (roots,), "one id a root")
@@ -88,7 +74,7 @@ class Tree:
     @property
     def num_nodes(self) -> int:
         """M."""
-        return self.parent.shape[0]
+        return self._nodes.parent.shape[0]
 
     @property
     def num_leaves(self) -> int:
@@ -119,18 +105,32 @@ class Tree:
 
     @property
     def arrays(self) -> list[Tensor]:
-        """What the kernels read, int32: parent, child_begin, child, leaf_begin, leaf_end, order, tree_begin."""
+        """What the kernels read, int32: parent, child_begin, child, leaf_begin, leaf_end, order, tree_begin.
+
+        The layout's own: not to be written into.
+        """
+        self.check_given()
         return list(self._nodes[:7])
 
     @property
+    def bounds(self) -> Tensor:
+        """:attr:`node_offsets`, the layout's own: not to be written into."""
+        self.check_given()
+        return self._nodes.node_offsets
+
+    def check_given(self) -> None:
+        """Raises where ``parent`` or ``node_lengths`` were written into."""
+        self._given.check()  # type: ignore[attr-defined]
+
+    @cached_property
     def leaves(self) -> Tensor:
         """Nodes without children, ascending, int64 ``[L]``."""
-        return self._nodes.leaves
+        return owned(self._nodes.leaves)
 
-    @property
+    @cached_property
     def node_offsets(self) -> Tensor:
         """Node n's tokens are ``node_offsets[n]:node_offsets[n+1]``, int64 ``[M+1]``."""
-        return self._nodes.node_offsets
+        return owned(self._nodes.node_offsets)
 
     @property
     def token_node(self) -> Tensor:
@@ -198,7 +198,7 @@ class Tree:
     @cached_property
     def flat_lengths(self) -> Tensor:
         """Tokens of each rollout, from its root to its leaf, int64 ``[L]``."""
-        return self._nodes.position[self.leaves] + self.node_lengths[self.leaves].long()
+        return self._path_lengths()
 
     @cached_property
     def flat_cu_seqlens(self) -> Tensor:
@@ -208,14 +208,18 @@ class Tree:
     @cached_property
     def flat_index(self) -> Tensor:
         """The packed token of every token of the flat, duplicated rollouts: ``x[tree.flat_index]`` repeats prefixes."""
-        return along_paths(self.parent, self.node_offsets, self.leaves, self.flat_cu_seqlens)
+        return along_paths(self._nodes.parent, self.bounds, self._nodes.leaves, offsets_of(self._path_lengths()))
+
+    def _path_lengths(self) -> Tensor:
+        leaves = self._nodes.leaves
+        return self._nodes.position[leaves] + self.bounds.diff()[leaves]
 
     @cached_property
     def path_nodes(self) -> tuple[Tensor, Tensor]:
         """(leaf, node) of every step of every rollout, rollout after rollout from its root down, int64 ``[S]`` each."""
-        steps = self.depth[self.leaves] + 1
+        steps = self._nodes.depth[self._nodes.leaves].long() + 1
         each = torch.arange(self.num_nodes + 1, device=self.device)
-        node = along_paths(self.parent, each, self.leaves, offsets_of(steps))
+        node = along_paths(self._nodes.parent, each, self._nodes.leaves, offsets_of(steps))
         leaf = torch.arange(self.num_leaves, device=self.device)
         return torch.repeat_interleave(leaf, steps, output_size=node.shape[0]), node
 
@@ -225,7 +229,7 @@ class Tree:
 
         A segment's queries see the keys of its path up to their own: causal, the ends of both aligned ("bottom-right").
         """
-        return attention_segments(self._nodes, self.node_lengths)
+        return attention_segments(self._nodes, self.bounds.diff())
 
     def pairs(
         self,
@@ -327,6 +331,7 @@ class Tree:
         """
         check_tensor("leaves", leaves, dtypes=(torch.bool,), device=self.device)
         check_shape("leaves", leaves, (self.num_leaves,), "one flag a leaf")
+        self.check_given()
         begin, end = self.leaf_range
         below = offsets_of(leaves[self.leaf_order])
         nodes = below[end] > below[begin]
@@ -343,8 +348,7 @@ class Tree:
             x = getattr(self, field.name)
             object.__setattr__(moved, field.name, None if x is None else x.to(device, non_blocking=non_blocking))
         nodes = Nodes(*(x.to(device, non_blocking=non_blocking) for x in self._nodes))
-        object.__setattr__(moved, "_derived", (nodes, self.num_roots, self.levels))
-        return moved
+        return _keep(moved, (nodes, self.num_roots, self.levels))
 
     @classmethod
     def from_trajectories(cls, batch: PackedBatch, on_mismatch: str = "raise", *, tolerance: float = 1e-3) -> Tree:
@@ -382,3 +386,10 @@ class Tree:
                 that stands behind; naming the argument and the token.
         """
         return cls(*segments(segment_ids, parent_ids)).to(segment_ids.device)
+
+
+def _keep(tree: Tree, derived: tuple[Nodes, int, int]) -> Tree:
+    """The tree, which reads what was derived."""
+    object.__setattr__(tree, "_derived", derived)
+    object.__setattr__(tree, "_given", Given("Tree", {"parent": tree.parent, "node_lengths": tree.node_lengths}))
+    return tree

@@ -140,7 +140,7 @@ def spread(
     if isinstance(values, Branch):
         return Branch(*(spread(x, layout) for x in values))  # type: ignore[arg-type]
     if isinstance(layout, Spans):
-        count, what = layout.start.shape[0], "one value a span"
+        count, what = len(layout), "one value a span"
     elif isinstance(layout, Tree):
         count, what = layout.num_nodes, "one value a node"
     elif isinstance(layout, PackedBatch):
@@ -157,6 +157,7 @@ def spread(
 def _ranges(layout: Spans | PackedBatch | Tree) -> tuple[Tensor, Tensor]:
     """(start, end) of each of the layout's ranges, int64."""
     if isinstance(layout, Spans):
-        return laid_out(layout.start, torch.int64), laid_out(layout.end, torch.int64)
-    offsets = laid_out(layout.node_offsets if isinstance(layout, Tree) else layout.cu_seqlens, torch.int64)
+        start, end = layout.ranges
+        return laid_out(start, torch.int64), laid_out(end, torch.int64)
+    offsets = laid_out(layout.bounds, torch.int64)
     return offsets[:-1], offsets[1:]

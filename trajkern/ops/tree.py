@@ -135,6 +135,7 @@ def _accumulated(x: Tensor) -> Tensor:
 def _check_tree(tree: Any) -> None:
     if not isinstance(tree, Tree):
         raise TypeError(f"tree must be a Tree, got {type(tree).__name__}")
+    tree.check_given()
 
 
 @recorded

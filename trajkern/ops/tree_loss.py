@@ -12,8 +12,9 @@ from trajkern import _backends
 from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, resolved
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
+from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import offsets_of
-from trajkern.layouts.tree import Tree, aggregate_weights
+from trajkern.layouts.tree import Tree
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import LOG_RATIO_BOUND

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext, group_advantages
-from trajkern._checks import check_choice, check_number, describe
+from trajkern._checks import check_choice, check_flag, check_number, describe
 from trajkern.recipes._groups import check_ids, check_vector, group_sum, pair_ids, widened
 
 
@@ -37,6 +37,8 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojun
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     for name, texts in (("actions", actions), ("expert_actions", expert_actions)):
+        if not isinstance(texts, Sequence):
+            raise TypeError(f"{name} must be a sequence of strings, got {describe(texts)}")
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
             raise TypeError(f"{name} must be a sequence of strings, got {describe(wrong)}")
@@ -45,7 +47,7 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojun
             f"expert_actions must have one string for each of the {len(actions)} actions, got {len(expert_actions)}"
         )
     ratios = torch.empty(len(actions), dtype=torch.float64)
-    _ext.cpu().similarity(tuple(actions), tuple(expert_actions), autojunk, ratios.data_ptr())
+    _ext.cpu().similarity(tuple(actions), tuple(expert_actions), check_flag("autojunk", autojunk), ratios.data_ptr())
     return ratios
 
 

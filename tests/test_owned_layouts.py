@@ -1,0 +1,108 @@
+"""What is written into a layout's tensors once it is made reaches no kernel, and is an error where torch counts it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import trajkern as tk
+
+X = torch.tensor([1.0, 2.0, 3.0, 4.0])
+FAR = 2**40
+
+
+def spans(dtype: torch.dtype = torch.int64) -> tk.Spans:
+    return tk.Spans(*(torch.tensor(x, dtype=dtype) for x in ([0, 2], [2, 4], [0, 1], [0, 0])), 4)
+
+
+def tree() -> tk.Tree:
+    return tk.Tree(torch.tensor([-1, 0, 0]), torch.tensor([2, 1, 1]))
+
+
+def batch() -> tk.PackedBatch:
+    flags = torch.tensor([False, True, False, True])
+    return tk.PackedBatch(torch.arange(4), torch.tensor([0, 2, 4]), flags, torch.zeros(2, dtype=torch.int64))
+
+
+USES: list[tuple[Callable[[], Any], str, Callable[[Any], Any]]] = [
+    (spans, "start", lambda x: tk.span_reduce(X, x)),
+    (spans, "end", lambda x: tk.span_reduce(X, x)),
+    (spans, "end", lambda x: tk.spread(X[:2], x)),
+    (spans, "end", lambda x: x.token_span),
+    (spans, "end", lambda x: tk.span_reduce(X, x.to("cpu"))),
+    (tree, "parent", lambda x: tk.subtree_reduce(X[:2], x)),
+    (tree, "parent", lambda x: tk.sibling_advantages(X[:3], x)),
+    (tree, "parent", lambda x: tk.branch_coefficients(X[:2], x).positive),
+    (tree, "parent", lambda x: x.flat_index),
+    (tree, "node_lengths", lambda x: tk.spread(X[:3], x)),
+    (tree, "node_lengths", lambda x: x.flat_index),
+    (tree, "node_lengths", lambda x: x.attention_segments.keys),
+    (batch, "cu_seqlens", lambda x: tk.spread(X[:2], x)),
+    (batch, "cu_seqlens", lambda x: x.to_padded(X)),
+    (batch, "cu_seqlens", lambda x: tk.Tree.from_trajectories(x).flat_index),
+    (batch, "loss_mask", lambda x: x.head_inputs().rows),
+]
+
+
+@pytest.mark.parametrize(("made", "name", "use"), USES)
+def test_a_write(made: Callable[[], Any], name: str, use: Callable[[Any], Any]) -> None:
+    wanted, counted, silent = use(made()), made(), made()
+    getattr(counted, name).fill_(1)
+    with pytest.raises(ValueError, match=rf"{name} must not be written into once a {type(counted).__name__} is made"):
+        use(counted)
+    getattr(silent, name).data.fill_(FAR if name != "loss_mask" else 1)  # which torch does not count
+    assert torch.equal(use(silent), wanted)
+
+
+def test_what_a_tree_shows_is_not_what_it_reads() -> None:
+    wanted, other = tree(), tree()
+    for name in ("leaves", "node_offsets", "flat_lengths"):
+        getattr(other, name).fill_(FAR)
+    assert torch.equal(other.flat_index, wanted.flat_index)
+    assert torch.equal(tk.spread(X[:3], other), tk.spread(X[:3], wanted))
+
+
+@pytest.mark.parametrize("field", ["tokens", "loss_mask", "group_ids"])
+def test_other_data_in_a_batch(field: str) -> None:
+    other = batch()
+    getattr(other, field).data = getattr(other, field)[:0]
+    with pytest.raises(ValueError, match=rf"{field} must have shape"):
+        tk.Tree.from_trajectories(other)
+
+
+@pytest.mark.parametrize("made", [spans, tree, batch])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_counts_for_itself(made: Callable[[], Any], copied: Callable[[Any], Any]) -> None:
+    layout = made()
+    name = "start" if made is spans else "parent" if made is tree else "tokens"
+    getattr(layout, name)[0] += 0  # its copy's version is another
+    layout = copied(type(layout)(**{key: getattr(layout, key) for key in _fields(layout)}))
+    values = X[:3] if made is tree else X[:2]
+    assert torch.equal(tk.spread(values, layout), tk.spread(values, made()))
+
+
+def _fields(layout: Any) -> list[str]:
+    return [key for key in vars(layout) if not key.startswith("_")]
+
+
+def test_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        made = spans()
+    assert torch.equal(tk.span_reduce(X, made), torch.tensor([1.5, 3.5]))
+
+
+def test_int32_stays() -> None:
+    assert spans(torch.int32).lengths.dtype == torch.int32
+
+
+def test_too_many_tokens() -> None:
+    for lengths in ([2**62] * 3, [2**30] * 3, [2**31, 0, 0]):
+        with pytest.raises(ValueError, match=r"node_lengths must be at most 2147483647 tokens in all"):
+            tk.Tree(torch.tensor([-1, 0, 0]), torch.tensor(lengths))
+    with pytest.raises(ValueError, match="num_tokens must be at most 2147483647"):
+        tk.Spans(*(torch.zeros(1, dtype=torch.int64) for _ in range(4)), 2**62)
