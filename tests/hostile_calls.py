@@ -196,7 +196,7 @@ def _is_legal(name: str, kind: str, x: Any) -> bool:
     if x is None:
         return "| None" in kind
     if name == "top_k":  # a bound of a mean
-        return x in (1.5, 2**62)
+        return isinstance(x, (int, float)) and x in (1.5, 2**62)
     if not isinstance(x, int):
         return False
     return (x == 3 and "float" in kind) or (x == 2**62 and name in ("workspace_bytes", "max_length", "top_k"))

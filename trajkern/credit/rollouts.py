@@ -176,7 +176,7 @@ class Rollouts:
     @property
     def whole(self) -> Spans:
         """Each rollout as a span."""
-        return self.once("whole", lambda: trajectories(self.batch.cu_seqlens.long(), self.batch.num_tokens))
+        return self.once("whole", lambda: trajectories(self.batch.bounds.long(), self.batch.num_tokens))
 
     @property
     def token_lists(self) -> list[list[int]]:

@@ -155,7 +155,7 @@ class Tree:
     @cached_property
     def leaf_root(self) -> Tensor:
         """The number of each leaf's root, in the order of the roots, int64 ``[L]``."""
-        return self.node_root[self.leaves]
+        return self.node_root[self._nodes.leaves]
 
     @cached_property
     def leaf_group(self) -> Tensor:
@@ -185,14 +185,14 @@ class Tree:
     @cached_property
     def positions(self) -> Tensor:
         """The position id of each token: how many tokens stand before it on its path, int64 ``[T]``."""
-        within = torch.arange(self.num_tokens, device=self.device) - self.node_offsets[self.token_node]
+        within = torch.arange(self.num_tokens, device=self.device) - self._nodes.node_offsets[self.token_node]
         return self._nodes.position[self.token_node] + within
 
     @cached_property
     def rows(self) -> Tensor:
         """The token whose hidden state predicts each token: the one before it on its path, or -1; int64 ``[T]``."""
         token = torch.arange(self.num_tokens, device=self.device)
-        first = token == self.node_offsets[self.token_node]
+        first = token == self._nodes.node_offsets[self.token_node]
         return torch.where(first, self._nodes.previous[self.token_node], token - 1)
 
     @cached_property
@@ -256,7 +256,9 @@ class Tree:
                 )
             scored = loss_mask
         target = scored.nonzero().squeeze(1)
-        return HeadInputs(self.rows[target], tokens[target].long(), target, offsets_of(scored)[self.node_offsets])
+        return HeadInputs(
+            self.rows[target], tokens[target].long(), target, offsets_of(scored)[self._nodes.node_offsets]
+        )
 
     def leaf_weights(
         self,
@@ -280,7 +282,7 @@ class Tree:
             if max_length is None:
                 raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
         number = None if max_length is None else check_number("max_length", max_length, low=1)
-        counts = self.along_paths(offsets_of(mask)[self.node_offsets].diff())
+        counts = self.along_paths(offsets_of(mask)[self._nodes.node_offsets].diff())
         return aggregate_weights(counts, aggregate, number)
 
     def along_paths(self, per_node: Tensor) -> Tensor:  # [M]
