@@ -67,7 +67,9 @@ def check_tensor(
     elif not is_dynamo_compiling():
         try:
             memory = x.untyped_storage()
-            whole = memory.nbytes() == x.nbytes and memory.data_ptr() != 0 and (ndim == 1 or not x.is_nested)
+            begin = memory.data_ptr()
+            whole = begin != 0 and x.is_contiguous() and x.data_ptr() - begin + x.nbytes <= memory.nbytes()
+            whole = whole and (ndim == 1 or not x.is_nested)
         except (RuntimeError, NotImplementedError):  # it has no storage
             whole = False
         if not whole:
