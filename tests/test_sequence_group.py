@@ -141,7 +141,7 @@ def test_over_ranks(of_ranks: list[dict[Any, Any]], op: OpSpec, case: Case) -> N
 
 def test_errors(of_ranks: list[dict[Any, Any]]) -> None:
     texts = of_ranks[0]["errors"]
-    assert texts[0] == "sequence_group must be a torch.distributed.ProcessGroup, got 'cp' (str)"
+    assert texts[0] == "sequence_group must be a process group of torch.distributed, got 'cp' (str)"
     assert texts[1].startswith("sequence_group must be None for kind 'kl_cov' with ratio level 'token'")
     assert texts[2].startswith("advantages must have length 2")
     assert texts[3].endswith("got [2, 3, 2] trajectories")

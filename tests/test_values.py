@@ -122,13 +122,16 @@ def _unscored(inputs: dict[str, Any]) -> dict[str, Any] | None:
         return inputs | {"branch": tk.Paths(branch.tree, poisoned, branch.gate)}
     if keep is None:
         return None
+    weights = {name: x for name in ("supervised_weights", "kl_weights") if (x := inputs.get(name)) is not None}
+    for x in weights.values():  # a token that has one is read whatever the mask
+        keep = keep | (x != 0)
     rows, poisoned = keep.ndim, dict(inputs)
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.is_floating_point() and x.shape[:rows] == keep.shape:
             poisoned[name] = torch.where(keep.view(*keep.shape, *[1] * (x.ndim - rows)), x, torch.nan)
     if isinstance(poisoned.get("temperature"), Tensor):  # a number that is wanted of every row
         poisoned["temperature"] = inputs["temperature"]
-    return poisoned
+    return poisoned | weights
 
 
 HIDDEN = [(s, c) for s, c in SMALL if {"mask", "gate", "branch"} & s.inputs(c, torch.float32).keys()]

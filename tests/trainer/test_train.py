@@ -6,7 +6,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +48,14 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, step: str, after: int, number: i
         return original(*args)
 
     monkeypatch.setattr(training, step, interrupted)
+
+
+@pytest.fixture(autouse=True)
+def _heeds_the_keyboard() -> Iterator[None]:
+    """A shell starts what it runs in the background with Ctrl-C ignored, and a run leaves what is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_leaves_its_results(config: Make, capsys: pytest.CaptureFixture) -> None:
