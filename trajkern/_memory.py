@@ -92,4 +92,4 @@ def _is_traced(x: Tensor) -> bool:
 def _end(x: Tensor) -> int:
     """The bytes of a storage up to the end of x's last element."""
     last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (last + 1) * x.itemsize
+    return int(last + 1) * x.itemsize

@@ -89,7 +89,7 @@ def clear(folder: Path) -> None:
 def checksum(x: Tensor) -> str:
     """Of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(_described(x).encode())
-    digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -70,7 +70,8 @@ def check_fields(settings: Any, prefix: str = "") -> None:
 
     ``prefix`` goes before the field's name in the message.
     """
-    for name, hint in hints_of(type(settings)).items():
+    kind: Any = type(settings)
+    for name, hint in hints_of(kind).items():
         conform(prefix + name, getattr(settings, name), hint)
 
 
@@ -100,10 +101,11 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if origin in (list, dict):
         return _collection(name, value, origin, arguments)
     if is_dataclass(hint):
-        if isinstance(value, hint):
+        table: Any = hint
+        if isinstance(value, table):
             check_fields(value, f"{name}.")
             return value
-        return _table(name, value, hint)
+        return _table(name, value, table)
     expected, types = _PLAIN[hint]
     if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
@@ -113,9 +115,10 @@ def conform(name: str, value: Any, hint: Any) -> Any:
 def _collection(name: str, value: Any, kind: type, arguments: tuple[Any, ...]) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+    held: Any = value
     if kind is list:
-        return [conform(f"{name}[{n}]", x, arguments[0]) for n, x in enumerate(value)]
-    return {conform(name, k, arguments[0]): conform(f"{name}.{k}", x, arguments[1]) for k, x in value.items()}
+        return [conform(f"{name}[{n}]", x, arguments[0]) for n, x in enumerate(held)]
+    return {conform(name, k, arguments[0]): conform(f"{name}.{k}", x, arguments[1]) for k, x in held.items()}
 
 
 def _table(name: str, value: Any, kind: Any) -> Any:

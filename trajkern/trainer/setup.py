@@ -98,7 +98,7 @@ def restore_stage(stored: checkpoint.Checkpoint, stage: Stage, splits: Splits) -
 def take_folder(config: TrainConfig, ranks: Ranks) -> Folder:
     """The folder of the results, which rank 0 makes and locks."""
     folder = Folder.of(config) if ranks.number == 0 else None
-    path = ranks.told(folder and folder.path)
+    path: Path | None = ranks.told(None if folder is None else folder.path)
     assert path is not None
     return folder or Folder(path)
 
