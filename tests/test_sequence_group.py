@@ -75,6 +75,9 @@ def _errors(rank: int, group: dist.ProcessGroup) -> list[str]:
         loss(advantages=torch.ones(4)),
         loss(**one_more),
         loss(**each),
+        loss(advantages=torch.tensor([1.0, float(rank)])),
+        loss(normalizer=1.0 + rank),
+        loss(config=tk.PolicyLoss("gspo", clip_high=0.2 + 0.1 * rank)),
     ]
 
 
@@ -146,3 +149,5 @@ def test_errors(of_ranks: list[dict[Any, Any]]) -> None:
     assert texts[2].startswith("advantages must have length 2")
     assert texts[3].endswith("got [2, 3, 2] trajectories")
     assert texts[4] == "per_token must be the same on every rank of sequence_group; got [False, True, False]"
+    differ = "must be the same on every rank of sequence_group; it differs"
+    assert texts[5:] == [f"{name} {differ}" for name in ("advantages", "normalizer", "config")]

@@ -24,7 +24,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
-from trajkern.ops.policy_loss_ranks import check_parts
+from trajkern.ops.policy_loss_ranks import check_parts, check_shared
 from trajkern.ops.tree_loss import Paths, check_branch, leaf_counts
 
 
@@ -60,7 +60,7 @@ def check_loss(
     else:
         advantages = arguments.advantages if branch is None else branch.positive
         per_token = _check_advantages(logprobs, advantages, arguments.cu_seqlens, arguments.per_token)
-    return LossArguments(
+    checked = LossArguments(
         config,
         arguments.old_logprobs,
         arguments.advantages,
@@ -77,6 +77,9 @@ def check_loss(
         arguments.kl_weights if config.kl_coef else None,
         _stream_normalizer("kl", arguments.kl_weights, arguments.kl_normalizer, logprobs) if config.kl_coef else None,
     )
+    if checked.sequence_group is not None and readable(logprobs):
+        check_shared(checked)
+    return checked
 
 
 def _check_tokens(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, in_head: bool) -> None:

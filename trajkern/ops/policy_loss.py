@@ -217,8 +217,9 @@ def policy_loss(
             trajectory with ``sequence_group``.
         sequence_group: of torch.distributed, over whose ranks the trajectories' tokens are spread (context parallel):
             each rank's ``cu_seqlens`` bounds its tokens of the same N trajectories, any number or none of each, and
-            advantages per trajectory are the same on all. Every rank must make the call. What is counted or averaged
-            over a trajectory or the batch is over all ranks' tokens, for which a number or a few a trajectory travel;
+            advantages per trajectory, config and normalizer are the same on all (checked on the CPU). Every rank must
+            make the call. What is counted or averaged over a trajectory or the batch is over all ranks' tokens, for
+            which a number or a few a trajectory travel;
             loss and metrics are the whole batch's, the same on every rank, and each has its own tokens' gradient, so
             that the ranks' gradients of a parameter add up. No ``branch``; not "kl_cov", "clip_cov", nor ratio level
             "sequence" with "k3_corrected" or a kind whose trees refuse it, nor "gmpo" and "vespo" with it.

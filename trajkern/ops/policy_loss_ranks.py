@@ -46,8 +46,6 @@ class _Whole(torch.autograd.Function):
 def check_parts(arguments: LossArguments, logprobs: Tensor) -> LossArguments:
     """Raises where trajectories cannot be split; else the arguments with ``per_token`` a bool."""
     config, group = arguments.config, arguments.sequence_group
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"sequence_group must be a torch.distributed.ProcessGroup, got {describe(group)}")
     if arguments.branch is not None:
         raise ValueError(f"branch must be None with sequence_group; got {describe(arguments.branch)}")
     if not config.exact_in_parts:
@@ -74,6 +72,27 @@ def _check_agreement(trajectories: int, per_token: bool, group: dist.ProcessGrou
         )
     if flags.min() != flags.max():
         raise ValueError(f"per_token must be the same on every rank of sequence_group; got {flags.bool().tolist()}")
+
+
+def check_shared(arguments: LossArguments) -> None:
+    """Raises on every rank where what all must share differs: the trajectories' advantages, config and normalizer.
+
+    Exchanges and reads their values; of checked arguments.
+    """
+    config, normalizer, advantages = arguments.config, arguments.normalizer, arguments.advantages
+    shared = {
+        "config": torch.tensor([*config.kernel_options, *config.kernel_params], dtype=torch.float64),
+        "normalizer": torch.full((1,), -1.0 if normalizer is None else float(normalizer), dtype=torch.float64),
+    }
+    if not arguments.per_token:
+        shared["advantages"] = _given(advantages).detach().double()
+    mine = torch.cat(list(shared.values()))
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(arguments.sequence_group))]
+    dist.all_gather(of_ranks, mine, group=arguments.sequence_group)
+    sizes = [x.numel() for x in shared.values()]
+    for name, x in zip(shared, torch.stack(of_ranks).split(sizes, 1), strict=True):
+        if not torch.equal(x.nan_to_num(), x[:1].expand_as(x).nan_to_num()):
+            raise ValueError(f"{name} must be the same on every rank of sequence_group; it differs")
 
 
 def split_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, formed: Formed) -> Result:
