@@ -18,7 +18,9 @@ class Test:
             "tokens to pass@1 >= 0.5" (steps, seconds likewise), by interpolation of the validation's curve, all that
             the run has spent where it does not get there;
             "mean pass@1", that of the validation's curve over the run's tokens;
-            "pass@8 at pass@1 = 0.5", that of the validation's curve where it first gets there, None where it does not.
+            "pass@8 at pass@1 = 0.5", that of the validation's curve where it first gets there, None where it does not;
+            "pass@8 at equal pass@1", that of each validation's curve where it first gets to the highest that both runs
+            get to.
         against: an arm.
         better: the direction that the authors report.
         matters: the smallest difference that would matter, above 0; an interval that excludes it decides against the

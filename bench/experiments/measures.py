@@ -11,6 +11,7 @@ SPENT = ("steps", "tokens", "seconds")
 _TO = re.compile(r"(steps|tokens|seconds) to (\S+) >= (\S+)")
 _MEAN = re.compile(r"mean (\S+)")
 _AT = re.compile(r"(\S+) at (\S+) = (\S+)")
+_AT_EQUAL = re.compile(r"(\S+) at equal (\S+)")
 
 
 def measured(result: dict[str, Any], measure: str) -> float | None:
@@ -26,9 +27,29 @@ def measured(result: dict[str, Any], measure: str) -> float | None:
     if parts := _MEAN.fullmatch(measure):
         return mean_over(column(curve, "tokens"), column(curve, parts[1]))
     if parts := _AT.fullmatch(measure):
-        at = crossing(column(curve, parts[2]), float(parts[3]))
-        return None if at is None else between(column(curve, parts[1]), at)
+        return _at_level(curve, parts[1], parts[2], float(parts[3]))
     return result[measure] if measure in SPENT else result["after"].get(measure)
+
+
+def compared(first: dict[str, Any], other: dict[str, Any], measure: str) -> tuple[float | None, float | None]:
+    """The measure of each of two runs; "at equal" is a measure of both together.
+
+    Raises:
+        ValueError: a measure of the curve that no validation has.
+    """
+    parts = _AT_EQUAL.fullmatch(measure)
+    if parts is None:
+        return measured(first, measure), measured(other, measure)
+    curves = first["curve"], other["curve"]
+    shared = min(max(column(curve, parts[2])) for curve in curves)
+    x, y = (_at_level(curve, parts[1], parts[2], shared) for curve in curves)
+    return x, y
+
+
+def _at_level(curve: Sequence[dict[str, Any]], measure: str, over: str, level: float) -> float | None:
+    """The measure where ``over`` first reaches ``level``; None where it does not."""
+    at = crossing(column(curve, over), level)
+    return None if at is None else between(column(curve, measure), at)
 
 
 def column(curve: Sequence[dict[str, Any]], measure: str) -> list[float]:

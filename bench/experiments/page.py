@@ -11,7 +11,7 @@ from typing import Any
 
 from trajkern._bench.experiments import panels
 from trajkern._bench.experiments.comparisons import Test
-from trajkern._bench.experiments.measures import measured
+from trajkern._bench.experiments.measures import compared, measured
 from trajkern._bench.experiments.statistics import Finding, holm, paired, verdict
 from trajkern._bench.experiments.stored import Row
 
@@ -53,11 +53,7 @@ def findings_of(rows: dict[str, Row]) -> dict[str, list[Finding]]:
 def differences(row: Row, test: Test) -> list[float]:
     """The first arm's measure less the other's, on the seeds where both have it."""
     first, other = row.arms[next(iter(row.comparison.arms))], row.arms[test.against]
-    pairs = [
-        (measured(first[s], test.measure), measured(other[s], test.measure))
-        for s in row.seeds
-        if s in first and s in other
-    ]
+    pairs = [compared(first[s], other[s], test.measure) for s in row.seeds if s in first and s in other]
     return [x - y for x, y in pairs if x is not None and y is not None]
 
 

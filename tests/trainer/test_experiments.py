@@ -15,7 +15,7 @@ import pytest
 
 from trajkern._bench.experiments import arms, controls, page, reproduce, stored
 from trajkern._bench.experiments.comparisons import Comparison, Panel, Test
-from trajkern._bench.experiments.measures import measured
+from trajkern._bench.experiments.measures import compared, measured
 from trajkern._bench.experiments.rows import COMPARISONS
 from trajkern._bench.experiments.statistics import Finding, Paired, holm, paired, t_quantile, t_within, verdict
 from trajkern.trainer.config import TrainConfig, parse
@@ -128,6 +128,19 @@ def test_measures_by_hand() -> None:
         assert measured(run, measure) == (None if value is None else pytest.approx(value)), measure
     with pytest.raises(ValueError, match="measure of the curve must be one of steps, .*pass@2, .*; got 'greedy'"):
         measured(run, "mean greedy")
+
+
+def test_a_measure_at_what_both_runs_reach_is_worked_out_by_hand() -> None:
+    slow = result("one", 0, 0.625, [(0, 0.2, 0.4), (100, 0.4, 0.8), (400, 0.6, 0.7)])
+    fast = result("two", 0, 0.9, [(0, 0.2, 0.4), (100, 0.5, 0.9), (200, 0.7, 0.5), (300, 0.3, 0.3)])
+    slow_at, fast_at = 0.7, 0.9 + (0.5 - 0.9) * (0.6 - 0.5) / (0.7 - 0.5)
+    assert compared(slow, fast, "pass@2 at equal pass@1") == pytest.approx((slow_at, fast_at))
+    assert compared(fast, slow, "pass@2 at equal pass@1") == pytest.approx((fast_at, slow_at))
+    assert compared(slow, fast, "pass@1") == (0.625, 0.9)
+    never = result("two", 0, 0.1, [(0, 0.1, 0.2)])
+    assert compared(never, slow, "pass@2 at equal pass@1") == (0.2, 0.4), "both are past it as they begin"
+    with pytest.raises(ValueError, match="measure of the curve must be one of .*; got 'greedy'"):
+        compared(slow, fast, "greedy at equal pass@1")
 
 
 def test_the_page_is_worked_out_by_hand(tmp_path: Path) -> None:
