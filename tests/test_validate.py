@@ -1,4 +1,4 @@
-"""``trajkern validate`` and ``trajkern.testing.check``: what passes, what is caught, what is said."""
+"""``trajkern validate``: what passes, what is caught, what is said."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 
 import trajkern as tk
 from trajkern import cli, validate
-from trajkern.testing import check, spec_of
+from trajkern.testing import spec_of
 
 
 def test_a_sound_op_in_a_fresh_process(tmp_path) -> None:
@@ -42,12 +41,13 @@ def test_an_error_is_caught_with_its_smallest_case(monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     assert re.search(r"^whiten +native +float32 .* FAIL$", shown, re.M)
     assert "times its budget" in shown
-    code = textwrap.dedent(
-        "\n".join(line for line in shown.splitlines() if line.startswith("  ") and "smallest" not in line)
-    )
-    exec(compile(code, "the failure", "exec"), {})
-    printed = eval(capsys.readouterr().out.splitlines()[0])
-    assert printed["whitened"] > 1
+    assert max(map(len, shown.splitlines())) <= cli.WIDTH
+    name = re.search(r"^  the smallest, (\w+)", shown, re.M)[1]
+    assert spec_of("whiten").case(name).reason in shown
+    worst = re.search(r"whitened is off by (.* times its budget, worst at \[\d+\]: got\s+\S+,\s+expected \S+)", shown)[1]
+    code = shown[shown.index("import torch\n") : shown.rindex("\n\n")]
+    exec(compile(code, "what was pasted", "exec"), {})
+    assert " ".join(worst.split()) in " ".join(capsys.readouterr().out.split())
 
 
 def test_bits_that_depend_on_the_run_or_the_batch_fail(monkeypatch, capsys) -> None:
@@ -107,32 +107,6 @@ def test_a_tree_of_ones_own(tmp_path, capsys) -> None:
     assert validate.main(["--op", "subtree_reduce", "--inputs", str(path)]) == 0
 
 
-class TestCheck:
-    def test_an_implementation_of_ones_own(self) -> None:
-        def whiten(x, *, mask=None, shift_mean=True, ddof=1, **_):
-            return tk.reference.whiten(x, mask=mask, shift_mean=shift_mean, ddof=ddof, **_)
-
-        assert all(result.passed for result in check(whiten, like="whiten"))
-
-    def test_a_wrong_one(self) -> None:
-        (result,) = check(_wrong_on(1), like="whiten", dtypes=[torch.float32])
-        assert not result.passed and result.worst > 1
-        assert result.smallest.size == min(failure.size for failure in result.failures)
-
-    def test_one_that_raises(self) -> None:
-        def broken(*_, **__):
-            raise KeyError("no such kernel")
-
-        (result,) = check(broken, like="whiten", dtypes=[torch.float64])
-        assert "KeyError: 'no such kernel'" in result.smallest.why
-
-    def test_unknown_op_gets_the_list(self) -> None:
-        with pytest.raises(ValueError, match="op must be one of .*'token_logprobs'.*; got 'tokens'"):
-            check(tk.whiten, like="tokens")
-        with pytest.raises(ValueError, match="intensity must be one of 0, 1, 2, 3; got 4"):
-            check(tk.whiten, like="whiten", intensity=4)
-
-
 class TestCompiled:
     def test_the_same_report_of_compiled_kernels(self, capsys, tmp_path) -> None:
         pytest.importorskip("triton")
@@ -149,7 +123,7 @@ class TestCompiled:
         monkeypatch.setattr(tk, "linear_logprobs", lambda *args, **options: logprobs(*args, **options) * 1.01)
         assert validate.main(["--compiled", "sm_90", "--op", "linear_logprobs"]) == 1
         shown = capsys.readouterr().out
-        assert 'with compiled("sm_90"), tk.use_backend("triton"):' in shown and "import compiled, errors" in shown
+        assert 'with compiled("sm_90"), tk.use_backend("triton"):' in shown and "import compiled, differences" in shown
 
     def test_what_does_not_go_together(self, capsys) -> None:
         assert validate.main(["--compiled", "sm_90", "--device", "cpu"]) == 2

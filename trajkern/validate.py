@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from trajkern.testing.registry import OpSpec
 from trajkern.testing.validation import FRESH, Result, cases_of, plan, plan_compiled, validate
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = f"{'op':<21}{'backend':<8}{'dtype':<10}{'cases':>5}{'worst':>8}  {'twice':<6}{'packed':<8}{'time':>9}"
+COLUMNS = f"{'op':<20}{'backend':<8}{'dtype':<10}{'cases':>5}{'worst':>8}  {'twice':<7}{'packed':<7}{'time':>8}"
 
 
 def main(argv: list[str]) -> int:
@@ -43,14 +42,16 @@ def main(argv: list[str]) -> int:
         return 2
     failed = [result for result in results if not result.passed]
     for result in failed:
-        print("\n" + _report(result, args.compiled))
+        if args.compiled:
+            result.within = f'compiled("{args.compiled}"), {result.within}'
+        print(f"\n{result}")
     total, cases = sum(r.seconds for r in results), sum(r.cases for r in results)
     verdict = f"{len(failed)} of {len(results)} rows failed" if failed else "all within budget"
     print(f"\n{cases:,} cases, {_seeds(args)}: {verdict}; {total:.1f} s in the ops")
     if args.json is not None:
         report: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
         report |= {"seeds": args.seeds, "compiled": args.compiled, "intensity": _intensity(args)}
-        report["results"] = [asdict(r) | {"passed": r.passed} for r in results]
+        report["results"] = [r.plain() for r in results]
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -112,34 +113,14 @@ def _progress(done: int, total: int, what: str) -> None:
 
 
 def _line(r: Result) -> str:
-    bits = f"{_bits(r.repeatable):<6}{_bits(r.invariant):<8}"
+    bits = f"{_bits(r.repeatable):<7}{_bits(r.invariant):<7}"
+    worst = f"{r.worst:.2f}" if r.worst < 1e4 else f"{r.worst:.0e}"
     mark = "" if r.passed else " FAIL"
-    return f"{r.op:<21}{r.backend:<8}{r.dtype:<10}{r.cases:>5}{r.worst:>8.2f}  {bits}{r.seconds * 1e3:>6.0f} ms{mark}"
+    return f"{r.op:<20}{r.backend:<8}{r.dtype:<10}{r.cases:>5}{worst:>8}  {bits}{r.seconds * 1e3:>5.0f} ms{mark}"
 
 
 def _bits(same: bool) -> str:
     return "same" if same else "DIFFER"
-
-
-def _report(result: Result, arch: str | None) -> str:
-    """The smallest failure, and how to see it again."""
-    failure = result.smallest
-    context = f'compiled("{arch}"), ' if arch else ""
-    lines = [
-        f"{result.op}, {result.backend}, {result.dtype}: {len(result.failures)} of {result.cases} cases fail",
-        f"  the smallest, {failure.case}: {failure.why}",
-        "",
-        "  import torch, trajkern as tk",
-        f"  from trajkern.testing import {'compiled, ' * bool(arch)}errors, spec_of",
-        "  from trajkern.testing.validation import dependent",
-        f'  op = spec_of("{result.op}")',
-        f'  case = next(c for c in op.cases if c.name == "{failure.case}")',
-        f'  inputs = op.inputs(case, torch.{result.dtype}, "{result.device}", seed={failure.seed})',
-        f'  with {context}tk.use_backend("{result.backend}"):',
-        f"      print(errors(op, tk.{result.op}, inputs))",
-        f"      print(dependent(op, tk.{result.op}, inputs))",
-    ]
-    return "\n".join(lines)
 
 
 def _own_inputs(args: argparse.Namespace) -> int:

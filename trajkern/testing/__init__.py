@@ -1,6 +1,7 @@
 """One registry of op specs, which the tests, the validation and the benchmarks share."""
 
 from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, span, topk, tree
+from trajkern.testing.findings import Difference, Differences, Failure, Result, Results, differences
 from trajkern.testing.numerics import budget_share, errors, oracle, run
 from trajkern.testing.ptx import KernelFault, compiled
 from trajkern.testing.registry import Case, OpSpec, Variant
@@ -21,12 +22,18 @@ SPECS = (
 __all__ = [
     "SPECS",
     "Case",
+    "Difference",
+    "Differences",
+    "Failure",
     "KernelFault",
     "OpSpec",
+    "Result",
+    "Results",
     "Variant",
     "budget_share",
     "check",
     "compiled",
+    "differences",
     "errors",
     "oracle",
     "run",

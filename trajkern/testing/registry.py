@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern._checks import check_choice
+
 Inputs = dict[str, Any]
 
 
@@ -52,6 +54,11 @@ class OpSpec:
     orders: tuple[Callable[[Inputs], Inputs], ...] = ()  # the same outputs, summed otherwise; taken twice each is none
     oracle_term: float = 8.0  # size of the terms that the float64 oracle sums, whose rounding is its own error
     own_sums: bool = True  # no sum is a BLAS library's, whose order may depend on the number of threads
+
+    def case(self, name: str) -> Case:
+        """The case of that name. Raises ValueError with the list of names where there is none."""
+        check_choice(f"a case of {self.name}", name, [case.name for case in self.cases])
+        return next(case for case in self.cases if case.name == name)
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The case's arguments, its float tensors quantised to ``dtype``."""

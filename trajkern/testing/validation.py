@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -15,82 +15,77 @@ from torch import Tensor
 import trajkern as tk
 from trajkern._backends import OWNERS
 from trajkern._checks import check_choice
+from trajkern.testing.findings import Difference, Failure, Result, Results, compared
 from trajkern.testing.numerics import Outcome, budget_shares, run
+from trajkern.testing.own import Function, called, check_arguments, held, name_of, sorted_out
 from trajkern.testing.registry import Case, Inputs, OpSpec
 
-Function = Callable[..., Any]
 FRESH = {0: 0, 1: 1, 2: 4, 3: 20}  # intensity -> draws of each small case besides the registry's own
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that an implementation fails, and how many numbers it takes."""
-
-    case: str
-    seed: int
-    size: int
-    why: str
-
-
-@dataclass
-class Result:
-    """What was found of one op on one backend at one precision."""
-
-    op: str
-    backend: str  # "" for a function that is not trajkern's
-    device: str
-    dtype: str
-    cases: int = 0
-    worst: float = 0.0  # error as a share of its budget: at most 1 passes
-    worst_case: str = ""
-    repeatable: bool = True  # the same bits twice
-    invariant: bool = True  # the same bits in another order or pack
-    seconds: float = 0.0  # in the function, forward and backward
-    failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    @property
-    def smallest(self) -> Failure:
-        """The failure of the fewest numbers."""
-        return min(self.failures, key=lambda failure: failure.size)
 
 
 def check(
     function: Function,
     *,
     like: str,
+    cases: str | Sequence[str] | None = None,
+    ignore_options: bool = False,
+    backward: bool = True,
     dtypes: Sequence[torch.dtype] | None = None,
     device: str = "cpu",
     intensity: int = 1,
     seed: int = 0,
-) -> list[Result]:
+) -> Results:
     """Hold ``function`` against the cases of the op that it is like.
 
-    It is called with that op's keyword arguments and must return what the op returns.
+    It is called with that op's keyword arguments, and returns what the op returns or a dict of those of its outputs
+    that it computes, such as ``{"loss": loss}``. Each output and each gradient may be off from float64 by twice as much
+    as ``trajkern.reference`` is at that precision, plus one rounding.
 
     Args:
         like: the name of an op, as in ``trajkern.token_logprobs``.
+        cases: names of cases, or patterns of them such as ``"v*"``; by default all. ``spec_of(like).cases`` has them.
+        ignore_options: skip the cases that give an option which ``function`` does not take, such as ``temperature``;
+            ``result.skipped`` has them. Otherwise these cases fail.
+        backward: hold its gradients against the reference, too.
         dtypes: of the inputs; by default all that the op takes.
         device: where the inputs are.
         intensity: 0 to 3; how many fresh draws of each case there are.
         seed: of these draws.
 
     Returns:
-        One :class:`Result` a dtype; all of ``result.passed`` where every error is within its budget. Bits that differ
-        between two runs or two packs are reported as ``repeatable`` and ``invariant``, and fail nothing.
+        One :class:`Result` a dtype. ``passed``, of each and of them all, is whether there was a case and every error is
+        within its budget. They print in a few lines: the smallest failure, why its case is there, the worst number, and
+        code that shows it again. Bits that differ between two runs or two packs are reported as ``repeatable`` and
+        ``invariant``, and fail nothing.
+
+    Raises:
+        TypeError: ``function`` does not take the op's own arguments by name, or returns names that it does not have.
+        ValueError: there is no such op, case or intensity.
     """
     check_choice("intensity", intensity, FRESH)
     spec = spec_of(like)
-    results = []
+    check_arguments(spec, function)
+    chosen, skipped = _chosen(spec, cases), {}
+    if ignore_options:
+        chosen, skipped = sorted_out(spec, function, chosen)
+    spec = replace(held(spec, function, backward), cases=tuple(chosen))
+    call, imports = name_of(function)
+    results = Results()
     for dtype in spec.dtypes if dtypes is None else dtypes:
-        result = Result(like, "", device, _name(dtype))
-        for _ in examine(result, spec, function, dtype, intensity, range(seed, seed + 1), bits=False):
+        result = Result(like, "", device, _name(dtype), skipped=skipped, call=call, imports=imports, backward=backward)
+        for _ in examine(result, spec, called(spec, function), dtype, intensity, range(seed, seed + 1)):
             pass
         results.append(result)
     return results
+
+
+def _chosen(spec: OpSpec, cases: str | Sequence[str] | None) -> list[Case]:
+    """The cases that a name or a pattern fits, each of which fits one."""
+    patterns = [cases] if isinstance(cases, str) else ["*"] if cases is None else list(cases)
+    for pattern in patterns:
+        if not any(fnmatchcase(case.name, pattern) for case in spec.cases):
+            check_choice("cases", pattern, [case.name for case in spec.cases])
+    return [case for case in spec.cases if any(fnmatchcase(case.name, pattern) for pattern in patterns)]
 
 
 def spec_of(name: str) -> OpSpec:
@@ -106,7 +101,7 @@ def plan_compiled(ops: Iterable[str], dtypes: Iterable[torch.dtype]) -> list[tup
     dtypes, planned = list(dtypes), []
     for spec in map(spec_of, ops):
         precisions = [d for d in spec.triton_dtypes or spec.dtypes if d in dtypes]
-        planned += [(spec, Result(spec.name, OWNERS[spec.family]["cuda"], "cpu", _name(d))) for d in precisions]
+        planned += [(spec, _result(spec, OWNERS[spec.family]["cuda"], "cpu", d)) for d in precisions]
     return planned
 
 
@@ -117,8 +112,16 @@ def plan(ops: Iterable[str], devices: Iterable[str], dtypes: Iterable[torch.dtyp
         for device in devices:
             for backend in _backends_of(spec, device):
                 precisions = spec.triton_dtypes if backend == "triton" else spec.dtypes
-                planned += [(spec, Result(spec.name, backend, device, _name(d))) for d in precisions if d in dtypes]
+                planned += [(spec, _result(spec, backend, device, d)) for d in precisions if d in dtypes]
     return planned
+
+
+def _result(spec: OpSpec, backend: str, device: str, dtype: torch.dtype) -> Result:
+    """To be filled with what trajkern's own op does, whose bits are a promise."""
+    imports, within = ("import trajkern as tk",), f'tk.use_backend("{backend}")'
+    return Result(
+        spec.name, backend, device, _name(dtype), call=f"tk.{spec.name}", imports=imports, within=within, bits=True
+    )
 
 
 def _backends_of(spec: OpSpec, device: str) -> list[str]:
@@ -154,35 +157,52 @@ def examine(
     dtype: torch.dtype,
     intensity: int,
     seeds: range,
-    bits: bool = True,
 ) -> Iterator[None]:
-    """Fill ``result``; with ``bits``, results that differ from run to run or with the batch are failures, too."""
+    """Fill ``result``; with its ``bits``, results that differ from run to run or with the batch are failures, too."""
     for case, draw in cases_of(spec, result, intensity, seeds):
-        inputs, why = spec.inputs(case, dtype, result.device, draw), ""
-        try:
-            began = time.perf_counter()
-            first = run(spec, function, inputs)
-            _wait(result.device)
-            result.seconds += time.perf_counter() - began
-            shares = budget_shares(spec, first, inputs)
-            name = max(shares, key=shares.__getitem__)
-            if not shares[name] <= result.worst:
-                result.worst, result.worst_case = shares[name], f"{case.name}: {name}"
-            over = {name: share for name, share in shares.items() if not share <= 1}
-            why = ", ".join(f"{name} is off by {share:.3g} times its budget" for name, share in over.items())
-            again = differing(first, run(spec, function, inputs))
-            packed = dependent(spec, function, inputs) if draw == 0 else ""
-            result.repeatable &= not again
-            result.invariant &= not packed
-            if bits and (again or packed):
-                differences = [f"{again} differs from run to run"] * bool(again) + [packed] * bool(packed)
-                why = ", ".join([why] * bool(why) + differences)
-        except Exception as error:
-            why, result.worst = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], math.inf
-        if why:
-            result.failures.append(Failure(case.name, draw, _size(inputs), why))
+        inputs = spec.inputs(case, dtype, result.device, draw)
+        failure = _failure(result, spec, function, inputs, case, draw)
+        if failure is not None:
+            result.failures.append(failure)
         result.cases += 1
         yield
+
+
+def _failure(result: Result, spec: OpSpec, function: Function, inputs: Inputs, case: Case, draw: int) -> Failure | None:
+    """Run the case, and fill in what it adds to ``result``."""
+    size, bits, first = _size(inputs), "", None
+    try:
+        began = time.perf_counter()
+        first = run(spec, function, inputs)
+        _wait(result.device)
+        result.seconds += time.perf_counter() - began
+        shares = budget_shares(spec, first, inputs)
+        name = max(shares, key=shares.__getitem__)
+        if not shares[name] <= result.worst:
+            result.worst, result.worst_case = shares[name], f"{case.name}: {name}"
+        over = {name: share for name, share in shares.items() if not share <= 1}
+        why = ", ".join(f"{name} is off by {share:.3g} times its budget" for name, share in over.items())
+        again = differing(first, run(spec, function, inputs))
+        packed = dependent(spec, function, inputs) if draw == 0 else ""
+        result.repeatable &= not again
+        result.invariant &= not packed
+        if result.bits:
+            bits = ", ".join([f"{again} differs from run to run"] * bool(again) + [packed] * bool(packed))
+            why = ", ".join(part for part in (why, bits) if part)
+    except Exception as error:
+        why, result.worst = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], math.inf
+    if not why:
+        return None
+    shown = first is not None and size < min((failure.size for failure in result.failures), default=math.inf)
+    return Failure(case.name, draw, size, why, case.reason, bits, _compared(spec, first, inputs) if shown else {})
+
+
+def _compared(spec: OpSpec, actual: Outcome, inputs: Inputs) -> dict[str, Difference]:
+    """Nothing where the result has other tensors than the reference's, which has been said."""
+    try:
+        return compared(spec, actual, inputs)
+    except AssertionError:
+        return {}
 
 
 def differing(left: Outcome, right: Outcome) -> str:
