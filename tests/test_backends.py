@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -85,13 +87,80 @@ def test_wrong_for_the_tensors(monkeypatch: pytest.MonkeyPatch, name: str, funct
 
 
 def test_the_choice_ends_with_the_block() -> None:
-    before = _backends._asked
+    before = _backends.asked()
     with pytest.raises(KeyError), tk.use_backend("reference"):
         with tk.use_backend("reference"):
             pass
-        assert _backends._asked == "reference"
+        assert _backends.asked() == "reference"
         raise KeyError
-    assert _backends._asked is before
+    assert _backends.asked() is before
+
+
+def _opened(name: str) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.enter_context(tk.use_backend(name))
+    return stack
+
+
+def test_blocks_that_overlap() -> None:
+    """Left in the order of their entry, each takes its own choice with it."""
+    before = _backends.asked()
+    first, second, third = (_opened(name) for name in ("reference", "native", "reference"))
+    found = [_backends.asked()]
+    for block in (first, third, second):
+        block.close()
+        found.append(_backends.asked())
+    assert found == ["reference", "reference", "native", before]
+
+
+def test_every_thread_has_its_own_choice() -> None:
+    meeting, found = threading.Barrier(3, timeout=20), dict[str, list[bool]]()
+    x = torch.zeros(2)
+
+    def work(name: str) -> None:
+        with tk.use_backend(name) if name else contextlib.nullcontext():
+            found[name] = []
+            for _ in range(50):
+                meeting.wait()
+                found[name].append(_backends.wants_reference("span", x))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("reference", "native", "")]
+    with tk.use_backend("reference"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {"reference": [True] * 50, "native": [False] * 50, "": [False] * 50}
+
+
+def test_a_task_has_the_choice_of_the_block_that_started_it_until_that_is_left() -> None:
+    async def ask(turns: list[asyncio.Event]) -> list[str | None]:
+        found = [_backends.asked()]
+        for turn in turns:
+            await turn.wait()
+            found.append(_backends.asked())
+        return found
+
+    async def both() -> tuple[list[str | None], list[str | None]]:
+        inside, left = asyncio.Event(), asyncio.Event()
+        outer = asyncio.create_task(ask([inside, left]))
+        with tk.use_backend("reference"):
+            inner = asyncio.create_task(ask([inside, left]))
+            inside.set()
+            await asyncio.sleep(0.01)
+        left.set()
+        return await outer, await inner
+
+    before = _backends.asked()
+    assert asyncio.run(both()) == ([before] * 3, ["reference", "reference", before])
+
+
+def test_a_block_that_another_thread_leaves() -> None:
+    before, block = _backends.asked(), _opened("reference")
+    leaving = threading.Thread(target=block.close)
+    leaving.start()
+    leaving.join()
+    assert _backends.asked() is before
 
 
 def _gpu(monkeypatch: pytest.MonkeyPatch, hip: str | None, **properties: object) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import trajkern as tk
+from trajkern import _backends
 from trajkern.losses.kinds import METRICS
 from trajkern.ops import span, tree
 from trajkern.testing import SPECS, run
@@ -187,3 +190,17 @@ def test_a_graph_gives_nan_for_a_normalizer_that_eager_refuses() -> None:
     for value in (0.0, -1.0):
         assert compiled(X, torch.tensor(value), X < 0).isnan()
         assert compiled(X, torch.tensor(value), X > 0) == 0
+
+
+def test_compiled_code_heeds_the_block_that_it_is_called_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    calls = []
+    plain = _backends.reference().token_stats
+    monkeypatch.setattr(_backends.reference(), "token_stats", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    compiled = torch.compile(lambda x: tk.token_logprobs(x, targets), backend="eager")
+    expected = tk.token_logprobs(logits, targets)
+    for name, count in (("", 0), ("reference", 1), ("native", 1), ("", 1)):
+        with tk.use_backend(name) if name else contextlib.nullcontext():
+            torch.testing.assert_close(compiled(logits), expected)
+        assert len(calls) == count, name

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol
@@ -33,7 +35,35 @@ _DEVICE = {"reference": "any", "native": "cpu", "cuda": "cuda", "triton": "cuda"
 LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, and the AMD targets, that Triton's kernels are compiled for in the tests
 AMD_TARGETS = ("gfx942", "gfx950")
 
-_asked: str | None = None
+
+class Block:
+    """A use_backend: its choice holds until it is left, whatever was entered before, after or inside of it."""
+
+    def __init__(self, name: str, outer: Block | None) -> None:
+        self.name, self.outer, self.entered = name, outer, True
+
+
+_innermost: ContextVar[Block | None] = ContextVar("trajkern.use_backend", default=None)
+_entered = 0  # blocks of all contexts; where there is none, none is looked up, which torch.compile could not trace
+_any_entered = False
+_counting = threading.Lock()
+
+
+def asked() -> str | None:
+    """The backend that this context's blocks ask for, or None."""
+    if not _any_entered:
+        return None
+    block = _innermost.get()
+    while block is not None and not block.entered:
+        block = block.outer
+    return block.name if block else None
+
+
+def _count(change: int) -> None:
+    global _entered, _any_entered
+    with _counting:
+        _entered += change
+        _any_entered = _entered > 0
 
 
 class Executor(Protocol):
@@ -71,18 +101,25 @@ def use_backend(name: str) -> Iterator[None]:
             under Triton's interpreter) or "cuda" (GPU tensors; the families written in CUDA C++). Inside
             ``trajkern.testing.compiled`` the last two take CPU tensors.
 
-    The choice is per process, not per thread. An op that the backend does not have, or cannot run on the tensors'
-    device, raises; nothing falls back.
+    The choice is this thread's, and of asyncio this task's and those that it starts, until the block is left; other
+    threads have their own. Blocks may overlap: of those that are not left, the one entered last is heeded. Autograd's
+    threads for a GPU have none: what ``torch.utils.checkpoint`` computes again there needs its ``context_fn``. A
+    function that torch.compile traces inside a block has its graph broken at each op. An op that the backend does not
+    have, or cannot run on the tensors' device, raises; nothing falls back.
     """
-    global _asked
     check_choice("name", name, NAMES)
     if (why := _unavailable(name)) is not None:
         raise RuntimeError(f"backend {name!r} is not available: {why}")
-    before, _asked = _asked, name
+    block = Block(name, _innermost.get())
+    _innermost.set(block)
+    _count(+1)
     try:
         yield
     finally:
-        _asked = before
+        block.entered = False
+        _count(-1)
+        if _innermost.get() is block:
+            _innermost.set(block.outer)
 
 
 def backends() -> dict[str, str]:
@@ -147,8 +184,8 @@ def wants_reference(family: str, x: Tensor) -> bool:
 
     Never of meta tensors, whose shapes an op's fake knows.
     """
-    if _asked is not None:
-        return _asked == "reference" and not x.is_meta
+    if (name := asked()) is not None:
+        return name == "reference" and not x.is_meta
     device = "cpu" if x.is_cpu else x.device.type
     owner = OWNERS[family].get(device)
     if owner != "cuda":
@@ -161,8 +198,8 @@ def reference() -> ModuleType:
 
 
 @cache
-def _kernels(family: str, device: str, asked: str | None) -> ModuleType:
-    name = asked or OWNERS[family][device]
+def _kernels(family: str, device: str, asked_for: str | None) -> ModuleType:
+    name = asked_for or OWNERS[family][device]
     if name not in (*OWNERS[family].values(), "native"):
         raise RuntimeError(f"backend {name!r} has no {family} kernels; it is one of {sorted(OWNERS[family].values())}")
     executed = _executor is not None and device == "cpu" and _DEVICE[name] == "cuda"
@@ -178,6 +215,6 @@ def launcher(family: str, device: str, op: str) -> Callable[..., Any]:
     """Calls ``op``'s launcher for ``device``, which bears its name in the family's module of every backend."""
 
     def launch(*args: Any) -> Any:
-        return getattr(_kernels(family, device, _asked), op)(*args)
+        return getattr(_kernels(family, device, asked()), op)(*args)
 
     return launch
