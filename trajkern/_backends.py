@@ -43,7 +43,7 @@ class Block:
         self.name, self.outer, self.entered = name, outer, True
 
 
-_innermost: ContextVar[Block | None] = ContextVar("trajkern.use_backend", default=None)
+_innermost: ContextVar[Block | None] = ContextVar("use_backend", default=None)
 _entered = 0  # blocks of all contexts; where there is none, none is looked up, which torch.compile could not trace
 _any_entered = False
 _counting = threading.Lock()
