@@ -91,7 +91,7 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.png and not (args.png.is_dir() and os.access(args.png, os.W_OK)):
         raise Refused(f"--png {args.png}: is not a folder that can be written to")
     if (args.html or args.png) and not find_spec("matplotlib"):
-        raise Refused("--html and --png need matplotlib: pip install trajkern[bench]")
+        raise Refused("--html and --png need matplotlib: pip install matplotlib")
 
 
 def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:

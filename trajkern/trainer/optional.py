@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from trajkern._extras import pip_install
 
-def require(name: str, install: str = "'trajkern[train]'") -> ModuleType:
-    """Import a package, of the ``train`` extra unless told, or say how to install it."""
+
+def require(name: str, package: str | None = None) -> ModuleType:
+    """Import a module of the ``train`` extra, or say what installs it; ``package`` is its distribution's name."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(f"the trainer needs {package}: pip install {install} ({error})", name=name) from error
+        package = package or name.partition(".")[0]
+        raise ImportError(
+            f"the trainer needs {package}: {pip_install('train', package)} ({error})", name=name
+        ) from error

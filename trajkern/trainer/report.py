@@ -12,7 +12,10 @@ from typing import Any
 from trajkern.trainer.optional import require
 
 Scalar = float | int | None
-_SHOWN = ("loss", "reward", "live_groups", "entropy", "val_pass@1", "val_pass@k", "tokens/s")
+# What a step shows, the dearest first: a narrow terminal has no room for the last ones.
+_SHOWN = ("reward", "loss", "val_pass@1", "tokens/s", "live_groups", "val_pass@k", "entropy")
+_BAR, _SHORT_BAR = 24, 10  # columns of it, from 80 of the terminal and below
+_CLOCK = len("0:00:00")
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where the output is no terminal
 
 
@@ -36,7 +39,9 @@ class Metrics:
         past = history.read_bytes()[:size] if history and history.exists() else b""
         self._file = open(path, "wb")
         self._file.write(past)
-        self._board = require("torch.utils.tensorboard").SummaryWriter(tensorboard) if tensorboard else None
+        self._board = (
+            require("torch.utils.tensorboard", "tensorboard").SummaryWriter(tensorboard) if tensorboard else None
+        )
 
     @property
     def size(self) -> int:
@@ -60,8 +65,10 @@ class Metrics:
 class Display:
     """A progress bar on a terminal, a line every few seconds elsewhere; nothing where ``quiet``."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = require("rich.console").Console(soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
+    def __init__(self, quiet: bool = False, **console: Any) -> None:
+        """``console``: options of rich's Console, such as its file and width."""
+        options: dict[str, Any] = {"soft_wrap": True, "highlight": False, "emoji": False, "quiet": quiet} | console
+        self._console = require("rich.console").Console(**options)
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0
@@ -77,13 +84,14 @@ class Display:
         self._name, self._total = name, total
         self._latest: dict[str, Scalar] = {}
         if self._console.is_terminal:
+            self._bar_width = _BAR if self._console.width >= 80 else _SHORT_BAR
             progress = require("rich.progress")
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=24),
-                progress.MofNCompleteColumn(),
+                progress.BarColumn(bar_width=self._bar_width),
+                progress.TextColumn("{task.completed}/{task.total}"),
                 progress.TimeElapsedColumn(),
-                progress.TextColumn("{task.fields[values]}"),
+                progress.TextColumn("{task.fields[values]}", markup=False),
                 console=self._console,
             )
             self._task = self._bar.add_task(name, total=total, completed=done, values="")
@@ -91,14 +99,31 @@ class Display:
 
     def step(self, step: int, values: Mapping[str, Scalar]) -> None:
         self._latest |= {k: v for k, v in values.items() if k in _SHOWN and v is not None}
-        text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in self._latest.items())
         if self._bar:
+            taken = (
+                len(self._name) + self._bar_width + len(f"{step}/{self._total}") + _CLOCK + 4
+            )  # columns stand one apart
+            text = shown(self._latest, max(self._console.width - taken, 0))
             self._bar.update(self._task, completed=step, values=text)
         elif time.monotonic() - self._printed > _PLAIN_INTERVAL or step == self._total:
             self._printed = time.monotonic()
-            self.say(f"{self._name} {step}/{self._total}  {text}")
+            self.say(f"{self._name} {step}/{self._total}  {shown(self._latest)}")
 
     def end(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def shown(values: Mapping[str, Scalar], room: int | None = None) -> str:
+    """As many of a step's values as ``room`` columns hold, the dearest first; by default all."""
+    text = ""
+    for name in _SHOWN:
+        if name in values:
+            value = values[name]
+            word = f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+            longer = f"{text}  {word}" if text else word
+            if room is not None and len(longer) > room:
+                break
+            text = longer
+    return text

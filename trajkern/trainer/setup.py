@@ -14,7 +14,7 @@ from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups, knowable
 from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
-from trajkern.trainer.folder import METRICS, Folder
+from trajkern.trainer.folder import METRICS, Folder, check_free
 from trajkern.trainer.lagging import ANCHOR, Lag
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.models.tokenizer import ALPHABET
@@ -43,6 +43,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
         raise ValueError(f"then.recipe must ask what the recipe {config.recipe} asks; got {config.then.recipe!r}")
     if stored and stored.place["config"]["task"] == config.task and stored.place["data"] != task.fingerprint:
         raise ValueError(f"task must be as it was to resume {config.resume}; {config.task} has changed since")
+    check_places(config, stored, ranks)
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = draw_splits(config, task)
     check_splits(config, splits)
@@ -80,6 +81,16 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
     return run
 
 
+def check_places(config: TrainConfig, stored: checkpoint.Checkpoint | None, ranks: Ranks) -> None:
+    """Raise ValueError where the model cannot be loaded or the results cannot be put, before what takes long."""
+    if config.model != "tiny":
+        from trajkern.trainer.models.huggingface import check_model
+
+        check_model(config.model)
+    if config.out is not None and stored is None and ranks.number == 0:
+        check_free(config.out)
+
+
 def restore_stage(stored: checkpoint.Checkpoint, stage: Stage, splits: Splits) -> None:
     """Give a stage what it remembers, and its copies of the policy. Raises ValueError where it is another's."""
     place, system = stored.place, stage.system
@@ -111,7 +122,9 @@ def make_stage(config: TrainConfig, spec: Spec, task: Task, splits: Splits, poli
         raise ValueError(f"the run must have one rank for a credit with a divergence; got {ranks.mesh.size()}")
     pool = system.pool(splits)
     if len(pool) < config.prompts:
-        raise ValueError(f"prompts must be at most {len(pool)}, the questions to train on; got {config.prompts}")
+        raise ValueError(
+            f"prompts must be at most {len(pool)}, the questions of {config.task!r} to train on; got {config.prompts}"
+        )
     return Stage(config, system, spec, pool)
 
 

