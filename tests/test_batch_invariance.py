@@ -70,6 +70,27 @@ def test_same_bits(name: str, dtype: torch.dtype, results: Callable[..., tuple[T
         assert torch.equal(x[chosen], y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 3, 5, 7, 9, 11, 12, 17, 33, 65])
+def test_any_width(width: int, dtype: torch.dtype) -> None:
+    """MKL adds up a product's edges by where a row stands."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, states = (
+        torch.randn(rows, columns, generator=generator).to(dtype)
+        for rows, columns in ((130, width), (33, width), (130, 8))
+    )
+    order = torch.arange(130).roll(1)
+    results = []
+    for rows in (torch.arange(130), order):
+        h = hidden[rows].requires_grad_()
+        logprobs = tk.linear_logprobs(h, weight, torch.zeros(130, dtype=torch.int64), batch_invariant=True)
+        (grad,) = torch.autograd.grad(logprobs.sum(), h)
+        values = tk.linear_divergence(states[rows], weight[:, :1].expand(33, 8), h, weight, batch_invariant=True)
+        results.append((logprobs.detach(), grad, values))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x[order], y)
+
+
 @pytest.mark.parametrize("results", [_results, _divergence])
 def test_a_mask_changes_no_other_row(results: Callable[..., tuple[Tensor, ...]]) -> None:
     everything, mask = torch.arange(TOKENS), torch.arange(TOKENS) % 4 != 1

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trajkern._checks import (
     check_choice,
@@ -67,8 +68,7 @@ def check_head(arguments: HeadArguments) -> Head:
     if readable(hidden):
         check_pairs(targets, of.vocabulary, rows, hidden.shape[0], mask, support)
     return Head(
-        hidden,
-        weight,
+        *of_aligned_width(hidden, weight, invariant),
         arguments.bias,
         laid_out(targets, torch.int64),
         laid_out(rows, torch.int64),
@@ -80,6 +80,15 @@ def check_head(arguments: HeadArguments) -> Head:
         [int(logits_dtype != torch.float32), workspace, int(invariant), int(torch.compiler.is_compiling())],
         group,
     )
+
+
+ALIGNED = 16  # numbers
+
+
+def of_aligned_width(hidden: Tensor, weight: Tensor, invariant: bool) -> tuple[Tensor, Tensor]:
+    """Both filled up with zeros where MKL, at the edge that another width leaves, adds up by where a row stands."""
+    missing = -hidden.shape[1] % ALIGNED if invariant and hidden.is_cpu else 0
+    return (pad(hidden, (0, missing)), pad(weight, (0, missing))) if missing else (hidden, weight)
 
 
 def reference_arguments(arguments: HeadArguments, head: Head) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
 from trajkern.ops._autograd import applied, differentiable_once
-from trajkern.ops._head_arguments import check_logit_scales, check_projection
+from trajkern.ops._head_arguments import check_logit_scales, check_projection, of_aligned_width
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
 
@@ -201,7 +201,8 @@ class _Side(NamedTuple):
 
     def head(self, mask: Tensor | None, temperature: float, options: list[int]) -> Head:
         scales = [float(temperature), self.softcap or 0.0, self.logit_scale]
-        return Head.of_states(*self[:3], laid_out(mask, torch.bool), scales, options)
+        states = of_aligned_width(self.hidden, self.weight, bool(options[2]))
+        return Head.of_states(*states, self.bias, laid_out(mask, torch.bool), scales, options)
 
 
 def _check_vocabulary(weight: Tensor, teacher_weight: Tensor, vocabulary: int | None) -> int | None:

@@ -95,7 +95,7 @@ def gae(
 ) -> GAE:
     """See :func:`trajkern.gae`. One token at a time: clear, not fast."""
     r, v = _accumulated(rewards), values.to(_accumulated(rewards).dtype)
-    zero = r.new_zeros(())
+    zero = (r + v)[:0].sum()  # with a gradient, of 0
     advantages = [zero] * r.numel()
     bounds = cu_seqlens.tolist()
     for n, (start, end) in enumerate(pairwise(bounds)):
