@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import trajkern as tk
+from tests.poison import poisoned
 from trajkern.testing import SPECS
 
 
@@ -97,20 +99,11 @@ def backend(request: pytest.FixtureRequest):
         yield name
 
 
-def _poisoned(allocate):
-    def poisoned(*args, **kwargs):
-        x = allocate(*args, **kwargs)
-        return x.fill_(torch.nan if x.is_floating_point() else 77 if x.dtype != torch.bool else True)
-
-    return poisoned
-
-
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison() -> Iterator[None]:
     """Memory that an op allocates starts as NaN, so that an element it never writes cannot pass."""
-    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    with poisoned():
+        yield
 
 
 @pytest.fixture(scope="session")

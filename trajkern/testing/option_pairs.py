@@ -21,20 +21,20 @@ from trajkern.testing.pairs import Pair, pair
 from trajkern.testing.registry import Case, Inputs, OpSpec
 from trajkern.testing.tree import chain, comb, random_tree, regular_tree, star
 
-_GIVEN = ("none", "given")
-_HEAD = {
+GIVEN = ("none", "given")
+HEAD = {
     "dtype": ("float32", "bfloat16", "float16", "float64"),
     "gradients": ("all", "hidden", "weight and bias"),
-    "bias": _GIVEN,
+    "bias": GIVEN,
     "temperature": ("1", "number", "rows"),
-    "softcap": _GIVEN,
+    "softcap": GIVEN,
     "logit_scale": ("1", "given"),
     "logits_dtype": ("float32", "own"),
 }
-_LOSS = {
+LOSS = {
     "aggregate": ("own", *AGGREGATES),
     "clip_high": ("0.2", "0.28"),
-    "clip_dual": _GIVEN,
+    "clip_dual": GIVEN,
     "kl": ("none", *KL_ESTIMATORS),
     "sampler_correction": SAMPLER_CORRECTIONS,
     "entropy": ("none", "term", "metric"),
@@ -42,28 +42,28 @@ _LOSS = {
     "normalizer": ("none", "number", "tensor"),
 }
 FLAT: dict[str, tuple[str, ...]] = {
-    **_HEAD,
+    **HEAD,
     "mask": ("none", "some", "all of a trajectory"),
     "rows": ("own", "shared", "some, turned"),
-    "sampling_support": _GIVEN,
+    "sampling_support": GIVEN,
     "workspace": ("13 rows", "64 rows"),
     "batch_invariant": ("no", "yes"),
     "kind": tuple(KINDS),
     "ratio_level": ("own", "token", "sequence"),
-    **_LOSS,
+    **LOSS,
     "advantages": ("a trajectory", "a token", "half zero"),
     "with_logprobs": ("no", "yes"),
 }
 TREE: dict[str, tuple[str, ...]] = {
-    **_HEAD,
+    **HEAD,
     "tree": ("regular", "comb", "star", "forest", "chain", "no tokens", "no nodes"),
     "mask": ("none", "some", "all of a node"),
     "workspace": ("3 rows", "13 rows"),
     "kind": tuple(name for name, kind in KINDS.items() if kind.in_tree),
     "ratio_level": ("token", "sequence"),
-    **_LOSS,
+    **LOSS,
     "advantages": ("signed", "half zero", "zero"),
-    "gate": _GIVEN,
+    "gate": GIVEN,
 }
 _RANKING = tuple(name for name, kind in KINDS.items() if kind.selects)
 FLAT_REFUSED: dict[Pair, str] = {
@@ -103,19 +103,19 @@ def problem(options: dict[str, str], seed: int = 0, tokens: int = TOKENS) -> tup
 
 
 def _arguments(options: dict[str, str], g: torch.Generator, tokens: int) -> Inputs:
-    inputs, cuts = _of_tree(options, g) if "tree" in options else _of_batch(options, g, tokens)
-    config = _config(options)
+    inputs, cuts = _of_tree(options, g) if "tree" in options else of_batch(options, g, tokens)
+    config = config_of(options)
     pairs = inputs["targets"].shape[0]
     known = {k: v for k, v in inputs.items() if k not in ("advantages", "branch", "workspace_bytes", "batch_invariant")}
     now = linear_logprobs(**known | {"logits_dtype": torch.float64})
-    old = now - _chosen(LOG_RATIOS, pairs, g)
+    old = now - chosen(LOG_RATIOS, pairs, g)
     inputs |= {"old_logprobs": old if options["old_logprobs"] == "given" else None, "config": config}
     inputs["cu_seqlens"] = cuts
     if config.kl_coef:
-        inputs["ref_logprobs"] = old + 0.2 * _randn(g, pairs)
+        inputs["ref_logprobs"] = old + 0.2 * randn(g, pairs)
     if config.sampler_correction != "none":
         before = old if options["old_logprobs"] == "given" else now
-        inputs["sampler_logprobs"] = before - _chosen(LOG_WEIGHTS, pairs, g)
+        inputs["sampler_logprobs"] = before - chosen(LOG_WEIGHTS, pairs, g)
     normalizers = {"none": None, "number": 57.5, "tensor": torch.tensor([57.5])}
     inputs["normalizer"] = normalizers[options["normalizer"]]
     inputs["with_entropy"] = options["entropy"] == "metric"
@@ -123,15 +123,15 @@ def _arguments(options: dict[str, str], g: torch.Generator, tokens: int) -> Inpu
     return inputs
 
 
-def _randn(g: torch.Generator, *shape: int) -> Tensor:
+def randn(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def _chosen(values: tuple[float, ...], count: int, g: torch.Generator) -> Tensor:
+def chosen(values: tuple[float, ...], count: int, g: torch.Generator) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), (count,), generator=g)]
 
 
-def _config(options: dict[str, str]) -> PolicyLoss:
+def config_of(options: dict[str, str]) -> PolicyLoss:
     level, aggregate, kl = options["ratio_level"], options["aggregate"], options["kl"]
     return PolicyLoss(
         options["kind"],
@@ -152,9 +152,9 @@ def _config(options: dict[str, str]) -> PolicyLoss:
 
 def _head(options: dict[str, str], tokens: int, g: torch.Generator) -> Inputs:
     """The head's arguments but the targets and what goes with them."""
-    inputs = {"hidden": _randn(g, tokens, WIDTH), "weight": _randn(g, VOCABULARY, WIDTH) * (2 / WIDTH**0.5)}
+    inputs = {"hidden": randn(g, tokens, WIDTH), "weight": randn(g, VOCABULARY, WIDTH) * (2 / WIDTH**0.5)}
     if options["bias"] == "given":
-        inputs["bias"] = _randn(g, VOCABULARY)
+        inputs["bias"] = randn(g, VOCABULARY)
     rows = torch.rand(tokens, generator=g, dtype=torch.float64) + 0.6
     scalars = {"1": 1.0, "number": 0.7, "rows": rows}
     own = options["logits_dtype"] == "own"
@@ -169,7 +169,7 @@ def _head(options: dict[str, str], tokens: int, g: torch.Generator) -> Inputs:
     }
 
 
-def _of_batch(options: dict[str, str], g: torch.Generator, tokens: int) -> tuple[Inputs, Tensor]:
+def of_batch(options: dict[str, str], g: torch.Generator, tokens: int) -> tuple[Inputs, Tensor]:
     inputs = _head(options, tokens, g)
     pairs = tokens * 3 // 4 if options["rows"] == "some, turned" else tokens
     cuts = torch.tensor([0, 7, 7, pairs // 3, pairs // 2, pairs])
@@ -188,7 +188,7 @@ def _of_batch(options: dict[str, str], g: torch.Generator, tokens: int) -> tuple
         kept[torch.arange(pairs), targets] = True
         offsets = torch.cat((torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)))
         inputs["sampling_support"] = kept.nonzero()[:, 1], offsets
-    advantages = _randn(g, pairs if options["advantages"] == "a token" else len(cuts) - 1)
+    advantages = randn(g, pairs if options["advantages"] == "a token" else len(cuts) - 1)
     if options["advantages"] == "half zero":
         advantages[::2] = 0
     return inputs | {"advantages": advantages}, cuts
@@ -217,7 +217,7 @@ def _of_tree(options: dict[str, str], g: torch.Generator) -> tuple[Inputs, Tenso
         inputs["mask"] = torch.rand(count, generator=g) < 0.8
     if options["mask"] == "all of a node" and tree.num_nodes:
         inputs["mask"][bounds[0] : bounds[1]] = False
-    advantages = _randn(g, tree.num_leaves)
+    advantages = randn(g, tree.num_leaves)
     if options["advantages"] == "half zero":
         advantages[::2] = 0
     elif options["advantages"] == "zero":

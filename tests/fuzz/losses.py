@@ -1,0 +1,140 @@
+"""The policy loss of given log-probs, of flat batches and of trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.layouts import TREES
+from tests.fuzz.packs import LENGTHS
+from tests.fuzz.problem import LAID_OUT, Factors, Options, Problem, Target, bounds, given, of_case, randn, some
+from trajkern._results import Branch
+from trajkern.losses.config import PolicyLoss
+from trajkern.losses.kinds import AGGREGATES, KINDS
+from trajkern.ops.tree_loss import Paths
+from trajkern.testing.option_pairs import (
+    FLAT_REFUSED,
+    GIVEN,
+    LOG_RATIOS,
+    LOG_WEIGHTS,
+    LOSS,
+    TREE_REFUSED,
+    chosen,
+    config_of,
+)
+from trajkern.testing.pairs import Pair, pair
+from trajkern.testing.policy_loss import POLICY_LOSS
+from trajkern.testing.registry import Inputs
+
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+def _policy_loss(options: Options, seed: int) -> Problem:
+    inputs = of_case(POLICY_LOSS, options, seed, lambda g: _arguments(options, g))
+    if isinstance(branch := inputs.get("branch"), Branch):
+        inputs["branch"] = Branch(*(x.to(inputs["logprobs"].dtype) for x in branch))
+    return Problem(POLICY_LOSS, inputs, {"old_logprobs": None} if options["old_logprobs"] == "none" else {})
+
+
+def _arguments(options: Options, g: torch.Generator) -> Inputs:
+    inputs, lengths = _of_tree(options, g) if "tree" in options else _of_batch(options, g)
+    total, config = sum(lengths), config_of(options)
+    old = (-torch.rand(total, generator=g, dtype=torch.float64) * 4 - 2).mul(16).round() / 16  # exact in 16 bits
+    inputs |= {"cu_seqlens": bounds(lengths), "config": config, "old_logprobs": old, **_reads(config, old, g)}
+    inputs["logprobs"] = old if options["old_logprobs"] == "none" else old + chosen(LOG_RATIOS, total, g)
+    inputs |= given(mask=some(g, (total,), options["mask"], 0.8))
+    if options["entropy"] != "none":
+        inputs["entropy"] = randn(g, total).abs()
+    normalizers = {"none": None, "number": 57.5, "tensor": torch.tensor([57.5])}
+    inputs["normalizer"] = normalizers[options["normalizer"]]
+    return inputs | _streams(options, total, g)
+
+
+def _reads(config: PolicyLoss, old: Tensor, g: torch.Generator) -> Inputs:
+    """The log-probs that the loss has a use for."""
+    more: Inputs = {}
+    if config.kl_coef:
+        more["ref_logprobs"] = old + 0.2 * randn(g, *old.shape)
+    if config.sampler_correction != "none":
+        more["sampler_logprobs"] = old - chosen(LOG_WEIGHTS, old.shape[0], g)
+    return more
+
+
+def _streams(options: Options, total: int, g: torch.Generator) -> Inputs:
+    """Terms with weights of their own, which are 0 on some tokens."""
+    more: dict[str, Any] = {}
+    for name in ("supervised", "kl") if options.get("streams") == "both" else ("supervised",):
+        if options.get("streams", "none") != "none":
+            weights = torch.rand(total, generator=g, dtype=torch.float64) - 0.2
+            more[f"{name}_weights"] = torch.where(torch.rand(total, generator=g) < 0.4, weights, 0)
+    return more
+
+
+def _of_batch(options: Options, g: torch.Generator) -> tuple[Inputs, tuple[int, ...]]:
+    lengths, design = LENGTHS[options["lengths"]], options["advantages"]
+    size = sum(lengths) if "token" in design else len(lengths)
+    per_token = "token" in design
+    if design.startswith("sums"):
+        counts = torch.randint(0, 4, (4, size), generator=g).double()
+        sizes = torch.rand(3, size, generator=g, dtype=torch.float64) * counts[:3]
+        branch = Branch(sizes[0], -sizes[1], 0.7 * counts[:3].sum(0) + sizes[2], *counts[:3])
+        return {"advantages": None, "branch": branch, "per_token": per_token}, lengths
+    advantages = randn(g, size)
+    if design.startswith("half zero"):
+        advantages[::2] = 0
+    return {"advantages": advantages, "per_token": per_token}, lengths
+
+
+def _of_tree(options: Options, g: torch.Generator) -> tuple[Inputs, tuple[int, ...]]:
+    tree = TREES[options["tree"]](g)
+    advantages = randn(g, tree.num_leaves)
+    if options["advantages"] == "half zero":
+        advantages[::2] = 0
+    elif options["advantages"] == "zero":
+        advantages.zero_()
+    gate = torch.arange(tree.num_leaves) % 3 > 0 if options["gate"] == "given" else None
+    return {"advantages": None, "branch": Paths(tree, advantages, gate)}, tuple(tree.node_lengths.tolist())
+
+
+SUMS = ("sums of a trajectory", "sums of a token")  # which know of no trajectory's ratio, correction or mean
+_OF_TRAJECTORIES = {
+    "kind": tuple(x for x, kind in KINDS.items() if "token" not in kind.in_tree or kind.ratio_level == "sequence"),
+    "ratio_level": ("sequence",),
+    "sampler_correction": ("sequence_mask",),
+    "aggregate": ("own", *(x for x in AGGREGATES if x.startswith("seq_mean"))),
+    "streams": ("supervised", "both"),
+}
+_REFUSED: set[Pair] = {
+    *FLAT_REFUSED,
+    *(pair(name, x, "advantages", y) for name, values in _OF_TRAJECTORIES.items() for x in values for y in SUMS),
+    pair("kl", "k3_corrected", "streams", "both"),
+}
+_COMMON: Factors = {"dtype": DTYPES, "mask": ("none", "some", "nothing"), **LOSS, **LAID_OUT}
+TARGETS = {
+    "policy_loss": Target(
+        {
+            "kind": tuple(KINDS),
+            "ratio_level": ("own", "token", "sequence"),
+            "lengths": tuple(LENGTHS),
+            "advantages": ("of a trajectory", "of a token", "half zero", *SUMS),
+            "streams": ("none", "supervised", "both"),
+            **_COMMON,
+        },
+        _policy_loss,
+        _REFUSED,
+    ),
+    "policy_loss on a tree": Target(
+        {
+            "kind": tuple(name for name, kind in KINDS.items() if kind.in_tree),
+            "ratio_level": ("token", "sequence"),
+            "tree": tuple(TREES),
+            "advantages": ("signed", "half zero", "zero"),
+            "gate": GIVEN,
+            **_COMMON,
+        },
+        _policy_loss,
+        TREE_REFUSED,
+    ),
+}

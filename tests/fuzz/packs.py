@@ -1,0 +1,183 @@
+"""The ops of packed values, groups and whole batches of numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.problem import LAID_OUT, Factors, Options, Problem, Target, bounds, given, of_case, randn, some
+from trajkern.testing.advantage import DISCOUNTED_RETURNS, GAE, GROUP_ADVANTAGES, WHITEN
+from trajkern.testing.reflection import REFLECTION_REWARDS, VARIANCE_WEIGHTS
+from trajkern.testing.registry import Inputs, OpSpec, Variant
+
+DTYPES = ("float32", "float64")
+LENGTHS = {
+    "one token": (1,),
+    "ragged": (5, 0, 33, 1, 64, 7),
+    "no tokens": (0, 0),
+    "no trajectories": (),
+    "long": (700, 3),
+    "many": (3,) * 90,
+}
+
+
+def _group_advantages(options: Options, seed: int) -> Problem:
+    n = options["rows"]
+
+    def make(g: torch.Generator) -> Inputs:
+        rewards = {
+            "random": randn(g, n),
+            "binary": (torch.rand(n, generator=g) > 0.5).double(),
+            "constant": torch.full((n,), 0.1, dtype=torch.float64),
+            "large": randn(g, n) + 1e4,
+        }[options["values"]]
+        ids = (torch.randint(options["groups"], (n,), generator=g) - options["groups"] // 2) * 1_000_003
+        gate = some(g, (n,), options["gate"])
+        weights = torch.randint(0, 4, (n,), generator=g).double() if options["weights"] == "given" else None
+        chosen = {name: options[name] for name in ("baseline", "scale", "ddof", "eps", "singleton")}
+        return {"rewards": rewards, "group_ids": ids} | chosen | given(gate=gate, weights=weights)
+
+    return Problem(GROUP_ADVANTAGES, of_case(GROUP_ADVANTAGES, options, seed, make))
+
+
+def _packed(spec: OpSpec, options: Options, seed: int) -> Problem:
+    lengths = LENGTHS[options["lengths"]]
+
+    def make(g: torch.Generator) -> Inputs:
+        total = sum(lengths)
+        inputs: dict[str, Any] = {"rewards": randn(g, total), "cu_seqlens": bounds(lengths), "gamma": options["gamma"]}
+        if spec is GAE:
+            inputs |= {"values": randn(g, total), "lam": options["lam"]}
+            inputs |= given(bootstrap=randn(g, len(lengths)) if options["bootstrap"] == "given" else None)
+        return inputs | given(mask=some(g, (total,), options["mask"]))
+
+    return Problem(spec, of_case(spec, options, seed, make))
+
+
+def _last_alone(inputs: Inputs, g: torch.Generator) -> Any:
+    """The last trajectory and nothing else."""
+    cuts = inputs["cu_seqlens"]
+    first, total, count = int(cuts[-2:][0]), int(cuts[-1]), cuts.shape[0] - 1
+    alone = {k: v[first:] if k in ("rewards", "values", "mask") else v for k, v in inputs.items()}
+    alone["cu_seqlens"] = torch.tensor([0, total - first] if count else [0])
+    if "bootstrap" in inputs:
+        alone["bootstrap"] = inputs["bootstrap"][-1:]
+
+    def undo(name: str, x: Tensor) -> Tensor:
+        whole = count if name == "grad_bootstrap" else total
+        return x[first if whole == total else -1 :] if x.shape[0] == whole and count > 1 else x
+
+    return alone, undo
+
+
+def _whiten(options: Options, seed: int) -> Problem:
+    n = options["rows"]
+
+    def make(g: torch.Generator) -> Inputs:
+        x = randn(g, n) * options["scale"] + options["offset"]
+        chosen = {"shift_mean": options["shift_mean"] == "yes", "ddof": options["ddof"], "eps": options["eps"]}
+        return {"x": x} | chosen | given(mask=some(g, (n,), options["mask"]))
+
+    return Problem(WHITEN, of_case(WHITEN, options, seed, make))
+
+
+GROUPS = {
+    "two": ((2, 1),),
+    "ragged": ((9, 33), (3, 7), (5, 64), (2, 1), (4, 19)),
+    "alone": ((1, 5), (3, 4), (1, 9)),
+    "empty": ((3, 0), (2, 5), (4, 0)),
+    "no tokens": ((3, 0), (2, 0)),
+    "no groups": (),
+    "blocks": ((2, 530), (3, 140)),
+    "many": tuple((2 + k % 5, 20 + 13 * k % 70) for k in range(40)),
+}
+
+
+def _reflection(spec: OpSpec, options: Options, seed: int) -> Problem:
+    groups = GROUPS[options["groups"]]
+
+    def make(g: torch.Generator) -> Inputs:
+        members = torch.arange(len(groups)).repeat_interleave(torch.tensor([k for k, _ in groups], dtype=torch.int64))
+        members = members[torch.randperm(len(members), generator=g)]
+        lengths = torch.tensor([n for _, n in groups], dtype=torch.int64)[members].tolist()
+        column = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])
+        x = randn(g, sum(lengths)) * options["spread"] + options["offset"]
+        if options["values"] == "some constant":
+            x = torch.where(column % 3 == 0, -0.1 - 0.3 * column, x)
+        elif options["values"] == "in pairs":
+            x = torch.where(column % 2 == 1, x.roll(1), x)
+        inputs: dict[str, Any] = {"logprobs": x, "cu_seqlens": bounds(lengths), "group_ids": (members - 2) * 1_000_003}
+        if options.get("baseline") == "given":
+            inputs["baseline"] = randn(g, sum(lengths)) + options["offset"]
+        return inputs | {"ddof": options["ddof"], "normalize": options["normalize"] == "yes"}
+
+    return Problem(spec, of_case(spec, options, seed, make))
+
+
+_GROUPED: Factors = {
+    "baseline": ("mean", "leave_one_out", "none"),
+    "scale": ("std", "none"),
+    "ddof": (1, 0),
+    "eps": (1e-6, 0.0, 1e-2),
+    "singleton": ("raw", "zero"),
+}
+_TRAJECTORIES: Factors = {
+    "dtype": DTYPES,
+    "lengths": tuple(LENGTHS),
+    "gamma": (1.0, 0.9, 0.0),
+    "mask": ("none", "some", "nothing"),
+    **LAID_OUT,
+}
+_REFLECTED: Factors = {
+    "dtype": DTYPES,
+    "groups": tuple(GROUPS),
+    "ddof": (0, 1),
+    "normalize": ("yes", "no"),
+    "spread": (1.0, 0.05, 1e-6, 30.0),
+    "offset": (-3.0, 0.0, -1e4),
+    "values": ("random", "some constant", "in pairs"),
+    **LAID_OUT,
+}
+_ALONE = (Variant("last_trajectory_alone", _last_alone),)
+TARGETS = {
+    "group_advantages": Target(
+        {
+            "dtype": DTYPES,
+            "rows": (1, 0, 6, 60, 300, 3000),
+            "groups": (1, 3, 9, 400),
+            "values": ("random", "binary", "constant", "large"),
+            "gate": ("none", "some", "nothing"),
+            "weights": ("none", "given"),
+            **_GROUPED,
+            **LAID_OUT,
+        },
+        _group_advantages,
+    ),
+    "discounted_returns": Target(_TRAJECTORIES, lambda o, seed: _packed(DISCOUNTED_RETURNS, o, seed), (), _ALONE),
+    "gae": Target(
+        _TRAJECTORIES | {"lam": (0.95, 0.0, 1.0), "bootstrap": ("none", "given")},
+        lambda o, seed: _packed(GAE, o, seed),
+        (),
+        _ALONE,
+    ),
+    "whiten": Target(
+        {
+            "dtype": DTYPES,
+            "rows": (2, 1, 0, 9, 100, 5000),
+            "mask": ("none", "some", "nothing"),
+            "shift_mean": ("yes", "no"),
+            "ddof": (1, 0),
+            "eps": (1e-8, 1e-2),
+            "scale": (1.0, 1e-3, 100.0),
+            "offset": (0.0, 1e4),
+            **LAID_OUT,
+        },
+        _whiten,
+    ),
+    "variance_weights": Target(_REFLECTED, lambda o, seed: _reflection(VARIANCE_WEIGHTS, o, seed)),
+    "reflection_rewards": Target(
+        _REFLECTED | {"baseline": ("none", "given")}, lambda o, seed: _reflection(REFLECTION_REWARDS, o, seed)
+    ),
+}

@@ -1,0 +1,79 @@
+"""What a case of the fuzz is: an op, the values of its options by name, and the numbers drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trajkern.testing.pairs import Pair
+from trajkern.testing.registry import Case, Inputs, OpSpec, Variant
+
+Options = dict[str, Any]  # a value's name, or the value itself, for each option
+Factors = dict[str, tuple[Any, ...]]  # the values of each option, the plainest first
+
+
+class Problem(NamedTuple):
+    spec: OpSpec  # of the gradients that are asked for
+    inputs: Inputs
+    fixed: Options = {}  # more arguments of the op, which the reference does not take
+    luck: float = 1.0  # share of the budget that passes
+
+
+@dataclass(frozen=True)
+class Target:
+    """An op under some of its options."""
+
+    factors: Factors
+    make: Callable[[Options, int], Problem]  # of all options and a seed
+    refused: Iterable[Pair] = field(default=())
+    variants: tuple[Variant, ...] = ()  # besides the registry's
+
+
+class Undecided(Exception):
+    """The numbers are so close to a tie that the precision decides it."""
+
+
+LAID_OUT: Factors = {"layout": ("whole", "strided", "offset"), "integers": ("int64", "int32")}
+
+
+def randn(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def of_case(spec: OpSpec, options: Options, seed: int, make: Callable[[torch.Generator], Inputs]) -> Inputs:
+    """The arguments, in the dtype and the layout that the options say."""
+    inputs = spec.inputs(Case("fuzz", make, "drawn"), getattr(torch, options["dtype"]), seed=seed)
+    return {name: laid_out(x, options) for name, x in inputs.items()}
+
+
+def laid_out(x: Any, options: Mapping[str, Any]) -> Any:
+    """The same values elsewhere in memory: every second element of it, or behind an odd number of bytes' elements."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return x
+    if x.dtype == torch.int64:
+        x = x.to(getattr(torch, options.get("integers", "int64")))
+    layout = options.get("layout", "whole")
+    if layout == "strided":
+        return torch.stack((x, x), -1)[..., 0]
+    if layout == "offset":
+        return torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape)
+    return x
+
+
+def bounds(lengths: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def some(g: torch.Generator, shape: Any, name: str, share: float = 0.7) -> Tensor | None:
+    """A mask by the name of what it leaves."""
+    if name == "none":
+        return None
+    return torch.rand(shape, generator=g) < (share if name == "some" else 0.0)
+
+
+def given(**arguments: Any) -> Inputs:
+    return {name: x for name, x in arguments.items() if x is not None}
