@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from importlib.util import find_spec
@@ -14,7 +13,6 @@ import torch
 
 from trajkern._bench import (
     advantage,
-    ceilings,
     growth,
     head,
     hosts,
@@ -23,17 +21,23 @@ from trajkern._bench import (
     policy_loss,
     recipes,
     reflection,
+    results,
+    session,
     shapes,
+    sizes,
     span,
     topk,
     tree,
 )
-from trajkern._bench.case import OURS, TimedCase
+from trajkern._bench.case import OPS, TimedCase
+from trajkern._bench.difference import difference
 from trajkern._bench.memory import hold
-from trajkern._bench.run import Settings, clocks, release, run, shares
-from trajkern._bench.table import markdown, seconds
+from trajkern._bench.results import Refused
+from trajkern._bench.run import Settings, clocks
+from trajkern._bench.table import markdown
 from trajkern._bench.text import text
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAMILIES = {
     "logprob": logprob.CASES,
     "head": head.CASES,
@@ -47,11 +51,6 @@ FAMILIES = {
     "hosts": hosts.CASES,
 }
 TIMED = tuple(dict.fromkeys(case.op for cases in FAMILIES.values() for case in cases))
-FORMAT = 2  # of the results file
-
-
-class Refused(Exception):
-    """Why nothing is run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,14 +65,17 @@ def main(argv: list[str] | None = None) -> int:
         return memory([x for x in argv if x != "--memory"])
     args = _parser().parse_args(argv)
     try:
+        if args.compare:
+            print(difference(*(results.load("--compare", path) for path in args.compare)), end="")
+            return 0
         _refuse(args)
-        report = _load(args.load) if args.load else _measured(args)
+        report = results.load("--load", args.load) if args.load else _measured(args)
     except Refused as reason:
         print(f"trajkern bench: {reason}", file=sys.stderr)
         return 2
     if "ceilings" in report:
         print(text(report), end="")
-        _write(args.markdown, markdown(report))
+        results.write(args.markdown, markdown(report))
         _draw(report, args)
     return 0 if report["complete"] and not _failed(report) else 1
 
@@ -82,8 +84,12 @@ def _refuse(args: argparse.Namespace) -> None:
     """Everything that would make the run useless is said before it."""
     if not args.load and args.device == "cuda" and not torch.cuda.is_available():
         raise Refused(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU")
-    if args.rows is not None and (args.rows < 128 or args.rows % 8):
-        raise Refused(f"--rows must be a multiple of 8, and at least 128; got {args.rows}")
+    if args.rows is not None and args.rows < 1:
+        raise Refused(f"--rows must be at least 1; got {args.rows}")
+    if args.shape and args.shapes:
+        raise Refused("--shape and --shapes: give one of them")
+    if not args.load:
+        chosen(args)  # raises where a shape is none
     for name in ("json", "markdown", "html"):
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
@@ -98,7 +104,7 @@ def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
     if args.html:
         from trajkern._bench.report import html
 
-        _write(args.html, html(report))
+        results.write(args.html, html(report))
     if args.png:
         from trajkern._bench.plots import PICTURES, png
 
@@ -107,38 +113,16 @@ def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
                 (args.png / f"{name}.png").write_bytes(picture)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refused(f"--load {path}: {error}") from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        version = report.get("format", "none") if isinstance(report, dict) else "none"
-        raise Refused(f"--load {path}: results of format {version}; this trajkern reads format {FORMAT}")
-    return report
-
-
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "format": FORMAT,
-        "date": ceilings.now(),
-        "device": args.device,
-        "quick": args.quick,
-        "gated": not args.ungated,
-        "complete": False,
-        "machine": ceilings.machine(args.device),
-        "versions": ceilings.versions(),
-        "cases": [],
-    }
+    report = results.new_report(args.device, quick=args.quick, gated=not args.ungated)
     if args.peers:
         report["peers"] = peers.versions()
     try:
         measure(report, args)
         report["complete"] = True
     except KeyboardInterrupt:
-        print("trajkern bench: interrupted; what was measured is kept", file=sys.stderr)
-    report["machine"]["load_average_after"] = os.getloadavg()[0]
-    _save(report, args)
+        print("\ntrajkern bench: interrupted; what was measured is kept", file=sys.stderr)
+    results.save(args.json, report)
     return report
 
 
@@ -146,34 +130,46 @@ def measure(report: dict[str, Any], args: argparse.Namespace) -> None:
     """Fill the report, and save it after every case."""
     hold()
     settings = Settings.of(args.device, args.quick, args.peers, not args.ungated)
-    clock = clocks(args.device)
-    report["ceilings"] = ceilings.measure(args.device, clock[False], settings.seconds / 2)
-    release()
-    for case in chosen(args):
-        print(f"{case.name}: ", end="", file=sys.stderr, flush=True)
-        result = run(case, settings, clock[case.host], report["ceilings"])
-        ours = result["seconds"].get(OURS)
-        print(seconds(ours["median"]) if ours else "gate failed", file=sys.stderr)
-        report["cases"].append(result)
-        _save(report, args)
-        release()
-    after = ceilings.measure(args.device, clock[False], settings.seconds / 2)
-    report["ceilings"] = ceilings.best(report["ceilings"], after)
-    for result in report["cases"]:
-        result |= shares(result, report["ceilings"])
+    cases = chosen(args)
+    session.measure(report, cases, settings, lambda: results.save(args.json, report))
     if args.growth:
-        ops = {case.op for case in chosen(args)}
+        clock, ops = clocks(args.device)[False], {case.op for case in cases}
         report["growth"] = growth.measure(
-            args.device, clock[False], settings.seconds / 4, ops, lambda line: print(line, file=sys.stderr)
+            args.device, clock, settings.seconds / 4, ops, lambda line: print(line, file=sys.stderr)
         )
 
 
 def chosen(args: argparse.Namespace) -> list[TimedCase]:
+    """The cases to run; raises :class:`Refused` for a shape that an op does not have."""
+    every = not (args.op or args.shapes or args.shape)
+    if args.shape:
+        return _shaped(args)
     if args.shapes:
         candidates = [case for name in args.shapes for case in shapes.cases(name, args.device, args.rows)]
+    elif every and args.quick and args.device == "cpu":
+        candidates = [*sizes.quick(args.device), *hosts.CASES, *recipes.CASES]
     else:
         candidates = [case for cases in FAMILIES.values() for case in cases if args.device in case.devices]
     return [case for case in candidates if not args.op or {case.op, case.family} & set(args.op)]
+
+
+def _shaped(args: argparse.Namespace) -> list[TimedCase]:
+    """T,H,V: the logits and the head of that size; or what the ops that --op names take."""
+    dtype = DTYPES[args.dtype] if args.dtype else shapes.DTYPE[args.device]
+    found: list[TimedCase] = []
+    try:
+        for size in args.shape:
+            if not args.op:
+                size = sizes.SIZES["linear_logprobs"].check("--shape", size)
+                found += shapes.sized("", *size, args.device, dtype)
+                continue
+            ops = [op for op in sizes.SIZES if {op, OPS[op].family} & set(args.op)]
+            if not ops:
+                raise Refused(f"--shape goes with no --op {' '.join(args.op)}, but with {', '.join(sizes.SIZES)}")
+            found += [case for op in ops for case in sizes.cases(op, size, dtype, args.device, f"--shape of {op}")]
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    return found
 
 
 def _failed(report: dict[str, Any]) -> bool:
@@ -182,15 +178,11 @@ def _failed(report: dict[str, Any]) -> bool:
     return any(not g["passed"] for case in report["cases"] for name, g in case["gate"].items() if name not in packages)
 
 
-def _save(report: dict[str, Any], args: argparse.Namespace) -> None:
-    _write(args.json, json.dumps(report, indent=1) + "\n")
-
-
-def _write(path: Path | None, content: str) -> None:
-    if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(content)
-        partial.replace(path)
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part.replace("_", "")) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 512,1024,32768; got {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,9 +210,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help=f"the heads of these models instead: {', '.join(shapes.MODELS)}",
     )
+    add(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="T,H,V",
+        help="tokens, hidden size and vocabulary of your own instead (repeatable); with --op the sizes that op has",
+    )
+    add("--dtype", choices=DTYPES, help="of --shape; default: float32, bfloat16 on a GPU")
     add("--rows", type=int, help=f"tokens of --shapes; default: {shapes.ROWS['cpu']}, {shapes.ROWS['cuda']:,} on a GPU")
     add("--growth", action="store_true", help="how time and memory grow with each size, too")
-    add("--quick", action="store_true", help="few rounds and no torch.compile: under a minute")
+    add("--quick", action="store_true", help="few rounds, no torch.compile; of all ops a small case each")
     add(
         "--ungated", action="store_true", help="trust the contenders: no comparison with float64, which the report says"
     )
@@ -229,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--html", type=Path, metavar="FILE", help="write the report there: one page with tables and plots")
     add("--png", type=Path, metavar="FOLDER", help="write the report's plots there")
     add("--load", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: what changed from file A to B")
     add(
         "--static",
         action="store_true",

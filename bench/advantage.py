@@ -39,8 +39,7 @@ def groups(trajectories: int, mean_size: int, grad: bool = False) -> Callable[[s
     def make(device: str) -> Problem:
         generator = torch.Generator().manual_seed(0)
         groups = trajectories // mean_size
-        half = torch.randint(2, 2 * mean_size - 1, (groups // 2,), generator=generator)
-        sizes = torch.cat([half, 2 * mean_size - half])
+        sizes = uneven(trajectories, groups, (2, 2 * mean_size - 1), generator)
         order = torch.randperm(trajectories, generator=generator)
         dense = torch.repeat_interleave(torch.arange(groups), sizes)[order]
         ids = torch.randperm(4 * groups, generator=generator)[:groups][dense]
@@ -49,7 +48,7 @@ def groups(trajectories: int, mean_size: int, grad: bool = False) -> Callable[[s
             op="group_advantages",
             inputs={"rewards": rewards, "group_ids": ids.to(device)},
             rivals=with_compiled(_group_form(dense.to(device), groups)),
-            floor=rewards.clone,
+            bare=rewards.clone,
             bytes=2 * rewards.nbytes + ids.nbytes,
             grad=grad,
         )
@@ -57,18 +56,31 @@ def groups(trajectories: int, mean_size: int, grad: bool = False) -> Callable[[s
     return make
 
 
-def _packed(op: str) -> Callable[[str], Problem]:
-    """A scan over trajectories of 512 to 1536 tokens; the rival is a trainer's loop over the columns of padded rows."""
+def uneven(total: int, count: int, bounds: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Sizes that add up to ``total``: half drawn within ``bounds``, the others as far on the mean's other side.
+
+    What does not divide goes to the last one.
+    """
+    mean = total // count
+    half = torch.randint(*bounds, (count // 2,), generator=generator)
+    sizes = torch.cat([half, 2 * mean - half, torch.full((count % 2,), mean)])
+    sizes[-1] += total - sizes.sum()
+    return sizes
+
+
+def scan(op: str, tokens: int = TOKENS, trajectories: int = TRAJECTORIES) -> Callable[[str], Problem]:
+    """Over trajectories of a half to one and a half times their mean length.
+
+    The rival is a trainer's loop over the columns of padded rows.
+    """
 
     def make(device: str) -> Problem:
         generator = torch.Generator().manual_seed(0)
-        half = torch.randint(
-            TOKENS // TRAJECTORIES // 2, TOKENS // TRAJECTORIES + 1, (TRAJECTORIES // 2,), generator=generator
-        )
-        lengths = torch.cat([half, 2 * TOKENS // TRAJECTORIES - half])
+        mean = tokens // trajectories
+        lengths = uneven(tokens, trajectories, (mean // 2, mean + 1), generator)
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(device)
-        gated = int(cu_seqlens[GATE_TRAJECTORIES])
-        rewards, values = (torch.randn(TOKENS, generator=generator).to(device) for _ in range(2))
+        gated = int(cu_seqlens[: GATE_TRAJECTORIES + 1][-1])
+        rewards, values = (torch.randn(tokens, generator=generator).to(device) for _ in range(2))
         inputs = {"rewards": rewards, "cu_seqlens": cu_seqlens, "gamma": GAMMA}
         if op == "gae":
             inputs |= {"values": values, "lam": LAM}
@@ -76,7 +88,7 @@ def _packed(op: str) -> Callable[[str], Problem]:
             op=op,
             inputs=inputs,
             rivals={"eager": _padded_form(op, lengths.to(device), rewards, values)},
-            floor=torch.stack([rewards, values]).clone if op == "gae" else rewards.clone,
+            bare=torch.stack([rewards, values]).clone if op == "gae" else rewards.clone,
             bytes=rewards.nbytes * (4 if op == "gae" else 2),
             pick=lambda name, x: x[: GATE_TRAJECTORIES + 1] if name == "cu_seqlens" else x[:gated],
         )
@@ -119,17 +131,22 @@ def _whiten_form(x: Tensor, mask: Tensor, **_) -> Outcome:
     return {"whitened": centred * (centred.square().sum() / (count - 1) + 1e-8).rsqrt()}
 
 
-def _whiten(device: str) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, generator=generator).to(device)
-    mask = (torch.rand(TOKENS, generator=generator) > 0.3).to(device)
-    return Problem(
-        op="whiten",
-        inputs={"x": x, "mask": mask},
-        rivals=with_compiled(_whiten_form),
-        floor=x.clone,
-        bytes=2 * x.nbytes + mask.nbytes,
-    )
+def masked(tokens: int) -> Callable[[str], Problem]:
+    """``whiten`` of 70% of the tokens."""
+
+    def make(device: str) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(tokens, generator=generator).to(device)
+        mask = (torch.rand(tokens, generator=generator) > 0.3).to(device)
+        return Problem(
+            op="whiten",
+            inputs={"x": x, "mask": mask},
+            rivals=with_compiled(_whiten_form),
+            bare=x.clone,
+            bytes=2 * x.nbytes + mask.nbytes,
+        )
+
+    return make
 
 
 CASES = (
@@ -149,7 +166,7 @@ CASES = (
         targets=(Target("seconds", 40e-6),),
         host=True,
     ),
-    TimedCase("discounted_returns", "forward", "1,048,576 tokens", _packed("discounted_returns")),
-    TimedCase("gae", "forward", "1,048,576 tokens", _packed("gae")),
-    TimedCase("whiten", "forward", "1,048,576 tokens, mask", _whiten),
+    TimedCase("discounted_returns", "forward", "1,048,576 tokens", scan("discounted_returns")),
+    TimedCase("gae", "forward", "1,048,576 tokens", scan("gae")),
+    TimedCase("whiten", "forward", "1,048,576 tokens, mask", masked(TOKENS)),
 )

@@ -17,7 +17,7 @@ from trajkern.testing.numerics import Outcome, cast
 from trajkern.testing.registry import Inputs
 
 OPS = {spec.name: spec for spec in SPECS}
-OURS, COMPILED, FLOOR = "trajkern", "torch.compile", "floor"
+OURS, COMPILED, BARE = "trajkern", "torch.compile", "bare pass"
 # A rival need only compute the same function: its error may be this many times what trajkern's may be.
 RIVAL_BUDGET = 16.0
 
@@ -39,7 +39,7 @@ class Problem:
     op: str
     inputs: Inputs
     rivals: dict[str, Function]
-    floor: Callable[[], Any]  # what any implementation must do at least
+    bare: Callable[[], Any]  # torch's own passes over the same data, which compute nothing: see bare.py
     bytes: int  # fewest that must move through memory: inputs read once, results written once
     grad: bool = False  # record the graph
     upstream: dict[str, Tensor] = field(default_factory=dict)  # gradients of outputs; run the backward with them

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import FLOOR, Problem, Target, TimedCase, with_compiled
+from trajkern._bench.case import BARE, Problem, Target, TimedCase, with_compiled
 from trajkern.testing.numerics import Outcome
 
 VOCABULARY = 151_936
@@ -53,7 +53,7 @@ def _problem(
         op=op,
         inputs=inputs,
         rivals=with_compiled(form),
-        floor=_floor(logits, backward, inplace),
+        bare=_bare(logits, backward, inplace),
         bytes=logits.nbytes * (3 if backward else 1),  # the backward reads the logits again and writes their gradient
         grad=grad or backward,
         upstream=upstream,
@@ -61,7 +61,7 @@ def _problem(
     )
 
 
-def _floor(logits: Tensor, backward: bool, inplace: bool) -> Callable[[], object]:
+def _bare(logits: Tensor, backward: bool, inplace: bool) -> Callable[[], object]:
     """One read forward; one read and one write, into fresh memory or in place, backward."""
     if not backward:
         return logits.sum
@@ -79,8 +79,8 @@ def _cases(rows: int, dtype: torch.dtype, devices: tuple[str, ...]):
     make = partial(problem, rows=rows, vocabulary=VOCABULARY, dtype=dtype)
     faster = (Target("fast", 4, "eager"), Target("fast", 3, "torch.compile"))
     in_place = Target("memory", 1.0, devices=("cpu", "cuda"))
-    yield case("token_logprobs", "forward", make=make("token_logprobs"), targets=(Target("times", 1.6, FLOOR),))
-    yield case("token_stats", "forward, entropy", make=make("token_stats"), targets=(Target("times", 2.1, FLOOR),))
+    yield case("token_logprobs", "forward", make=make("token_logprobs"), targets=(Target("times", 1.6, BARE),))
+    yield case("token_stats", "forward, entropy", make=make("token_stats"), targets=(Target("times", 2.1, BARE),))
     yield case(
         "token_logprobs",
         "forward + backward",

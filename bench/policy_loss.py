@@ -57,7 +57,7 @@ def problem(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str]
             op="policy_loss",
             inputs=inputs,
             rivals=with_compiled(_grpo_form(trajectory.to(device), token_weights(mask, cu_seqlens).to(device))),
-            floor=torch.stack([inputs["logprobs"]] * 2).clone,  # three arrays read and one written move as much
+            bare=torch.stack([inputs["logprobs"]] * 2).clone,  # three arrays read and one written move as much
             bytes=4 * inputs["logprobs"].nbytes + mask.nbytes,
             grad=True,
             upstream={"loss": torch.ones((), device=device)} if backward else {},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
-from trajkern._bench.case import OURS, Function, Target, TimedCase
+from trajkern._bench.case import BARE, OURS, Function, Target, TimedCase
 from trajkern.layouts.spans import trajectories
 from trajkern.recipes import dro, srl, toolpo
 from trajkern.testing.numerics import Outcome
@@ -35,7 +35,7 @@ class Exact:
     inputs: Inputs
     ours: Function
     eager: Function
-    floor: Callable[[], Any]
+    bare: Callable[[], Any]
     bytes: int
     flops: int = 0
     peers: dict[str, Function] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def _similarity(device: str) -> Exact:
         inputs={"actions": [_edited(text, draw) for text in experts], "expert_actions": experts},
         ours=lambda **inputs: {"similarity": srl.similarity(**inputs)},
         eager=_difflib,
-        floor=torch.zeros(moved, dtype=torch.uint8).clone,
+        bare=torch.zeros(moved, dtype=torch.uint8).clone,
         bytes=moved,
     )
 
@@ -123,7 +123,7 @@ def _turns(device: str) -> Exact:
         inputs=inputs,
         ours=ours,
         eager=_turns_form,
-        floor=inputs["loss_mask"].clone,
+        bare=inputs["loss_mask"].clone,
         bytes=inputs["loss_mask"].nbytes + 2 * turns["start"].nbytes + inputs["cu_seqlens"].nbytes,
     )
 
@@ -152,7 +152,7 @@ def _gate(device: str) -> Exact:
         inputs={"passed": passed, "group_ids": _ids(count), "cu_seqlens": cu_seqlens, "tokens": tokens},
         ours=_gate_ours,
         eager=_gate_form,
-        floor=torch.zeros(tokens).clone,
+        bare=torch.zeros(tokens).clone,
         bytes=4 * tokens,
     )
 
@@ -188,7 +188,7 @@ def _toolpo(device: str) -> Exact:
         },
         ours=lambda **inputs: {"advantages": toolpo.token_advantages(**inputs)},
         eager=_toolpo_form,
-        floor=torch.zeros(inputs["loss_mask"].shape[0]).clone,
+        bare=torch.zeros(inputs["loss_mask"].shape[0]).clone,
         bytes=5 * inputs["loss_mask"].nbytes,
     )
 
@@ -259,7 +259,7 @@ def _composed(device: str) -> Exact:
         inputs={"rollouts": rollouts},
         ours=ours,
         eager=_composed_form,
-        floor=lambda: [x.clone() for x in moved],
+        bare=lambda: [x.clone() for x in moved],
         bytes=sum(x.nbytes for x in moved),
         tolerance=1e-6,
     )
@@ -276,7 +276,7 @@ CASES = (
         "three terms, a gate, an asymmetry",
         f"{TOKENS:,} tokens of {ROLLOUTS:,} rollouts",
         _composed,
-        (Target("times", 10, "floor"),),
+        (Target("times", 10, BARE),),
         ("cpu",),
     ),
     TimedCase(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajkern._bench import peers
-from trajkern._bench.case import COMPILED, FLOOR, OURS, Problem, Target, TimedCase
+from trajkern._bench.case import BARE, COMPILED, OURS, Problem, Target, TimedCase
 from trajkern._bench.memory import give_back, peak_bytes
 from trajkern._bench.timing import Call, Clock, DeviceClock, Summary, WallClock, race, ratio
 
@@ -52,7 +52,7 @@ def run(case: TimedCase, settings: Settings, clock: Clock, ceilings: dict[str, f
         result["memory_of"] = {"name": case.memory_of, "bytes": problem.inputs[case.memory_of].nbytes}
     if not case.host:
         result |= peaks(calls, settings.device)
-    samples = race({**calls, FLOOR: problem.floor}, clock, seconds=settings.seconds, rounds=settings.rounds)
+    samples = race({**calls, BARE: problem.bare}, clock, seconds=settings.seconds, rounds=settings.rounds)
     result["seconds"] = {name: asdict(Summary.of(s)) for name, s in samples.items()}
     result |= {"bytes": problem.bytes, "flops": problem.flops}
     result |= shares(result, ceilings)

@@ -27,12 +27,15 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def cases(model: str, device: str, rows: int | None = None) -> tuple[TimedCase, ...]:
+    """:func:`sized` for the head of a model."""
+    return sized(f"{model}: ", rows or ROWS[device], *MODELS[model], device, DTYPE[device])
+
+
+def sized(label: str, rows: int, width: int, vocabulary: int, device: str, dtype: torch.dtype) -> tuple[TimedCase, ...]:
     """Log-probs and their gradient from the logits, log-probs and the whole loss from the hidden states."""
-    width, vocabulary = MODELS[model]
-    rows, dtype = rows or ROWS[device], DTYPE[device]
     make = partial(logprob.problem, rows=rows, vocabulary=vocabulary, dtype=dtype)
-    logits = f"{model}: {rows:,} × {vocabulary:,} {str(dtype)[6:]}"
-    hidden = f"{model}: {rows:,} × {width:,} × {vocabulary:,} {str(dtype)[6:]}"
+    logits = f"{label}{rows:,} × {vocabulary:,} {str(dtype)[6:]}"
+    hidden = f"{label}{rows:,} × {width:,} × {vocabulary:,} {str(dtype)[6:]}"
     size = (rows, width, vocabulary, dtype)
     case = partial(TimedCase, devices=(device,))
     return (

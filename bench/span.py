@@ -61,7 +61,7 @@ def problem(op: str | None, tokens: int) -> Callable[[str], Problem]:
             op="spread" if op is None else "span_reduce",
             inputs={"values": x, "layout": spans} if op is None else {"x": x, "spans": spans, "op": op},
             rivals=with_compiled(form) if op is None else {"eager": form},  # the compiler has no segment_reduce
-            floor=torch.empty(spans.num_tokens if op is None else int(spans.lengths.sum()), device=device).clone,
+            bare=torch.empty(spans.num_tokens if op is None else int(spans.lengths.sum()), device=device).clone,
             bytes=4 * (spans.num_tokens if op is None else int(spans.lengths.sum())) + 20 * len(spans),
         )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from trajkern._bench.case import COMPILED, FLOOR, OURS
+from trajkern._bench.case import BARE, COMPILED, OURS
 
 NO_SUCH_OP = "has no such op"
-CONTENDERS = (OURS, "eager", COMPILED, FLOOR)
+CONTENDERS = (OURS, "eager", COMPILED, BARE)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def target_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def target_text(target: dict[str, Any], case: dict[str, Any]) -> tuple[str, str]:
-    """(measured, bound), such as ("1.45 ×", "≤ 1.6 × floor")."""
+    """(measured, bound), such as ("1.45 ×", "≤ 1.6 × bare pass")."""
     unit, bound, value = target["unit"], target["bound"], target["value"]
     if unit == "seconds":
         return "–" if value is None else seconds(value), f"≤ {seconds(bound)}"

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from trajkern._bench.case import FLOOR, OURS
+from trajkern._bench.case import BARE, OURS
 from trajkern._bench.table import NO_SUCH_OP, absent_peers, growth_rows, heading, peers_of, seconds, target_text
 
 WIDTH = 80
@@ -39,7 +39,7 @@ def case_lines(case: dict[str, Any], usable: list[str]) -> Iterator[str]:
     others = {name: s["median"] / ours["median"] for name, s in case["seconds"].items() if name != OURS}
     if others:
         yield from _wrapped([f"{name} {times:.2f} ×" for name, times in others.items()])
-    if behind := [name for name, times in others.items() if times < 1 and name != FLOOR]:
+    if behind := [name for name, times in others.items() if times < 1 and name != BARE]:
         yield f"    ! slower than {', '.join(behind)}"
     yield from _entries(f"{name}: gate failed, {g['why']}" for name, g in case["gate"].items() if not g["passed"])
     unable = {name: why for name, why in case["unable"].items() if why != NO_SUCH_OP and name in usable}
@@ -71,7 +71,11 @@ def size(count: float) -> str:
 
 def _entries(items: Any) -> Iterator[str]:
     for item in items:
-        yield from textwrap.wrap(item, WIDTH, initial_indent="    ", subsequent_indent="      ")
+        yield from wrapped(item, "    ")
+
+
+def wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
 
 
 def _wrapped(items: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trajkern._bench.case import FLOOR, Problem, Target, TimedCase, with_compiled
+from trajkern._bench.case import BARE, Problem, Target, TimedCase, with_compiled
 from trajkern._bench.head import GATE_ROWS, _bytes, _inputs, _products
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.registry import Inputs
@@ -35,7 +35,7 @@ def problem(
             op="linear_topk",
             inputs=x,
             rivals=with_compiled(_whole_logits),
-            floor=_products(x, 3 if backward else 1),
+            bare=_products(x, 3 if backward else 1),
             bytes=_bytes(x, backward),
             grad=backward,
             upstream={"logprobs": upstream} if backward else {},
@@ -49,7 +49,7 @@ def problem(
 def _case(rows: int, width: int, vocabulary: int, k: int, dtype: torch.dtype, device: str, backward: bool) -> TimedCase:
     shape = f"{rows:,} × {width:,} × {vocabulary:,} {str(dtype)[6:]}, k = {k}"
     targets = (
-        Target("times", 1.8 if backward else 1.5, FLOOR, (device,)),
+        Target("times", 1.8 if backward else 1.5, BARE, (device,)),
         Target("fast", 1.0, "eager", (device,)),
     )
     work = "forward + backward" if backward else "forward"

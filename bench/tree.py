@@ -91,7 +91,7 @@ def _problem(op: str, argument: str, form: Callable[[Tree], Callable[..., Outcom
             op=op,
             inputs=inputs,
             rivals=with_compiled(form(tree)) if nodes <= 10**6 else {"eager": form(tree)},
-            floor=torch.empty(tree.num_nodes, device=device).clone,
+            bare=torch.empty(tree.num_nodes, device=device).clone,
             bytes=x.nbytes + 4 * outputs * tree.num_nodes + ranges,
         )
 
@@ -102,13 +102,21 @@ def reduce_problem(nodes: int) -> Callable[[str], Problem]:
     return _problem("subtree_reduce", "leaf_values", _mean_form, nodes)
 
 
+def sibling_problem(nodes: int) -> Callable[[str], Problem]:
+    return _problem("sibling_advantages", "node_values", _sibling_form, nodes)
+
+
+def branch_problem(nodes: int) -> Callable[[str], Problem]:
+    return _problem("branch_coefficients", "leaf_advantages", _branch_form, nodes, 6)
+
+
 _TEN = (Target("fast", 10, "eager"),)
 CASES = tuple(
-    TimedCase(op, "forward", f"{nodes:,} nodes", _problem(op, argument, form, nodes, outputs), targets=targets)
-    for op, argument, form, outputs in (
-        ("subtree_reduce", "leaf_values", _mean_form, 1),
-        ("sibling_advantages", "node_values", _sibling_form, 1),
-        ("branch_coefficients", "leaf_advantages", _branch_form, 6),
+    TimedCase(op, "forward", f"{nodes:,} nodes", problem(nodes), targets=targets)
+    for op, problem in (
+        ("subtree_reduce", reduce_problem),
+        ("sibling_advantages", sibling_problem),
+        ("branch_coefficients", branch_problem),
     )
     for nodes, targets in (
         (65_536, ()),

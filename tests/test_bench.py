@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from trajkern._bench import __main__ as program
-from trajkern._bench import advantage, head, logprob, policy_loss, reflection, span, table
-from trajkern._bench.case import COMPILED, FLOOR, OURS, Problem, Target, TimedCase
+from trajkern._bench import advantage, ceilings, head, logprob, policy_loss, reflection, span, table
+from trajkern._bench.case import BARE, COMPILED, OURS, Problem, Target, TimedCase
 from trajkern._bench.memory import peak_bytes
-from trajkern._bench.run import Settings, gate, run, verdict
+from trajkern._bench.run import Settings, gate, run, shares, verdict
 from trajkern._bench.timing import Summary, WallClock, race, ratio
 
 ALL_CASES = (*logprob.CASES, *head.CASES, *advantage.CASES, *policy_loss.CASES, *reflection.CASES, *span.CASES)
@@ -30,7 +30,7 @@ def problem(rivals, **options) -> Problem:
         op="token_logprobs",
         inputs={"logits": logits, "targets": torch.tensor([0, 10, 4])} | options,
         rivals=rivals,
-        floor=logits.sum,
+        bare=logits.sum,
         bytes=logits.nbytes,
         grad=True,
         upstream={"logprobs": torch.randn(3, generator=g)},
@@ -142,12 +142,12 @@ print(peak_bytes(blocks, "cpu"))
 def test_the_better_ceiling_counts() -> None:
     before = {"copy_bytes_per_second": 4.0, "launch_seconds": 2.0}
     after = {"copy_bytes_per_second": 8.0, "launch_seconds": 3.0}
-    ceilings = program.ceilings.best(before, after) | {"gemm_8_float32_flop_per_second": 2.0}
-    assert ceilings["launch_seconds"] == 2.0
+    most = ceilings.best(before, after) | {"gemm_8_float32_flop_per_second": 2.0}
+    assert most["launch_seconds"] == 2.0
     case = {"seconds": {OURS: {"median": 2.0}}, "host": False, "bytes": 4, "flops": 1}
-    assert program.shares(case, ceilings) == {"share_of_copy": 0.25, "share_of_gemm": 0.25}
-    assert program.shares(case | {"flops": 0}, ceilings) == {"share_of_copy": 0.25}
-    assert program.shares(case | {"host": True}, ceilings) == program.shares(case | {"seconds": {}}, ceilings) == {}
+    assert shares(case, most) == {"share_of_copy": 0.25, "share_of_gemm": 0.25}
+    assert shares(case | {"flops": 0}, most) == {"share_of_copy": 0.25}
+    assert shares(case | {"host": True}, most) == shares(case | {"seconds": {}}, most) == {}
 
 
 # the gate
@@ -201,12 +201,12 @@ def test_in_place_backward_leaves_the_other_contenders_inputs() -> None:
 
 
 def test_whoever_fails_the_gate_gets_no_time() -> None:
-    targets = (Target("fast", 0.0, "eager"), Target("times", 1e9, FLOOR))
+    targets = (Target("fast", 0.0, "eager"), Target("times", 1e9, BARE))
     case = TimedCase(
         "token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": wrong_value}), targets
     )
     result = run(case, SETTINGS, WallClock(), CEILINGS)
-    assert result["seconds"].keys() == {OURS, FLOOR}
+    assert result["seconds"].keys() == {OURS, BARE}
     assert [t["met"] for t in result["targets"]] == [None, True]
     json.dumps(result, allow_nan=False)
 
@@ -224,14 +224,14 @@ def test_tiny_cases_pass_their_gate(case: TimedCase) -> None:
 
 def test_every_target_names_a_contender() -> None:
     rivals = {target.rival for case in ALL_CASES for target in case.targets}
-    assert rivals <= {"", FLOOR, "eager", COMPILED}
+    assert rivals <= {"", BARE, "eager", COMPILED}
     assert {target.unit for case in ALL_CASES for target in case.targets} == {"times", "fast", "seconds", "memory"}
 
 
 @pytest.mark.parametrize(
     "target, value, met",
     [
-        (Target("times", 1.6, FLOOR), 2.0, False),
+        (Target("times", 1.6, BARE), 2.0, False),
         (Target("fast", 4, "eager"), 5.0, True),
         (Target("fast", 6, "eager"), 5.0, False),
         (Target("fast", 6, COMPILED), None, None),
@@ -240,7 +240,7 @@ def test_every_target_names_a_contender() -> None:
     ],
 )
 def test_verdict(target: Target, value: float | None, met: bool | None) -> None:
-    samples = {OURS: [2.0, 2.0], "eager": [10.0, 10.0], FLOOR: [1.0, 1.0]}
+    samples = {OURS: [2.0, 2.0], "eager": [10.0, 10.0], BARE: [1.0, 1.0]}
     result = {"seconds": {OURS: {"median": 2.0}}, "peak_bytes": {OURS: 50}, "memory_of": {"bytes": 100}}
     judged = verdict(target, result, samples)
     assert (judged["value"], judged["met"]) == (value, met)
@@ -272,7 +272,7 @@ def tiny_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         case = TimedCase("token_logprobs", "forward + backward", "3 × 11", lambda d: problem({"eager": form}), targets)
         monkeypatch.setattr(program, "FAMILIES", {"logprob": (case,)})
         files = [tmp_path / "a.json", tmp_path / "a.md"]
-        status = program.main(["--quick", "--json", str(files[0]), "--markdown", str(files[1])])
+        status = program.main(["--quick", "--op", "logprob", "--json", str(files[0]), "--markdown", str(files[1])])
         return status, json.loads(files[0].read_text()), files[1].read_text()
 
     return call
@@ -303,6 +303,6 @@ def test_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, t
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program.ceilings, "measure", interrupted)
+    monkeypatch.setattr(ceilings, "measure", interrupted)
     assert program.main(["--json", str(tmp_path / "a.json")]) == 1
     assert json.loads((tmp_path / "a.json").read_text())["complete"] is False

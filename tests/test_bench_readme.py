@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trajkern._bench import readme
+from trajkern._bench.case import BARE
 
 RESULTS = readme.ROOT / "bench" / "results"
 
@@ -32,7 +33,7 @@ def report(date: str, cases: list[dict[str, Any]], **machine: str) -> dict[str, 
 
 
 def test_a_gpu_comes_first_and_what_it_has_not_measured_is_named(tmp_path: Path) -> None:
-    both = case("spread", "forward", trajkern=2e-3, eager=4e-3, trl=7e-3, liger=6e-3, floor=1e-3)
+    both = case("spread", "forward", trajkern=2e-3, eager=4e-3, trl=7e-3, liger=6e-3, **{BARE: 1e-3})
     both |= {"memory_of": {"name": "x", "bytes": 1}, "peak_bytes": {"trajkern": 2**11, "eager": 3 * 2**20, "trl": 7}}
     for folder, name, content in (
         ("a-cpu", "2026-01-01", report("2026-01-01", [case("gae", "old", trajkern=1.0, eager=1.0)])),

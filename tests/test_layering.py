@@ -42,6 +42,7 @@ ARROWS = {
     "integrations": {"_checks", "_extras", "credit", "layouts", "losses", "ops", "recipes", *PUBLIC},
     "testing": {"_backends", "_checks", "_native", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
     "trainer": {"_extras", "credit", "recipes", "integrations", *PUBLIC},
+    "bench": {"_bench"},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},
 }

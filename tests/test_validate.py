@@ -44,7 +44,8 @@ def test_an_error_is_caught_with_its_smallest_case(monkeypatch, capsys) -> None:
     assert max(map(len, shown.splitlines())) <= cli.WIDTH
     name = re.search(r"^  the smallest, (\w+)", shown, re.M)[1]
     assert spec_of("whiten").case(name).reason in shown
-    worst = re.search(r"whitened is off by (.* times its budget, worst at \[\d+\]: got\s+\S+,\s+expected \S+)", shown)[1]
+    told = r"whitened is off by (.* times its budget, worst at \[\d+\]: got\s+\S+,\s+expected \S+)"
+    worst = re.search(told, shown)[1]
     code = shown[shown.index("import torch\n") : shown.rindex("\n\n")]
     exec(compile(code, "what was pasted", "exec"), {})
     assert " ".join(worst.split()) in " ".join(capsys.readouterr().out.split())
