@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 import sys
@@ -229,12 +230,14 @@ class Server:
             return
         request.send_response(status or 200)
         request.send_header("Content-Type", "application/json")
-        if status == 0:  # blank lines for ever
+        if status == 0:  # blank lines for ever, or a text without end
             request.end_headers()
-            while not self.stop.wait(0.05):
-                request.wfile.write(b"\n")
+            while not self.stop.wait(0.05 if content == 1.0 else 0.0):
+                request.wfile.write(b"\n" if content == 1.0 else b"a" * 4096)
             return
         assert isinstance(content, bytes)
+        if content[:2] == b"\x1f\x8b":
+            request.send_header("Content-Encoding", "gzip")
         request.send_header("Content-Length", str(len(content)))
         request.end_headers()
         request.wfile.write(content)
@@ -246,10 +249,11 @@ class Server:
         self._thread.join()
 
 
-SILENCE, BLANKS = (0, 0.0), (0, 1.0)
+SILENCE, BLANKS, ENDLESS, PACKED = (0, 0.0), (0, 1.0), (0, 2.0), (200, gzip.compress(b" " * 10**7))
+NO_TEXTS = (0, 5, [], ["Score: 5"], {}, {"text": "Score: 5"}, False)
 
 
-def _said(text: str | None, finish: str = "stop") -> tuple[int, bytes]:
+def _said(text: Any, finish: Any = "stop") -> tuple[int, bytes]:
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
     whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     return 200, json.dumps(whole).encode()
@@ -312,11 +316,19 @@ def test_a_failed_try_is_tried_again(server: Server, first: tuple[int, bytes | f
         ((200, b"[]"), "ValueError: the server's answer is no chat completion"),
         ((200, b'"hello"'), "ValueError: the server's answer is no chat completion"),
         ((200, b'{"choices": [{"text": "Score: 5"}]}'), "ValueError: the server's answer is no chat completion"),
+        *((_said(text), "ValueError: the server's answer is no chat completion: its text is") for text in NO_TEXTS),
+        (_said("Score: 5", 3), "ValueError: the server's answer is no chat completion: its text is '3'"),
+        (_said("a" * 30_000), "Refused: the server's answer must have at most max_bytes = 20000 bytes; more came"),
+        ((200, b"[" * 15_000), "RecursionError|.*JSONDecodeError"),
+        (ENDLESS, "Refused: the server's answer must have at most max_bytes = 20000 bytes; more came"),
+        (PACKED, "Refused: the server's answer must not be compressed, as the request says; it is 'gzip'"),
     ],
 )
 def test_a_failed_call_is_no_score(server: Server, bad: tuple[int, bytes | float], cause: str) -> None:
     server.script = lambda turn, text: bad if text == "five" else _said("Score: 6")
-    judge = ServerJudge(server.url, "m", retries=0, timeout=0.5, deadline=1.0, samples=2, concurrency=1)
+    judge = ServerJudge(
+        server.url, "m", retries=0, timeout=0.5, deadline=1.0, samples=2, concurrency=1, max_bytes=20_000
+    )
     with pytest.raises(JudgeError, match=f"(?s)^2 of 6 calls to the judge 'm' failed; the first: {cause}") as caught:
         judge(PROMPTS, RESPONSES)
     assert isinstance(caught.value.__cause__, Exception)

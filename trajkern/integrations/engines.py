@@ -11,11 +11,7 @@ Neither engine is imported: what is read are the attributes of their outputs, or
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain
@@ -25,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trajkern import PackedBatch
+from trajkern.integrations._engine_http import post
 from trajkern.integrations._engine_sampling import Sampling, sampling
 
 __all__ = [
@@ -277,27 +274,6 @@ def collect(ask: Callable[[Request], Answer], requests: Iterable[Request], *, wo
     if failures:
         raise EngineFailure({i: x.result() for i, x in enumerate(futures) if i not in failures}, failures)
     return [x.result() for x in futures]
-
-
-def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0) -> Any:
-    """The decoded JSON that a server answers to ``body``.
-
-    Raises:
-        ConnectionError: naming the url: a status that is an error with what was said, no answer within ``timeout``
-            seconds, a connection that ended inside of it, or no JSON.
-    """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            content = answer.read()
-    except urllib.error.HTTPError as error:
-        raise ConnectionError(f"{url} answered {error.code} {error.reason}: {error.read()[:500]!r}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url} gave no whole answer: {type(error).__name__}: {error}") from error
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ConnectionError(f"{url} must answer in JSON; got {_shortened(content)}") from error
 
 
 def _rollout(

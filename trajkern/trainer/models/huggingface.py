@@ -87,12 +87,14 @@ class HuggingFacePolicy(Policy):
 
     @classmethod
     def load(cls, name: str, shots: Sequence[Question] = ()) -> HuggingFacePolicy:
-        """Load "smollm2", a HuggingFace folder or a .gguf file, in float32 whatever a file is quantised to."""
+        """Load "smollm2", a HuggingFace folder with weights in safetensors or a .gguf file, in float32 whatever a file
+        is quantised to."""
         transformers = require("transformers")
         folder, options = _locate(name)
+        kind: dict[str, Any] = {} if options else {"use_safetensors": True}  # nothing to unpickle
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options, **kind)
         if "gguf_file" in options:  # the file's quantisation, which what is loaded no longer has
             del model.config.quantization_config
             model.is_quantized, model.hf_quantizer = False, None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -210,6 +212,7 @@ class _Server:
         timeout: float = 60.0,
         retries: int = 3,
         deadline: float = 600.0,
+        max_bytes: int = 2**22,
         concurrency: int = 16,
         rubric: str = RUBRIC,
         samples: int = 1,
@@ -223,6 +226,7 @@ class _Server:
         _check_positive("timeout", timeout)
         _check_positive("deadline", deadline)
         _check_count("retries", retries, 0)
+        _check_count("max_bytes", max_bytes, 1)
         _check_count("concurrency", concurrency, 1)
         _check_count("samples", samples, 1)
         if seed is not None:
@@ -236,8 +240,11 @@ class _Server:
                 f"{type(self).__name__} needs openai: {pip_install('judge', 'openai')} ({error})"
             ) from error
         self._connect: Any = openai.AsyncOpenAI
+        self._http: Any = openai.DefaultAsyncHttpxClient
+        self._hooks = {"response": [_counted(max_bytes)]}
         # a key must be given, or the client would send the environment's to this server
         self._client = {"base_url": base_url, "api_key": api_key or "none", "timeout": timeout, "max_retries": retries}
+        self._client["default_headers"] = {"Accept-Encoding": "identity"}  # few bytes may unpack to many
         self._model, self._rubric, self._samples, self._seed = model, rubric, samples, seed
         self._deadline, self._concurrency, self._options = deadline, concurrency, dict(options or {})
 
@@ -264,7 +271,7 @@ class _Server:
 
     async def _ask_all(self, asked: Sequence[str]) -> list[tuple[str, bool] | BaseException]:
         gate = asyncio.Semaphore(self._concurrency)
-        async with self._connect(**self._client) as client:
+        async with self._connect(**self._client, http_client=self._http(event_hooks=self._hooks)) as client:
             calls = [self._ask(client, gate, text, sample) for text in asked for sample in range(self._samples)]
             return await asyncio.gather(*calls, return_exceptions=True)
 
@@ -281,18 +288,18 @@ class _Server:
                 completion = await asyncio.wait_for(call, self._deadline)
             except asyncio.TimeoutError:
                 raise TimeoutError(f"no whole reply within the deadline of {self._deadline} s") from None
-        try:
-            choice = completion.choices[0]
-            content = choice.message.content or ""  # None: all went into reasoning, or a refusal
-            return str(content), choice.finish_reason != "length"
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"the server's answer is no chat completion: {str(completion)[:200]!r}") from error
+            except Exception as error:
+                if isinstance(error.__cause__, Refused):  # as the client's error of a connection
+                    raise error.__cause__ from None
+                raise
+        return _reply(completion)
 
 
 class ServerJudge(_Server):
     """A model behind any server that speaks OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama.
 
-    A call that fails (a refusal to connect, an error status, silence, an answer that is no completion) is no score: the
+    A call that fails (a refusal to connect, an error status, silence, an answer without end or one that is no
+    completion, such as one whose content is no text) is no score: the
     others are waited for, then :class:`JudgeError` says how many failed and why the first did. A reply that has no
     score in it, or was cut off before it, is a missing vote.
 
@@ -305,6 +312,8 @@ class ServerJudge(_Server):
             timeout, a lost connection, and the statuses 408, 409, 429 and 500 or more.
         deadline: seconds for a call with its retries and pauses, above 0: some servers keep a hopeless call alive with
             blank lines, and are never silent.
+        max_bytes: of one answer, which is given up as soon as it has more, at least 1; by default 4 MiB. Compressed
+            answers are not asked for, and refused.
         concurrency: calls under way at once, at least 1.
         rubric: what makes a good response, in words.
         samples: judgements of each response (K), a call each, at least 1.
@@ -318,6 +327,46 @@ class ServerJudge(_Server):
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
         return self.judged(_items(prompts=prompts, responses=responses))
+
+
+class Refused(ValueError):
+    """An answer that is not read to its end."""
+
+
+def _counted(most: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """The client's hook that gives up an answer of more bytes."""
+
+    async def limit(response: Any) -> None:
+        packed = response.headers.get("content-encoding", "identity")
+        if packed != "identity":
+            raise Refused(f"the server's answer must not be compressed, as the request says; it is {packed!r}")
+        raw = response.aiter_raw
+
+        async def parts(*args: Any, **named: Any) -> AsyncIterator[bytes]:
+            size = 0
+            async with contextlib.aclosing(raw(*args, **named)) as stream:
+                async for part in stream:
+                    size += len(part)
+                    if size > most:
+                        raise Refused(f"the server's answer must have at most max_bytes = {most} bytes; more came")
+                    yield part
+
+        response.aiter_raw = parts
+
+    return limit
+
+
+def _reply(completion: Any) -> tuple[str, bool]:
+    """The text of a chat completion, and whether it came to its own end."""
+    try:
+        choice = completion.choices[0]
+        content, finish = choice.message.content, choice.finish_reason
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"the server's answer is no chat completion: {str(completion)[:200]!r}") from error
+    if not isinstance(content, (str, NoneType)) or not isinstance(finish, (str, NoneType)):
+        wrong = finish if isinstance(content, (str, NoneType)) else content
+        raise ValueError(f"the server's answer is no chat completion: its text is {str(wrong)[:200]!r}")
+    return content or "", finish != "length"  # None: all went into reasoning, or a refusal
 
 
 def _judgements(scores: list[list[float]], replies: list[list[str]], samples: int) -> Judgements:
