@@ -1,16 +1,25 @@
-"""Builds trajkern._C (CPU, always) and trajkern._C_cuda (where nvcc is found).
+"""Builds trajkern._C (CPU, where there is a compiler) and trajkern._C_cuda (where torch has CUDA and nvcc is found).
 
-The one build-time knob is the environment variable TRAJKERN_CUDA: "auto" (the default) builds _C_cuda if nvcc is found,
-"0" never does, "1" fails without nvcc, and a list of architectures such as "90" or "80,90" is built and nothing else.
+The one build-time knob is the environment variable TRAJKERN_CUDA: "auto" (the default) builds _C_cuda if the torch that
+is installed is a CUDA build and nvcc is found, "0" never does, "1" does, or fails without nvcc, and a list of
+architectures such as "90" or "80,90" is built and nothing else.
+
+Without a C++17 compiler nothing is built, and what is installed is pure Python: every op then runs as the reference on
+a CPU, and Triton's kernels on a GPU; `trajkern info` says so. A compiler that fails on a source is an error.
 """
 
 import os
 import re
+import runpy
+import shlex
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import zlib
 from glob import glob
+from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -28,6 +37,26 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fPIC", "-fvisibilit
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
+def compiler_problem() -> str | None:
+    """Why no C++ module of Python can be compiled here, or None."""
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    includes = {sysconfig.get_path(name) for name in ("include", "platinclude")}
+    command = [*compiler, "-std=c++17", *OPENMP, *(f"-I{path}" for path in includes), "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        done = subprocess.run(command, input="#include <Python.h>\n#include <omp.h>\n", capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return next(iter(done.stderr.splitlines()), f"{compiler[0]} failed") if done.returncode else None
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version of the torch that is installed, seen from an isolated build too; None where it has none."""
+    folders = [*sys.path, *(sysconfig.get_path(name) for name in ("purelib", "platlib")), site.getusersitepackages()]
+    files = (Path(folder) / "torch" / "version.py" for folder in folders)
+    found = next((file for file in files if file.is_file()), None)
+    return runpy.run_path(str(found)).get("cuda") if found else None
+
+
 def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
@@ -35,13 +64,18 @@ def find_nvcc() -> str | None:
 def cuda_archs() -> list[str]:
     """The architectures to build _C_cuda for, or none where it is not to be built."""
     knob = os.environ.get("TRAJKERN_CUDA") or "auto"
-    if knob == "0":
+    if knob == "0" or (knob == "auto" and NO_COMPILER):
         return []
+    if NO_COMPILER:
+        raise SystemExit(f"TRAJKERN_CUDA={knob} asks for the CUDA kernels, but there is no compiler: {NO_COMPILER}")
     nvcc = find_nvcc()
     if nvcc is None:
         if knob != "auto":
             raise SystemExit(f"TRAJKERN_CUDA={knob} asks for the CUDA kernels, but there is no nvcc on the PATH")
         print("trajkern: no nvcc on the PATH, so trajkern._C_cuda is not built", file=sys.stderr)
+        return []
+    if knob == "auto" and not torch_cuda():
+        print("trajkern: no CUDA build of torch here, so trajkern._C_cuda is not built", file=sys.stderr)
         return []
     if knob not in ("auto", "1"):
         archs = re.split(r"[,; ]+", knob)
@@ -106,11 +140,16 @@ def extension(name: str, sources: list[str], **flags: list[str]) -> Pybind11Exte
 BINDINGS = sorted(glob("csrc/bind/*.cpp"))  # of the families that both modules have
 CPU_SOURCES = ["csrc/module.cpp", *BINDINGS, *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/recipes/*.cpp"))]
 CUDA_SOURCES = ["csrc/module_cuda.cpp", *BINDINGS, *sorted(glob("csrc/cuda/*.cu"))]
+NO_COMPILER = compiler_problem()
 ARCHS = cuda_archs()
 ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 ARCH_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]
 
-extensions = [extension("trajkern._C", CPU_SOURCES, extra_compile_args=CPU_FLAGS, extra_link_args=OPENMP)]
+extensions = []
+if NO_COMPILER:
+    print(f"trajkern: no C++17 compiler, so only the Python files are installed: {NO_COMPILER}", file=sys.stderr)
+else:
+    extensions.append(extension("trajkern._C", CPU_SOURCES, extra_compile_args=CPU_FLAGS, extra_link_args=OPENMP))
 if ARCHS:
     extensions.append(extension("trajkern._C_cuda", CUDA_SOURCES, extra_compile_args=["-O3", *WARNINGS]))
 

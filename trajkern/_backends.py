@@ -129,14 +129,15 @@ def backends() -> dict[str, str]:
 
 def _unavailable(name: str) -> str | None:
     if name == "native" and (why := _ext.problem("_C")):
-        return f"trajkern._C is not built ({why}); run `pip install .` with a C++17 compiler"
+        return f"trajkern._C is not built ({why}); run `pip install .` with a C++17 compiler {_ext.SOURCE}"
     if _executor is not None and _DEVICE[name] == "cuda":
         return _executor.problem(name)
     if name == "cuda":
         if torch.version.hip is not None:
             return _ON_ROCM
         if why := _ext.problem("_C_cuda"):
-            return f"trajkern._C_cuda is not built ({why}); install nvcc, then `TRAJKERN_CUDA=1 pip install .`"
+            command = f"`TRAJKERN_CUDA=1 pip install .` {_ext.SOURCE}"
+            return f"trajkern._C_cuda is not built ({why}); install nvcc, then {command}"
         if not torch.cuda.is_available():
             return "no CUDA device; install a CUDA build of torch on a machine with an NVIDIA GPU"
     if name == "triton":
@@ -180,7 +181,7 @@ def _interpreted() -> bool:
 
 
 def wants_reference(family: str, x: Tensor) -> bool:
-    """True where the plain torch expression is what runs: asked for, or a GPU family whose kernels are not built.
+    """True where the plain torch expression is what runs: asked for, or a family whose native kernels are not built.
 
     Never of meta tensors, whose shapes an op's fake knows.
     """
@@ -188,6 +189,8 @@ def wants_reference(family: str, x: Tensor) -> bool:
         return name == "reference" and not x.is_meta
     device = "cpu" if x.is_cpu else x.device.type
     owner = OWNERS[family].get(device)
+    if owner == "native":
+        return not _ext.CPU_BUILT
     if owner != "cuda":
         return owner is None and device != "meta"
     return torch.version.hip is not None or _ext.problem("_C_cuda") is not None

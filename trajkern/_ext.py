@@ -1,12 +1,16 @@
-"""The two native modules: ``_C`` for the CPU, always built, and ``_C_cuda`` where nvcc was found."""
+"""The two native modules, each of which may not be there: ``_C`` for the CPU, and ``_C_cuda``."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import cache
 from types import ModuleType
 
 import torch  # noqa: F401  its OpenMP runtime must be loaded before the modules that share it
+
+CPU_BUILT = importlib.util.find_spec(f"{__package__}._C") is not None  # else all that is its runs in Python
+SOURCE = "in trajkern's source folder"
 
 
 @cache
@@ -22,7 +26,7 @@ def cpu() -> ModuleType:
     module = _load("_C")
     if isinstance(module, ImportError):
         raise ImportError(
-            f"trajkern's CPU kernels are not built ({module}); run `pip install .` with a C++17 compiler"
+            f"trajkern's CPU kernels are not built ({module}); run `pip install .` with a C++17 compiler {SOURCE}"
         ) from module
     return module
 
@@ -33,7 +37,7 @@ def cuda() -> ModuleType:
     if isinstance(module, ImportError):
         raise ImportError(
             f"trajkern's CUDA kernels are not built ({module}); install the CUDA toolkit (nvcc) and run "
-            "`TRAJKERN_CUDA=1 pip install .`"
+            f"`TRAJKERN_CUDA=1 pip install .` {SOURCE}"
         ) from module
     return module
 

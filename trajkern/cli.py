@@ -118,7 +118,7 @@ def _ops() -> Iterator[str]:
         for spec in (s for s in SPECS if s.family == family):
             seen = f"run on {RUN_ON_GPU[spec.name]}" if spec.name in RUN_ON_GPU else "not yet run on a GPU"
             runs = "reference" if on_rocm and owner["cuda"] == "cuda" else owner["cuda"]
-            yield f"    {spec.name:<21}{owner['cpu']:<12}{runs}, {seen}"
+            yield f"    {spec.name:<21}{owner['cpu'] if _ext.CPU_BUILT else 'reference':<12}{runs}, {seen}"
     if on_rocm:
         yield from _entry("", "CUDA C++ does not run on ROCm: its families run as the reference's torch, gae and", 2)
         yield from _entry("", "discounted_returns one token at a time. Triton's kernels are compiled for", 2)

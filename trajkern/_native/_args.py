@@ -48,7 +48,7 @@ def call(name: str, x: Tensor, *args: Any, scratch: tuple[Any, ...] = ()) -> Any
             major, minor = torch.cuda.get_device_capability()
             raise RuntimeError(
                 f"trajkern._C_cuda has no kernels for {torch.cuda.get_device_name()}, compute capability "
-                f"{major}.{minor}: build it there, or with `TRAJKERN_CUDA={major}{minor} pip install .`"
+                f"{major}.{minor}: build it there, or with `TRAJKERN_CUDA={major}{minor} pip install .` {_ext.SOURCE}"
             ) from error
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import resolved
+from trajkern.layouts import _plain
 from trajkern.layouts._given import MOST_TOKENS
 
 
@@ -58,42 +59,44 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     if longest > MOST_TOKENS or (total := int(lengths.sum())) > MOST_TOKENS:
         found = f"a node of {longest}" if longest > MOST_TOKENS else total
         raise ValueError(f"node_lengths must be at most {MOST_TOKENS} tokens in all, got {found}")
-    short = {
-        name: torch.empty(m, dtype=torch.int32)
-        for name in ("parent", "child", "leaf_begin", "leaf_end", "tree_begin", "root", "depth")
-    }
-    child_begin = torch.empty(m + 1, dtype=torch.int32)
-    position, previous = torch.empty(2, m, dtype=torch.int64)
-    bad, leaves, roots, levels = _ext.cpu().tree_derive(
-        up.data_ptr(),
-        lengths.data_ptr(),
-        m,
-        [
-            short["parent"].data_ptr(),
-            child_begin.data_ptr(),
-            *(x.data_ptr() for name, x in short.items() if name != "parent"),
-            position.data_ptr(),
-            previous.data_ptr(),
-        ],
-    )
+    bad, leaves, roots, levels, arrays = (_derived if _ext.CPU_BUILT else _plainly_derived)(up, lengths)
     if bad >= 0:
         _refuse_parent(up, bad)
-    short["child"] = short["child"][: m - roots].clone()
-    short["tree_begin"] = short["tree_begin"][:leaves].clone()
-    leaf = (child_begin.diff() == 0).nonzero().squeeze(1)
+    leaf = (arrays["child_begin"].diff() == 0).nonzero().squeeze(1)
     order = torch.empty(leaves, dtype=torch.int32)
-    order[short["leaf_begin"][leaf].long()] = torch.arange(leaves, dtype=torch.int32)
+    order[arrays["leaf_begin"][leaf].long()] = torch.arange(leaves, dtype=torch.int32)
     nodes = Nodes(
-        child_begin=child_begin,
         order=order,
-        position=position,
-        previous=previous,
         leaves=leaf,
         node_offsets=offsets_of(lengths),
         token_node=torch.repeat_interleave(torch.arange(m), lengths, output_size=total),
-        **short,
+        **arrays,
     )
     return Nodes(*(x.to(device) for x in nodes)), roots, levels
+
+
+_INT32 = ("parent", "child_begin", "child", "leaf_begin", "leaf_end", "tree_begin", "root", "depth")
+_INT64 = ("position", "previous")
+
+
+def _derived(parent: Tensor, lengths: Tensor) -> tuple[int, int, int, int, dict[str, Tensor]]:  # [M], [M]
+    """The first illegal parent or -1, the numbers of leaves, roots and levels, and what the nodes imply by name."""
+    m = parent.shape[0]
+    arrays = {name: torch.empty(m + (name == "child_begin"), dtype=torch.int32) for name in _INT32}
+    arrays |= {name: torch.empty(m, dtype=torch.int64) for name in _INT64}
+    pointers = [x.data_ptr() for x in arrays.values()]
+    bad, leaves, roots, levels = _ext.cpu().tree_derive(parent.data_ptr(), lengths.data_ptr(), m, pointers)
+    arrays["child"] = arrays["child"][: m - roots].clone()
+    arrays["tree_begin"] = arrays["tree_begin"][:leaves].clone()
+    return bad, leaves, roots, levels, arrays
+
+
+def _plainly_derived(parent: Tensor, lengths: Tensor) -> tuple[int, int, int, int, dict[str, Tensor]]:  # [M], [M]
+    """As :func:`_derived`, without the native module."""
+    *found, arrays = _plain.derive(parent.tolist(), lengths.tolist())
+    dtypes = [torch.int32] * len(_INT32) + [torch.int64] * len(_INT64)
+    named = zip((*_INT32, *_INT64), arrays, dtypes, strict=False)  # there are none with an illegal parent
+    return *found, {name: torch.tensor(x, dtype=dtype) for name, x, dtype in named}
 
 
 def along_paths(
@@ -107,6 +110,8 @@ def along_paths(
     Found on the host, whatever the device.
     """
     up, first, ends, places = (resolved(x).cpu().long().contiguous() for x in (parent, offsets, leaves, bounds))
+    if not _ext.CPU_BUILT:
+        return _plain.along_paths(up.tolist(), first.tolist(), ends.tolist()).to(parent.device)
     index = torch.empty(int(places[-1]), dtype=torch.int64)
     arrays = up.data_ptr(), first.data_ptr(), ends.data_ptr()
     _ext.cpu().tree_flat(*arrays, ends.shape[0], places.data_ptr(), index.data_ptr())

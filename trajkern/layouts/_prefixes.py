@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
 from trajkern import _ext
 from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_valued, resolved
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts import _plain
 from trajkern.layouts.batch import PackedBatch, check_batch
 
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
@@ -26,24 +31,38 @@ def shared_prefixes(
     mask = batch.loss_mask.cpu().contiguous()
     present = {name: x for name in _PER_TOKEN if (x := getattr(batch, name)) is not None}
     logprobs = {name: resolved(x).cpu().double().contiguous() for name, x in present.items()}
+    find = _native_prefixes if _ext.CPU_BUILT else _plain_prefixes
+    rest = list(logprobs.values()), tolerance, on_mismatch == "split"
+    try:
+        parent, lengths, source, root_groups = find(tokens, mask, cu_seqlens, group, distinct.shape[0], *rest)
+    except _plain.Parted as parted:
+        field, *places = parted.found
+        _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)
+    return parent, lengths, distinct[root_groups], source
+
+
+def _native_prefixes(
+    tokens: Tensor, mask: Tensor, cu_seqlens: Tensor, group: Tensor, groups: int, logprobs: list[Tensor], *rest: Any
+) -> Iterator[Tensor]:
     mismatch, *arrays = _ext.cpu().tree_prefixes(
-        tokens.data_ptr(),
-        mask.data_ptr(),
-        cu_seqlens.data_ptr(),
-        group.data_ptr(),
-        batch.num_trajectories,
-        distinct.shape[0],
-        [x.data_ptr() for x in logprobs.values()],
-        tolerance,
-        on_mismatch == "split",
+        *(x.data_ptr() for x in (tokens, mask, cu_seqlens, group)),
+        group.shape[0],
+        groups,
+        [x.data_ptr() for x in logprobs],
+        *rest,
     )
     if mismatch is not None:
-        field, *places = mismatch
-        _refuse(list(logprobs.items())[field], places, cu_seqlens, tolerance)
-    parent, lengths, source, root_groups = (
-        torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays
-    )
-    return parent, lengths, distinct[root_groups], source
+        raise _plain.Parted(*mismatch)
+    return (torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays)
+
+
+def _plain_prefixes(
+    tokens: Tensor, mask: Tensor, cu_seqlens: Tensor, group: Tensor, groups: int, logprobs: list[Tensor], *rest: Any
+) -> Iterator[Tensor]:
+    tree = _plain.PrefixTree(tokens, mask, group, groups, logprobs, *rest)
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        tree.insert(begin, end)
+    return iter(tree.numbered())
 
 
 def _check_sizes(batch: PackedBatch, tokens: int) -> None:
@@ -56,7 +75,7 @@ def _check_sizes(batch: PackedBatch, tokens: int) -> None:
     check_shape("group_ids", batch.group_ids, (batch.num_trajectories,), "one id a trajectory, as then")
 
 
-def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> None:
+def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> NoReturn:
     name, x = field
     at = torch.searchsorted(cu_seqlens, torch.tensor(places), right=True) - 1
     first, second = at.tolist()

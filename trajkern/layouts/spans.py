@@ -20,6 +20,7 @@ from trajkern._checks import (
     resolved,
 )
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts import _plain
 from trajkern.layouts._given import MOST_TOKENS, Given, owned
 
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
@@ -125,6 +126,8 @@ class Spans:
         check_boundaries("cu_seqlens", cu_seqlens, loss_mask.device)
         check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
         mask, bounds = loss_mask.cpu().contiguous(), resolved(cu_seqlens).cpu().long().contiguous()
+        if not _ext.CPU_BUILT:
+            return _trusted(*_plain.turns(mask, bounds).to(loss_mask.device), tokens)
         before = torch.zeros(-(-tokens // _BLOCK) + 1, dtype=torch.int64)  # turns that begin before each block
         pack = mask.data_ptr(), bounds.data_ptr(), bounds.shape[0] - 1, tokens, _BLOCK, before.data_ptr()
         arrays = torch.empty(4, _ext.cpu().span_count_turns(*pack), dtype=torch.int64)

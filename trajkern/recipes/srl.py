@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
@@ -33,7 +34,6 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojun
         autojunk: False gives frequent characters no special treatment, as difflib's argument of this name.
 
     Raises:
-        ImportError: where the CPU kernels are not built.
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     for name, texts in (("actions", actions), ("expert_actions", expert_actions)):
@@ -46,9 +46,14 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojun
         raise ValueError(
             f"expert_actions must have one string for each of the {len(actions)} actions, got {len(expert_actions)}"
         )
-    ratios = torch.empty(len(actions), dtype=torch.float64)
-    _ext.cpu().similarity(tuple(actions), tuple(expert_actions), check_flag("autojunk", autojunk), ratios.data_ptr())
-    return ratios
+    autojunk = check_flag("autojunk", autojunk)
+    if not _ext.CPU_BUILT:
+        pairs = zip(actions, expert_actions, strict=True)
+        ratios = [SequenceMatcher(None, one, other, autojunk).ratio() for one, other in pairs]
+        return torch.tensor(ratios, dtype=torch.float64)
+    out = torch.empty(len(actions), dtype=torch.float64)
+    _ext.cpu().similarity(tuple(actions), tuple(expert_actions), autojunk, out.data_ptr())
+    return out
 
 
 def rewards(
