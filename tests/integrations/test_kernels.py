@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +45,7 @@ print(sorted(name for name in vars(loaded) if hasattr(vars(loaded)[name], "__fil
 def test_it_loads_and_computes_without_the_package(tmp_path: Path) -> None:
     """In Triton's interpreter, in a process where trajkern cannot be imported."""
     adapter.write(tmp_path)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -74,6 +77,70 @@ def test_another_kernel_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="folder must hold no other kernel"):
         adapter.write(tmp_path)
     assert (other / "kernel.py").read_text() == "precious"
+
+
+def test_another_kernels_card_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / adapter.CARD).write_text("precious")
+    with pytest.raises(FileExistsError, match="folder must hold no other kernel's files; .*README.md"):
+        adapter.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [adapter.CARD]
+
+
+def test_metadata_has_a_digest_of_every_file(tmp_path: Path) -> None:
+    variant = adapter.write(tmp_path)
+    metadata = json.loads((variant / "metadata.json").read_text())
+    files = {str(path.relative_to(variant)): path for path in variant.rglob("*") if path.is_file()}
+    assert metadata["digest"]["algorithm"] == "sha256"
+    assert set(metadata["digest"]["files"]) == set(files) - {"metadata.json"}
+    for name, expected in metadata["digest"]["files"].items():
+        assert base64.b64decode(expected) == hashlib.sha256(files[name].read_bytes()).digest()
+    assert (tmp_path / adapter.CARD).read_text().startswith("---\nlibrary_name: kernels\nlicense: apache-2.0\n")
+
+
+VERIFY = """
+import sys
+from pathlib import Path
+from kernels._rust import Digest, Metadata
+
+folder = Path(sys.argv[1])
+metadata = Metadata.read_from_file(folder / "metadata.json")
+metadata.digest.validate(Digest.hash_variant(metadata.digest.algorithm, folder))
+print(metadata.name, metadata.version, metadata.license)
+"""
+
+
+def test_the_package_reads_the_metadata_and_verifies_the_files(tmp_path: Path) -> None:
+    pytest.importorskip("kernels")
+    variant = adapter.write(tmp_path)
+    told = subprocess.run([sys.executable, "-c", VERIFY, str(variant)], capture_output=True, text=True)
+    assert told.returncode == 0 and "Apache-2.0" in told.stdout, told.stderr
+    (variant / "logprob.py").write_text("tampered")
+    told = subprocess.run([sys.executable, "-c", VERIFY, str(variant)], capture_output=True, text=True)
+    assert told.returncode != 0 and "logprob.py" in told.stderr
+
+
+BENCHMARK = """
+import sys
+from pathlib import Path
+from kernels.cli.benchmark import discover_benchmark_classes, run_benchmark_class
+
+folder = Path(sys.argv[1])
+(timed,) = discover_benchmark_classes(folder / "benchmarks/benchmark.py", folder)
+results, _ = run_benchmark_class(timed, 1, 0, str(folder), True, "local")
+print({name: result.verified for name, result in results.items()})
+"""
+
+
+@pytest.mark.slow
+def test_its_benchmark_runs_and_is_verified(tmp_path: Path) -> None:
+    """In Triton's interpreter."""
+    pytest.importorskip("kernels")
+    adapter.write(tmp_path)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", BENCHMARK, str(tmp_path)]
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert eval(told.stdout.strip().splitlines()[-1]) == {"forward": True, "backward": True}
 
 
 def test_imports_become_relative() -> None:

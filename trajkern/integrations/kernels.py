@@ -11,11 +11,14 @@
 
 The folder needs nothing of trajkern: the families' files and the tile loops that the head's share are copied, and
 their imports made relative. What it offers are the launchers, as the schemas of ``trajkern.ops`` name them; autograd,
-argument checks and the choice of a backend are trajkern's own.
+argument checks and the choice of a backend are trajkern's own. It is laid out as a kernel repository of the Hub: the
+one variant, ``metadata.json`` in it with a digest of its files, ``benchmarks/`` for ``kernels benchmark``, and a card.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -34,6 +37,7 @@ SHARED = (
     "losses/streams.py",
 )  # trajkern's modules that they import
 VARIANT = "build/torch-universal"
+CARD, BENCHMARK = "README.md", "benchmarks/benchmark.py"
 
 
 def write(folder: str | Path) -> Path:
@@ -43,11 +47,16 @@ def write(folder: str | Path) -> Path:
         folder: where; made if missing. What an earlier call wrote there is replaced, nothing else is touched.
 
     Raises:
-        FileExistsError: ``folder`` holds a variant that is no kernel of trajkern.
+        FileExistsError: ``folder`` holds a variant, a card or a benchmark that is no kernel's of trajkern.
     """
     variant = Path(folder) / VARIANT
+    benchmark = Path(str(import_module("trajkern").__file__)).parent / "integrations/_kernels_benchmark.py"
+    texts = {CARD: _card(), BENCHMARK: benchmark.read_text()}
     if variant.exists():
         _refuse_others(variant)
+    for name, text in texts.items():
+        _refuse_other(Path(folder) / name, text)
+    if variant.exists():
         shutil.rmtree(variant)
     partial = variant.with_name(variant.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,9 +70,12 @@ def write(folder: str | Path) -> Path:
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(relative(source.read_text(), "." if copy.parent == partial else ".."))
     with (partial / "__init__.py").open("a") as package_file:
-        package_file.write(f"\nfrom . import {', '.join(FAMILIES)}\n")
-    (partial / "metadata.json").write_text(json.dumps(_metadata(), indent=1) + "\n")
+        package_file.write(f"\nfrom . import {', '.join(FAMILIES)}\n\n__all__ = {list(FAMILIES)}\n")
+    (partial / "metadata.json").write_text(json.dumps(_metadata() | {"digest": _digest(partial)}, indent=1) + "\n")
     partial.rename(variant)
+    for name, text in texts.items():
+        (Path(folder) / name).parent.mkdir(exist_ok=True)
+        (Path(folder) / name).write_text(text)
     return variant
 
 
@@ -92,3 +104,47 @@ def _refuse_others(variant: Path) -> None:
         name = None
     if name != "trajkern":
         raise FileExistsError(f"folder must hold no other kernel; {variant} is not trajkern's")
+
+
+def _refuse_other(path: Path, text: str) -> None:
+    """A file of ours begins like the one that is to be written."""
+    first = text.partition("\n\n")[0]
+    if path.exists() and not path.read_text().startswith(first):
+        raise FileExistsError(f"folder must hold no other kernel's files; {path} is not trajkern's")
+
+
+def _digest(variant: Path) -> dict[str, object]:
+    """Of all files there so far: what ``kernels verify`` holds them against."""
+    files = sorted(path for path in variant.rglob("*") if path.is_file())
+    hashes = {str(x.relative_to(variant)): hashlib.sha256(x.read_bytes()).digest() for x in files}
+    return {"algorithm": "sha256", "files": {name: base64.b64encode(x).decode() for name, x in hashes.items()}}
+
+
+def _card() -> str:
+    families = "\n".join(f"- `{name}`" for name in FAMILIES)
+    return f"""---
+library_name: kernels
+license: apache-2.0
+tags: [trajkern, triton, reinforcement-learning]
+---
+
+# trajkern's Triton kernels, version {tk.__version__}
+
+Log-probs and softmax statistics of tokens, from logits or from hidden states, and their gradients; the policy loss in
+one pass; divergences and likeliest tokens of a head; DRO's reflection reward. For NVIDIA GPUs of compute capability 8.0
+and later, in float32, float16 and bfloat16.
+
+```python
+from pathlib import Path
+
+from kernels import get_local_kernel
+
+kernel = get_local_kernel(Path("kernel"))
+logprobs, norm = kernel.logprob.token_stats(logits, targets, None, 1.0, None, 0)
+```
+
+{families}
+
+Each module has its ops' launchers, which take what the schemas in trajkern's `trajkern/ops` say. The package itself
+adds autograd, argument checks and the kernels for CPUs. `kernels benchmark` runs `{BENCHMARK}`.
+"""
