@@ -16,6 +16,7 @@ from torch import Tensor
 import trajkern as tk
 from tests.device_watch import HostRead, Watch, on_meta, watched
 from trajkern.testing import SPECS
+from trajkern.testing.launches import BESIDE, FAMILIES, HEAD_LAUNCHES, LAUNCHES
 from trajkern.testing.registry import Case, OpSpec
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -33,26 +34,6 @@ def _small(specs: Iterable[OpSpec]) -> list[Any]:
 
 
 SMALL = _small(SPECS)
-# op -> kernels that any case of the registry launches at most, forward and backward
-LAUNCHES = {
-    "token_logprobs": (1, 1),
-    "token_stats": (1, 1),
-    "group_advantages": (2, 2),
-    "discounted_returns": (1, 1),
-    "gae": (3, 4),
-    "whiten": (2, 2),
-    "variance_weights": (8, 2),
-    "reflection_rewards": (11, 4),
-    "span_reduce": (1, 4),
-    "spread": (1, 1),
-    "subtree_reduce": (3, 4),
-    "sibling_advantages": (1, 2),
-    "branch_coefficients": (3, 1),
-    "policy_loss": (3, 1),  # of the forward's one fills a normalizer that is a number
-}
-# of a block of the head's rows, for each three products
-HEAD_LAUNCHES = {"linear_logprobs": 8, "linear_policy_loss": 8}
-FAMILIES = {"advantage": 4, "span": 4, "tree": 4}  # family -> what none of its launches may exceed
 
 
 def _arguments(spec: OpSpec, case: Case, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -96,8 +77,7 @@ def _has_row(spec: OpSpec, case: Case) -> bool:
     inputs = spec.inputs(case, torch.float32)
     if spec.name == "policy_loss" and inputs["config"].ranks_tokens:
         return False
-    beside = ("branch", "supervised_weights", "kl_weights")
-    return spec.name in LAUNCHES and all(inputs.get(name) is None for name in beside)
+    return spec.name in LAUNCHES and all(inputs.get(name) is None for name in BESIDE)
 
 
 @pytest.mark.parametrize("small", SMALL)

@@ -35,7 +35,7 @@ def run(
 ) -> Outcome:
     """Outputs and gradients of ``function`` for a fixed random upstream times ``scale``, detached.
 
-    Without one it is :func:`loss_scale`.
+    Without one it is what ``loss_scale`` says.
     """
     if scale is None:
         scale = loss_scale(spec, inputs, upstream_seed)
