@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu trajkern/testing/ptx/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test slow ptx fuzz lint format bench reproduce readme gpu-check clean
+.PHONY: help setup train test slow ptx fuzz lint format bench reproduce readme docs gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -24,7 +24,7 @@ train: .venv/.built ## train the small model with GRPO and print what it learned
 test: lint ## the test suite but for its slow tests; ARGS="-k tree" runs a part
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
-slow: .venv/.built ## the slow tests: models, adapters and wrappers one by one, every GPU generation, all that is interpreted
+slow: .venv/.built .venv/.docs ## the slow tests: models, adapters and wrappers one by one, every GPU generation, all that is interpreted
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 ptx: .venv/.built ## every case on the compiled GPU kernels, executed on this CPU (needs nvcc and triton, no GPU)
@@ -52,11 +52,16 @@ reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--onl
 readme: .venv/.built ## the README's table of times, from bench/results
 	$(BIN)/python -m trajkern._bench.readme
 
+docs: .venv/.docs ## the documentation site, in build/site/index.html; a warning is an error (Python >= 3.11)
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/site-cache docs build/site
+	@echo "build/site/index.html is its first page"
+
 gpu-check: ## on a machine with an NVIDIA GPU and no network: build, test, measure with $(PYTHON), results under OUT
 	$(PYTHON) bench/gpu_check.py --out $(OUT)
 
 clean: ## remove builds and caches; .venv, runs/ and bench/results/ stay
 	rm -rf build dist *.egg-info trajkern/_C*.so .venv/.built
+	rm -rf docs/api docs/examples docs/ops docs/project
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
@@ -80,4 +85,9 @@ INCLUDE = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("incl
 .venv/.built: .venv/.installed $(SOURCES)
 	@echo "building the native modules (TRAJKERN_CUDA=0 builds none for CUDA)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+.venv/.docs: .venv/.built requirements/docs.txt
+	@$(call require,$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3$(comma) 11))',the documentation needs Python >= 3.11: remove .venv and run make docs PYTHON=...)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements/docs.txt
 	@touch $@

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/art.md", "docs/credit.md", "docs/distillation.md", "docs/recipes.md", "docs/transformers.md"],
+    ["README.md"]
+    + [f"docs/{page}.md" for page in ("art", "credit", "distillation", "index", "recipes", "transformers")],
 )
 def test_python_blocks_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)

@@ -12,7 +12,7 @@ import pytest
 import trajkern as tk
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("trajkern", "triton_kernels", "csrc", "bench", "examples", "tests")
+FOLDERS = ("trajkern", "triton_kernels", "csrc", "bench", "docs", "examples", "tests")
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 SOURCES = sorted(
     [ROOT / "setup.py", *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.*") if p.suffix in CODE)]

@@ -1,4 +1,4 @@
-"""Credit: from the signals that rollouts carry to an advantage for each token, as one expression for every trainer.
+"""Credit: from the signals that rollouts carry to an advantage for each token, as one expression for every trainer::
 
     from trajkern import credit
 

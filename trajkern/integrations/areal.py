@@ -1,4 +1,4 @@
-"""AReaL (1.0.4): its actor's loss on packed tokens, as stand-ins for its functions and as a loss for its engines.
+"""AReaL (1.0.4): its actor's loss on packed tokens, as stand-ins for its functions and as a loss for its engines::
 
     from trajkern.integrations import areal
     areal.enable()                                                        # in every process that trains

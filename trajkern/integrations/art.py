@@ -1,4 +1,4 @@
-"""ART (OpenPipe): its packed rows, of shared prompts and completions by group and parent ids, as trees of rollouts.
+"""ART (OpenPipe): its packed rows, of shared prompts and completions by group and parent ids, as trees of rollouts::
 
     from trajkern.integrations import art
 

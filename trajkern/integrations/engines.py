@@ -1,4 +1,4 @@
-"""What vLLM 0.33.0 and SGLang 0.5.23 return, as the packed batch and the head's arguments that the ops take.
+"""What vLLM 0.33.0 and SGLang 0.5.23 return, as the packed batch and the head's arguments that the ops take::
 
     how = engines.sampling(request, logprobs_mode="processed_logprobs")
     rollouts = engines.from_vllm(llm.generate(prompts, params), how)

@@ -1,4 +1,4 @@
-"""The Triton families as a kernel of HuggingFace's ``kernels``: a folder that ``get_local_kernel`` loads.
+"""The Triton families as a kernel of HuggingFace's ``kernels``: a folder that ``get_local_kernel`` loads::
 
     from trajkern.integrations import kernels
 

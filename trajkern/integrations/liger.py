@@ -1,4 +1,4 @@
-"""Liger-Kernel (0.8.5): its fused GRPO loss, under its own name and arguments, on trajkern's head.
+"""Liger-Kernel (0.8.5): its fused GRPO loss, under its own name and arguments, on trajkern's head::
 
     from trajkern.integrations.liger import LigerFusedLinearGRPOLoss    # instead of liger_kernel.chunked_loss
 

@@ -1,4 +1,4 @@
-"""NeMo-RL (0.7.0, and read at commit 7ea279a): its clipped policy loss in one call of trajkern's op.
+"""NeMo-RL (0.7.0, and read at commit 7ea279a): its clipped policy loss in one call of trajkern's op::
 
     from trajkern.integrations import nemo_rl
     grpo_train(..., loss_fn=nemo_rl.ClippedPGLossFn(master_config.loss_fn), ...)

@@ -1,4 +1,4 @@
-"""OpenRLHF (0.11.2): trajkern's log-probs and policy loss in its actor.
+"""OpenRLHF (0.11.2): trajkern's log-probs and policy loss in its actor::
 
     from trajkern.integrations import openrlhf
     openrlhf.enable()

@@ -1,4 +1,4 @@
-"""prime-rl (0.8.0, read at commit 559b447): its packed loss in one call, and every policy loss of trajkern's in it.
+"""prime-rl (0.8.0, read at commit 559b447): its packed loss in one call, and every policy loss of trajkern's in it::
 
     # my_loss.py, where the trainer can import it
     from trajkern.integrations import prime_rl

@@ -1,4 +1,4 @@
-"""SkyRL (0.3.0): trajkern's estimators, policy losses and credits under names of its registries.
+"""SkyRL (0.3.0): trajkern's estimators, policy losses and credits under names of its registries::
 
     from trajkern.integrations import skyrl
     skyrl.register()       # trainer.algorithm.policy_loss_type=trajkern_regular, advantage_estimator=trajkern_grpo, ...

@@ -1,4 +1,4 @@
-"""slime (0.3.1) and miles (0.1.0): trajkern's loss, advantages, sampler corrections and reducers by their path flags.
+"""slime (0.3.1) and miles (0.1.0): trajkern's loss, advantages, sampler corrections and reducers by their path flags::
 
     --loss-type custom_loss --custom-loss-function-path trajkern.integrations.slime.policy_loss
     --custom-advantage-function-path trajkern.integrations.slime.advantages                      (slime only)

@@ -1,4 +1,4 @@
-"""TRL (1.15 and 1.16): the fused head, the packed loss and a credit in its GRPO and RLOO trainers, by one line.
+"""TRL (1.15 and 1.16): the fused head, the packed loss and a credit in its GRPO and RLOO trainers, by one line::
 
     from trajkern.integrations import trl
 

@@ -1,4 +1,4 @@
-"""verl (0.9.1): trajkern's estimators, policy losses and fused head in a trainer that already runs.
+"""verl (0.9.1): trajkern's estimators, policy losses and fused head in a trainer that already runs::
 
     from trajkern.integrations import verl
     verl.register()        # algorithm.adv_estimator=trajkern_grpo, actor.policy_loss.loss_mode=trajkern_vanilla, ...

@@ -139,12 +139,12 @@ class PolicyLoss:
 
     @property
     def kernel_options(self) -> list[int]:
-        """What the kernels read: the first of :data:`trajkern.losses.kinds.OPTIONS`; the rest are a call's."""
+        """What the kernels read: the first of ``trajkern.losses.kinds.OPTIONS``; the rest are a call's."""
         return self.__dict__["_options"]
 
     @property
     def kernel_params(self) -> list[float]:
-        """What the kernels read, in the order of :data:`trajkern.losses.kinds.PARAMETERS`."""
+        """What the kernels read, in the order of ``trajkern.losses.kinds.PARAMETERS``."""
         if torch.compiler.is_dynamo_compiling():  # a second place of the same numbers would be guarded by itself
             return _params(self)
         return self.__dict__["_params"]

@@ -148,7 +148,7 @@ def token_stats(
     Args:
         outputs: any of "entropy" (-sum_j p_j log p_j, nats, differentiable), "sum_sq_probs" (sum_j p_j^2, no gradient)
             and "is_top1" (bool: no other logit is larger than the target's; a tie counts).
-        The other arguments are those of :func:`token_logprobs`.
+        logits, targets and all others: as in :func:`token_logprobs`.
 
     Returns:
         :class:`TokenStats` of the leading shape; what was not asked for is None. Masked rows are 0 and False.

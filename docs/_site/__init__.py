@@ -1,0 +1,1 @@
+"""What the documentation site has of its own; ``extension`` is what Sphinx loads."""

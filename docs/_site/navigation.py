@@ -1,0 +1,87 @@
+"""The site's navigation, and what it takes from elsewhere: examples, and files beside docs/.
+
+``docs/index.md`` is the navigation: its headings are the groups, its links the pages. The generated pages follow it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from _site.facts import ROOT
+from _site.rest import heading, toctree
+
+TAKEN = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/reproduction.md", "bench/NOTES.md")  # which are pages of the site
+REFERENCE = {
+    "ops/index": ("Ops", "a page each: maths, shapes, backends, budgets, bits, launches, figures"),
+    "api/index": ("API", "every public name, from its docstring"),
+    "examples/index": ("Examples", "files that run as they stand"),
+}
+LINK = re.compile(r"\]\((?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def taken() -> dict[str, Path]:
+    """Page -> the file outside docs/ that it shows."""
+    return {f"project/{Path(file).stem.lower()}": ROOT / file for file in TAKEN if (ROOT / file).exists()}
+
+
+def examples() -> dict[str, Path]:
+    return {f"examples/{path.stem}": path for path in sorted((ROOT / "examples").glob("*.py"))}
+
+
+def pages() -> dict[str, list[str]]:
+    """Page -> its lines."""
+    lines = [*heading("Examples"), "Each is one file that runs as it stands.", ""]
+    index = lines + toctree((path.stem for path in examples().values()), hidden=False)
+    return {"examples/index": index} | {page: _example(path) for page, path in examples().items()}
+
+
+def _example(path: Path) -> list[str]:
+    return [*heading(path.name), f".. literalinclude:: ../../examples/{path.name}", "   :language: python", ""]
+
+
+def groups(index: str) -> dict[str, list[str]]:
+    """Heading -> the pages that the front page links below it."""
+    found: dict[str, list[str]] = {}
+    for part in re.split(r"^## ", index, flags=re.M)[1:]:
+        title, _, body = part.partition("\n")
+        targets = [link["target"] for link in LINK.finditer(body)]
+        found[title.strip()] = [x.removesuffix(".md") for x in targets if x.endswith(".md") and "/" not in x]
+    return found
+
+
+def with_navigation(index: str) -> str:
+    """The front page with links to what is generated, and a hidden toctree for each of its groups."""
+    made = "\n".join(f"- {{doc}}`{title} </{page}>`: {what}" for page, (title, what) in REFERENCE.items())
+    trees = {**groups(index), "Reference": [*REFERENCE], "Project": [*taken()]}
+    shown = "\n".join(_toctree(title, names) for title, names in trees.items() if names)
+    return f"{index}\n## Reference\n{made}\n\n{shown}"
+
+
+def _toctree(title: str, names: list[str]) -> str:
+    listed = "\n".join(names)
+    return f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n{listed}\n```\n"
+
+
+def moved(page: str, source: Path) -> str:
+    """A file that is a page of another folder of the site: what it names beside itself is named from there."""
+    folder = (ROOT / "docs" / page).parent
+    return relinked(source.read_text(), source, lambda target: os.path.relpath(target, folder))
+
+
+def relinked(text: str, source: Path, elsewhere: Callable[[Path], str] | None = None) -> str:
+    """A page's links to files that are pages of the site lead to these; of all others ``elsewhere`` says the path."""
+    known = {path: f"{page}.md" for page, path in taken().items()}
+    known |= {path: f"{page}.rst" for page, path in examples().items()}
+    known |= {path: path.name for path in (ROOT / "docs").glob("*.md")}
+    known[ROOT / "README.md"] = "index.md"
+
+    def of_site(link: re.Match[str]) -> str:
+        target = (source.parent / link["target"]).resolve()
+        if target in known:
+            return f"](/{known[target]}{link['anchor'] or ''})"
+        return f"]({elsewhere(target)})" if elsewhere is not None and target.exists() else link.group()
+
+    return LINK.sub(of_site, text)
