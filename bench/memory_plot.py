@@ -14,9 +14,9 @@ TOKENS = [1024 * 2 ** (i / 4) for i in range(37)]  # 1k to 512k
 GIB = 2**30
 
 
-def draw(report: dict[str, Any]) -> Figure:
+def draw(report: dict[str, Any], width: float = 9.6) -> Figure:
     """A panel a model, and one of the measured peaks."""
-    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
+    figure = Figure(figsize=(width, width / 1.5), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
     colours = dict(zip(FORMS, (COLOURS[3], COLOURS[1], COLOURS[4], COLOURS[0]), strict=True))
     for axis, (name, model) in zip(axes, MODELS.items(), strict=False):

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         from trajkern._bench.memory_plot import draw
         from trajkern._bench.plots import png
 
-        args.png.write_bytes(png(draw, report))
+        args.png.write_bytes(png(draw, report, 9.6))
     return 0 if any(report["points"].values()) else 1
 
 

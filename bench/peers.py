@@ -48,8 +48,10 @@ def contenders(problem: Problem, device: str) -> tuple[dict[str, Function], dict
             able[name] = _form(peer, problem, device)
         except Cannot as reason:
             unable[name] = str(reason)
-        except Exception as error:
+        except ImportError as error:
             unable[name] = f"installed but broken: {_line(error)}"
+        except Exception as error:  # of its own or of its form here, which cannot be told apart
+            unable[name] = f"could not be prepared: {_line(error)}"
     return able, unable
 
 

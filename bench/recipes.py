@@ -40,6 +40,7 @@ class Exact:
     flops: int = 0
     peers: dict[str, Function] = field(default_factory=dict)
     tolerance: float = 0.0
+    compose: None = None  # of no package's log-probs
 
     @property
     def functions(self) -> dict[str, Function]:

@@ -1,17 +1,22 @@
-"""The results as Markdown: what was promised, then every time, then the other packages."""
+"""The results as Markdown: every time, the other packages, how cost grows, and what was promised."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from trajkern._bench import bare
 from trajkern._bench.case import BARE, COMPILED, OURS
 
 NO_SUCH_OP = "has no such op"
-CONTENDERS = (OURS, "eager", COMPILED, BARE)
+ABOUT_BARE = (
+    "The bare pass is torch's own sum, copy or matrix product over the same data. It computes nothing of the op, and "
+    "is no bound."
+)
 
 
 def markdown(report: dict[str, Any]) -> str:
-    parts = [heading(report), table(TARGET_COLUMNS, target_rows(report)), table(TIME_COLUMNS, time_rows(report))]
+    columns = ("op", "work", "input", *contenders_of(report), "of copy bandwidth", "peak memory")
+    parts = [heading(report), ABOUT_BARE, table(columns, time_rows(report)), "\n".join(less_lines(report))]
     if names := peers_of(report):
         parts.append(table(("op", "work", "input", *(f"{n} {report['peers'][n]}" for n in names)), peer_rows(report)))
     parts.append(absent_peers(report))
@@ -19,6 +24,8 @@ def markdown(report: dict[str, Any]) -> str:
         parts.append(table(("op", "over", "from", "to", "time grows by the power"), growth_rows(sweeps)))
     if failures := failure_rows(report):
         parts.append("Gate failed, so not timed:\n\n" + table(("case", "contender", "why"), failures))
+    if targets := target_rows(report):
+        parts.append(f"{target_counts(report)}:\n\n" + table(TARGET_COLUMNS, targets))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -41,7 +48,22 @@ def heading(report: dict[str, Any]) -> str:
 
 
 TARGET_COLUMNS = ("op", "work", "input", "measured", "target", "")
-TIME_COLUMNS = ("op", "work", "input", *CONTENDERS, "of copy bandwidth", "peak memory")
+
+
+def contenders_of(report: dict[str, Any]) -> tuple[str, ...]:
+    """Who stands in the table of times; packages have one of their own."""
+    return OURS, *report.get("own", ()), "eager", COMPILED, BARE
+
+
+def less_lines(report: dict[str, Any]) -> list[str]:
+    """Where trajkern takes less time than the bare pass, and why: a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for case in report["cases"]:
+        if why := bare.why_less(case):
+            times = case["seconds"][BARE]["median"] / case["seconds"][OURS]["median"]
+            name = f"{case['op']}, {case['work']}, {case['shape']} ({times:.2f} ×)"
+            reasons.setdefault(why, []).append(name)
+    return [f"- Less than the bare pass, for {why}: {'; '.join(names)}." for why, names in reasons.items()]
 
 
 def target_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -51,6 +73,13 @@ def target_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         for case in report["cases"]
         for target in case["targets"]
     ]
+
+
+def target_counts(report: dict[str, Any]) -> str:
+    """Such as "Targets: 14 met, 12 not met, 1 not measured"."""
+    met = [target["met"] for case in report["cases"] for target in case["targets"]]
+    said = ((True, "met"), (False, "not met"), (None, "not measured"))
+    return "Targets: " + ", ".join(f"{met.count(value)} {name}" for value, name in said if value in met)
 
 
 def target_text(target: dict[str, Any], case: dict[str, Any]) -> tuple[str, str]:
@@ -70,7 +99,7 @@ def time_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             f"`{case['op']}`",
             case["work"],
             case["shape"],
-            *(time_text(case, name) for name in CONTENDERS),
+            *(time_text(case, name) for name in contenders_of(report)),
             f"{case['share_of_copy']:.0%}" if "share_of_copy" in case else "",
             memory_text(case),
         )
@@ -111,6 +140,11 @@ def overview(report: dict[str, Any]) -> list[dict[str, Any]]:
         if (len(case["seconds"]), case["bytes"]) > (len(known["seconds"]), known["bytes"]):
             best[case["op"]] = case
     return list(best.values())
+
+
+def tiny(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a few numbers, whose time is what the call costs its caller."""
+    return [case for case in report["cases"] if OURS in case["seconds"] and case["host"]]
 
 
 def absent_peers(report: dict[str, Any]) -> str:

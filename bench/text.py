@@ -6,14 +6,24 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from trajkern._bench import bare
 from trajkern._bench.case import BARE, OURS
-from trajkern._bench.table import NO_SUCH_OP, absent_peers, growth_rows, heading, peers_of, seconds, target_text
+from trajkern._bench.table import (
+    ABOUT_BARE,
+    NO_SUCH_OP,
+    absent_peers,
+    growth_rows,
+    heading,
+    peers_of,
+    seconds,
+    target_text,
+)
 
 WIDTH = 80
 
 
 def text(report: dict[str, Any]) -> str:
-    lines = textwrap.wrap(heading(report), WIDTH)
+    lines = [*wrapped(heading(report), ""), *wrapped(ABOUT_BARE, "")]
     op = None
     for case in report["cases"]:
         if case["op"] != op:
@@ -39,6 +49,8 @@ def case_lines(case: dict[str, Any], usable: list[str]) -> Iterator[str]:
     others = {name: s["median"] / ours["median"] for name, s in case["seconds"].items() if name != OURS}
     if others:
         yield from _wrapped([f"{name} {times:.2f} ×" for name, times in others.items()])
+    if why := bare.why_less(case):
+        yield from wrapped(f"bare pass: {bare.what(case)}; trajkern takes less: {why}.", "    ")
     if behind := [name for name, times in others.items() if times < 1 and name != BARE]:
         yield f"    ! slower than {', '.join(behind)}"
     yield from _entries(f"{name}: gate failed, {g['why']}" for name, g in case["gate"].items() if not g["passed"])

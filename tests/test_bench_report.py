@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trajkern._bench import __main__ as program
-from trajkern._bench import growth, head, peers, plots, policy_loss, shapes
+from trajkern._bench import growth, head, hosts, peers, plots, policy_loss, recipes, shapes
 from trajkern._bench.case import OURS, Problem, Target, TimedCase
 from trajkern._bench.peers import PEERS, Cannot, Peer
 from trajkern._bench.report import html
@@ -76,6 +76,22 @@ def test_every_peer_is_used_or_says_why_not(packages: None) -> None:
         "gpu": "has no CPU kernel",
     }
     assert peers.versions()["absent"] == "not installed" and peers.versions()["fine"][0].isdigit()
+
+
+def test_a_recipe_is_no_op_of_any_package() -> None:
+    """Whatever is installed: no package is called broken for what it never offered."""
+    for case in (*recipes.CASES[:1], *hosts.CASES):
+        able, unable = peers.contenders(case.make("cpu"), "cpu")
+        assert not able and unable == {name: peers.NO_SUCH_OP for name in PEERS}
+
+
+def test_a_form_that_fails_blames_no_installation(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(problem: Problem, device: str) -> Any:
+        raise AttributeError("no attribute 'x'")
+
+    monkeypatch.setitem(peers.PEERS, "fine", Peer("pytest", "_peer_fine", {"linear_logprobs": fails}))
+    _, unable = peers.contenders(tiny(), "cpu")
+    assert unable["fine"] == "could not be prepared: AttributeError: no attribute 'x'"
 
 
 def test_a_peer_without_the_loss_contends_by_its_log_probs(packages: None) -> None:
@@ -146,7 +162,7 @@ def test_terminal_shows_every_contender_in_80_columns(results: Path, capsys: pyt
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= WIDTH
     for part in (
-        "linear_logprobs\n  forward: 3 × 4 × 7",
+        "linear_logprobs forward: 3 × 4 × 7",
         "fine ",
         "wrong: gate failed",
         "odd – takes even rows",
@@ -156,7 +172,7 @@ def test_terminal_shows_every_contender_in_80_columns(results: Path, capsys: pyt
         "growth",
         "empty call",
     ):
-        assert part in out
+        assert part in " ".join(out.split())
 
 
 def test_who_is_faster_is_said() -> None:
@@ -208,7 +224,9 @@ def test_page_is_whole_and_needs_nothing_else(results: Path, tmp_path: Path) -> 
     page.feed(path.read_text())
     assert not page.open and not page.outside
     report = json.loads(results.read_text())
-    assert page.count["svg"] == sum(bool(plots.png(draw, report)) for draw, _ in plots.PICTURES.values()) >= 3
+    drawn = sum(draw(report, plots.WIDE) is not None for draw, _ in plots.PICTURES.values())
+    assert page.count["svg"] == 2 * drawn >= 6  # for a page and for a phone
+    assert path.read_text().index("<h2>Times") < path.read_text().index("<details><summary>Targets")
     assert page.count["table"] >= 4
     assert "@import" not in path.read_text() and plots.INK not in path.read_text()
 
