@@ -21,10 +21,12 @@ PUBLIC = {"trajkern"}
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
-    "__init__": {"_backends", "_results", "layouts", "losses", "ops", "recipes"},
+    "__init__": {"_backends", "_lazy", "_results", "layouts", "losses", "ops", "recipes"},
     "__main__": {"cli"},
     "_backends": {"_checks", "_ext"},
-    "_checks": {"_dtypes", "_memory"},
+    "_checks": {"_dtypes", "_memory", "_suggest"},
+    "_lazy": set(),
+    "_suggest": set(),
     "_memory": set(),
     "_dtypes": set(),
     "_ext": set(),
@@ -37,10 +39,21 @@ ARROWS = {
     "_triton": {"_dtypes", "_tiles", "losses"},
     "reference": {"_dtypes", "_results", "losses"},
     "ops": {"_backends", "_checks", "_dtypes", "_results", "_tiles", "layouts", "losses"},
-    "recipes": {"_checks", "_dtypes", "_ext", "_results", "layouts", "ops", *PUBLIC},
-    "credit": {"_checks", "_dtypes", "_results", "layouts", "losses", "ops", "recipes"},
-    "integrations": {"_checks", "_extras", "credit", "layouts", "losses", "ops", "recipes", *PUBLIC},
-    "testing": {"_backends", "_checks", "_native", "_results", "layouts", "losses", "ops", "reference", *PUBLIC},
+    "recipes": {"_checks", "_dtypes", "_ext", "_lazy", "_results", "layouts", "ops", *PUBLIC},
+    "credit": {"_checks", "_dtypes", "_lazy", "_results", "layouts", "losses", "ops", "recipes"},
+    "integrations": {"_checks", "_extras", "_lazy", "credit", "layouts", "losses", "ops", "recipes", *PUBLIC},
+    "testing": {
+        "_backends",
+        "_checks",
+        "_lazy",
+        "_native",
+        "_results",
+        "layouts",
+        "losses",
+        "ops",
+        "reference",
+        *PUBLIC,
+    },
     "trainer": {"_extras", "credit", "recipes", "integrations", *PUBLIC},
     "bench": {"_bench"},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
@@ -48,6 +61,7 @@ ARROWS = {
 }
 # What only runs when a function is called: the chosen backend, by name.
 LAZY = {
+    "__init__": {"credit", "integrations", "testing"},  # on attribute access
     "_backends": {"_native", "_triton", "reference"},
     "integrations": {"_triton"},
     "trainer": {"_bench"},  # what the eager head costs, measured as the benchmark does
@@ -74,7 +88,7 @@ def _layer(path: Path) -> str:
 class Import(NamedTuple):
     module: str
     name: str | None  # of `from module import name`
-    lazy: bool  # inside a function
+    lazy: bool  # inside a function, or read by type checkers alone
 
     @property
     def layer(self) -> str:
@@ -87,7 +101,7 @@ class Import(NamedTuple):
 def _imports(path: Path) -> Iterator[Import]:
     """Every import statement, and every string that names a module of ours (`importlib` takes those)."""
     tree = ast.parse(path.read_text())
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) or _unrun(f) for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, None, id(node) in inside) for alias in node.names)
@@ -98,6 +112,11 @@ def _imports(path: Path) -> Iterator[Import]:
             yield from (Import(module, alias.name, id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.Constant) and re.fullmatch(r"trajkern(\.\w+)+", str(node.value)):
             yield Import(str(node.value), None, True)
+
+
+def _unrun(node: ast.AST) -> bool:
+    """What only type checkers read."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def _public_attributes(path: Path) -> Iterator[str]:

@@ -1,6 +1,17 @@
-"""Kernels for reinforcement learning of language-model agents, on packed batches of rollouts."""
+"""Kernels for reinforcement learning of language-model agents, on packed batches of rollouts.
+
+Beside the ops there are, imported when first asked for:
+
+    trajkern.recipes        published systems as functions on tensors
+    trajkern.credit         signals to token advantages, as expressions that any trainer computes
+    trajkern.integrations   adapters for TRL, verl and other trainers, one by one
+    trajkern.testing        the ops' cases and the check of a kernel of one's own
+"""
+
+from typing import TYPE_CHECKING
 
 from trajkern._backends import backends, use_backend
+from trajkern._lazy import lazily
 from trajkern._results import GAE, Branch, Reflection, TokenStats, TopK
 from trajkern.layouts.batch import HeadInputs, PackedBatch
 from trajkern.layouts.spans import Spans
@@ -18,6 +29,12 @@ from trajkern.ops.span import span_reduce, spread
 from trajkern.ops.topk import linear_topk
 from trajkern.ops.tree import branch_coefficients, sibling_advantages, subtree_reduce
 from trajkern.ops.tree_loss import Paths
+
+if TYPE_CHECKING:
+    from trajkern import credit as credit
+    from trajkern import integrations as integrations
+    from trajkern import recipes as recipes
+    from trajkern import testing as testing
 
 __version__ = "0.1.0"
 policy_loss_kinds = tuple(KINDS)
@@ -58,3 +75,5 @@ __all__ = [
     "variance_weights",
     "whiten",
 ]
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazily(__name__, __all__, ("credit", "integrations", "recipes", "testing"))

@@ -16,6 +16,9 @@ from trajkern._memory import PLAIN, check_memory, check_plain, shown
 from trajkern._memory import check_valued as check_valued
 from trajkern._memory import describe as describe
 from trajkern._memory import is_fake as is_fake
+from trajkern._suggest import did_you_mean as did_you_mean
+from trajkern._suggest import refuse_unknown as refuse_unknown
+from trajkern._suggest import suggesting as suggesting
 
 
 def readable(x: Tensor) -> bool:
@@ -110,7 +113,8 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     if (value := _unwrapped(value)) is not None and not isinstance(value, (int, str, torch.dtype, float)):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(given)}")
     if isinstance(value, bool) or value not in choices:  # True == 1
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(given)}")
+        near = did_you_mean(value, choices)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(given)}{near}")
     return choices[choices.index(value)]
 
 

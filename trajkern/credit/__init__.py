@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trajkern._checks import check_choice
+from trajkern._checks import check_choice, refuse_unknown, suggesting
+from trajkern._lazy import lazily
 from trajkern.credit import presets, scored, terms, tree_terms
 from trajkern.credit.part import Function, load
 from trajkern.credit.presets import PRESETS
@@ -25,7 +26,17 @@ from trajkern.credit.spec import Spec
 from trajkern.credit.terms import Directive, Divergence, OfSpans, Outcome
 
 
-def outcome(reward: str | Function | Spec = "reward", within: str = "group", **group: Any) -> Spec:
+@suggesting
+def outcome(
+    reward: str | Function | Spec = "reward",
+    within: str = "group",
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    singleton: str = "raw",
+) -> Spec:
     """A rollout's reward against those it is compared with: A = (r - mean) / (std + eps); a value a rollout.
 
     Args:
@@ -34,15 +45,26 @@ def outcome(reward: str | Function | Spec = "reward", within: str = "group", **g
             it may say in an attribute ``needs``. NaN takes a rollout out of this term; one that no term of a credit
             scores, where one was to, does not learn.
         within: compared with the rollouts of the same "group" (prompt), of the same "tree" (root) or of the "batch".
-        **group: baseline, scale, ddof, eps, singleton, as in :func:`trajkern.group_advantages`.
+        baseline, scale, ddof, eps, singleton: as in :func:`trajkern.group_advantages`.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    return Outcome(reward=reward, within=within, **_options(group))
+    return Outcome(baseline, scale, ddof, eps, singleton, reward, within)
 
 
-def spans(name: str, reward: str | Function | None = None, within: str = "group", **group: Any) -> Spec:
+@suggesting
+def spans(
+    name: str,
+    reward: str | Function | None = None,
+    within: str = "group",
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    singleton: str = "raw",
+) -> Spec:
     """The reward of each span of this name against the others'; a value a span, 0 outside.
 
     Args:
@@ -51,12 +73,13 @@ def spans(name: str, reward: str | Function | None = None, within: str = "group"
             "package.module:name", that returns ``[S]``. NaN takes a span out.
         within: compared with all spans of this name in the "group", each counted once; or with those of the same
             "index" in their rollouts. A rollout without such spans is in no statistic, and learns from other terms.
-        **group: as for :func:`outcome`.
+        baseline, scale, ddof, eps, singleton: as for :func:`outcome`.
     """
     terms.check_name("name", name)
-    return OfSpans(name=name, reward=reward, within=within, **_options(group))
+    return OfSpans(baseline, scale, ddof, eps, singleton, name, reward, within)
 
 
+@suggesting
 def directive(where: str = "all") -> Spec:
     """log p(teacher) - log p(policy) of each token: what a teacher who knows more would have done differently.
 
@@ -69,6 +92,7 @@ def directive(where: str = "all") -> Spec:
     return Directive(where=where)
 
 
+@suggesting
 def divergence(where: str = "all", *, k: int | None = 100, beta: float = 0.5, max_ratio: float | None = None) -> Spec:
     """A divergence from the teacher's distribution, added to the loss; its weight is the expression's.
 
@@ -95,14 +119,12 @@ def recipe(name: str, **settings: Any) -> Spec:
         ValueError: with the list of names, where there is none of that name.
         TypeError: a setting that the system does not have.
     """
-    return PRESETS[check_choice("recipe", name, PRESETS)](**settings)
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    for name in group:
-        if name not in terms.GROUP:
-            raise TypeError(f"a group option is one of {', '.join(sorted(terms.GROUP))}; got {name!r}")
-    return group
+    made = PRESETS[check_choice("recipe", name, PRESETS)]
+    try:
+        return made(**settings)
+    except TypeError:
+        refuse_unknown(f"credit.recipe({name!r})", made, settings)
+        raise
 
 
 __all__ = [
@@ -122,3 +144,4 @@ __all__ = [
     "terms",
     "tree_terms",
 ]
+_, __dir__ = lazily(__name__, __all__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -85,6 +86,18 @@ class Verdict(Value):
         return torch.where(reward.isnan(), reward, torch.where(reward > 0, 1.0, -1.0).to(reward.dtype))
 
 
+def _handing_on(to: Callable[..., Any]) -> Callable[[Callable[..., Spec]], Callable[..., Spec]]:
+    """A preset whose further settings are those of ``to``, in its signature as well."""
+
+    def named(preset: Callable[..., Spec]) -> Callable[..., Spec]:
+        own = [x for x in signature(preset).parameters.values() if x.kind is not x.VAR_KEYWORD]
+        handed = [x.replace(kind=x.KEYWORD_ONLY) for x in signature(to).parameters.values()]
+        preset.__signature__ = signature(preset).replace(parameters=[*own, *handed])  # type: ignore[attr-defined]
+        return preset
+
+    return named
+
+
 def _toolpo(action: str = "action", span: str = "call") -> Spec:
     return Outcome(**CENTRED) + Outcome(reward=action, **CENTRED).on(span)
 
@@ -116,11 +129,13 @@ def _feedback(reward_weight: float = 1.0, directive_weight: float = 1.0, where: 
     return reward_weight * verdict + directive_weight * Directive(where=where)
 
 
+@_handing_on(Reflection)
 def _dro(drop_fraction: float = 0.0, top_k: int = 0, worst_fraction: float = 0.25, **options: Any) -> Spec:
     reward = Reflection(**options)
     return Outcome(reward=reward).gate(InReach(reward, drop_fraction, top_k, worst_fraction)).only(reward.span)
 
 
+@_handing_on(BeliefGain)
 def _delta_belief(finished: str = "included", reward: Any = None, **options: Any) -> Spec:
     if reward is None:
         reward = BeliefGain(**options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable
+from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit._ranks import Ranks
 from trajkern.layouts.batch import PackedBatch
@@ -22,6 +22,7 @@ RESERVED = ("tree", "texts", "rows", "score", "teacher_logprobs", "sampler_logpr
 Score = Callable[..., tuple[Tensor, Tensor]]
 
 
+@suggesting
 @dataclass(frozen=True, eq=False)
 class Rollouts:
     """N rollouts of T tokens, and what there is to credit them by.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number, describe
+from trajkern._checks import check_choice, check_number, describe, did_you_mean, suggesting
 from trajkern.credit.part import Call, Function, Part, added, needs_of, resolved_function, written
 from trajkern.credit.result import Credit
 from trajkern.credit.rollouts import Rollouts
@@ -83,7 +83,10 @@ class Spec(abc.ABC):
             if kind == "rows:" and "rows:*" in names:
                 continue
             same = sorted(x for x in names if x.startswith(kind) and (kind or ":" not in x))
-            raise ValueError(f"{self!r} needs {name!r}, which the rollouts do not have; they have {', '.join(same)}")
+            near = did_you_mean(name.removeprefix(kind), [x.removeprefix(kind) for x in same])
+            raise ValueError(
+                f"{self!r} needs {name!r}, which the rollouts do not have; they have {', '.join(same)}{near}"
+            )
 
     def __add__(self, other: Any) -> Spec:
         if other == 0 and not isinstance(other, Spec):
@@ -108,6 +111,7 @@ class Spec(abc.ABC):
 
     __rmul__ = __mul__
 
+    @suggesting
     def gate(self, flag: str | Function, mode: str = "drop_rollout", threshold: float = 0.5) -> Spec:
         """Only rollouts that pass are compared and learn; a judgement, which never becomes a reward.
 
@@ -130,6 +134,7 @@ class Spec(abc.ABC):
         """As :meth:`on`, and the tokens outside do not learn: they leave the loss's mask and normaliser."""
         return Only(self, span)
 
+    @suggesting
     def asymmetric(self, positive: float = 1.0, negative: float = 1.0) -> Spec:
         """Positive advantages times ``positive``, negative ones times ``negative``, token by token: success and failure
         teach differently."""
@@ -139,6 +144,7 @@ class Spec(abc.ABC):
         """(A - mean) / sqrt(variance + 1e-8), over the learning tokens of the rollouts that are kept, of all ranks."""
         return Whitened(self)
 
+    @suggesting
     def clip(self, low: float, high: float) -> Spec:
         """Each token's advantage, at least ``low`` and at most ``high``; 0 lies between the two."""
         low, high = (float(check_number(name, x)) for name, x in (("low", low), ("high", high)))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_count, check_number
+from trajkern._checks import check_choice, check_count, check_number, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit.part import Call, Function, Learns, Part, named, needs_of, resolved_function, written, written_call
 from trajkern.credit.result import to_tokens
@@ -61,6 +61,7 @@ class Compared(Term):
         return group_advantages(x, ids, gate=keep, **{name: getattr(self, name) for name in GROUP})
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class Outcome(Compared):
     made_by: ClassVar = ("outcome", "reward")
@@ -99,6 +100,7 @@ class Outcome(Compared):
         return rollouts.tree.leaf_root + rollouts.ranks.begin("trees")
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class OfSpans(Compared):
     made_by: ClassVar = ("spans", "name")
@@ -139,6 +141,7 @@ class OfSpans(Compared):
         return self.compared(rewards, ids[0] if len(ids) == 1 else pair_ids(*ids), counted)
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class OfTurns(Term):
     """Delta-belief's comparison of turns; see :func:`trajkern.recipes.delta_belief.turn_advantages`."""
@@ -176,6 +179,7 @@ class OfTurns(Term):
         return Part(spans={"turn": values}, learns=(Learns(keep, None, turned == 0),))
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class Directive(Term):
     made_by: ClassVar = ("directive", "where")
@@ -199,6 +203,7 @@ class Directive(Term):
         return replace(part, tokens=tokens)
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class Divergence(Term):
     """A term of the loss, not of the advantage: its gradient reaches tokens that were not sampled."""
@@ -228,6 +233,7 @@ class Divergence(Term):
         return Part(learns=(Learns(keep),), divergences=((self, weight),))
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class Signs(Term):
     """By the sign of the outcome alone; see :func:`trajkern.recipes.nsr.advantages`."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_flag
+from trajkern._checks import check_choice, check_flag, suggesting
 from trajkern.credit.part import Call, Learns, Part
 from trajkern.credit.result import packed_any, to_tokens
 from trajkern.credit.spec import GateSet
@@ -21,6 +21,7 @@ TOKENS_WITHIN = ("group", "tree")
 TREE_TERMS = {**TREE_RECIPES, **BEFORE_WHITENING}
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class OfTree(Term):
     """A recipe of ``trajkern.recipes.TREE_RECIPES``: of leaves, of nodes, or of the steps of each path."""
@@ -96,6 +97,7 @@ class OfTree(Term):
         }
 
 
+@suggesting
 @dataclass(frozen=True, repr=False)
 class OfTokens(Term):
     """The outcome at each rollout's last scored token, among all tokens of its group or tree; see

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _areal_credit
 from trajkern.integrations import _areal_terms as terms
@@ -35,6 +36,7 @@ UNBOUNDED = 1e9  # above exp(20), the op's largest ratio
 _patches = Patches()
 
 
+@suggesting
 def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> None:
     """Puts :func:`ppo_actor_loss_fn` and :func:`sapo_loss_fn` in the place of AReaL's in this process.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import suggesting
 from trajkern.integrations._adapter import (
     GRPO_AGGREGATES,
     GRPOOptions,
@@ -32,6 +33,7 @@ HOLDERS = ("liger_kernel.chunked_loss", "liger_kernel.chunked_loss.grpo_loss", "
 _patches = Patches()
 
 
+@suggesting
 def enable(*, any_version: bool = False) -> None:
     """Puts :class:`LigerFusedLinearGRPOLoss` in the place of Liger's. A second call undoes the first.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _nemo_rl_credit
 from trajkern.integrations import _nemo_rl_terms as terms
@@ -40,6 +41,7 @@ HOLDERS = (  # hold the name from their import on
 _patches = Patches()
 
 
+@suggesting
 def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> None:
     """Puts :class:`ClippedPGLossFn` in the place of NeMo-RL's in this process. A second call undoes the first.
 

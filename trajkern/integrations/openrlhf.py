@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import suggesting
 from trajkern.integrations._adapter import PaddedRows, Patches, check_signature, check_version, held, padded_rows
 
 TESTED = ("0.11.2",)
@@ -30,6 +31,7 @@ LEVELS, MODES, GATES = ("off", "token", "seq"), ("mask", "clip"), ("ratio", "bin
 _patches = Patches()
 
 
+@suggesting
 def enable(*, any_version: bool = False) -> None:
     """Patches OpenRLHF in this process. A second call undoes the first.
 

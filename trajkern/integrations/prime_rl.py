@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _prime_rl_credit
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
@@ -47,6 +48,7 @@ class LossOutputs(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@suggesting
 def enable(*, any_version: bool = False) -> None:
     """Puts :func:`compute_loss` in the place of prime-rl's in this process. A second call undoes the first.
 
@@ -86,6 +88,7 @@ def disable() -> None:
     _replaced.clear()
 
 
+@suggesting
 def enable_credit(credit: Spec | str, *, any_version: bool = False) -> None:
     """Forms the advantages of prime-rl's ``grpo`` by an expression, in the orchestrator's process.
 

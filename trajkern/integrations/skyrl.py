@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import trajkern.integrations._skyrl_credit as _credit
+from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _skyrl_advantages
 from trajkern.integrations._adapter import check_signature, check_version, held
@@ -28,6 +29,7 @@ _hooks: list[_credit.Hook] = []
 _names: list[tuple[Any, str]] = []  # registries and what was put there
 
 
+@suggesting
 def register(*, credit: Spec | str | None = None, any_version: bool = False) -> tuple[list[str], list[str]]:
     """Registers estimators and policy losses with SkyRL as ``trajkern_<name>``, and a credit as ``trajkern_credit``.
 

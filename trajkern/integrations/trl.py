@@ -25,7 +25,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit as credits
-from trajkern._checks import describe
+from trajkern._checks import describe, did_you_mean, suggesting
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
 from trajkern.integrations._host_tree import TreeRollouts
@@ -71,6 +71,7 @@ class Rollouts(NamedTuple):
 Recipe = Callable[[Rollouts], Tensor]  # advantages of this rank's completions, [B] or [B, L]
 
 
+@suggesting
 def enable(
     trainer_or_class: Any,
     recipe: str | Recipe | None = None,
@@ -316,7 +317,8 @@ def _crediting(
 
 def _named(name: str) -> credits.Spec:
     if name not in credits.PRESETS:
-        raise ValueError(f"recipe must be a function or one of {', '.join(credits.PRESETS)}; got {name!r}")
+        legal = f"a function or one of {', '.join(credits.PRESETS)}"
+        raise ValueError(f"recipe must be {legal}; got {name!r}{did_you_mean(name, credits.PRESETS)}")
     return credits.recipe(name)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import suggesting
 from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit
 from trajkern.integrations._adapter import Patches, check_signature, check_version, held
@@ -40,6 +41,7 @@ _registered, _head = Patches(), Patches()
 _hooks: list[_verl_credit.Hooks] = []
 
 
+@suggesting
 def register(
     *, credit: Spec | str | None = None, replace: bool = False, any_version: bool = False
 ) -> tuple[list[str], list[str]]:
@@ -110,6 +112,7 @@ def _credits(credit: Spec | str | None) -> tuple[dict[str, Spec], str | None]:
     return specs | {"credit": spec}, PREFIX + "credit"
 
 
+@suggesting
 def enable_head(*, any_version: bool = False) -> None:
     """Puts :func:`linear_cross_entropy` in the place of verl's, and under its ``FusedLinearForPPO``.
 

@@ -20,6 +20,7 @@ from trajkern._checks import (
     check_tensor,
     check_valued,
     describe,
+    suggesting,
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._given import Given, owned
@@ -42,6 +43,7 @@ class HeadInputs(NamedTuple):
     cu_seqlens: Tensor  # [N+1] trajectory boundaries counted in pairs
 
 
+@suggesting
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A packed batch of N trajectories and T tokens.
@@ -173,6 +175,7 @@ class PackedBatch:
         return _keep(moved, self.bounds.to(device, non_blocking=non_blocking))
 
     @classmethod
+    @suggesting
     def from_padded(
         cls,
         tokens: Tensor,  # [N, L]
@@ -205,6 +208,7 @@ class PackedBatch:
         packed = {k: None if x is None else _same_shape(k, x, tokens)[keep] for k, x in per_token.items()}
         return cls(tokens[keep], cu_seqlens, scored[keep], group_ids, rewards, **packed)
 
+    @suggesting
     def to_padded(self, x: Tensor, *, length: int | None = None, side: str = "right", value: float = 0) -> Tensor:
         """Pad a per-token tensor ``[T, ...]`` to ``[N, length, ...]``, the padding on ``side`` filled with ``value``.
 

@@ -18,6 +18,7 @@ from trajkern._checks import (
     check_tensor,
     check_valued,
     resolved,
+    suggesting,
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts import _plain
@@ -26,6 +27,7 @@ from trajkern.layouts._given import MOST_TOKENS, Given, owned
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
 
 
+@suggesting
 @dataclass(frozen=True, eq=False)
 class Spans:
     """S token ranges ``[start, end)`` of a pack of T tokens, ascending and disjoint.

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number, check_shape, check_tensor, check_valued, check_values
+from trajkern._checks import (
+    check_choice,
+    check_number,
+    check_shape,
+    check_tensor,
+    check_valued,
+    check_values,
+    suggesting,
+)
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._given import Given, owned
 from trajkern.layouts._leaf_weights import aggregate_weights
@@ -26,6 +34,7 @@ from trajkern.losses.kinds import AGGREGATES
 DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 
 
+@suggesting
 @dataclass(frozen=True, eq=False)
 class Tree:
     """A forest of M nodes, L leaves and T tokens, each shared prefix stored once.
@@ -260,6 +269,7 @@ class Tree:
             self.rows[target], tokens[target].long(), target, offsets_of(scored)[self._nodes.node_offsets]
         )
 
+    @suggesting
     def leaf_weights(
         self,
         mask: Tensor,  # [T]
@@ -301,6 +311,7 @@ class Tree:
         check_tensor(name, mask, dtypes=(torch.bool,), device=self.device)
         check_shape(name, mask, (self.num_tokens,), "one flag a token of the tree")
 
+    @suggesting
     def attention_mask(self, *, dense: bool | None = None) -> Any:
         """Who sees whom: each token itself and the tokens before it on its path.
 
@@ -353,6 +364,7 @@ class Tree:
         return _keep(moved, (nodes, self.num_roots, self.levels))
 
     @classmethod
+    @suggesting
     def from_trajectories(cls, batch: PackedBatch, on_mismatch: str = "raise", *, tolerance: float = 1e-3) -> Tree:
         """The tree of a batch's shared prefixes, inside each group and where the loss masks agree too.
 

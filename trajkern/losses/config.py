@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajkern._checks import check_choice, check_number
+from trajkern._checks import check_choice, check_number, suggesting
 from trajkern.losses.kinds import (
     AGGREGATES,
     FORMS,
@@ -21,6 +21,7 @@ from trajkern.losses.kinds import (
 _WITHOUT = {"clip_dual": math.inf, "max_length": 1.0}  # what None is to a kernel
 
 
+@suggesting
 @dataclass(frozen=True)
 class PolicyLoss:
     """What :func:`trajkern.policy_loss` minimises. Options that a kind does not use are ignored.

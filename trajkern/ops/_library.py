@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from trajkern import _backends
+from trajkern._checks import refuse_unknown
 from trajkern.ops._autograd import is_transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -135,7 +136,8 @@ def _is_watched() -> bool:
 
 
 def recorded(function: Function) -> Function:
-    """What every public function has around it: a name for profilers, and for what torch cannot do with its kernels.
+    """What every public function has around it: a name for profilers, for misspelt options, and for what torch cannot
+    do with its kernels.
 
     The name is shown to a running profiler, and as an NVTX range under ``emit_nvtx``.
     """
@@ -145,12 +147,16 @@ def recorded(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
-        if is_transformed():
-            return _transformed(name, function, args, kwargs)
-        if not _profiler_enabled():
-            return function(*args, **kwargs)
-        with torch.profiler.record_function(name):
-            return function(*args, **kwargs)
+        try:
+            if is_transformed():
+                return _transformed(name, function, args, kwargs)
+            if not _profiler_enabled():
+                return function(*args, **kwargs)
+            with torch.profiler.record_function(name):
+                return function(*args, **kwargs)
+        except TypeError:
+            refuse_unknown(f"{function.__name__}()", function, kwargs)
+            raise
 
     return call  # type: ignore[return-value]
 

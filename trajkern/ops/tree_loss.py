@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, resolved
+from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, resolved, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
 from trajkern.layouts._leaf_weights import aggregate_weights
@@ -25,6 +25,7 @@ from trajkern.ops._autograd import applied, differentiable_once
 _SUM = ops.REDUCTIONS.index("sum")
 
 
+@suggesting
 @dataclass(frozen=True, eq=False)
 class Paths:
     """The rollouts of a tree, one a leaf, with their advantages: ``branch=Paths(...)`` of :func:`trajkern.policy_loss`.

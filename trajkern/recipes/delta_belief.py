@@ -14,6 +14,7 @@ from trajkern._checks import (
     check_offsets,
     check_tensor,
     readable,
+    suggesting,
 )
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import FLOATS, INTEGERS
@@ -22,6 +23,7 @@ from trajkern.recipes._groups import check_index, check_order, check_vector, gro
 FINISHED = ("included", "masked")
 
 
+@suggesting
 def turn_rewards(
     log_beliefs: Tensor,  # [S+N]
     cu_beliefs: Tensor,  # [N+1]
@@ -87,6 +89,7 @@ def turn_rewards(
     return end.to(belief.dtype)[owner] + scale * delta + penalty.to(belief.dtype)
 
 
+@suggesting
 def turn_advantages(
     turn_rewards: Tensor,  # [S]
     trajectory: Tensor,  # [S]

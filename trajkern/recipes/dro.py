@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_count, check_number, check_values, describe, readable
+from trajkern._checks import check_choice, check_count, check_number, check_values, describe, readable, suggesting
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, widened
@@ -24,6 +24,7 @@ GATES = ("drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail"
 SLACK = 1e-9  # a product such as 0.07 * 100 lands above its integer
 
 
+@suggesting
 def rank_filter(
     ranks: Tensor,  # [P]
     cu_seqlens: Tensor,  # [N+1]
@@ -68,6 +69,7 @@ def rank_filter(
     return group_sum(mean <= most, pair_ids(group_ids)) > 0  # without tokens the mean is 0 / 0, which is no rank
 
 
+@suggesting
 def keep_groups(
     group_score: Tensor,  # [G]
     *,
@@ -89,6 +91,7 @@ def keep_groups(
     return torch.empty_like(place, dtype=torch.bool).scatter(0, group_score.argsort(stable=True), place >= dropped)
 
 
+@suggesting
 def length_reward(
     lengths: Tensor,  # [N]
     reference_lengths: Tensor,  # [N]
@@ -116,6 +119,7 @@ def length_reward(
     return 1 - beta * (reference - widened(lengths)).abs() / reference
 
 
+@suggesting
 def propagated(
     logprobs: Tensor,  # [P]
     cu_seqlens: Tensor,  # [N+1]
@@ -174,6 +178,7 @@ def propagated(
     return (x + passed_on).to(accumulator(logprobs))
 
 
+@suggesting
 def gate(
     passed: Tensor,  # [N]
     group_ids: Tensor,  # [N]
@@ -252,6 +257,7 @@ def right_minus_wrong(
     return (weight * torch.where(mixed, of_right - of_wrong, 0)).sum() / weight.sum()
 
 
+@suggesting
 class Curriculum(Generic[Prompt]):
     """Which prompts the next round trains on: those that the filters keep, and some of the last round's.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_finite, check_number, check_tensor, describe, readable
+from trajkern._checks import check_finite, check_number, check_tensor, describe, readable, suggesting
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import (
@@ -50,6 +50,7 @@ def majority_vote(votes: Tensor) -> Tensor:  # [K, N]
     return up.float() - down.float()
 
 
+@suggesting
 def select_hint(scores: Sequence[int | None], hints: Sequence[str | None], *, min_length: int = 10) -> str | None:
     """The hint to teach with: the longest that a judge gave with score 1, stripped, the first of equally long ones.
 
@@ -74,6 +75,7 @@ def select_hint(scores: Sequence[int | None], hints: Sequence[str | None], *, mi
     return max((hint for hint in good if len(hint) > min_length), key=len, default=None)
 
 
+@suggesting
 def token_advantages(
     rewards: Tensor,  # [N]
     teacher_logprobs: Tensor,  # [T]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_number
+from trajkern._checks import check_choice, check_number, suggesting
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import SCALES
 from trajkern.recipes._groups import check_ids, check_index, check_vector, pair_ids, taken, widened
 
 
+@suggesting
 def step_advantages(
     returns: Tensor,  # [S]
     trajectory: Tensor,  # [S]

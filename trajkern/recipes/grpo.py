@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from trajkern._checks import suggesting
 from trajkern.layouts.batch import PackedBatch, check_batch
 from trajkern.ops.advantage import group_advantages
 
 
+@suggesting
 def grpo(batch: PackedBatch, *, process_group: Any = None) -> Tensor:
     """A_i = (r_i - mean) / (std + 1e-6) over the rollouts of a prompt, std with ddof 1; ``[N]``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number
+from trajkern._checks import check_choice, check_number, suggesting
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_vector, widened
 
@@ -13,6 +13,7 @@ KINDS = ("psr", "nsr", "w_reinforce")
 SCORES = (torch.bool, *INTEGERS, *FLOATS)
 
 
+@suggesting
 def advantages(
     correct: Tensor,  # [N]
     *,

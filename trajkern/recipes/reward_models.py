@@ -23,6 +23,7 @@ from trajkern._checks import (
     check_values,
     describe,
     readable,
+    suggesting,
 )
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_index, check_vector, widened
@@ -35,6 +36,7 @@ Candidate = TypeVar("Candidate")
 Prefer = Callable[[Sequence[Candidate], Sequence[Candidate]], Tensor]
 
 
+@suggesting
 def rule_rewards(judgements: Tensor | Sequence[str], labels: Tensor | Sequence[str], *, rule: str) -> Tensor:
     """+1 for a judgement that agrees with the label, -1 for every other; ``[N]`` float32.
 
@@ -102,6 +104,7 @@ def verdict(text: str) -> str | None:
     return said[0] if len(said) == 1 else None
 
 
+@suggesting
 def meta_loss(
     logits: Tensor,  # [N]
     right: Tensor,  # [N]
@@ -154,6 +157,7 @@ def vote(scores: Tensor) -> Tensor:  # [K, N]
     return widened(scores).sum(0)
 
 
+@suggesting
 def meta_vote(
     scores: Tensor,  # [K, N]
     meta: Tensor,  # [K]
@@ -177,6 +181,7 @@ def meta_vote(
     return vote(scores[best])
 
 
+@suggesting
 def elo(
     wins: Tensor,  # [C, C]
     *,
@@ -217,6 +222,7 @@ def elo(
     return torch.tensor(rating, dtype=torch.float64)
 
 
+@suggesting
 def knockout(
     compare: Callable[[Candidate, Candidate], bool],
     candidates: Sequence[Candidate],
@@ -248,6 +254,7 @@ def knockout(
     return left[0]
 
 
+@suggesting
 def round_robin(prefer: Prefer[Candidate], candidates: Sequence[Candidate], *, both_orders: bool = True) -> Tensor:
     """What a judge of pairs says of every two candidates, for :func:`elo`; float64 ``[C, C]`` on the CPU.
 
@@ -277,6 +284,7 @@ def round_robin(prefer: Prefer[Candidate], candidates: Sequence[Candidate], *, b
     return wins
 
 
+@suggesting
 def majority(prefer: Prefer[Candidate], *, both_orders: bool = False) -> Callable[[Candidate, Candidate], bool]:
     """A comparison for :func:`knockout`: whether most votes are for the first of two.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._checks import as_number, check_choice, check_count, check_tensor, describe, readable
+from trajkern._checks import as_number, check_choice, check_count, check_tensor, describe, readable, suggesting
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_vector
 
@@ -18,6 +18,7 @@ VOTES = ("weighted", "max", "majority")
 TRUTHS = (torch.bool, *INTEGERS, *FLOATS)
 
 
+@suggesting
 def rewards(
     correct: Tensor,  # [N]
     confidence: Tensor,  # [N]
@@ -90,6 +91,7 @@ class Calibration(NamedTuple):
     accuracy: Tensor  # [B] the share that is correct, NaN in an empty bin
 
 
+@suggesting
 def calibration(
     correct: Tensor,  # [N]
     confidence: Tensor,  # [N]
@@ -145,6 +147,7 @@ class Vote(NamedTuple):
     confidence: float
 
 
+@suggesting
 def vote(
     answers: Sequence[Hashable],
     confidences: Tensor | Sequence[float],  # [K]

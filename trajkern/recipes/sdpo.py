@@ -24,6 +24,7 @@ from trajkern._checks import (
     check_tensor,
     describe,
     readable,
+    suggesting,
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.recipes._groups import check_ids, check_vector, pair_ids
@@ -39,6 +40,7 @@ class TopK(NamedTuple):
     logprobs: Tensor  # [T, K]
 
 
+@suggesting
 def topk(logits: Tensor, k: int = 100, *, temperature: float = 1.0) -> TopK:  # [T, V]
     """The ``k`` likeliest tokens under softmax(logits / temperature), all of them if there are fewer; no gradient.
 
@@ -60,6 +62,7 @@ def _logprobs(logits: Tensor, ids: Tensor, temperature: float, values: Tensor | 
     return chosen.to(wide) / temperature - (logits.to(wide) / temperature).logsumexp(1, keepdim=True)
 
 
+@suggesting
 def token_losses(
     student_logprobs: Tensor,  # [T, K]
     teacher_logprobs: Tensor,  # [T, K]
@@ -133,6 +136,7 @@ def _halved(x: Tensor, mask: Tensor | None) -> Tensor:  # [T, K]
     return wide.log_softmax(1) - math.log(2)
 
 
+@suggesting
 def divergence_loss(
     logits: Tensor,  # [T, V]
     teacher: TopK | Tensor,  # of [T, K], or [T, V]
@@ -210,6 +214,7 @@ def _check_places(name: str, ids: Tensor, vocabulary: int) -> None:
         raise ValueError(f"{name} must lie in [0, {vocabulary}), the vocabulary; got {found}")
 
 
+@suggesting
 def peers(
     rewards: Tensor,  # [N]
     group_ids: Tensor,  # [N]
@@ -249,6 +254,7 @@ def frozen_teacher(student: Model) -> Model:
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
+@suggesting
 def update_teacher(teacher: nn.Module, student: nn.Module, rate: float = 0.05) -> None:
     """teacher = (1 - rate) teacher + rate student, in place, over the parameters of the same names.
 

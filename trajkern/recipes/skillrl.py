@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trajkern._checks import check_choice, check_count, check_flag, check_number, describe
+from trajkern._checks import check_choice, check_count, check_flag, check_number, describe, suggesting
 from trajkern.recipes._skills import (
     Attempt,
     Embed,
@@ -30,6 +30,7 @@ Teacher = Callable[[str | None, Sequence[Attempt]], Sequence[str | Sketch]]
 Distiller = Callable[[str | None, Attempt], Sequence[str | Sketch]]
 
 
+@suggesting
 class SkillBank:
     r"""Successes kept as demonstrations or patterns, failures as short lessons, by task family.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from trajkern import Tree, sibling_advantages
-from trajkern._checks import check_choice, check_number, check_tensor
+from trajkern._checks import check_choice, check_number, check_tensor, suggesting
 from trajkern._dtypes import FLOATS, accumulator
 from trajkern.ops.tree import SCALES
 from trajkern.recipes._groups import check_tree, leaf_means, widened
 
 
+@suggesting
 def node_advantages(
     leaf_rewards: Tensor,  # [L]
     tree: Tree,
@@ -42,6 +43,7 @@ def node_advantages(
     return advantages.to(widened(leaf_rewards).dtype)
 
 
+@suggesting
 def low_probability(
     old_logprobs: Tensor,  # [T]
     threshold: float = 0.9,

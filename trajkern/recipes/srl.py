@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext, group_advantages
-from trajkern._checks import check_choice, check_flag, check_number, describe
+from trajkern._checks import check_choice, check_flag, check_number, describe, suggesting
 from trajkern.recipes._groups import check_ids, check_vector, group_sum, pair_ids, widened
 
 
+@suggesting
 def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojunk: bool = True) -> Tensor:
     """2 M / T of each pair, identical to ``difflib.SequenceMatcher(None, action, expert).ratio()``; float64 ``[N]``.
 
@@ -56,6 +57,7 @@ def similarity(actions: Sequence[str], expert_actions: Sequence[str], *, autojun
     return out
 
 
+@suggesting
 def rewards(
     similarity: Tensor,  # [N]
     well_formed: Tensor,  # [N]
@@ -75,6 +77,7 @@ def rewards(
     return torch.where(well_formed, widened(similarity), penalty)
 
 
+@suggesting
 def keep_groups(
     rewards: Tensor,  # [N]
     group_ids: Tensor,  # [N]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import Spans, group_advantages
-from trajkern._checks import check_number, check_values, describe, readable
+from trajkern._checks import check_number, check_values, describe, readable, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, to_tokens, widened
 
@@ -48,6 +48,7 @@ def answered(simulate: Simulator, call: str) -> str:
     return answer
 
 
+@suggesting
 def action_rewards(
     correct_calls: Tensor,  # [N]
     preference: Tensor,  # [N]

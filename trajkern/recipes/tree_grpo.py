@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, group_advantages, sibling_advantages
-from trajkern._checks import check_choice, check_flag, check_number, check_values, readable
+from trajkern._checks import check_choice, check_flag, check_number, check_values, readable, suggesting
 from trajkern._dtypes import accumulator
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_tree, check_vector, leaf_means, widened
@@ -17,6 +17,7 @@ ESTIMATORS = ("tree", "tree_inner", "tree_2norm")
 _pooled = partial(group_advantages, singleton="zero")
 
 
+@suggesting
 def leaf_advantages(
     rewards: Tensor,  # [N]
     tree_ids: Tensor,  # [N]
@@ -100,6 +101,7 @@ def token_advantages(
     return across + inside
 
 
+@suggesting
 def pooled_outcomes(
     rewards: Tensor,  # [N]
     ids: Tensor,  # [N]
@@ -136,6 +138,7 @@ def pooled_outcomes(
     return found[:count], found[count:]
 
 
+@suggesting
 def node_rewards(
     leaf_rewards: Tensor,  # [L]
     tree: Tree,

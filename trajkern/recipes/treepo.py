@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_tensor
+from trajkern._checks import check_choice, check_tensor, suggesting
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_vector, group_sum, pair_ids, widened
 
 WEIGHTINGS = ("average", "group_size")
 
 
+@suggesting
 def advantages(
     rewards: Tensor,  # [N]
     branch_ids: Tensor,  # [N, D]

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, group_advantages, sibling_advantages, subtree_reduce
-from trajkern._checks import check_choice
+from trajkern._checks import check_choice, suggesting
 from trajkern.recipes._groups import check_tree, check_vector, leaf_means, widened
 
 FORMS = ("paper", "code")
 UNCHANGED = 1e-8  # a local advantage below this is filled in
 
 
+@suggesting
 def node_rewards(
     leaf_rewards: Tensor,  # [L]
     tree: Tree,

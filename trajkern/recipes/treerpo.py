@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, sibling_advantages, subtree_reduce
-from trajkern._checks import check_choice
+from trajkern._checks import check_choice, suggesting
 from trajkern.ops.tree import SCALES
 from trajkern.recipes._groups import check_tree, widened
 
 
+@suggesting
 def node_advantages(
     leaf_rewards: Tensor,  # [L]
     tree: Tree,

@@ -1,5 +1,6 @@
 """One registry of op specs, which the tests, the validation and the benchmarks share."""
 
+from trajkern._lazy import lazily
 from trajkern.testing import advantage, divergence, head, logprob, policy_loss, reflection, span, topk, tree
 from trajkern.testing.findings import Difference, Differences, Failure, Result, Results, differences
 from trajkern.testing.numerics import budget_share, errors, oracle, run
@@ -39,3 +40,4 @@ __all__ = [
     "run",
     "spec_of",
 ]
+_, __dir__ = lazily(__name__, __all__)
