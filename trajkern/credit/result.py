@@ -18,7 +18,7 @@ from trajkern.ops.span import spread
 from trajkern.ops.tree_loss import Paths
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Credit:
     """The advantage of each token, and who learns.
 
@@ -44,6 +44,11 @@ class Credit:
     divergences: tuple[tuple[Any, Tensor], ...]
     rollouts: Rollouts
     rows: Tensor | None  # [N], the rollouts' own advantages where every term is a rollout's and reaches all its tokens
+
+    def __repr__(self) -> str:
+        """Its sizes and metrics' names, in a line."""
+        tokens, rollouts = self.mask.shape[0], self.keep.shape[0]
+        return f"Credit(tokens={tokens}, rollouts={rollouts}, metrics={[*self.metrics]}, on {self.mask.device})"
 
     def loss_inputs(self, at: Tensor | None = None) -> dict[str, Any]:
         """Arguments of :func:`trajkern.policy_loss`: advantages, mask, per_token.

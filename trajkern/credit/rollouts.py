@@ -23,7 +23,7 @@ Score = Callable[..., tuple[Tensor, Tensor]]
 
 
 @suggesting
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rollouts:
     """N rollouts of T tokens, and what there is to credit them by.
 
@@ -117,6 +117,13 @@ class Rollouts:
     def __len__(self) -> int:
         """N."""
         return self.batch.num_trajectories
+
+    def __repr__(self) -> str:
+        """The batch, and what is known of it, in a line."""
+        named = ("rewards", "spans", "span_rewards", "flags")
+        known = [f"{name}={[*found]}" for name in named if (found := getattr(self, name))]
+        known += [x for x in ("tree", "texts", "rows", "score", "teacher_logprobs") if getattr(self, x) is not None]
+        return f"Rollouts({', '.join((repr(self.batch), *known))})"
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rollouts:
         """The same rollouts on another device, not validated again; what functions remembered of them is forgotten."""

@@ -1,4 +1,4 @@
-"""A mask as flex_attention wants it, built in memory that grows with the tokens, not with their square."""
+"""Who sees whom in a tree: as a dense mask, or as flex_attention wants it, in memory that grows with the tokens."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def block_mask(visible: Callable[..., Tensor], tokens: int, device: torch.device
     return BlockMask.from_kv_blocks(
         *listed(partial), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens)
     )
+
+
+def path_mask(begin: Tensor, end: Tensor, position: Tensor, dense: bool) -> Any:
+    """Of tokens ``[T]`` with these ranges of leaves below them and these positions: see ``Tree.attention_mask``."""
+
+    def visible(batch: Any, head: Any, row: Tensor, column: Tensor) -> Tensor:
+        """An earlier token on the same path: the leaves below it hold those below the row's."""
+        inside = (begin[column] <= begin[row]) & (end[row] <= end[column])
+        return inside & (position[column] <= position[row])
+
+    tokens, device = position.shape[0], position.device
+    if not dense:
+        return block_mask(visible, tokens, device)
+    token = torch.arange(tokens, device=device)
+    return visible(None, None, token[:, None], token)[None, None]

@@ -6,6 +6,7 @@ position. Fields are checked against each other once, here, so that no kernel ne
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from trajkern._checks import (
     check_boundaries,
+    check_choice,
     check_cu_seqlens,
     check_finite,
     check_shape,
@@ -24,9 +26,12 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._given import Given, owned
+from trajkern.layouts._padding import flags, real_tokens, same_shape
+from trajkern.layouts._selection import GROUPS, concatenated_bounds, concatenated_groups, selection
 
 _FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+_PER_TOKEN = ("tokens", "loss_mask", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+_LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 
 def check_batch(batch: Any) -> None:
@@ -42,9 +47,12 @@ class HeadInputs(NamedTuple):
     tokens: Tensor  # [P] position of the target in the pack; ``x[tokens]`` takes a per-token field to the pairs
     cu_seqlens: Tensor  # [N+1] trajectory boundaries counted in pairs
 
+    def __repr__(self) -> str:
+        return f"HeadInputs(pairs={self.targets.shape[0]}, on {self.targets.device})"
+
 
 @suggesting
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedBatch:
     """A packed batch of N trajectories and T tokens.
 
@@ -57,6 +65,9 @@ class PackedBatch:
         rewards: float ``[N]``, finite.
         old_logprobs, ref_logprobs, sampler_logprobs: float ``[T]``, read only where ``loss_mask`` is True (finite
             there); what stands elsewhere does not matter.
+
+    ``len`` is N, and indexing takes trajectories: :meth:`__getitem__`. ``torch.utils.data`` takes it as a data set, and
+    pins it.
 
     All tensors are on one device. What ops read of ``cu_seqlens`` is copied; a later write into it, ``tokens``,
     ``loss_mask`` or ``group_ids`` makes the next use a ValueError, where torch counts it. Construction reads values on
@@ -91,16 +102,13 @@ class PackedBatch:
             check_tensor("rewards", self.rewards, dtypes=_FLOAT, device=device)
             check_shape("rewards", self.rewards, (count,), "one reward a trajectory")
             check_finite("rewards", self.rewards)
-        for name in _PER_TOKEN:
+        for name in _LOGPROBS:
             if (x := getattr(self, name)) is not None:
                 check_tensor(name, x, dtypes=_FLOAT, device=device)
                 check_shape(name, x, (length,), "one value a token")
                 check_finite(name, x, where=self.loss_mask)
         self._check_first_tokens()
-        dense = torch.unique(self.group_ids, return_inverse=True)
-        longest = int(self.cu_seqlens.diff().max()) if count else 0
-        object.__setattr__(self, "_derived", (dense[1], dense[0].numel(), longest, self._pairs()))
-        _keep(self, owned(self.cu_seqlens))
+        _derive(self)
 
     def _check_first_tokens(self) -> None:
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
@@ -116,6 +124,77 @@ class PackedBatch:
         counted = torch.zeros(self.num_tokens + 1, dtype=torch.int64, device=tokens.device)
         torch.cumsum(self.loss_mask, 0, out=counted[1:])
         return HeadInputs(tokens - 1, self.tokens[tokens].long(), tokens, counted[self.cu_seqlens.long()])
+
+    def __len__(self) -> int:
+        """N."""
+        return self.num_trajectories
+
+    def __repr__(self) -> str:
+        """Its sizes and which fields it has, in a line."""
+        if "_derived" not in self.__dict__:  # while it is being made
+            return f"PackedBatch(tokens={self.tokens!r:.60})"
+        groups, scored = self._derived[1], self._derived[3].tokens.shape[0]  # type: ignore[attr-defined]
+        given = "".join(f", {name}" for name in ("rewards", *_LOGPROBS) if getattr(self, name) is not None)
+        counts = f"trajectories={self._bounds.shape[0] - 1}, tokens={self.num_tokens}, scored={scored}, groups={groups}"  # type: ignore[attr-defined]
+        return f"PackedBatch({counts}{given}, on {self.device})"
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Its trajectories one by one, each as a batch."""
+        return (self[n] for n in range(len(self)))
+
+    def __getitem__(self, index: Any) -> PackedBatch:
+        """Some of the trajectories, in the order in which they are asked for, as a batch.
+
+        Every field goes with its trajectory, ``group_ids`` as they are: what is left of a group is a group. Fields keep
+        their gradients. As in torch, an int or a slice of step 1 gives views, all else copies.
+
+        Args:
+            index: an int (a batch of one trajectory); a slice; a list, an array or a tensor ``[K]`` of int64 or int32,
+                negative ones from the end, the same one as often as it stands there; or of bools, one a trajectory.
+
+        What belongs to the batch's tokens comes along by :meth:`tokens_of`, spans by :meth:`trajkern.Spans.taken`, the
+        tree of the batch, where ``index`` is a mask, by :meth:`trajkern.Tree.pruned`. Reads values on the host.
+
+        Raises:
+            IndexError: a trajectory that is not there.
+            TypeError, ValueError: an index of another kind; a subclass with fields that this cannot know.
+        """
+        chosen, of_batch = selection(index, self.bounds), _own_fields(self)
+        parts = {name: chosen.tokens if name in _PER_TOKEN else chosen.rows for name in of_batch}
+        taken = {name: None if x is None else x[parts[name]] for name, x in of_batch.items()}
+        return _trusted(taken | {"cu_seqlens": chosen.cu_seqlens})
+
+    def tokens_of(self, index: Any) -> Tensor:
+        """Where the tokens of ``self[index]`` stand in this pack, int64 ``[T']``: ``x[batch.tokens_of(index)]``."""
+        tokens = selection(index, self.bounds).tokens
+        return torch.arange(self.num_tokens, device=self.device)[tokens] if isinstance(tokens, slice) else tokens
+
+    @classmethod
+    @suggesting
+    def concatenate(cls, batches: Sequence[PackedBatch], *, groups: str | None = None) -> PackedBatch:
+        """The batches end to end; fields keep their gradients, and dtypes widen as ``torch.cat``'s do.
+
+        A group is compared with itself, so which trajectories of several batches share a prompt has to be said where
+        the ids do not say it:
+
+        Args:
+            batches: at least one, on one device, all with the same fields.
+            groups: "apart": every batch has prompts of its own, and ids are renumbered, batch after batch from 0;
+                "shared": equal ids are one prompt, as of the parts of one batch, and stay; None: ids stay, and no two
+                batches may have one in common.
+
+        Reads values on the host.
+
+        Raises:
+            TypeError, ValueError: something else than batches, a field that only some of them have, another device,
+                or ids in common where ``groups`` is None.
+        """
+        check_choice("groups", groups, (None, *GROUPS))
+        parts = _several(batches)
+        joined = {name: torch.cat([x[name] for x in parts]) for name, first in parts[0].items() if first is not None}
+        index, counts = [x.group_index for x in batches], [x.num_groups for x in batches]
+        joined["group_ids"] = concatenated_groups([x["group_ids"] for x in parts], index, counts, groups)
+        return _trusted(joined | {"cu_seqlens": concatenated_bounds([x.bounds for x in batches])})
 
     @property
     def num_tokens(self) -> int:
@@ -164,15 +243,20 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device, not validated again."""
-        moved = object.__new__(PackedBatch)
-        for field in fields(self):
-            x = getattr(self, field.name)
-            object.__setattr__(moved, field.name, None if x is None else x.to(device, non_blocking=non_blocking))
+        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in pinned memory, from which ``to(device, non_blocking=True)`` waits for no copy.
+
+        As ``torch.Tensor.pin_memory``: what is pinned already is not copied, and without an accelerator it raises.
+        """
+        return self._moved(lambda x: x.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        moved = _bare({name: None if x is None else move(x) for name, x in _own_fields(self).items()})
         index, groups, longest, pairs = self._derived  # type: ignore[attr-defined]
-        pairs = HeadInputs(*(x.to(device, non_blocking=non_blocking) for x in pairs))
-        index = index.to(device, non_blocking=non_blocking)
-        object.__setattr__(moved, "_derived", (index, groups, longest, pairs))
-        return _keep(moved, self.bounds.to(device, non_blocking=non_blocking))
+        object.__setattr__(moved, "_derived", (move(index), groups, longest, HeadInputs(*map(move, pairs))))
+        return _keep(moved, move(self.bounds))
 
     @classmethod
     @suggesting
@@ -197,15 +281,15 @@ class PackedBatch:
         """
         check_tensor("tokens", tokens, dtypes=INTEGERS, ndim=2)
         check_valued("tokens", tokens)
-        keep = _real_tokens(attention_mask, tokens)
-        scored = _flags("loss_mask", loss_mask, tokens)
+        keep = real_tokens(attention_mask, tokens)
+        scored = flags("loss_mask", loss_mask, tokens)
         if bool((scored & ~keep).any()):
             row = int((scored & ~keep).any(1).nonzero()[0, 0])
             raise ValueError(f"loss_mask must be zero on padding; row {row} scores a padded position")
         cu_seqlens = torch.zeros(tokens.shape[0] + 1, dtype=torch.int64, device=tokens.device)
         torch.cumsum(keep.sum(1), 0, out=cu_seqlens[1:])
         per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
-        packed = {k: None if x is None else _same_shape(k, x, tokens)[keep] for k, x in per_token.items()}
+        packed = {k: None if x is None else same_shape(k, x, tokens)[keep] for k, x in per_token.items()}
         return cls(tokens[keep], cu_seqlens, scored[keep], group_ids, rewards, **packed)
 
     @suggesting
@@ -235,36 +319,67 @@ class PackedBatch:
         return shift + torch.arange(self.num_tokens, device=self.device)
 
 
+def _own_fields(batch: PackedBatch) -> dict[str, Any]:
+    """The fields by name; TypeError where a subclass has some that nobody here knows how to take along."""
+    known = [x.name for x in fields(PackedBatch)]
+    for field in fields(batch):
+        if field.name not in known:
+            kind = type(batch).__name__
+            raise TypeError(
+                f"{kind}.{field.name} must be a field of PackedBatch to come along: whether it belongs to tokens or to "
+                f"trajectories is not known here; keep it beside the batch"
+            )
+    return {name: getattr(batch, name) for name in known}
+
+
+def _several(batches: Any) -> list[dict[str, Any]]:
+    """The fields of each of the batches, which fit together."""
+    if isinstance(batches, PackedBatch) or not isinstance(batches, Sequence):
+        raise TypeError(f"batches must be a list or tuple of PackedBatches, got {describe(batches)}")
+    if not batches:
+        raise ValueError("batches must hold at least one PackedBatch, got none")
+    for n, batch in enumerate(batches):
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"batches[{n}] must be a PackedBatch, got {describe(batch)}")
+        if batch.device != batches[0].device:
+            raise ValueError(f"batches[{n}] must be on {batches[0].device} like batches[0]; it is on {batch.device}")
+    parts = [_own_fields(batch) for batch in batches]
+    for name, first in parts[0].items():
+        for n, part in enumerate(parts):
+            if (part[name] is None) != (first is None):
+                has, lacks = (n, 0) if first is None else (0, n)
+                raise ValueError(
+                    f"{name} must be in all batches or in none; batches[{has}] has it, not batches[{lacks}]"
+                )
+    return parts
+
+
+def _bare(values: dict[str, Any]) -> PackedBatch:
+    """A batch of these fields, with nothing derived."""
+    batch = object.__new__(PackedBatch)
+    for field in fields(PackedBatch):
+        object.__setattr__(batch, field.name, values.get(field.name))
+    return batch
+
+
+def _trusted(values: dict[str, Any]) -> PackedBatch:
+    """A batch of fields that are known to be legal."""
+    batch = _bare(values)
+    _derive(batch)
+    return batch
+
+
+def _derive(batch: PackedBatch) -> None:
+    """What a batch needs again and again, computed once."""
+    dense = torch.unique(batch.group_ids, return_inverse=True)
+    longest = int(batch.cu_seqlens.diff().max()) if batch.cu_seqlens.numel() > 1 else 0
+    object.__setattr__(batch, "_derived", (dense[1], dense[0].numel(), longest, batch._pairs()))
+    _keep(batch, owned(batch.cu_seqlens))
+
+
 def _keep(batch: PackedBatch, bounds: Tensor) -> PackedBatch:
     """The batch, which reads these boundaries."""
     given = {name: getattr(batch, name) for name in ("tokens", "cu_seqlens", "loss_mask", "group_ids")}
     object.__setattr__(batch, "_bounds", bounds)
     object.__setattr__(batch, "_given", Given("PackedBatch", given))
     return batch
-
-
-def _real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:
-    keep = _flags("attention_mask", attention_mask, tokens)
-    edges = keep[:, :1].sum(1) + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-    if bool((edges > 1).any()):
-        row = int((edges > 1).nonzero()[0, 0])
-        raise ValueError(f"attention_mask must mark one contiguous stretch in each row; row {row} has a gap")
-    return keep
-
-
-def _flags(name: str, mask: Tensor, tokens: Tensor) -> Tensor:
-    _same_shape(name, mask, tokens)
-    if mask.is_complex():
-        raise TypeError(f"{name} must be of a real dtype; got {describe(mask)}")
-    bad = ~torch.isfinite(mask) | (mask < 0)
-    if bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        value = mask[row, column].item()
-        raise ValueError(f"{name} must be 0 or a positive number everywhere; it is {value} at [{row}, {column}]")
-    return mask > 0
-
-
-def _same_shape(name: str, x: Tensor, tokens: Tensor) -> Tensor:
-    check_tensor(name, x, device=tokens.device)
-    check_shape(name, x, tuple(tokens.shape), "the shape of tokens")
-    return x

@@ -23,12 +23,14 @@ from trajkern._checks import (
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts import _plain
 from trajkern.layouts._given import MOST_TOKENS, Given, owned
+from trajkern.layouts._selection import selection
+from trajkern.layouts.batch import PackedBatch, check_batch
 
 _BLOCK = 1 << 14  # tokens that one thread searches for turns at a time
 
 
 @suggesting
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spans:
     """S token ranges ``[start, end)`` of a pack of T tokens, ascending and disjoint.
 
@@ -77,6 +79,10 @@ class Spans:
         """S."""
         return self.ranges[0].shape[0]
 
+    def __repr__(self) -> str:
+        """Its sizes, in a line."""
+        return f"Spans(spans={self.start.shape[0]}, tokens={self.num_tokens}, on {self.device})"
+
     @property
     def device(self) -> torch.device:
         return self.start.device
@@ -108,6 +114,37 @@ class Spans:
         moved = _bare(*(x.to(device, non_blocking=non_blocking) for x in arrays), self.num_tokens)
         start, end = (x.to(device, non_blocking=non_blocking) for x in self.ranges)
         return _keep(moved, (start, end))
+
+    def taken(self, batch: PackedBatch, index: Any) -> Spans:
+        """The spans of ``batch[index]``: of each trajectory that is taken those that it has here, of the same numbers.
+
+        Args:
+            batch: the batch whose spans these are.
+            index: as of :meth:`trajkern.PackedBatch.__getitem__`.
+
+        Reads values on the host.
+
+        Raises:
+            IndexError, TypeError, ValueError: an index that the batch refuses, or another batch than these spans'.
+        """
+        check_batch(batch)
+        if batch.num_tokens != self.num_tokens:
+            raise ValueError(f"batch must have the spans' {self.num_tokens} tokens; got {batch!r}")
+        chosen = selection(index, batch.bounds)
+        each = torch.arange(len(batch), device=self.device)
+        rows, cu_seqlens = each[chosen.rows], chosen.cu_seqlens.long()
+        owner = self.trajectory.long()
+        if owner.numel() and (last := int(owner[-1])) >= len(batch):
+            raise ValueError(f"batch must have the spans' trajectories, up to {last}; got {batch!r}")
+        begin, end = torch.searchsorted(owner, rows), torch.searchsorted(owner, rows, right=True)
+        counts = end - begin
+        total = int(counts.sum())
+        to = torch.repeat_interleave(torch.arange(rows.shape[0], device=self.device), counts, output_size=total)
+        span = torch.arange(total, device=self.device) - (counts.cumsum(0) - counts)[to] + begin[to]
+        start, stop = self.ranges
+        shift = cu_seqlens[:-1][to] - batch.bounds[:-1].long()[rows[to]]
+        start, stop = (x[span].long() + shift for x in (start, stop))
+        return Spans(start, stop, to, self.index[span], int(cu_seqlens[-1]), chosen.cu_seqlens)
 
     @classmethod
     def turns(

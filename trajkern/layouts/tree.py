@@ -24,6 +24,7 @@ from trajkern._checks import (
     suggesting,
 )
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts._block_mask import path_mask
 from trajkern.layouts._given import Given, owned
 from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
@@ -35,7 +36,7 @@ DENSE_TOKENS = 4096  # up to here attention_mask() is dense
 
 
 @suggesting
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tree:
     """A forest of M nodes, L leaves and T tokens, each shared prefix stored once.
 
@@ -79,6 +80,10 @@ class Tree:
             check_tensor("source", self.source, dtypes=INTEGERS, device=device)
             check_shape("source", self.source, tuple(derived.token_node.shape), "one place a token")
             check_values("source", self.source, 0)
+
+    def __repr__(self) -> str:
+        counts = f"nodes={self.num_nodes}, leaves={self.num_leaves}, tokens={self.num_tokens}, roots={self.num_roots}"
+        return f"Tree({counts}, levels={self.levels}, on {self.device})"
 
     @property
     def num_nodes(self) -> int:
@@ -288,12 +293,10 @@ class Tree:
         """
         self._check_mask("mask", mask)
         check_choice("aggregate", aggregate, AGGREGATES)
-        if aggregate == "seq_mean_token_sum_norm":
-            if max_length is None:
-                raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
+        if aggregate == "seq_mean_token_sum_norm" and max_length is None:
+            raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
         number = None if max_length is None else check_number("max_length", max_length, low=1)
-        counts = self.along_paths(offsets_of(mask)[self._nodes.node_offsets].diff())
-        return aggregate_weights(counts, aggregate, number)
+        return aggregate_weights(self.along_paths(offsets_of(mask)[self._nodes.node_offsets].diff()), aggregate, number)
 
     def along_paths(self, per_node: Tensor) -> Tensor:  # [M]
         """The sum of integers over the nodes from each leaf up to its root, int64 ``[L]``.
@@ -323,19 +326,7 @@ class Tree:
         if dense is None:
             dense = self.num_tokens <= DENSE_TOKENS
         begin, end = (x[self.token_node] for x in self.leaf_range)
-        position = self.positions
-
-        def visible(batch: Any, head: Any, row: Tensor, column: Tensor) -> Tensor:
-            """An earlier token on the same path: the leaves below it hold those below the row's."""
-            inside = (begin[column] <= begin[row]) & (end[row] <= end[column])
-            return inside & (position[column] <= position[row])
-
-        if not dense:
-            from trajkern.layouts._block_mask import block_mask
-
-            return block_mask(visible, self.num_tokens, self.device)
-        token = torch.arange(self.num_tokens, device=self.device)
-        return visible(None, None, token[:, None], token)[None, None]
+        return path_mask(begin, end, self.positions, dense)
 
     def pruned(self, leaves: Tensor) -> tuple[Tree, Tensor]:  # [L] bool
         """The tree of the rollouts marked by ``leaves``, and which of the nodes it has, bool ``[M]``.

@@ -26,7 +26,7 @@ _SUM = ops.REDUCTIONS.index("sum")
 
 
 @suggesting
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Paths:
     """The rollouts of a tree, one a leaf, with their advantages: ``branch=Paths(...)`` of :func:`trajkern.policy_loss`.
 
@@ -56,6 +56,9 @@ class Paths:
             object.__setattr__(self, "advantages", torch.where(self.gate, self.advantages, 0))
         if readable(self.advantages):
             check_finite("advantages", self.advantages)
+
+    def __repr__(self) -> str:
+        return f"Paths({self.tree!r}{'' if self.gate is None else ', gate'})"
 
     def to(self, device: torch.device | str) -> Paths:
         gate = None if self.gate is None else self.gate.to(device)
