@@ -61,7 +61,7 @@ ARROWS = {
 }
 # What only runs when a function is called: the chosen backend, by name.
 LAZY = {
-    "__init__": {"credit", "integrations", "testing"},  # on attribute access
+    "__init__": {"bench", "credit", "integrations", "testing"},  # on attribute access
     "_backends": {"_native", "_triton", "reference"},
     "integrations": {"_triton"},
     "trainer": {"_bench"},  # what the eager head costs, measured as the benchmark does

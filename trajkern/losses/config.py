@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from trajkern.losses.kinds import (
     RATIO_LEVELS,
     SAMPLER_CORRECTIONS,
 )
+from trajkern.losses.published import PUBLISHED
 
 _WITHOUT = {"clip_dual": math.inf, "max_length": 1.0}  # what None is to a kernel
 
@@ -25,6 +27,8 @@ _WITHOUT = {"clip_dual": math.inf, "max_length": 1.0}  # what None is to a kerne
 @dataclass(frozen=True)
 class PolicyLoss:
     """What :func:`trajkern.policy_loss` minimises. Options that a kind does not use are ignored.
+
+    Defaults are PPO's for every kind; :meth:`published` has those that a kind's paper trained with.
 
     Args:
         kind: one of ``trajkern.policy_loss_kinds``; the table in :func:`trajkern.policy_loss` defines each.
@@ -114,6 +118,50 @@ class PolicyLoss:
         # encoded once: it takes longer than a small kernel
         object.__setattr__(self, "_options", _options(self))
         object.__setattr__(self, "_params", _params(self))
+
+    @classmethod
+    def published(cls, kind: str, **options: Any) -> PolicyLoss:
+        """The loss with the clip range, or what a kind has instead, that its paper or its authors' code trained with.
+
+        ========= ====================================================== =====================================
+        kind      options                                                source
+        ========= ====================================================== =====================================
+        dapo      clip 0.2 below, 0.28 above                             arXiv 2503.14476, section 4.1
+        bnpo      clip 0.2 below, 0.28 above, clip_dual 10               its code, recipe/bnpo/run.sh
+        gspo      clip 3e-4 below, 4e-4 above                            arXiv 2507.18071, section 5.1
+        gmpo      log-ratios within 0.4 of 0                             arXiv 2507.20673, section 4
+        luspo     clip 2e-3 below, 2.5e-3 above                          arXiv 2602.05261, section 5.1
+        sapo      temperatures 1 and 1.05                                arXiv 2511.20347
+        vespo     k 2 and lambda 3; with A < 0 k 3 and lambda 2          arXiv 2602.10693, section 3.4
+        dppo_tv   divergence up to 0.15                                  arXiv 2602.04879, its script in verl
+        dppo_kl   divergence up to 0.05                                  the same
+        kl_cov    cov_fraction 2e-3 (of 7B; 2e-4 of 32B), cov_coef 1     arXiv 2505.22617, its scripts
+        clip_cov  cov_fraction 2e-4, covariances in (1, 5); clip 1 below the same
+                  and above, clip_dual 10
+        gpg,      nothing is clipped                                     arXiv 2504.02546; Williams, 1992
+        reinforce
+        ========= ====================================================== =====================================
+
+        GRPO's paper (arXiv 2402.03300) names no clip range, nor does CISPO's (2506.13585), which bounds ratios above
+        alone, or Dr. GRPO's released code: these three are refused, so that nobody takes a default for a published
+        number. KL coefficients and learning rates are not among these options.
+
+        Args:
+            kind: as in :class:`PolicyLoss`.
+            options: its other options; one that is published can be given another value.
+
+        Raises:
+            ValueError: a kind that does not exist, or of which nothing was published.
+            TypeError, ValueError: as :class:`PolicyLoss`, of an option.
+        """
+        check_choice("kind", kind, KINDS)
+        found = PUBLISHED[kind]
+        if found.options is None:
+            raise ValueError(
+                f"kind must be one whose clip range was published; of {kind!r} ({found.source}) {found.unless}. "
+                f"PolicyLoss({kind!r}, ...) takes one"
+            )
+        return cls(kind, **found.options | options)
 
     def _check_number(self, name: str, *, low: float | None = None, above: float | None = None) -> None:
         dtype = torch.float32 if name in PARAMETERS else None
