@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trajkern import recipes as recipes
     from trajkern import testing as testing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 policy_loss_kinds = tuple(KINDS)
 
 __all__ = [
