@@ -15,7 +15,6 @@ exclude_patterns = ["_site", "_templates"]
 templates_path = ["_templates"]
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"show-inheritance": False}
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False

@@ -86,6 +86,17 @@ def test_links_that_leave_the_folder_lead_to_pages_of_the_site() -> None:
     assert "](../../bench/reproduction.png)" in moved
 
 
+def test_names_in_text_lead_to_their_pages() -> None:
+    text = "`tk.whiten`, `tk.nothing`, `whiten`, [`tk.whiten`](credit.md)\n```python\nx = `tk.whiten`\n```\n`tk.Tree`"
+    shown = navigation.named(text)
+    assert shown.startswith(
+        "{py:obj}`tk.whiten <trajkern.whiten>`, `tk.nothing`, `whiten`, [`tk.whiten`](credit.md)\n```p"
+    )
+    assert "x = `tk.whiten`\n" in shown and shown.endswith("{py:obj}`tk.Tree <trajkern.Tree>`")
+    assert "distillation" in navigation.speaking_of("linear_divergence")
+    assert navigation.speaking_of("nothing_at_all") == []
+
+
 # docstrings
 
 
@@ -178,6 +189,16 @@ def test_every_op_has_a_page_of_all_that_is_known() -> None:
         case["shape"] for report in facts.results().values() for case in report["cases"] if case["op"] == spec.name
     ]
     assert figures and all(shape in text for shape in figures)
+
+
+def test_the_fastest_is_bold_and_a_bare_pass_is_no_rival() -> None:
+    names = ("trajkern", "eager", "bare pass")
+    case = {
+        "seconds": {name: {"median": x} for name, x in zip(names, (2e-3, 1e-3, 1e-4), strict=True)},
+        "gate": {"trl": {}},
+    }
+    shown = [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in ops.times(case, [*names, "trl", "verl"])]
+    assert shown == ["2 ms", "**1 ms**", "100 µs", "gate failed", "–"]
 
 
 def test_every_name_of_trajkern_has_its_place() -> None:

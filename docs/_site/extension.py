@@ -48,7 +48,7 @@ def read(app: Any, page: str, source: list[str]) -> None:
     path = ROOT / "docs" / f"{page}.md"
     if path.exists() and page.split("/")[0] not in FOLDERS:
         text = navigation.with_navigation(source[0]) if page == "index" else source[0]
-        source[0] = navigation.relinked(text, path)
+        source[0] = navigation.named(navigation.relinked(text, path))
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -38,7 +38,7 @@ class Item(NamedTuple):
 
 def block(lines: list[str]) -> str:
     """HTML of the lines of one indented paragraph. Raises ValueError, naming the line, where one is no formula."""
-    rows = ("".join(math(part) for part in re.split(r"\s{3,}(?!=)", line.strip())) for line in lines)
+    rows = ("".join(math(part) for part in re.split(r"\s{3,}(?![\s=])", line.strip())) for line in lines)
     return f'<div class="formula">{"".join(f"<div>{row}</div>" for row in rows)}</div>'
 
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import trajkern as tk
 from _site.facts import ROOT
 from _site.rest import heading, toctree
 
@@ -19,6 +21,7 @@ REFERENCE = {
     "api/index": ("API", "every public name, from its docstring"),
     "examples/index": ("Examples", "files that run as they stand"),
 }
+NAMES = {name for name in tk.__all__ if not inspect.ismodule(getattr(tk, name))}
 LINK = re.compile(r"\]\((?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -69,6 +72,25 @@ def moved(page: str, source: Path) -> str:
     """A file that is a page of another folder of the site: what it names beside itself is named from there."""
     folder = (ROOT / "docs" / page).parent
     return relinked(source.read_text(), source, lambda target: os.path.relpath(target, folder))
+
+
+def named(text: str) -> str:
+    """A page whose inline ``tk.name`` leads to where that name is documented; code blocks and links stay."""
+    pieces = re.split(r"(^```.*?^```$|\[[^\]]*\]\([^)]*\))", text, flags=re.M | re.S)
+    for i in range(0, len(pieces), 2):
+        pieces[i] = re.sub(
+            r"(?<!`)`(?:tk|trajkern)\.(\w+)`(?!`)",
+            lambda found: f"{{py:obj}}`tk.{found[1]} <trajkern.{found[1]}>`" if found[1] in NAMES else found[0],
+            pieces[i],
+        )
+    return "".join(pieces)
+
+
+def speaking_of(name: str) -> list[str]:
+    """The pages that name something of trajkern's, the front page aside."""
+    said = re.compile(rf"\b(?:tk|trajkern)\.{name}\b|`{name}`")
+    shown = {path.stem: path for path in (ROOT / "docs").glob("*.md") if path.stem != "index"} | examples()
+    return sorted(page for page, path in shown.items() if said.search(path.read_text()))
 
 
 def relinked(text: str, source: Path, elsewhere: Callable[[Path], str] | None = None) -> str:

@@ -11,14 +11,15 @@ import torch
 import trajkern as tk
 from _site import facts
 from _site.docstrings import as_rest, summary
+from _site.navigation import speaking_of
 from _site.rest import code, folded, heading, plain, table, toctree
 from trajkern import _backends
 from trajkern._bench.case import BARE, COMPILED, OURS
-from trajkern._bench.table import memory_text, peer_text, peers_of, time_text
+from trajkern._bench.table import peers_of, seconds
 from trajkern.testing.launches import BESIDE, HEAD_LAUNCHES, LAUNCHES
 from trajkern.testing.registry import OpSpec
 
-LANGUAGES = {"native": "C++", "triton": "Triton", "cuda": "CUDA C++", "reference": "torch"}
+LANGUAGES = {"native": "C++", "triton": "Triton", "cuda": "CUDA C++"}
 DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU"}
 
 
@@ -53,8 +54,10 @@ def page(name: str) -> list[str]:
         lines += [*heading("Bits", 1), *bits(spec)]
         lines += [*heading("Launches", 1), *launches(spec)]
         lines += [*heading("Cases", 1), *cases(spec)]
-    figures = figures_of(name)
-    return lines + (heading("Figures", 1) + figures if figures else [])
+    figures, pages = figures_of(name), speaking_of(name)
+    lines += [*heading("Figures", 1), *figures] if figures else []
+    told = ", ".join(f":doc:`/{page}`" for page in pages)
+    return lines + ([*heading("Used in", 1), told, ""] if pages else [])
 
 
 def shapes(name: str) -> list[str]:
@@ -77,8 +80,12 @@ def backends(spec: OpSpec) -> list[str]:
     for device, owner in _backends.OWNERS[spec.family].items():
         dtypes = spec.dtypes if owner == "native" else spec.triton_dtypes or spec.dtypes
         rows.append((DEVICES[device], code(owner), LANGUAGES[owner], _names(dtypes)))
-    rows.append(("any", code("reference"), "torch, on request by :func:`trajkern.use_backend`", "any float"))
-    return table(("device", "backend", "written in", "tested in"), rows)
+    lines = table(("device", "backend", "written in", "tested in"), rows)
+    return [
+        *lines,
+        "On any device and in any float, on request: torch (:func:`trajkern.use_backend`, ``reference``).",
+        "",
+    ]
 
 
 def budget(spec: OpSpec) -> list[str]:
@@ -102,22 +109,18 @@ def budget(spec: OpSpec) -> list[str]:
 
 def used(name: str) -> list[str]:
     """The shares of the budget that the benchmark's gate met."""
-    rows = []
-    for folder, report in facts.results().items():
+    lines = []
+    for report in facts.results().values():
+        rows = []
         for case in _cases(report, name):
             shares = case["gate"].get(OURS, {}).get("shares", {})
             if shares:
                 worst = max(shares, key=shares.__getitem__)
-                rows.append(
-                    (plain(folder), plain(case["work"]), plain(case["shape"]), code(worst), f"{shares[worst]:.0%}")
-                )
-    if not rows:
-        return []
-    return [
-        "Met at the benchmark's sizes:",
-        "",
-        *table(("measured on", "work", "input", "worst output", "of its budget"), rows),
-    ]
+                rows.append((plain(case["work"]), plain(case["shape"]), code(worst), f"{shares[worst]:.0%}"))
+        if rows:
+            lines += [plain(f"Met at the benchmark's sizes on {_where(report)}:"), ""]
+            lines += table(("work", "input", "worst output", "of its budget"), rows)
+    return lines
 
 
 def bits(spec: OpSpec) -> list[str]:
@@ -164,37 +167,48 @@ def cases(spec: OpSpec) -> list[str]:
 
 
 def figures_of(name: str) -> list[str]:
+    """The times of all who were timed, the fastest of each row in bold; a bare pass over the memory is no rival."""
     lines = []
     for report in facts.results().values():
-        found, peers = _cases(report, name), peers_of(report)
-        if not found:
-            continue
-        machine = report["machine"]
-        where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-        others = ", ".join(f"{peer} {report['peers'][peer]}" for peer in peers)
-        lines += [
-            plain(f"{where}; torch {report['versions']['torch']}; {report['date'][:10]}. Beside it {others}."),
-            "",
-        ]
-        kinds = (OURS, "eager", COMPILED, BARE)
-        rows = [
-            (
-                plain(case["work"]),
-                plain(case["shape"]),
-                *(plain(time_text(case, kind)) for kind in kinds),
-                plain(memory_text(case)),
-            )
-            for case in found
-        ]
-        lines += table(("work", "input", *kinds, "peak memory"), rows)
-        raced = [case for case in found if set(peers) & set(case["gate"])]
-        rows = [
-            (plain(case["work"]), plain(case["shape"]), *(plain(peer_text(case, peer)) for peer in peers))
-            for case in raced
-        ]
-        if rows:
-            lines += ["How many times as long others take:", "", *table(("work", "input", *peers), rows)]
+        found = _cases(report, name)
+        timed = {kind for case in found for kind in case["seconds"]}
+        kinds = [kind for kind in (OURS, "eager", COMPILED, *peers_of(report), BARE) if kind in timed]
+        others = [f"{kind} {report['peers'][kind]}" for kind in kinds if kind != "torch" and kind in peers_of(report)]
+        told = ", ".join([f"{_where(report)}; torch {report['versions']['torch']}", *others])
+        rows = [(plain(case["work"]), plain(case["shape"]), *times(case, kinds)) for case in found]
+        lines += [plain(f"Medians on {told}; {report['date'][:10]}."), ""] if rows else []
+        lines += [*table(("work", "input", *kinds), rows), *memory(found, kinds)]
     return lines
+
+
+def memory(cases: list[dict[str, Any]], kinds: list[str]) -> list[str]:
+    """What the calls held at their peak, beside the inputs."""
+    weighed = [case for case in cases if case.get("memory_of", {}).get("bytes")]
+    kinds = [kind for kind in kinds if any(kind in case["peak_bytes"] for case in weighed)]
+    rows = []
+    for case in weighed:
+        known, unit = case["peak_bytes"], case["memory_of"]["bytes"]
+        peaks = [f"{known[kind] / unit:.2f}" if kind in known else "–" for kind in kinds]
+        rows.append((plain(case["work"]), plain(case["shape"]), plain(case["memory_of"]["name"]), *peaks))
+    if not rows:
+        return []
+    return ["Peak memory, as a multiple of the size of:", "", *table(("work", "input", "size of", *kinds), rows)]
+
+
+def times(case: dict[str, Any], kinds: list[str]) -> list[str]:
+    medians = {kind: case["seconds"][kind]["median"] for kind in kinds if kind in case["seconds"]}
+    best = min((kind for kind in medians if kind != BARE), key=medians.__getitem__, default=None)
+    texts = []
+    for kind in kinds:
+        absent = "gate failed" if kind in case["gate"] else "–"
+        text = seconds(medians[kind]).replace(" ", "\N{NO-BREAK SPACE}") if kind in medians else absent
+        texts.append(f"**{text}**" if kind == best else text)
+    return texts
+
+
+def _where(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def _cases(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
