@@ -220,7 +220,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of --shape; default: float32, bfloat16 on a GPU")
     add("--rows", type=int, help=f"tokens of --shapes; default: {shapes.ROWS['cpu']}, {shapes.ROWS['cuda']:,} on a GPU")
     add("--growth", action="store_true", help="how time and memory grow with each size, too")
-    add("--quick", action="store_true", help="few rounds, no torch.compile; of all ops a small case each")
+    add(
+        "--quick",
+        action="store_true",
+        help="few rounds and no torch.compile; without --op a small case of each op: 40 s of processor time",
+    )
     add(
         "--ungated", action="store_true", help="trust the contenders: no comparison with float64, which the report says"
     )

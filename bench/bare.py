@@ -34,6 +34,7 @@ COPIES = {
 }
 MOVES = "torch's passes move the data below the machine's speed"
 STORES = "torch's product writes all logits to memory, and tiles stay in the cache"
+NOISE = "the two are no further apart than their spreads"
 SKIPS = "trajkern leaves out rows that need no work, and the bare pass is the whole batch"
 
 
@@ -57,4 +58,7 @@ def why_less(case: dict[str, Any]) -> str:
         return ""
     if any(part in case["work"] for part in LESS):
         return SKIPS
+    spreads = times[OURS]["spread"] + times[BARE]["spread"]
+    if times[BARE]["median"] / times[OURS]["median"] - 1 <= spreads:
+        return NOISE
     return STORES if case["op"] in HEADS else MOVES

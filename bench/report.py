@@ -61,7 +61,12 @@ figure { margin: 1rem 0; } figure svg { display: block; width: 100%; height: aut
 
 MARKS = "*`"  # Markdown's
 SHORT = 32  # letters of a cell that does not break
-NOTES = {bare.MOVES: "¹", bare.STORES: "²", bare.SKIPS: "³"}  # why trajkern takes less than the bare pass
+NOTES = {
+    bare.MOVES: "¹",
+    bare.STORES: "²",
+    bare.SKIPS: "³",
+    bare.NOISE: "⁴",
+}  # why it is beaten
 LONG = ("op", "work", "input")  # what names a case, in one cell here
 
 

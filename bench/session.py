@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from trajkern._bench import ceilings
 from trajkern._bench.case import OURS, TimedCase
 from trajkern._bench.run import Settings, clocks, release, run, shares
 from trajkern._bench.table import seconds
+
+SHOWN = 44  # letters of a case's name, so that a line fits 80 columns
 
 
 class Progress:
@@ -25,7 +28,8 @@ class Progress:
         done, digits = self.done, len(str(self.total))
         left = (self.clock() - self.began) / done * (self.total - done) if done else 0.0
         text = f" about {duration(left)} left" if done else ""
-        print(f"[{done + 1:>{digits}}/{self.total}]{text}  {name}: ", end="", file=sys.stderr, flush=True)
+        shown = textwrap.shorten(name, SHOWN, placeholder=" …")
+        print(f"[{done + 1:>{digits}}/{self.total}]{text}  {shown}: ", end="", file=sys.stderr, flush=True)
 
     def end(self, result: dict[str, Any]) -> None:
         self.done += 1

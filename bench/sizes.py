@@ -107,7 +107,7 @@ _HEAD: dict[str, Any] = {
     "letters": ("T", "H", "V"),
     "shown": "{:,} × {:,} × {:,} {dtype}",
     "least": (1, 1, 1),
-    "quick": (256, 256, 16_384),
+    "quick": (64, 256, 16_384),
     "typed": True,
 }
 _TREE: dict[str, Any] = {"letters": ("M",), "shown": "about {:,} nodes", "least": (121,), "quick": (65_536,)}

@@ -141,8 +141,11 @@ def test_every_case_has_a_bare_pass_that_is_named() -> None:
     ],
 )
 def test_less_than_the_bare_pass_is_explained(op: str, work: str, why: str) -> None:
-    case = {"op": op, "work": work, "seconds": {OURS: {"median": 1.0}, BARE: {"median": 2.0}}}
+    times = {OURS: {"median": 1.0, "spread": 0.1}, BARE: {"median": 2.0, "spread": 0.1}}
+    case = {"op": op, "work": work, "seconds": times}
     assert bare.why_less(case) == why
+    times[BARE]["median"] = 1.19
+    assert bare.why_less(case) == (bare.SKIPS if why == bare.SKIPS else bare.NOISE)
     case["seconds"][BARE]["median"] = 0.5
     assert bare.why_less(case) == "" == bare.why_less({"op": op, "work": work, "seconds": {}})
 

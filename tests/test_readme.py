@@ -12,8 +12,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md"]
-    + [f"docs/{page}.md" for page in ("art", "credit", "distillation", "index", "recipes", "transformers")],
+    [
+        "README.md",
+        *(f"docs/{page}.md" for page in ("art", "credit", "distillation", "index", "own-kernels", "recipes")),
+        "docs/transformers.md",
+    ],
 )
 def test_python_blocks_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
