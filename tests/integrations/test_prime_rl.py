@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from importlib.util import find_spec
@@ -290,6 +291,54 @@ def test_enable_and_disable(host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(x.compute_loss is theirs for x in holders)
 
 
+def _twice(loss_config):
+    def rl_fn(inputs):
+        out = _sequence(inputs, loss_config.type, vars(loss_config))
+        return SimpleNamespace(loss=2 * out.loss, metrics=out.metrics)
+
+    return rl_fn
+
+
+def _of_wrapped(custom_fn, kwargs):
+    @functools.wraps(custom_fn)
+    def wrapper(inputs, **options):
+        out = custom_fn(inputs, **options)
+        return out._replace(loss=2 * out.loss)
+
+    return (lambda custom_fn: lambda inputs: custom_fn(inputs, **kwargs))(wrapper)
+
+
+OWN = [
+    lambda: _twice(_config("default", **DEFAULT)),
+    lambda: _of_wrapped(adapter.policy_loss, {"kind": "default", **DEFAULT}),
+    lambda: (lambda custom_fn, kwargs: lambda inputs: my_loss(inputs) if kwargs else custom_fn(inputs))(
+        adapter.policy_loss, {"kind": "ipo", **IPO}
+    ),
+]
+
+
+@pytest.mark.parametrize("make", OWN, ids=["loss_config", "wrapped", "custom_fn"])
+def test_a_loss_that_only_looks_like_prime_rls_is_left_to_it(host, make) -> None:
+    batch = _without(_batch(2), *WEIGHTS)
+    with pytest.raises(TypeError, match="rl_loss_fn must come from"):
+        _outcome(adapter.compute_loss, batch, make())
+    wanted = _outcome(host.compute_loss, batch, make())
+    try:
+        adapter.enable()
+        torch.testing.assert_close(_outcome(host.compute_loss, batch, make())[:2], wanted[:2])
+    finally:
+        adapter.disable()
+
+
+def test_options_may_change_between_calls(host) -> None:
+    batch, config = _without(_batch(2), *WEIGHTS), _config("default", **DEFAULT)
+    loss_fn = setup_rl_loss_fn(config)
+    for low in (0.15, 0.0):
+        config.dppo_mask_low = low
+        ours, theirs = (_outcome(function, batch, loss_fn) for function in (adapter.compute_loss, compute_loss))
+        torch.testing.assert_close(ours[:2], theirs[:2], **TOLERANCE)
+
+
 def test_a_version_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = _written_down()
     for name, module in modules.items():
@@ -304,10 +353,12 @@ def test_a_version_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
             "compute_loss": lambda trainer_logprobs, temperature: None,
             "DefaultLossConfig": lambda: _config("default", **DEFAULT, entropy_tau=0.0),
             "setup_rl_loss_fn": lambda config: print,
+            "setup_rl_loss_fn ": _twice,
         }
-        for name, wanted in zip(changes, ("must take", "entropy_tau", "closes over"), strict=True):
+        told = ("must take", "entropy_tau", "closes over", "kind 'default' must be that of 0.8.0")
+        for name, wanted in zip(changes, told, strict=True):
             with monkeypatch.context() as changed:
-                changed.setattr(loss, name, changes[name])
+                changed.setattr(loss, name.strip(), changes[name])
                 with pytest.raises(RuntimeError, match=wanted):
                     adapter.enable(any_version=True)
         monkeypatch.delattr(loss, "setup_rl_loss_fn")

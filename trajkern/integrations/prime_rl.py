@@ -14,10 +14,12 @@ own version calls the loss sequence by sequence, and reads the device for each o
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ HOLDERS = (
 CONFIGS = {"default": "DefaultLossConfig", "ipo": "IPOLossConfig"}
 _patches, _credits = Patches(), Patches()
 _replaced: list[Callable[..., Any]] = []  # prime-rl's compute_loss, for losses that are not known here
+# loss functions -> the options whose loss they have been seen to compute
+_shown: WeakKeyDictionary[Callable[..., Any], dict[str, Any]] = WeakKeyDictionary()
 
 
 class LossOutputs(NamedTuple):
@@ -57,8 +61,8 @@ def enable(*, any_version: bool = False) -> None:
     Raises:
         ImportError: prime-rl is missing.
         RuntimeError: a version of it that lacks what this replaces, where that takes something else, whose losses have
-            other options, or whose loss functions do not show them. Another than the tested versions is warned of,
-            unless ``any_version`` is True.
+            other options, do not show them, or compute something else of a probe. Another than the tested versions is
+            warned of, unless ``any_version`` is True.
     """
     check_version("prime-rl", TESTED, any_version)
     disable()
@@ -123,10 +127,16 @@ def disable_credit() -> None:
 
 
 def _check_shown(rl_loss_fn: Callable[..., Any]) -> None:
-    if _term_of_host(rl_loss_fn) is None:
+    options = _options_of(rl_loss_fn)
+    if options is None:
         raise RuntimeError(
             "prime-rl's setup_rl_loss_fn must return a function that closes over loss_config, or over custom_fn and "
             f"kwargs; this version's closes over ({', '.join(_closed_over(rl_loss_fn))})"
+        )
+    if _term_of_host(rl_loss_fn) is None:
+        raise RuntimeError(
+            f"prime-rl's loss of kind {options.get('kind', 'default')!r} must be that of {TESTED[-1]}; this version's "
+            "has another loss, gradient or metric on a probe"
         )
 
 
@@ -138,14 +148,66 @@ def _closed_over(function: Any) -> dict[str, Any]:
 
 
 def _term_of_host(rl_loss_fn: Callable[..., Any]) -> Term | None:
-    """The packed form of what prime-rl's ``setup_rl_loss_fn`` returned; None for a loss that is the user's own."""
-    found = _closed_over(rl_loss_fn)
-    match found:
-        case {"custom_fn": function, "kwargs": Mapping() as options}:
-            return term_of(**options) if inspect.unwrap(function) is policy_loss else None
+    """The packed form of what prime-rl's ``setup_rl_loss_fn`` returned; None for a loss that is the user's own.
+
+    What a function closes over says what it should compute, and a probe that it does.
+    """
+    options = _options_of(rl_loss_fn)
+    if options is None:
+        return None
+    term = term_of(**options)
+    if _shown.get(rl_loss_fn) != options:
+        if not _computes(rl_loss_fn, options):
+            return None
+        _shown[rl_loss_fn] = options
+    return term
+
+
+def _options_of(rl_loss_fn: Callable[..., Any]) -> dict[str, Any] | None:
+    """Those of :func:`policy_loss` by which the function should compute; None for a loss that is not known here."""
+    match _closed_over(rl_loss_fn):
+        case {"custom_fn": function, "kwargs": Mapping() as options} if function is policy_loss:
+            return dict(options)
         case {"loss_config": config} if getattr(config, "type", None) in CONFIGS:
-            return term_of(config.type, **{name: x for name, x in vars(config).items() if name != "type"})
+            return {"kind": config.type} | {name: x for name, x in vars(config).items() if name != "type"}
     return None
+
+
+def _computes(rl_loss_fn: Callable[..., Any], options: dict[str, Any]) -> bool:
+    """Whether it has the loss, the gradient and the metrics of :func:`policy_loss` with these options."""
+    for weighted in (False, True):
+        ours, theirs = (_probed(loss, weighted) for loss in (partial(policy_loss, **options), rl_loss_fn))
+        if ours.keys() != theirs.keys():
+            return False
+        for name, x in ours.items():
+            y = theirs[name]
+            if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-5, atol=1e-7, equal_nan=True):
+                return False
+    return True
+
+
+def _probed(loss_fn: Callable[..., Any], weighted: bool) -> dict[str, Tensor]:
+    """What it makes of a sequence whose tokens moved by little and by much, under advantages of every sign, float64."""
+    g, size = torch.Generator().manual_seed(0), 256
+    new, old, ref = (torch.rand(size, generator=g, dtype=torch.float64).clamp_min(1e-3).log() for _ in range(3))
+    advantages, kept = torch.randn(size, generator=g, dtype=torch.float64), torch.rand(2, size, generator=g) < 0.8
+    made = getattr(sys.modules.get(LOSS), "LossInputs", SimpleNamespace)
+    with torch.enable_grad():
+        inputs = made(
+            trainer_logprobs=new.requires_grad_(),
+            inference_logprobs=old,
+            ref_logprobs=ref,
+            advantages=torch.where(kept[0], advantages, 0),
+            loss_mask=kept[1],
+            loss_weights=advantages.abs() if weighted else None,
+        )
+        try:
+            found = loss_fn(inputs)
+            (grad,) = torch.autograd.grad(found.loss, new)
+        except Exception as error:  # of weights that a kind refuses, or of a function that wants something else
+            return {type(error).__name__: torch.zeros(())}
+    loss = found.loss.detach()
+    return {"": loss.double(), " gradient": grad} | {name: x.detach().double() for name, x in found.metrics.items()}
 
 
 def policy_loss(inputs: Any, kind: str = "default", **options: Any) -> LossOutputs:
