@@ -267,14 +267,14 @@ def test_a_spread_vocabulary_is_the_hosts(options: dict[str, Any], monkeypatch: 
     assert asked == ({} if miles else {"top_p": [[1]]})
     monkeypatch.delitem(sys.modules, _slime_batch.SCORERS[miles])
     args.tensor_model_parallel_size = 2
-    with pytest.raises(
-        RuntimeError, match="tensor_model_parallel_size above 1 and rollout_top_p below 1 need the host's"
-    ):
+    with pytest.raises(RuntimeError, match="tensor_model_parallel_size .* and rollout_top_p below 1 need the host's"):
+        slime.policy_loss(args, batch, logits, host.reducer(batch, False))
+    args.context_parallel_size = 2
+    with pytest.raises(RuntimeError, match="context_parallel_size above 1 needs the host's get_logits_and_tokens"):
         slime.policy_loss(args, batch, logits, host.reducer(batch, False))
 
 
 REFUSED = [
-    ({"context_parallel_size": 2}, "context_parallel_size must be 1 for trajkern's policy_loss, got 2"),
     ({"qkv_format": "bshd"}, "qkv_format must be 'thd'"),
     ({"qkv_format": "thd", "true_on_policy_mode": True}, "true_on_policy_mode must be False"),
     ({"advantage_estimator": "maxrl"}, "advantage_estimator must be one of gspo, cispo, grpo"),
@@ -378,5 +378,5 @@ def test_page() -> None:
     assert blocks["yaml"] == f"{_slime_credit.OPTION}: my_module:spec\n"
     refused = re.search(r"^\| refused \|.*$", page, re.M)
     assert refused and all(
-        f"--{name.replace('_', '-')}" in refused[0] for name in ("context_parallel_size", "qkv_format")
+        f"--{name.replace('_', '-')}" in refused[0] for name in ("true_on_policy_mode", "qkv_format")
     )

@@ -6,12 +6,13 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import trajkern as tk
@@ -20,19 +21,29 @@ from trajkern.layouts.spans import trajectories
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 
 SCORERS = ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss_hub.logit_processors")
+SPLITTERS = ("slime.backends.megatron_utils.cp_utils", "miles.backends.training_utils.cp_utils")
 _held: set[Any] = set()  # the hosts' reducers that were held against the weights here
+
+
+class Part(NamedTuple):
+    """What a context-parallel rank holds of the samples, and what it knows of them whole."""
+
+    lengths: list[int]  # [N], of the response
+    counts: Tensor  # float32 [N], the unmasked tokens of all ranks
+    ranks: dist.ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """N samples, and the R tokens of their responses end to end.
+    """N samples, and the R tokens of their responses end to end, or this rank's of them.
 
     Construction checks the lists against each other by their lengths; it reads no value of a device.
     """
 
     total_lengths: Sequence[int]  # [N], prompt and response
-    response_lengths: Sequence[int]  # [N]
+    response_lengths: Sequence[int]  # [N], of all ranks
     loss_masks: Tensor  # [R], 0 or 1
+    part: Part | None = None
 
     @classmethod
     def of(cls, total_lengths: Any, response_lengths: Any, loss_masks: Any) -> Samples:
@@ -57,11 +68,24 @@ class Samples:
 
     def flat(self, name: str, parts: Any) -> Tensor:
         """A field of the host's, a tensor ``[R_n]`` a sample, as ``[R]`` without a gradient; an error names it."""
-        return _joined(name, parts, self.response_lengths).detach()
+        return self.joined(name, parts).detach()
+
+    def joined(self, name: str, parts: Any) -> Tensor:
+        """Likewise with its gradient."""
+        return _joined(name, parts, self.lengths, "" if self.part is None else " that this rank holds")
 
     def split(self, x: Tensor) -> list[Tensor]:  # [R]
         """A view a sample."""
-        return list(x.split(list(self.response_lengths)))
+        return list(x.split(list(self.lengths)))
+
+    @property
+    def lengths(self) -> Sequence[int]:  # [N]
+        return self.response_lengths if self.part is None else self.part.lengths
+
+    @property
+    def ranks(self) -> dist.ProcessGroup | None:
+        """Over which the samples' tokens are split."""
+        return None if self.part is None else self.part.ranks
 
     @cached_property
     def mask(self) -> Tensor:
@@ -69,7 +93,7 @@ class Samples:
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        return torch.tensor([0, *accumulate(self.response_lengths)], device=self.loss_masks.device)
+        return torch.tensor([0, *accumulate(self.lengths)], device=self.loss_masks.device)
 
     @cached_property
     def whole(self) -> tk.Spans:
@@ -78,7 +102,9 @@ class Samples:
 
     @cached_property
     def counts(self) -> Tensor:
-        """The unmasked tokens of each sample, float32 ``[N]``."""
+        """The unmasked tokens of each sample, of all ranks, float32 ``[N]``."""
+        if self.part is not None:
+            return self.part.counts
         return tk.span_reduce(self.mask.float(), self.whole, "sum")
 
     @cached_property
@@ -96,8 +122,11 @@ class Samples:
         return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def sums(self, x: Tensor) -> Tensor:  # [R]
-        """Of each sample's unmasked tokens, ``[N]``."""
-        return tk.span_reduce(self.taken(x), self.whole, "sum")
+        """Of each sample's unmasked tokens, of all ranks, ``[N]``, without a gradient."""
+        sums = tk.span_reduce(self.taken(x.detach()), self.whole, "sum")
+        if self.ranks is not None:
+            dist.all_reduce(sums, group=self.ranks)
+        return sums
 
     def means(self, x: Tensor) -> Tensor:  # [R]
         """Of each sample's unmasked tokens, ``[N]``, 0 where there are none."""
@@ -114,7 +143,7 @@ class Samples:
         return self.taken(tk.spread(1 / of_sample.float().clamp_min(1), self.whole))
 
 
-def _joined(name: str, parts: Any, lengths: Sequence[int]) -> Tensor:
+def _joined(name: str, parts: Any, lengths: Sequence[int], whose: str = "") -> Tensor:
     if not isinstance(parts, Sequence) or not all(isinstance(x, Tensor) for x in parts):
         raise TypeError(f"{name} must be a list of a tensor a sample, got {describe(parts)}")
     if len(parts) != len(lengths):
@@ -122,8 +151,7 @@ def _joined(name: str, parts: Any, lengths: Sequence[int]) -> Tensor:
     for n, (x, length) in enumerate(zip(parts, lengths, strict=True)):
         if x.ndim != 1 or x.shape[0] != length:
             raise ValueError(
-                f"{name} must have the {length} tokens of the response of sample {n}, which no context parallelism has "
-                f"split; got {describe(x)}"
+                f"{name} must have the {length} tokens{whose} of the response of sample {n}; got {describe(x)}"
             )
     return torch.cat(list(parts))
 
@@ -133,9 +161,9 @@ def is_miles(args: Any) -> bool:
     return hasattr(args, "qkv_format")
 
 
-def check_whole(args: Any, what: str) -> None:
-    """ValueError where options split a sequence, or lay the tokens out as nothing here reads them."""
-    legal = {"context_parallel_size": 1, "qkv_format": "thd", "true_on_policy_mode": False}
+def check_layout(args: Any, what: str, **more: Any) -> None:
+    """ValueError where options lay the tokens out as nothing here reads them, or are none of ``more``."""
+    legal = {"qkv_format": "thd", "true_on_policy_mode": False} | more
     for name, value in legal.items():
         if (found := getattr(args, name, value)) != value:
             raise ValueError(f"{name} must be {value!r} for trajkern's {what}, got {found!r}")
@@ -154,6 +182,39 @@ def samples_of(batch: Mapping[str, Any]) -> Samples:
     if missing := [name for name in wanted if batch.get(name) is None]:
         raise ValueError(f"the batch must have {', '.join(wanted)}; it has no {', '.join(missing)}")
     return Samples.of(*(batch[name] for name in wanted))
+
+
+def this_ranks(args: Any, samples: Samples) -> Samples:
+    """The samples, or where context parallelism splits sequences this rank's tokens of them.
+
+    Raises:
+        RuntimeError: neither host is loaded, whose functions say what a rank holds.
+        ValueError: a group of another size than ``context_parallel_size``.
+    """
+    size = getattr(args, "context_parallel_size", 1)
+    if size == 1:
+        return samples
+    there = [sys.modules[name] for name in SPLITTERS if name in sys.modules]
+    if not there:
+        raise RuntimeError(
+            "context_parallel_size above 1 needs the host's get_logits_and_tokens_offset_with_cp of "
+            f"{' or '.join(SPLITTERS)}; neither is loaded in this process"
+        )
+    host = there[0]
+    ranks = host.get_parallel_state().cp.group if is_miles(args) else host.mpu.get_context_parallel_group()
+    if dist.get_world_size(ranks) != size:
+        raise ValueError(
+            f"context_parallel_size must be the {dist.get_world_size(ranks)} ranks of the host's group, got {size}"
+        )
+    masks, of_samples = [], zip(samples.total_lengths, samples.response_lengths, strict=True)
+    for mask, (total, response) in zip(samples.split(samples.loss_masks), of_samples, strict=True):
+        *_, tokens = host.get_logits_and_tokens_offset_with_cp(total, response)
+        prompt = total - response
+        masks.append(
+            torch.cat([mask[begin - prompt : end - prompt] for begin, end in tokens if begin < end] or [mask[:0]])
+        )
+    part = Part([mask.shape[0] for mask in masks], samples.counts, ranks)
+    return replace(samples, loss_masks=torch.cat(masks), part=part)
 
 
 def denominators_of(batch: Mapping[str, Any], samples: Samples) -> Tensor | None:
@@ -189,6 +250,8 @@ def check_reducer(reducer: Callable[[Tensor], Any], samples: Samples, weights: T
 
 def scored(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples, entropy: bool):
     """(log-probs, entropy or None) of the response tokens, ``[R]`` each, differentiable in the logits ``[1, T, V]``."""
+    if samples.part is not None:
+        return _scored_by_host(args, batch, logits, samples, entropy)
     if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] < sum(samples.total_lengths):
         raise ValueError(
             f"logits must have shape [1, T, V] with T at least the {sum(samples.total_lengths)} tokens of the samples; "
@@ -213,12 +276,12 @@ def scored(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples
 
 
 def _scored_by_host(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples, entropy: bool):
-    """As :func:`scored`, by the host, which knows how a vocabulary is spread and which tokens a sampler kept."""
+    """As :func:`scored`, by the host, which knows how vocabularies and sequences are spread and what a sampler kept."""
     there = [sys.modules[name] for name in SCORERS if name in sys.modules]
     if not there:
         raise RuntimeError(
-            "tensor_model_parallel_size above 1 and rollout_top_p below 1 need the host's get_log_probs_and_entropy of "
-            f"{' or '.join(SCORERS)}; neither is loaded in this process"
+            "tensor_model_parallel_size or context_parallel_size above 1 and rollout_top_p below 1 need the host's "
+            f"get_log_probs_and_entropy of {' or '.join(SCORERS)}; neither is loaded in this process"
         )
     host = there[0]
     more = {} if is_miles(args) else host.get_rollout_top_p_logprob_kwargs(args, batch)
@@ -234,7 +297,7 @@ def _scored_by_host(args: Any, batch: Mapping[str, Any], logits: Tensor, samples
         **more,
     )
     found = found[1] if isinstance(found, tuple) else found
-    parts = (_joined(name, found[name], samples.response_lengths) for name in ("log_probs", "entropy")[: 1 + entropy])
+    parts = (samples.joined(name, found[name]) for name in ("log_probs", "entropy")[: 1 + entropy])
     return next(parts), next(parts, None)
 
 

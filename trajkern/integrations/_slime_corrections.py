@@ -10,7 +10,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._checks import describe
-from trajkern.integrations._slime_batch import Samples, check_whole, option, ratio_of
+from trajkern.integrations._slime_batch import Samples, check_layout, option, ratio_of, this_ranks
 
 CORRECTIONS = {f"trajkern.integrations.slime.{kind}": kind for kind in ("tis", "icepop", "sequence_mask")} | {
     f"{module}.{name}": kind
@@ -24,6 +24,7 @@ class Correction(NamedTuple):
     factor: Tensor  # [R], of each token's loss
     kept: Tensor | None  # bool [R], where whole samples leave the loss
     metrics: dict[str, Tensor]  # [R] each
+    stays: Tensor | None = None  # bool [N], which samples do not
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def correction(args: Any, kind: str, log_ratio: Tensor, samples: Samples | None)
     if not 0 <= low <= high:
         raise ValueError(f"tis_clip_low must be from 0 to tis_clip = {high}, got {low}")
     log_ratio = log_ratio if samples is None else samples.taken(log_ratio)
-    ratio, kept = ratio_of(log_ratio), None
+    ratio, kept, stays = ratio_of(log_ratio), None, None
     if kind == "tis":
         factor = ratio.clamp(low, high)
         changed = factor != ratio
@@ -43,10 +44,11 @@ def correction(args: Any, kind: str, log_ratio: Tensor, samples: Samples | None)
     else:
         assert samples is not None
         mean = ratio_of(samples.means(log_ratio))
-        kept = tk.spread(((mean >= low) & (mean <= high)).float(), samples.whole) != 0
+        stays = (mean >= low) & (mean <= high)
+        kept = tk.spread(stays.float(), samples.whole) != 0
         factor, changed = torch.ones_like(ratio), ~kept
     metrics = {"tis": ratio, "tis_clipfrac": changed.float(), "tis_abs": (ratio - 1).abs()}
-    return Correction(factor, kept, metrics)
+    return Correction(factor, kept, metrics, stays)
 
 
 def _of_loss(args: Any, kind: str, pg_loss: Tensor, train: Any, rollout: Any, samples: Samples | None) -> Correction:
@@ -108,10 +110,12 @@ def sequence_mask(
 ) -> Corrected:
     """As :func:`tis`, but a sample whose exp(mean log w) lies outside of the bounds leaves the loss, the others stay.
 
-    It is masked out; what its rollout is divided by stays, as the hosts have it. Sequences must be whole.
+    It is masked out; what its rollout is divided by stays, as the hosts have it. The mean is over all of the sample's
+    tokens, of all context-parallel ranks.
     """
-    check_whole(args, "sequence_mask")
+    check_layout(args, "sequence_mask")
     samples = Samples.of(total_lengths, response_lengths, loss_masks)
-    found = _of_loss(args, "sequence_mask", pg_loss, train_log_probs, rollout_log_probs, samples)
-    assert found.kept is not None
-    return pg_loss, samples.split(torch.where(found.kept, samples.loss_masks, 0)), found.metrics
+    found = _of_loss(args, "sequence_mask", pg_loss, train_log_probs, rollout_log_probs, this_ranks(args, samples))
+    assert found.stays is not None
+    kept = tk.spread(found.stays.float(), samples.whole) != 0
+    return pg_loss, samples.split(torch.where(kept, samples.loss_masks, 0)), found.metrics

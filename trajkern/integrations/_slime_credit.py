@@ -14,7 +14,7 @@ import trajkern as tk
 from trajkern import credit
 from trajkern.credit import Spec
 from trajkern.integrations._credit_checks import may_leave_out, spec_of
-from trajkern.integrations._slime_batch import Samples, check_whole, is_miles, option, samples_of
+from trajkern.integrations._slime_batch import Samples, check_layout, is_miles, option, samples_of
 
 COLUMNS = ("truncated", "source_names", "sample_indices", "rollout_ids", "round_number")
 LOGPROBS = {"old_logprobs": "log_probs", "ref_logprobs": "ref_log_probs", "sampler_logprobs": "rollout_log_probs"}
@@ -63,7 +63,8 @@ def _counts_before(args: Any) -> bool:
 
 
 def _spec(args: Any, rollout_data: Mapping[str, Any]) -> Spec:
-    check_whole(args, "advantages")
+    # of a split sequence slime holds slices of log-probs here, and takes slices: an expression reads whole rollouts
+    check_layout(args, "advantages", context_parallel_size=1)
     if is_miles(args):
         raise ValueError("args must be slime's, as miles has no custom_advantage_function_path; these have qkv_format")
     if option(args, "kl_coef") != 0:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import trajkern as tk
@@ -23,8 +24,8 @@ from trajkern._checks import check_number, describe
 from trajkern.integrations._adapter import clipped
 from trajkern.integrations._slime_batch import (
     Samples,
+    check_layout,
     check_reducer,
-    check_whole,
     denominators_of,
     is_miles,
     loaded,
@@ -32,6 +33,7 @@ from trajkern.integrations._slime_batch import (
     ratio_of,
     samples_of,
     scored,
+    this_ranks,
 )
 from trajkern.integrations._slime_corrections import (
     CORRECTIONS,
@@ -72,6 +74,10 @@ def policy_loss(
 
     ``sum_of_sample_mean`` is not called but once, to see that w is what it multiplies with.
 
+    Under context parallelism a rank's loss and metrics are its share of them, which add up to the batch's as the hosts'
+    do; log-probs are the hosts' then, and what is of a whole sample (gspo's ratio, OPSM's mean, a sequence mask, miles'
+    effective sample size) is over all ranks' tokens, a number or a few a sample travelling.
+
     Args:
         args: the host's options.
         batch: a micro-batch: unconcat_tokens, total_lengths, response_lengths, loss_masks, advantages, log_probs, and
@@ -85,7 +91,7 @@ def policy_loss(
 
     Raises:
         ValueError, TypeError, AttributeError: naming what the batch or the options lack, or an option that is refused:
-            a context parallel size above 1, ``qkv_format`` bshd, ``true_on_policy_mode``, a correction or a reducer
+            ``qkv_format`` bshd, ``true_on_policy_mode``, a correction or a reducer
             that is not of this module (nor one of the hosts' own corrections).
     """
     call = _Call.of(args, batch)
@@ -106,7 +112,9 @@ def policy_loss(
         config=call.config,
         mask=call.samples.mask,
         per_token=True,
+        sequence_group=call.samples.ranks if call.config.resolved_ratio_level == "sequence" else None,
     )
+    pg_loss = call.share(pg_loss)
     loss, metrics = pg_loss, {"pg_loss": pg_loss.detach(), "entropy_loss": torch.zeros_like(pg_loss.detach())}
     if entropy is not None:
         entropy_loss = call.samples.taken(entropy) @ weights
@@ -138,8 +146,8 @@ class _Call:
 
     @classmethod
     def of(cls, args: Any, batch: Mapping[str, Any]) -> _Call:
-        check_whole(args, "policy_loss")
-        samples = samples_of(batch)
+        check_layout(args, "policy_loss")
+        samples = this_ranks(args, samples_of(batch))
         if batch.get("advantages") is None:
             raise ValueError(
                 "the batch must have advantages, which --disable-compute-advantages-and-returns leaves out"
@@ -157,6 +165,12 @@ class _Call:
         )
         weights = samples.weights(denominators_of(batch, samples), option(args, "calculate_per_token_loss"))
         return cls(args, batch, samples, config, samples.flat("advantages", batch["advantages"]), weights)
+
+    def share(self, loss: Tensor) -> Tensor:
+        """The rank's of what the hosts add up over ranks: of a loss that each has whole an equal one."""
+        if self.samples.ranks is None or self.config.resolved_ratio_level == "token":
+            return loss
+        return loss - (1 - 1 / dist.get_world_size(self.samples.ranks)) * loss.detach()
 
     def field(self, name: str, why: str) -> Tensor:
         """A list of the batch as ``[R]``; ValueError where there is none."""
@@ -253,10 +267,14 @@ class _Call:
         return found
 
     def _effective_share(self, ratio: Tensor) -> Tensor:
-        """The sum over samples of (sum r)^2 / (tokens * sum r^2); with a loss per token times their tokens."""
+        """The sum over samples of (sum r)^2 / (tokens * sum r^2); with a loss per token times their tokens.
+
+        Of all context-parallel ranks' tokens, and told by the first, as miles adds the ranks' up.
+        """
         tokens = self.samples.counts.clamp_min(1)
         of_sample = self.samples.sums(ratio).square() / self.samples.sums(ratio.square()).clamp_min(1e-8)
-        return (of_sample if self.args.calculate_per_token_loss else of_sample / tokens).sum()
+        share = (of_sample if self.args.calculate_per_token_loss else of_sample / tokens).sum()
+        return share if self.samples.ranks is None or dist.get_rank(self.samples.ranks) == 0 else 0 * share
 
 
 def _kl(kind: str, log_ratio: Tensor, ratio: Tensor | None = None) -> Tensor:
