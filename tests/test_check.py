@@ -123,7 +123,34 @@ def test_another_kind_of_result_is_told() -> None:
 def test_another_shape_is_told() -> None:
     wide = lambda logits, targets: mine(logits, targets)[..., None]  # noqa: E731
     results = check(wide, like="token_logprobs", cases="typical", backward=False, **SMALL)
-    assert "logprobs is off by not comparable: got float32 [5, 1], expected float64" in " ".join(str(results).split())
+    told = "logprobs is off by more than any budget: got shape [5, 1], expected shape [5]"
+    assert told in " ".join(str(results).split())
+
+
+def test_what_writes_into_its_arguments_is_caught() -> None:
+    """The reference would read what it left there, and agree."""
+
+    def scaled(logits, targets):
+        with torch.no_grad():
+            logits.mul_(2)
+        return mine(logits, targets)
+
+    results = check(scaled, like="token_logprobs", cases="typical", **SMALL)
+    assert "ValueError: writes into its argument logits" in str(results)
+    spec = spec_of("token_logprobs")
+    with pytest.raises(ValueError, match="writes into its argument logits"):
+        differences(spec, scaled, spec.inputs(spec.case("typical"), torch.float32))
+
+
+def test_a_module_is_asked_for_its_forward() -> None:
+    class Mine(torch.nn.Module):
+        def forward(self, logits, targets):
+            return mine(logits, targets)
+
+    results = check(Mine(), like="token_logprobs", cases=["typical", "mask"], ignore_options=True, **SMALL)
+    assert results.passed and results[0].skipped == {"mask": ["mask"]}
+    with pytest.raises(TypeError, match="by name"):
+        check(torch.nn.Linear(2, 2), like="token_logprobs")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +172,18 @@ def test_a_bound_argument_is_no_lack() -> None:
 
     bound = functools.partial(kernel, tile=8)
     assert check(bound, like="token_logprobs", cases="typical", **SMALL).passed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="device must be one that torch .* has; got 'cuda', and it sees no GPU"):
+        check(mine, like="token_logprobs", device="cuda")
+
+
+def test_one_dtype_is_a_list_of_one() -> None:
+    assert len(check(mine, like="token_logprobs", cases="typical", dtypes=torch.float32, intensity=0)) == 1
+    with pytest.raises(ValueError, match="dtypes must be one of torch.float32.*; got torch.int32"):
+        check(mine, like="token_logprobs", dtypes=[torch.int32])
 
 
 def test_unknown_names_get_the_list() -> None:

@@ -68,6 +68,17 @@ def test_the_forward_alone_and_a_dict_of_outputs() -> None:
     assert "mine returned no logprobs, whose gradient is timed here" in lacking.cases[0]["gate"]["mine"]["why"]
 
 
+def test_what_writes_into_its_arguments_spoils_nobody_elses() -> None:
+    def scaled(logits, targets):
+        logits.mul_(2)
+        return mine(logits, targets)
+
+    found = compare({"scaled": scaled}, like="token_logprobs", shapes=[(3, 11)], backward=False, **FAST)
+    gates = found.cases[0]["gate"]
+    assert "scaled writes into its argument logits" in gates["scaled"]["why"]
+    assert gates[OURS]["passed"] and gates["eager"]["passed"]
+
+
 def test_an_argument_that_is_not_taken_is_told() -> None:
     loss = lambda logprobs, old_logprobs, advantages, cu_seqlens, config: logprobs.sum()  # noqa: E731
     found = compare({"mine": loss}, like="policy_loss", shapes=[(40, 4)], **FAST)

@@ -100,6 +100,17 @@ def test_own_tensors(tmp_path, capsys) -> None:
     assert "--inputs needs exactly one --op" in capsys.readouterr().err
 
 
+def test_a_file_that_is_none_is_told(tmp_path, capsys) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    text, odd = tmp_path / "text.safetensors", tmp_path / "odd.safetensors"
+    text.write_text("no tensors")
+    save_file({"x": torch.ones(3), "y": torch.ones(3)}, odd)
+    for path in (tmp_path / "missing", text, odd):
+        assert validate.main(["--op", "whiten", "--inputs", str(path)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"trajkern validate: --inputs {path}: ") and len(told.splitlines()) == 1
+
+
 def test_a_tree_of_ones_own(tmp_path, capsys) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     path = tmp_path / "tree.safetensors"

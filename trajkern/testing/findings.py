@@ -13,7 +13,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.testing.numerics import Outcome, budget_share, budget_shares, oracle, run, shares_of_numbers
-from trajkern.testing.own import Function, called, held
+from trajkern.testing.own import Function, called, held, kept, written
 from trajkern.testing.registry import Inputs, OpSpec
 
 WIDTH = 80
@@ -60,7 +60,11 @@ def differences(spec: OpSpec, function: Function, inputs: Inputs, backward: bool
     """
     if function is not getattr(tk, spec.name) or not backward:
         spec, function = held(spec, function, backward), called(spec, function)
-    return compared(spec, run(spec, function, inputs), inputs)
+    before = kept(inputs)
+    actual = run(spec, function, inputs)
+    if (spoilt := written(before, inputs)) and not inputs.get("inplace_backward"):
+        raise ValueError(f"writes into its argument {', '.join(spoilt)}")
+    return compared(spec, actual, before)
 
 
 def compared(spec: OpSpec, actual: Outcome, inputs: Inputs) -> Differences:
@@ -72,7 +76,8 @@ def compared(spec: OpSpec, actual: Outcome, inputs: Inputs) -> Differences:
 
 def _worst(spec: OpSpec, name: str, share: float, actual: Tensor, high: Tensor, low: Tensor) -> Difference:
     if actual.shape != high.shape or actual.is_floating_point() != high.is_floating_point():
-        return Difference(share, None, *(f"{str(x.dtype)[6:]} {list(x.shape)}" for x in (actual, high)))
+        told = [f"shape {list(x.shape)}" if actual.shape != high.shape else str(x.dtype)[6:] for x in (actual, high)]
+        return Difference(share, None, *told)
     if not actual.numel():
         return Difference(budget_share(spec, name, actual, high, low), (), "nothing", "nothing")
     flat = int(shares_of_numbers(spec, name, actual, high, low).argmax())
@@ -84,7 +89,7 @@ def _worst(spec: OpSpec, name: str, share: float, actual: Tensor, high: Tensor, 
 
 def _share(share: float) -> str:
     if not math.isfinite(share):
-        return "not comparable" if math.isinf(share) else "NaN"
+        return "more than any budget"
     return f"{share:.3g} times its budget"
 
 
@@ -156,9 +161,12 @@ class Result:
     def summary(self) -> str:
         if not self.cases:
             return "no case is left, so nothing was held against the reference"
-        counted = f"{self.cases} cases" if self.cases != 1 else "1 case"
-        verdict = f"{len(self.failures)} of {counted} fail" if self.failures else f"{counted} pass"
+        verdict = self.failing if self.failures else f"{self.cases} case{'s pass' if self.cases > 1 else ' passes'}"
         return f"{verdict}, worst {_share(self.worst)}" if math.isfinite(self.worst) else verdict
+
+    @property
+    def failing(self) -> str:
+        return f"{len(self.failures)} of {self.cases} cases fail{'s' * (len(self.failures) == 1)}"
 
     def plain(self) -> dict[str, Any]:
         """For a file: what was found, without how it is shown."""
@@ -222,7 +230,7 @@ class Results(list[Result]):
         lines += [f"  {r.dtype:<9} {'ok  ' if r.passed else 'FAIL'} {r.summary}" for r in self]
         lines += skipped_lines(first.skipped)
         if failed := [result for result in self if result.failures]:
-            lines += ["", f"{failed[0].dtype}: {len(failed[0].failures)} of {failed[0].cases} cases fail"]
+            lines += ["", f"{failed[0].dtype}: {failed[0].failing}"]
             lines += failed[0].failure_lines()
         return "\n".join(lines)
 

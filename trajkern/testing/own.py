@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -21,12 +20,17 @@ Function = Callable[..., Any]
 def taken(function: Function) -> set[str] | None:
     """The names of the arguments that it takes by keyword; None where it takes any, or does not tell."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = _signature(function).parameters.values()
     except (TypeError, ValueError):
         return None
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _signature(function: Function) -> inspect.Signature:
+    """Of a module that of its ``forward``: every module can be called with anything."""
+    return inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
 
 
 def check_arguments(spec: OpSpec, function: Function) -> None:
@@ -42,7 +46,7 @@ def check_arguments(spec: OpSpec, function: Function) -> None:
             f"function must take the arguments of {spec.name} by name, {', '.join(needed)}; it does not take "
             f"{', '.join(missing)} but {', '.join(sorted(names)) or 'nothing'}"
         )
-    own = inspect.signature(function).parameters.values()
+    own = _signature(function).parameters.values()
     given = parameters.keys() | {name for case in spec.cases[:1] for name in case.make(torch.Generator())}
     if strange := [p.name for p in own if p.default is p.empty and p.name in names - given]:
         raise TypeError(f"function needs {', '.join(strange)}, which {spec.name} does not give: bind it, or default it")
@@ -67,13 +71,23 @@ def called(spec: OpSpec, function: Function) -> Function:
     if names is None:
         return function
 
-    @functools.wraps(function)
     def call(**inputs: Any) -> Any:
         if strange := untaken(spec, function, inputs):
             raise TypeError(f"does not take {', '.join(strange)} (ignore_options=True skips such cases)")
         return function(**{k: x for k, x in inputs.items() if k in names})
 
     return call
+
+
+def kept(inputs: Inputs) -> Inputs:
+    """The arguments with copies of the tensors."""
+    return {k: x.detach().clone() if isinstance(x, Tensor) else x for k, x in inputs.items()}
+
+
+def written(before: Inputs, inputs: Inputs) -> list[str]:
+    """The tensors among ``inputs`` that are no longer what they were."""
+    tensors = ((k, before[k], x.detach()) for k, x in inputs.items() if isinstance(x, Tensor))
+    return [k for k, old, x in tensors if not torch.equal(old.nan_to_num(), x.nan_to_num())]
 
 
 def outputs_of(spec: OpSpec, result: Any) -> dict[str, Tensor]:
@@ -136,7 +150,8 @@ def name_of(function: Function) -> tuple[str, tuple[str, ...]]:
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", None)
     if not name.isidentifier():
         short = getattr(function, "__name__", "")
-        return (short, (f"# {short}: your function",)) if short.isidentifier() else ("f", ("# f: your function",))
+        short = short if short.isidentifier() and not short.startswith("__") else "f"
+        return short, (f"# {short}: your function",)
     if module in (None, "__main__", "builtins"):
         return name, ()
     return name, (f"from {module} import {name}",)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._backends import OWNERS
-from trajkern._checks import check_choice
+from trajkern._checks import check_choice, check_count
 from trajkern.testing.findings import Difference, Failure, Result, Results, compared
 from trajkern.testing.numerics import Outcome, budget_shares, run
-from trajkern.testing.own import Function, called, check_arguments, held, name_of, sorted_out
+from trajkern.testing.own import Function, called, check_arguments, held, kept, name_of, sorted_out, written
 from trajkern.testing.registry import Case, Inputs, OpSpec
 
 FRESH = {0: 0, 1: 1, 2: 4, 3: 20}  # intensity -> draws of each small case besides the registry's own
@@ -30,7 +30,7 @@ def check(
     cases: str | Sequence[str] | None = None,
     ignore_options: bool = False,
     backward: bool = True,
-    dtypes: Sequence[torch.dtype] | None = None,
+    dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
     device: str = "cpu",
     intensity: int = 1,
     seed: int = 0,
@@ -60,10 +60,16 @@ def check(
 
     Raises:
         TypeError: ``function`` does not take the op's own arguments by name, or returns names that it does not have.
-        ValueError: there is no such op, case or intensity.
+        ValueError: there is no such op, case, dtype, device or intensity.
     """
     check_choice("intensity", intensity, FRESH)
+    seed = check_count("seed", seed, low=0)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch {torch.__version__} has; got {device!r}, and it sees no GPU")
     spec = spec_of(like)
+    precisions = [dtypes] if isinstance(dtypes, torch.dtype) else spec.dtypes if dtypes is None else dtypes
+    for dtype in precisions:
+        check_choice("dtypes", dtype, spec.dtypes)
     check_arguments(spec, function)
     chosen, skipped = _chosen(spec, cases), {}
     if ignore_options:
@@ -71,7 +77,7 @@ def check(
     spec = replace(held(spec, function, backward), cases=tuple(chosen))
     call, imports = name_of(function)
     results = Results()
-    for dtype in spec.dtypes if dtypes is None else dtypes:
+    for dtype in precisions:
         result = Result(like, "", device, _name(dtype), skipped=skipped, call=call, imports=imports, backward=backward)
         for _ in examine(result, spec, called(spec, function), dtype, intensity, range(seed, seed + 1)):
             pass
@@ -170,11 +176,15 @@ def examine(
 
 def _failure(result: Result, spec: OpSpec, function: Function, inputs: Inputs, case: Case, draw: int) -> Failure | None:
     """Run the case, and fill in what it adds to ``result``."""
-    size, bits, first = _size(inputs), "", None
+    size, bits, first, given = _size(inputs), "", None, inputs
+    if not result.bits:
+        inputs = kept(inputs)  # what a function may have written into is no input of the reference
     try:
         began = time.perf_counter()
-        first = run(spec, function, inputs)
+        first = run(spec, function, given)
         _wait(result.device)
+        if (spoilt := written(inputs, given)) and not given.get("inplace_backward"):
+            raise ValueError(f"writes into its argument {', '.join(spoilt)}")
         result.seconds += time.perf_counter() - began
         shares = budget_shares(spec, first, inputs)
         name = max(shares, key=shares.__getitem__)
@@ -182,8 +192,8 @@ def _failure(result: Result, spec: OpSpec, function: Function, inputs: Inputs, c
             result.worst, result.worst_case = shares[name], f"{case.name}: {name}"
         over = {name: share for name, share in shares.items() if not share <= 1}
         why = ", ".join(f"{name} is off by {share:.3g} times its budget" for name, share in over.items())
-        again = differing(first, run(spec, function, inputs))
-        packed = dependent(spec, function, inputs) if draw == 0 else ""
+        again = differing(first, run(spec, function, given))
+        packed = dependent(spec, function, given) if draw == 0 else ""
         result.repeatable &= not again
         result.invariant &= not packed
         if result.bits:
@@ -191,6 +201,7 @@ def _failure(result: Result, spec: OpSpec, function: Function, inputs: Inputs, c
             why = ", ".join(part for part in (why, bits) if part)
     except Exception as error:
         why, result.worst = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], math.inf
+        first = None
     if not why:
         return None
     shown = first is not None and size < min((failure.size for failure in result.failures), default=math.inf)
