@@ -49,7 +49,7 @@ bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists t
 reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
 	$(BIN)/python -m trajkern._bench.experiments.reproduce $(ARGS)
 
-readme: .venv/.built ## the README's table of times, from bench/results
+readme: .venv/.built ## the table of times in docs/speed.md, from bench/results
 	$(BIN)/python -m trajkern._bench.readme
 
 docs: .venv/.docs ## the documentation site, in build/site/index.html; a warning is an error (Python >= 3.11)

@@ -1,4 +1,4 @@
-"""``make readme``: the README's table of times, from the results under bench/results."""
+"""``make readme``: the table of times in docs/speed.md, from the results under bench/results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trajkern._bench.table import overview, peers_of, seconds, table
 from trajkern._bench.text import size
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- times: begin (make readme) -->", "<!-- times: end -->"
 COLUMNS = ("op", "work", OURS, "eager", COMPILED, "fastest package", "peak memory; eager's")
 
@@ -43,7 +44,7 @@ def heading(report: Report, folder: str) -> str:
     others = ", ".join(f"{name} {report['peers'][name]}" for name in peers_of(report) if name != "torch")
     return (
         f"{where}, {report['date'][:10]}, torch {versions['torch']}{', ' if others else ''}{others}; medians of one "
-        f"process ([all of it](bench/results/{folder})):"
+        f"process (all of it: `bench/results/{folder}`):"
     )
 
 
@@ -81,8 +82,7 @@ def replaced(text: str, tables: str) -> str:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(replaced(path.read_text(), section(ROOT / "bench" / "results")))
+    PAGE.write_text(replaced(PAGE.read_text(), section(ROOT / "bench" / "results")))
 
 
 if __name__ == "__main__":

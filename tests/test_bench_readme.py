@@ -1,4 +1,4 @@
-"""The README's table of times is the committed results'."""
+"""docs/speed.md's table of times is the committed results', and so are the README's figures."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from trajkern._bench.case import BARE
 RESULTS = readme.ROOT / "bench" / "results"
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = (readme.ROOT / "README.md").read_text()
+def test_the_page_is_up_to_date() -> None:
+    text = readme.PAGE.read_text()
     assert readme.replaced(text, readme.section(RESULTS)) == text, "make readme"
 
 
@@ -56,3 +56,16 @@ def test_no_gpu_is_said(tmp_path: Path) -> None:
     (tmp_path / "a-cpu").mkdir()
     (tmp_path / "a-cpu" / "2026-01-01.json").write_text(json.dumps(report("2026-01-01", [])))
     assert readme.section(tmp_path).endswith("**None of these figures has been measured on a GPU yet.**")
+
+
+def test_the_readmes_figures() -> None:
+    text = " ".join((readme.ROOT / "README.md").read_text().split())
+    report = readme.newest(RESULTS / "xeon-2.8ghz-2-cores")
+    of = {(case["op"], case["work"], case["shape"]): case["seconds"] for case in report["cases"]}
+    logprobs = of["token_logprobs", "forward + backward", "256 × 151,936 float32"]
+    loss = of["policy_loss", "forward + backward, grpo with KL", "1,048,576 tokens, 1,024 trajectories"]
+    ms = [f"{1000 * seconds[name]['median']:.2g}" for seconds, name in ((loss, "trajkern"), (loss, "eager"))]
+    whole = [f"{1000 * logprobs[name]['median']:.0f}" for name in ("trajkern", "eager", "trl")]
+    assert f"take {whole[0]} ms, eager torch {whole[1]}, TRL's function {whole[2]};" in text
+    assert f"tokens {ms[0]} ms, eager torch {ms[1]}, verl's {1000 * loss['verl']['median']:.0f}." in text
+    assert f"({report['date'][:10]})" in text

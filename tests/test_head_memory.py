@@ -25,7 +25,7 @@ from trajkern._bench import head_memory, memory_run
 from trajkern._bench.head import logprobs, loss_problem
 from trajkern._bench.head_memory import FORMS, GPUS, MODELS, Sizes, longest, whole
 from trajkern._bench.memory import give_back, peak_bytes
-from trajkern._bench.readme import ROOT
+from trajkern._bench.readme import PAGE, ROOT
 
 SHOWN = (9000, 1024, 16_384)  # tokens of each model's batch
 RESULTS = ROOT / "bench" / "results" / "memory-epyc-2-cores.json"
@@ -166,8 +166,8 @@ def test_the_report(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     rows = [line for line in printed.splitlines() if " predicted " in line and "measured" in line]
     assert len(rows) == sum(len(x) for x in json.loads(RESULTS.read_text())["points"].values())
     most = longest("trajkern", MODELS["Qwen3-8B"], 80e9) // 1024
-    readme = (ROOT / "README.md").read_text()
-    assert f"to {most}k" in readme and f"from {longest('eager', MODELS['Qwen3-8B'], 80e9) // 1024}k tokens" in readme
+    page = PAGE.read_text()
+    assert f"to {most}k" in page and f"from {longest('eager', MODELS['Qwen3-8B'], 80e9) // 1024}k tokens" in page
     old = tmp_path / "old.json"
     old.write_text('{"format": 0}')
     assert memory_run.main(["--load", str(old)]) == 2
