@@ -22,6 +22,7 @@ OF_TRAJKERN = {
     "Tools": ("",),
 }
 ONE_PAGE = ("credit", "testing", "bench")  # packages whose __all__ is one page, where they exist
+MEMBERS = ("   :members:", "   :special-members: __call__, __getitem__, __len__")  # those that are documented
 PAGE_A_MODULE = {"recipes": "Recipes", "integrations": "Adapters"}
 
 
@@ -88,9 +89,9 @@ def of_trajkern(title: str, names: list[str]) -> list[str]:
         lines += heading(name, 1)
         value = getattr(tk, name)
         if inspect.isclass(value) and issubclass(value, tuple):
-            lines += [f".. autoclass:: trajkern.{name}", "   :members:", "", *_fields(value)]
+            lines += [f".. autoclass:: trajkern.{name}", *MEMBERS, "", *_fields(value)]
         elif inspect.isclass(value):
-            lines += [f".. autoclass:: trajkern.{name}", "   :members:", ""]
+            lines += [f".. autoclass:: trajkern.{name}", *MEMBERS, ""]
         elif inspect.isfunction(value):
             lines += [f".. autofunction:: trajkern.{name}", ""]
         else:
@@ -104,7 +105,7 @@ def _fields(kind: type) -> list[str]:
 
 
 def _package(package: ModuleType) -> list[str]:
-    return [*heading(package.__name__), f".. automodule:: {package.__name__}", "   :members:", ""]
+    return [*heading(package.__name__), f".. automodule:: {package.__name__}", *MEMBERS, ""]
 
 
 def _with_modules(package: ModuleType, title: str, modules: list[str]) -> list[str]:
@@ -115,7 +116,7 @@ def _with_modules(package: ModuleType, title: str, modules: list[str]) -> list[s
     own = [name for name in getattr(package, "__all__", ()) if name not in modules]
     lines = [*heading(title), *table(("module", "what it is"), rows), f".. automodule:: {package.__name__}", ""]
     if own:
-        lines[-1:] = [f"   :members: {', '.join(own)}", ""]
+        lines[-1:] = [f"   :members: {', '.join(own)}", MEMBERS[1], ""]
     return lines + toctree(f"{package.__name__.rpartition('.')[2]}/{module}" for module in modules)
 
 
@@ -124,7 +125,7 @@ def _module(name: str, homes: dict[Any, str]) -> list[str]:
     module = importlib.import_module(name)
     public = [getattr(module, x) for x in getattr(module, "__all__", ())]
     again = [x for x in public if inspect.isclass(x) and homes.setdefault(x, name) != name]
-    lines = [*heading(name.rpartition(".")[2]), f".. automodule:: {name}", "   :members:"]
+    lines = [*heading(name.rpartition(".")[2]), f".. automodule:: {name}", *MEMBERS]
     lines += [f"   :exclude-members: {', '.join(x.__name__ for x in again)}"] * bool(again)
     told = [f"{code(x.__name__)} is :class:`{homes[x]}.{x.__name__}`." for x in again]
     return [*lines, "", *told, ""]

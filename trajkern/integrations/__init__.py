@@ -16,7 +16,7 @@
     verl                    verl: estimators, policy losses, credits and the fused head
 
 ``trajkern.integrations.trl.enable(trainer)`` leaves the name ``trl`` to TRL itself. Importing an adapter does not
-import its host; what it puts in the place of the host's own is taken back where the handle that it returns is left:
+import its host; what it puts in the place of the host's own is taken back where the handle that it returns is left::
 
     with trajkern.integrations.trl.enable(trainer):
         trainer.train()
