@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import Any
 
 import pytest
 
-from trajkern.integrations._adapter import Patches, WhenImported
+from trajkern.integrations._adapter import Enabled, Patches, WhenImported, credited_by
+from trajkern.integrations._handle import Registered
 
 
 def test_a_module_that_is_imported_later(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +50,64 @@ def test_patches_of_a_class() -> None:
     assert (Base().f(), Derived().f()) == (2, 3)
     patches.undo()
     assert (Base().f(), Derived().f()) == (1, 1) and "f" not in vars(Derived)
+
+
+# what an adapter says, and its handle
+
+
+@pytest.fixture
+def host() -> dict[str, Any]:
+    return {"__name__": "host.losses", "loss": 1, "other": 2}
+
+
+def enabled(patches: Patches, host: dict[str, Any], value: int) -> Enabled:
+    patches.undo()
+    patches.put(host, "loss", value)
+    return patches.enabled("Host", patches.undo, credited_by(None))
+
+
+def test_a_handle_says_what_was_replaced_and_takes_it_back(host: dict[str, Any], capsys) -> None:
+    logging.getLogger().handlers, before = [], logging.getLogger().handlers
+    try:
+        with enabled(Patches(), host, 3) as handle:
+            assert host["loss"] == 3 and handle.active
+            line = "Host: trajkern stands in for loss of host.losses"
+            assert capsys.readouterr().err == f"{line}\n" and repr(handle) == f"<{line}>"
+        assert host["loss"] == 1 and not handle.active and repr(handle).endswith("(taken back)>")
+        handle.disable()
+        with pytest.raises(KeyError), enabled(Patches(), host, 3):
+            raise KeyError
+        assert host["loss"] == 1
+    finally:
+        logging.getLogger().handlers = before
+
+
+def test_a_handle_undoes_nothing_but_its_own(host: dict[str, Any]) -> None:
+    patches = Patches()
+    first = enabled(patches, host, 3)
+    second = enabled(patches, host, 4)
+    first.disable()
+    assert (first.active, second.active, host["loss"]) == (False, True, 4)
+    patches.undo()
+    host["loss"] = 5
+    second.disable()
+    assert host["loss"] == 5
+
+
+def test_the_line_is_the_program_s_to_silence(host: dict[str, Any], caplog, capsys) -> None:
+    with caplog.at_level(logging.INFO, "trajkern"):
+        enabled(Patches(), host, 3)
+        assert [x.getMessage() for x in caplog.records] == ["Host: trajkern stands in for loss of host.losses"]
+        assert not capsys.readouterr().err  # not twice
+    with caplog.at_level(logging.WARNING, "trajkern"):
+        enabled(Patches(), host, 3)
+        assert len(caplog.records) == 1
+
+
+def test_registered_names_are_a_tuple_and_a_handle() -> None:
+    stands = [True]
+    found = Registered.of("Host", stands.clear, lambda: bool(stands), ["a"], ["b"])
+    assert found == (["a"], ["b"]) and isinstance(found, tuple) and repr(found) == "(['a'], ['b'])"
+    with found as (estimators, losses):
+        assert (estimators, losses) == (["a"], ["b"]) and stands
+    assert not stands and not found.active

@@ -267,14 +267,15 @@ def test_enable_and_disable(actor, monkeypatch: pytest.MonkeyPatch) -> None:
     x, options = _given({}, {}), {"eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None}
     expected = _outcome(actor.grpo_loss_fn, x, **options)
     try:
-        adapter.enable()
-        adapter.enable()
+        first = adapter.enable()
+        handle = adapter.enable()
+        assert handle.active and not first.active and "AReaL: trajkern stands in for ppo_actor_loss_fn" in repr(handle)
         for name in adapter.HOLDERS:
             holder = sys.modules[name]
             assert (holder.ppo_actor_loss_fn, holder.sapo_loss_fn) == (adapter.ppo_actor_loss_fn, adapter.sapo_loss_fn)
         torch.testing.assert_close(_outcome(actor.grpo_loss_fn, x, **options), expected, **TOLERANCE)
     finally:
-        adapter.disable()
+        handle.disable()
     assert (actor.ppo_actor_loss_fn, actor.sapo_loss_fn) == theirs
 
 

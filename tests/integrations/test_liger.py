@@ -119,9 +119,11 @@ def test_enable_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, adapter.HOLDERS[2], user)
     try:
         adapter.enable()
-        adapter.enable()
-        for holder in adapter.HOLDERS:
-            assert sys.modules[holder].LigerFusedLinearGRPOLoss is adapter.LigerFusedLinearGRPOLoss
+        with adapter.enable() as handle:
+            for holder in adapter.HOLDERS:
+                assert sys.modules[holder].LigerFusedLinearGRPOLoss is adapter.LigerFusedLinearGRPOLoss
+            assert repr(handle).startswith("<Liger-Kernel: trajkern stands in for LigerFusedLinearGRPOLoss of liger_k")
+        assert all(sys.modules[holder].LigerFusedLinearGRPOLoss is theirs for holder in adapter.HOLDERS)
     finally:
         adapter.disable()
     adapter.disable()

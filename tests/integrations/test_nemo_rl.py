@@ -232,11 +232,12 @@ def test_enable_and_disable(host, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = host.ClippedPGLossFn
     try:
         adapter.enable(any_version=True)
-        adapter.enable(any_version=True)
+        handle = adapter.enable(any_version=True)
+        assert "NeMo-RL: trajkern stands in for ClippedPGLossFn of" in repr(handle)
         holders = [sys.modules[x] for x in adapter.HOLDERS if x in sys.modules]
         assert holders and all(x.ClippedPGLossFn is adapter.ClippedPGLossFn for x in holders)
     finally:
-        adapter.disable()
+        handle.disable()
     assert all(x.ClippedPGLossFn is theirs for x in holders)
 
 

@@ -138,10 +138,11 @@ def test_enable_and_disable(models, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer.PolicyLoss = models.PolicyLoss
     try:
         adapter.enable()
-        adapter.enable()
-        for holder, name in held:
-            assert vars(sys.modules[holder])[name] is getattr(adapter, name)
-        assert trainer.PolicyLoss is adapter.PolicyLoss
+        with adapter.enable() as handle:
+            for holder, name in held:
+                assert vars(sys.modules[holder])[name] is getattr(adapter, name)
+            assert trainer.PolicyLoss is adapter.PolicyLoss and "stands in for log_probs_from_logits of" in repr(handle)
+        assert trainer.PolicyLoss is models.PolicyLoss
     finally:
         adapter.disable()
     adapter.disable()

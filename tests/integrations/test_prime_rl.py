@@ -279,14 +279,15 @@ def test_enable_and_disable(host, monkeypatch: pytest.MonkeyPatch) -> None:
         _outcome(adapter.compute_loss, batch, host.setup_rl_loss_fn(mine))
     try:
         adapter.enable()
-        adapter.enable()
+        handle = adapter.enable()
+        assert "prime-rl: trajkern stands in for compute_loss of" in repr(handle)
         holders = [sys.modules[x] for x in adapter.HOLDERS if x in sys.modules]
         assert len(holders) > 1 and all(x.compute_loss is adapter.compute_loss for x in holders)
         own = _outcome(host.compute_loss, batch, host.setup_rl_loss_fn(mine))  # left to prime-rl's own
         kept = torch.cat(batch["loss_mask"])
         torch.testing.assert_close(own[1][kept], torch.full((int(kept.sum()),), 3 * 2 / SCALES["rl_scale"]))
     finally:
-        adapter.disable()
+        handle.disable()
     adapter.disable()
     assert all(x.compute_loss is theirs for x in holders)
 

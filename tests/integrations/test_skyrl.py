@@ -107,7 +107,7 @@ def test_register(core: Any) -> None:
     for registry, own, new in zip(registries, before, names, strict=True):
         assert registry._functions.keys() == own.keys() | set(new)
         assert all(registry._functions[x] is own[x] for x in own)
-    skyrl.unregister()
+    names.disable()
     skyrl.unregister()
     assert [x._functions for x in registries] == before
 

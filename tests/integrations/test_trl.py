@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 import subprocess
@@ -19,11 +20,11 @@ from tests.integrations.trl_trainers import (
     datasets,
     length_reward,
     tiny,
-    tokenizer,
     trainer_of,
     transformers,
     trl,
 )
+from trajkern import credit
 from trajkern.integrations import trl as adapter
 from trajkern.integrations._trl_loss import grpo_loss
 
@@ -141,6 +142,22 @@ def test_enable_is_idempotent_and_disable_restores(grpo: Any) -> None:
     assert vars(grpo).keys() == attributes
 
 
+def test_the_handle_takes_back_what_it_said(grpo: Any, caplog: pytest.LogCaptureFixture) -> None:
+    attributes, head = set(vars(grpo)), trl.trainer.utils._ChunkedLogProbFunction
+    with caplog.at_level(logging.INFO, "trajkern"), adapter.enable(grpo, recipe="nsr") as handle:
+        assert trl.trainer.utils._ChunkedLogProbFunction is adapter._FusedHead and handle.active
+        line = "TRL: trajkern stands in for GRPOTrainer._compute_loss of this trainer and for TRL's fused head"
+        assert caplog.messages == [f"{line}; advantages by credit.terms.Signs(kind='nsr')"]
+    assert trl.trainer.utils._ChunkedLogProbFunction is head and vars(grpo).keys() == attributes
+    first, second = adapter.enable(grpo), adapter.enable(grpo)
+    first.disable()
+    assert second.active and "_compute_loss" in vars(grpo)
+    with adapter.enable(trl.GRPOTrainer) as whole:
+        assert "of every one made from now on and for TRL's fused head; advantages are TRL's" in repr(whole)
+    second.disable()
+    assert vars(grpo).keys() == attributes
+
+
 def test_what_is_logged_is_read_by_who_wants_numbers(grpo: Any, tmp_path: Path) -> None:
     """The lists hold tensors until the trainer logs, or is given back."""
     adapter.enable(grpo)
@@ -197,11 +214,17 @@ def test_a_recipe_by_name(tmp_path: Path) -> None:
     torch.testing.assert_close(ours.prepared["advantages"], theirs.prepared["advantages"], rtol=1e-3, atol=1e-3)
 
 
-def test_the_page(tmp_path: Path) -> None:
+def page_of_recipes() -> str:
+    """The section of docs/trl.md that lists recipes."""
+    return (ROOT / "docs" / "trl.md").read_text().partition("## Recipes by name")[2].partition("\n## ")[0]
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of docs/trl.md run in order."""
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trl.md").read_text(), re.S)
-    exec(compile("\n".join(blocks), "docs/trl.md", "exec"), {"folder": tmp_path / "tokenizer", "out": tmp_path / "out"})
+    exec(compile("\n".join(blocks), "docs/trl.md", "exec"), {})
+    assert set(re.findall(r"`(\w+)`", page_of_recipes())) >= credit.PRESETS.keys()
 
 
 # refusals

@@ -224,9 +224,10 @@ def test_register_replace_and_undo(core, padded_batch) -> None:
     for name, old in before[0].items():
         assert registries[0][name] is not old
     assert all(registries[1][name] is not old for name, old in before[1].items())
-    adapter.register()  # without replace: verl's own names are verl's again
-    assert core.compute_gae_advantage_return is function and registries[0]["gae"] is before[0]["gae"]
-    adapter.unregister()
+    with adapter.register() as (estimators, losses):  # without replace: verl's own names are verl's again
+        assert core.compute_gae_advantage_return is function and registries[0]["gae"] is before[0]["gae"]
+        assert {*estimators} == registries[0].keys() - before[0].keys() and len(losses) > 1
+    assert [dict(r) for r in registries] == before
     adapter.unregister()
     assert [dict(r) for r in registries] == before
 

@@ -107,10 +107,11 @@ def test_enable_and_disable(imported_verl) -> None:
     sys.modules[adapter.HEAD_USERS[0]] = user
     try:
         adapter.enable_head()
-        adapter.enable_head()
+        handle = adapter.enable_head()
+        assert f"linear_cross_entropy of {adapter.HEAD}, user;" in repr(handle)
         assert modules[0].FusedLinearForPPO is adapter.FusedLinearForPPO
         assert modules[1].linear_cross_entropy is user.linear_cross_entropy is adapter.linear_cross_entropy
-        adapter.disable_head()
+        handle.disable()
         adapter.disable_head()
         assert (modules[0].FusedLinearForPPO, modules[1].linear_cross_entropy) == before
         assert user.linear_cross_entropy is before[1]

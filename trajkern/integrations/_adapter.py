@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern.integrations._handle import Enabled
 
 _ABSENT = object()
 _warned: set[tuple[str, str]] = set()  # packages and versions
@@ -118,6 +119,7 @@ class Patches:
     """Entries put into registries, module namespaces and classes, and what stood there before."""
 
     def __init__(self) -> None:
+        self._undone = 0  # how often
         self._replaced: list[tuple[MutableMapping[str, Any] | type, str, Any, Any]] = []
 
     def put(self, owner: MutableMapping[str, Any] | type, name: str, value: Any) -> None:
@@ -126,10 +128,28 @@ class Patches:
 
     def undo(self) -> None:
         """Restores every entry that is still the one that was put there; twice does nothing."""
+        self._undone += 1
         while self._replaced:
             owner, name, value, before = self._replaced.pop()
             if _entries(owner).get(name) is value:
                 _put(owner, name, before)
+
+    def enabled(self, host: str, undo: Callable[[], None], also: str = "") -> Enabled:
+        """The handle of what stands here now, which ``undo`` takes back; it says what of the host's was replaced."""
+        return Enabled.of(f"{host}: {self.described()}{also}", undo, self.standing())
+
+    def standing(self) -> Callable[[], bool]:
+        """Whether what stands here now still does."""
+        now = self._undone
+        return lambda: self._undone == now
+
+    def described(self) -> str:
+        """What was replaced, and where."""
+        places: dict[str, list[str]] = {}
+        for owner, name, *_ in self._replaced:
+            where = owner.__qualname__ if isinstance(owner, type) else str(owner.get("__name__"))
+            places.setdefault(name, []).append(where)
+        return "trajkern stands in for " + "; ".join(f"{name} of {', '.join(found)}" for name, found in places.items())
 
 
 def _entries(owner: MutableMapping[str, Any] | type) -> Mapping[str, Any]:
@@ -143,6 +163,11 @@ def _put(owner: MutableMapping[str, Any] | type, name: str, value: Any) -> None:
         del owner[name]
     else:
         owner[name] = value
+
+
+def credited_by(spec: Any) -> str:
+    """The end of a line: whose the advantages are."""
+    return "" if spec is None else f"; advantages by {spec!r:.200}"
 
 
 class WhenImported:

@@ -181,6 +181,9 @@ class ByCredit:
     span_rewards: Mapping[str, Callable[[credit.Rollouts], Tensor]] = field(default_factory=dict)
     teacher_logprobs: Callable[[credit.Rollouts], Tensor] | None = None
 
+    def named(self) -> str:
+        return f"{self.spec!r:.200}"
+
     def check_kind(self, kind: str) -> None:
         """ValueError for what no trainer of this kind can do."""
         for name, why in _NEVER.items():

@@ -24,7 +24,7 @@ from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _areal_credit
 from trajkern.integrations import _areal_terms as terms
-from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._areal_terms import Pack, Rejected, packed
 from trajkern.integrations._credit_checks import spec_of
 
@@ -37,7 +37,7 @@ _patches = Patches()
 
 
 @suggesting
-def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> None:
+def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> Enabled:
     """Puts :func:`ppo_actor_loss_fn` and :func:`sapo_loss_fn` in the place of AReaL's in this process.
 
     What is around them stays AReaL's: proximal log-probs, M2PO's mask, the teacher's terms, all that it logs. A second
@@ -49,6 +49,9 @@ def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> No
             "reward", as AReaL shapes it; a reward or a flag for every entry ``[g]`` of a workflow's dictionary; the
             spans "turn"; and "teacher_logprobs" where there is a teacher. Rows of one dictionary are one group.
         any_version: do not warn of an AReaL that this was not tested with.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
 
     Raises:
         ImportError: AReaL is missing.
@@ -71,6 +74,7 @@ def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> No
                 _patches.put(vars(sys.modules[holder]), name, function)
     if spec is not None:
         _areal_credit.put(_patches, spec)
+    return _patches.enabled("AReaL", disable, credited_by(spec))
 
 
 def disable() -> None:

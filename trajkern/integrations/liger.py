@@ -18,6 +18,7 @@ import trajkern as tk
 from trajkern._checks import suggesting
 from trajkern.integrations._adapter import (
     GRPO_AGGREGATES,
+    Enabled,
     GRPOOptions,
     PaddedRows,
     Patches,
@@ -34,8 +35,11 @@ _patches = Patches()
 
 
 @suggesting
-def enable(*, any_version: bool = False) -> None:
+def enable(*, any_version: bool = False) -> Enabled:
     """Puts :class:`LigerFusedLinearGRPOLoss` in the place of Liger's. A second call undoes the first.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
 
     Raises:
         ImportError: Liger-Kernel is missing.
@@ -51,6 +55,7 @@ def enable(*, any_version: bool = False) -> None:
     for holder in HOLDERS:
         if "LigerFusedLinearGRPOLoss" in vars(sys.modules.get(holder, sys)):
             _patches.put(vars(sys.modules[holder]), "LigerFusedLinearGRPOLoss", LigerFusedLinearGRPOLoss)
+    return _patches.enabled("Liger-Kernel", disable)
 
 
 def disable() -> None:

@@ -24,7 +24,7 @@ from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _nemo_rl_credit
 from trajkern.integrations import _nemo_rl_terms as terms
-from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._nemo_rl_terms import Batch, Options
 
@@ -42,7 +42,7 @@ _patches = Patches()
 
 
 @suggesting
-def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> None:
+def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> Enabled:
     """Puts :class:`ClippedPGLossFn` in the place of NeMo-RL's in this process. A second call undoes the first.
 
     It is NeMo-RL's ``setup``, in the driver, that makes the loss; the workers get it as it was made.
@@ -53,6 +53,9 @@ def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> No
             finds "reward"; each component ``reward/NAME`` of a batch as NAME; the flag "truncated"; the spans "turn";
             and what a batch lists of a rollout in the rows of a function. It may leave nothing out of the loss.
         any_version: do not warn of a NeMo-RL that this was not tested with.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
 
     Raises:
         ImportError: NeMo-RL is missing.
@@ -81,6 +84,7 @@ def enable(*, credit: Spec | str | None = None, any_version: bool = False) -> No
             _patches.put(vars(sys.modules[holder]), "ClippedPGLossFn", ClippedPGLossFn)
     if spec is not None:
         _nemo_rl_credit.put(_patches, spec)
+    return _patches.enabled("NeMo-RL", disable, credited_by(spec))
 
 
 def disable() -> None:

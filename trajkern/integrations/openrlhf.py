@@ -20,7 +20,15 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._checks import suggesting
-from trajkern.integrations._adapter import PaddedRows, Patches, check_signature, check_version, held, padded_rows
+from trajkern.integrations._adapter import (
+    Enabled,
+    PaddedRows,
+    Patches,
+    check_signature,
+    check_version,
+    held,
+    padded_rows,
+)
 
 TESTED = ("0.11.2",)
 HOLDERS = {  # who holds the name from its import on; the last only if it is loaded already
@@ -32,8 +40,11 @@ _patches = Patches()
 
 
 @suggesting
-def enable(*, any_version: bool = False) -> None:
+def enable(*, any_version: bool = False) -> Enabled:
     """Patches OpenRLHF in this process. A second call undoes the first.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
 
     Raises:
         ImportError: OpenRLHF is missing.
@@ -52,6 +63,7 @@ def enable(*, any_version: bool = False) -> None:
         for holder in holders:
             if holder in sys.modules:
                 _patches.put(vars(sys.modules[holder]), name, globals()[name])
+    return _patches.enabled("OpenRLHF", disable)
 
 
 def disable() -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _prime_rl_credit
-from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._prime_rl_terms import HOSTS_OWN, Metrics, Term, Tokens, ce, ref_kl, term_of
 
@@ -53,10 +53,13 @@ class LossOutputs(NamedTuple):
 
 
 @suggesting
-def enable(*, any_version: bool = False) -> None:
+def enable(*, any_version: bool = False) -> Enabled:
     """Puts :func:`compute_loss` in the place of prime-rl's in this process. A second call undoes the first.
 
     It may run while the trainer is already set up, as a custom loss is imported then.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
 
     Raises:
         ImportError: prime-rl is missing.
@@ -84,6 +87,7 @@ def enable(*, any_version: bool = False) -> None:
     for holder in HOLDERS:
         if holder in sys.modules and vars(sys.modules[holder]).get("compute_loss") is theirs:
             _patches.put(vars(sys.modules[holder]), "compute_loss", compute_loss)
+    return _patches.enabled("prime-rl", disable)
 
 
 def disable() -> None:
@@ -93,7 +97,7 @@ def disable() -> None:
 
 
 @suggesting
-def enable_credit(credit: Spec | str, *, any_version: bool = False) -> None:
+def enable_credit(credit: Spec | str, *, any_version: bool = False) -> Enabled:
     """Forms the advantages of prime-rl's ``grpo`` by an expression, in the orchestrator's process.
 
     It must run before the orchestrator does; ``docs/prime-rl.md`` has the lines. A group's traces are compared, as
@@ -108,6 +112,9 @@ def enable_credit(credit: Spec | str, *, any_version: bool = False) -> None:
             and "info".
         any_version: do not warn of a prime-rl that this was not tested with.
 
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
+
     Raises:
         ImportError: prime-rl is missing.
         RuntimeError: a version of it that lacks what this replaces, or where that takes something else.
@@ -119,6 +126,7 @@ def enable_credit(credit: Spec | str, *, any_version: bool = False) -> None:
     spec = spec_of("credit", credit)
     disable_credit()
     _prime_rl_credit.put(_credits, spec)
+    return _credits.enabled("prime-rl", disable_credit, credited_by(spec))
 
 
 def disable_credit() -> None:

@@ -18,8 +18,9 @@ import trajkern.integrations._skyrl_credit as _credit
 from trajkern._checks import suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _skyrl_advantages
-from trajkern.integrations._adapter import check_signature, check_version, held
+from trajkern.integrations._adapter import check_signature, check_version, credited_by, held
 from trajkern.integrations._credit_checks import spec_of
+from trajkern.integrations._handle import Registered
 from trajkern.integrations._skyrl_losses import LOSSES
 
 TESTED = ("0.3.0",)
@@ -30,7 +31,7 @@ _names: list[tuple[Any, str]] = []  # registries and what was put there
 
 
 @suggesting
-def register(*, credit: Spec | str | None = None, any_version: bool = False) -> tuple[list[str], list[str]]:
+def register(*, credit: Spec | str | None = None, any_version: bool = False) -> Registered:
     """Registers estimators and policy losses with SkyRL as ``trajkern_<name>``, and a credit as ``trajkern_credit``.
 
     Call it where SkyRL's configuration is checked, before ``initialize_ray``: its registries then carry the names to
@@ -45,7 +46,8 @@ def register(*, credit: Spec | str | None = None, any_version: bool = False) -> 
         any_version: do not warn of a SkyRL that this was not tested with.
 
     Returns:
-        (estimators, losses): the names registered. A second call undoes the first.
+        (estimators, losses): the names registered; also a handle, whose ``disable()``, or the end of whose ``with``
+        block, takes them back in this process. A second call undoes the first.
 
     Raises:
         ImportError: SkyRL is missing.
@@ -75,7 +77,9 @@ def register(*, credit: Spec | str | None = None, any_version: bool = False) -> 
                 registry.unregister(PREFIX + name)
             registry.register(PREFIX + name, function)
             _names.append((registry, PREFIX + name))
-    return [PREFIX + name for name in estimators], [PREFIX + name for name in LOSSES]
+    names, hook = ([PREFIX + name for name in estimators], [PREFIX + name for name in LOSSES]), _hooks[-1]
+    said = f"SkyRL: {len(names[0])} estimators and {len(names[1])} policy losses are registered as {PREFIX}NAME"
+    return Registered.of(said + credited_by(spec), unregister, lambda: hook in _hooks, *names)
 
 
 def unregister() -> None:

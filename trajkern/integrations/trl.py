@@ -27,7 +27,7 @@ import trajkern as tk
 from trajkern import credit as credits
 from trajkern._checks import describe, did_you_mean, suggesting
 from trajkern.integrations._adapted_head import embedding_count
-from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, held
 from trajkern.integrations._host_tree import TreeRollouts
 from trajkern.integrations._trl_async import async_grpo_loss
 from trajkern.integrations._trl_credit import ByCredit, Generation, check_advantages, hooks, with_penalty
@@ -81,7 +81,7 @@ def enable(
     span_rewards: Mapping[str, Callable[[credits.Rollouts], Tensor]] | None = None,
     teacher_logprobs: Callable[[credits.Rollouts], Tensor] | None = None,
     any_version: bool = False,
-) -> None:
+) -> Enabled:
     """Make a trainer, or every one of a class made from now on, use trajkern's head and loss. Twice is as once.
 
     A credit is computed of a whole generation. It has, by name: each reward function's own values, and "reward", their
@@ -101,6 +101,10 @@ def enable(
         span_rewards: of a credit; name -> function of its rollouts, with the spans, that returns ``[S]``.
         teacher_logprobs: of a credit; a function of its rollouts that returns ``[T]``.
         any_version: do not warn of a version of TRL that this was not tested with.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back. What was replaced is
+        said in a line on stderr, or wherever the program's logging sends the logger "trajkern".
 
     Raises:
         ImportError: TRL is missing.
@@ -131,10 +135,18 @@ def enable(
         put |= hooks(trainer_or_class, crediting)
     if a_class:
         put["__init__"] = _checked(trainer_or_class.__init__, kind, crediting)
-    _enabled[id(trainer_or_class)] = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}
+    entry = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}
+    _enabled[id(trainer_or_class)] = entry
     for name, function in put.items():
         setattr(trainer_or_class, name, function if a_class else functools.partial(function, trainer_or_class))
     _put_head()
+    whose = "every one made from now on" if a_class else "this trainer"
+    return Enabled.of(
+        f"TRL: trajkern stands in for {kind}.{loss_method(kind)} of {whose} and for TRL's fused head"
+        + ("; advantages are TRL's" if crediting is None else f"; advantages by {crediting.named()}"),
+        functools.partial(disable, trainer_or_class),
+        lambda: _enabled.get(id(trainer_or_class)) is entry,
+    )
 
 
 def disable(trainer_or_class: Any) -> None:
@@ -272,6 +284,9 @@ class ByFunction:
     """A function of :class:`Rollouts` in the place of a trainer's advantages."""
 
     function: Recipe
+
+    def named(self) -> str:
+        return f"the function {getattr(self.function, '__qualname__', self.function)}"
 
     def check(self, trainer: Any) -> None:
         check_advantages(trainer)

@@ -24,8 +24,9 @@ import trajkern as tk
 from trajkern._checks import suggesting
 from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit
-from trajkern.integrations._adapter import Patches, check_signature, check_version, held
+from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._credit_checks import spec_of
+from trajkern.integrations._handle import Registered
 from trajkern.integrations._verl_losses import LOSSES
 from trajkern.integrations._wrapped import autocasted
 
@@ -42,9 +43,7 @@ _hooks: list[_verl_credit.Hooks] = []
 
 
 @suggesting
-def register(
-    *, credit: Spec | str | None = None, replace: bool = False, any_version: bool = False
-) -> tuple[list[str], list[str]]:
+def register(*, credit: Spec | str | None = None, replace: bool = False, any_version: bool = False) -> Registered:
     """Registers every estimator and policy loss with verl as ``trajkern_<name>``, and the credits that it can feed.
 
     A credit is computed where verl's trainers form advantages, of the whole batch (``docs/verl.md`` says what it finds
@@ -62,7 +61,8 @@ def register(
         any_version: do not warn of a verl that this was not tested with.
 
     Returns:
-        (estimators, losses): the names registered. A second call undoes the first.
+        (estimators, losses): the names registered; also a handle, whose ``disable()``, or the end of whose ``with``
+        block, takes them back. A second call undoes the first.
 
     Raises:
         ImportError: verl is missing.
@@ -91,7 +91,10 @@ def register(
     if replace:  # verl calls these two by their function names
         _registered.put(vars(core), "compute_gae_advantage_return", _verl_advantages.gae)
         _registered.put(vars(core), "compute_grpo_outcome_advantage", _verl_advantages.grpo)
-    return [PREFIX + name for name in estimators], [PREFIX + name for name in LOSSES]
+    names = [PREFIX + name for name in estimators], [PREFIX + name for name in LOSSES]
+    said = f"verl: {len(names[0])} estimators and {len(names[1])} policy losses are registered as {PREFIX}NAME"
+    said += ", and stand in for verl's own of the same names" if replace else ""
+    return Registered.of(said + credited_by(specs.get("credit")), unregister, _registered.standing(), *names)
 
 
 def unregister() -> None:
@@ -113,11 +116,14 @@ def _credits(credit: Spec | str | None) -> tuple[dict[str, Spec], str | None]:
 
 
 @suggesting
-def enable_head(*, any_version: bool = False) -> None:
+def enable_head(*, any_version: bool = False) -> Enabled:
     """Puts :func:`linear_cross_entropy` in the place of verl's, and under its ``FusedLinearForPPO``.
 
     These are the two heads of ``model.use_fused_kernels=True``: ``fused_kernel_options.impl_backend`` triton, and torch
     or liger. A second call undoes the first.
+
+    Returns:
+        The handle, a context manager: ``disable()``, or the end of its block, takes this back.
 
     Raises:
         ImportError: verl is missing.
@@ -136,6 +142,7 @@ def enable_head(*, any_version: bool = False) -> None:
     for name in HEAD_USERS:  # these hold the name from their import on
         if name in sys.modules:
             _head.put(vars(sys.modules[name]), "linear_cross_entropy", linear_cross_entropy)
+    return _head.enabled("verl", disable_head)
 
 
 def disable_head() -> None:

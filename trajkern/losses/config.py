@@ -123,24 +123,19 @@ class PolicyLoss:
     def published(cls, kind: str, **options: Any) -> PolicyLoss:
         """The loss with the clip range, or what a kind has instead, that its paper or its authors' code trained with.
 
-        ========= ====================================================== =====================================
-        kind      options                                                source
-        ========= ====================================================== =====================================
-        dapo      clip 0.2 below, 0.28 above                             arXiv 2503.14476, section 4.1
-        bnpo      clip 0.2 below, 0.28 above, clip_dual 10               its code, recipe/bnpo/run.sh
-        gspo      clip 3e-4 below, 4e-4 above                            arXiv 2507.18071, section 5.1
-        gmpo      log-ratios within 0.4 of 0                             arXiv 2507.20673, section 4
-        luspo     clip 2e-3 below, 2.5e-3 above                          arXiv 2602.05261, section 5.1
-        sapo      temperatures 1 and 1.05                                arXiv 2511.20347
-        vespo     k 2 and lambda 3; with A < 0 k 3 and lambda 2          arXiv 2602.10693, section 3.4
-        dppo_tv   divergence up to 0.15                                  arXiv 2602.04879, its script in verl
-        dppo_kl   divergence up to 0.05                                  the same
-        kl_cov    cov_fraction 2e-3 (of 7B; 2e-4 of 32B), cov_coef 1     arXiv 2505.22617, its scripts
-        clip_cov  cov_fraction 2e-4, covariances in (1, 5); clip 1 below the same
-                  and above, clip_dual 10
-        gpg,      nothing is clipped                                     arXiv 2504.02546; Williams, 1992
-        reinforce
-        ========= ====================================================== =====================================
+            dapo       clip 0.2 below, 0.28 above (arXiv 2503.14476, section 4.1)
+            bnpo       clip 0.2 below, 0.28 above, clip_dual 10 (github changyi7231/BNPO, recipe/bnpo/run.sh)
+            gspo       clip 3e-4 below, 4e-4 above (arXiv 2507.18071, section 5.1)
+            gmpo       log-ratios within 0.4 of 0 (arXiv 2507.20673, section 4)
+            luspo      clip 2e-3 below, 2.5e-3 above (arXiv 2602.05261, section 5.1)
+            sapo       temperatures 1, and 1.05 with A <= 0 (arXiv 2511.20347)
+            vespo      k 2 and lambda 3; with A < 0 k 3 and lambda 2 (arXiv 2602.10693, section 3.4)
+            dppo_tv    divergence up to 0.15 (arXiv 2602.04879, the authors' script in verl)
+            dppo_kl    divergence up to 0.05 (the same)
+            kl_cov     cov_fraction 2e-3, of 7B models (2e-4 of 32B), cov_coef 1 (arXiv 2505.22617 and its scripts)
+            clip_cov   cov_fraction 2e-4 in (1, 5), clip 1 below and above, clip_dual 10 (the same)
+            gpg        nothing is clipped (arXiv 2504.02546)
+            reinforce  likewise (Williams, 1992)
 
         GRPO's paper (arXiv 2402.03300) names no clip range, nor does CISPO's (2506.13585), which bounds ratios above
         alone, or Dr. GRPO's released code: these three are refused, so that nobody takes a default for a published
