@@ -54,7 +54,7 @@ ARROWS = {
         "reference",
         *PUBLIC,
     },
-    "trainer": {"_extras", "credit", "recipes", "integrations", *PUBLIC},
+    "trainer": {"_extras", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
     "bench": {"_bench"},
     "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"testing", *PUBLIC},

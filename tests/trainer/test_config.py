@@ -57,9 +57,9 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz = 3", "run.toml must hold settings of trajkern train: task, .*; got 'stepz'"),
-        ("[loss]\nkindd = 'x'", "run.toml must hold settings of loss: kind, .*; got 'kindd'"),
-        ("loss = 3", "run.toml must hold settings of trajkern train: .*; got 'loss'"),
+        ("stepz = 3", "run.toml must hold settings of trajkern train: task, .*; got 'stepz'; did you mean 'steps'"),
+        ("[loss]\nkindd = 'x'", "run.toml must hold settings of loss: kind, .*; got 'kindd'; did you mean 'kind'"),
+        ("loss = 3", "run.toml must hold settings of trajkern train: .*; got 'loss'$"),
         ("[steps]\nx = 1", "run.toml must hold settings of trajkern train: .*; got 'steps'"),
         ("steps = = 3", "config must be a readable TOML file; .*run.toml"),
     ],
@@ -86,6 +86,8 @@ def test_json_round_trip() -> None:
     ("arguments", "message"),
     [
         ("--task chess", "task must be one of .*chain_sum.*; got 'chess'"),
+        ("--recipe tree-grpo", "recipe must be one of .*; got 'tree-grpo'; did you mean 'tree_grpo'"),
+        ("--task chain_sums", "task must be one of .*; got 'chain_sums'; did you mean 'chain_sum'"),
         ("--recipe alchemy", "recipe must be one of .*delta_belief.*grpo.*; got 'alchemy'"),
         ("--loss.kind ppo", "kind must be one of 'grpo'.*; got 'ppo'"),
         ("--model /no/such/model", "model must be 'tiny', 'smollm2', or an existing .*; got '/no/such/model'"),

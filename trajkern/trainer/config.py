@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args
 
 import trajkern as tk
+from trajkern._suggest import did_you_mean
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.help import show as show_help
@@ -331,8 +332,9 @@ def _check_keys(settings: dict[str, Any], table: type, path: Path, prefix: str) 
     known = [f.name for f in dataclasses.fields(table)]
     for key, value in settings.items():
         if key not in known or isinstance(value, dict) != (table is TrainConfig and key in _TABLES):
-            table_name = prefix or PROGRAM
-            raise ValueError(f"config {path} must hold settings of {table_name}: {', '.join(known)}; got {key!r}")
+            legal = f"settings of {prefix or PROGRAM}: {', '.join(known)}"
+            near = "" if key in known else did_you_mean(key, known)
+            raise ValueError(f"config {path} must hold {legal}; got {key!r}{near}")
         if isinstance(value, dict):
             _check_keys(value, _TABLES[key], path, key)
 

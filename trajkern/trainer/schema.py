@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from trajkern._suggest import did_you_mean
+
 _PLAIN: dict[Any, tuple[str, Any]] = {
     bool: ("True or False", bool),
     int: ("a whole number", Integral),
@@ -96,7 +98,9 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         return None if value is None else conform(name, value, other)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}; got {value!r}")
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, arguments))}; got {value!r}{did_you_mean(value, arguments)}"
+            )
         return value
     if origin in (list, dict):
         return _collection(name, value, origin, arguments)

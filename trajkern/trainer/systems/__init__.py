@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trajkern import recipes
+from trajkern._suggest import did_you_mean
 from trajkern.trainer.systems.base import System
 from trajkern.trainer.systems.delta_belief import TurnBeliefs
 from trajkern.trainer.systems.dro import Reflection
@@ -40,7 +41,8 @@ def system_type(recipe: str) -> type[System]:
         return PlainGroups
     if recipe in recipes.TREE_RECIPES:
         return PlainTrees
-    raise ValueError(f"recipe must be one of {', '.join(recipe_names())}; got {recipe!r}")
+    names = recipe_names()
+    raise ValueError(f"recipe must be one of {', '.join(names)}; got {recipe!r}{did_you_mean(recipe, names)}")
 
 
 __all__ = ["SYSTEMS", "System", "recipe_names", "system_type"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trajkern._suggest import did_you_mean
 from trajkern.credit import load
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 from trajkern.trainer.tasks.capabilities import (
@@ -52,8 +53,8 @@ def load_task(name: str, seed: int = 0) -> Task:
         return JsonlTask(name, seed)
     if ":" in name:
         return _task_class(name)(name, seed)
-    choices = ", ".join(task_names())
-    raise ValueError(f"task must be one of {choices}, a .jsonl file or package.module:Class; got {name!r}")
+    choices, near = ", ".join(task_names()), did_you_mean(name, task_names())
+    raise ValueError(f"task must be one of {choices}, a .jsonl file or package.module:Class; got {name!r}{near}")
 
 
 def task_label(name: str) -> str:
