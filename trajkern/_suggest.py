@@ -35,7 +35,7 @@ def suggesting(function: Function) -> Function:
     """
     if isinstance(function, type):
         function.__init__ = _around(function.__init__, f"{function.__name__}()")  # type: ignore[misc]
-        return function  # type: ignore[return-value]
+        return function
     return _around(function, f"{function.__qualname__}()")
 
 

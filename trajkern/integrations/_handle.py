@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing_extensions import Self
 
 LOGGER = logging.getLogger("trajkern")
 if LOGGER.level == logging.NOTSET:

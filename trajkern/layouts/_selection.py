@@ -29,8 +29,8 @@ def selection(index: Any, bounds: Tensor) -> Selection:
     rows = _rows(index, bounds.shape[0] - 1, bounds.device)
     if isinstance(rows, slice):
         own = bounds[rows.start : rows.stop + 1]
-        begin, end = (int(own[at]) for at in (0, -1))
-        return Selection(rows, slice(begin, end), own - begin)
+        first, last = int(own[0]), int(own[-1])
+        return Selection(rows, slice(first, last), own - first)
     begin, lengths = bounds[:-1].long()[rows], bounds.diff().long()[rows]
     cu_seqlens = offsets_of(lengths)
     total = int(cu_seqlens[-1])
@@ -46,10 +46,10 @@ def fitting(offsets: Tensor, last: int, dtype: torch.dtype) -> Tensor:
 
 def _rows(index: Any, count: int, device: torch.device) -> slice | Tensor:
     if isinstance(index, slice):
-        numbers = range(count)[index]
-        if numbers.step == 1:
-            return slice(numbers.start, max(numbers.start, numbers.stop))
-        return torch.tensor([*numbers], dtype=torch.int64, device=device)
+        asked = range(count)[index]
+        if asked.step == 1:
+            return slice(asked.start, max(asked.start, asked.stop))
+        return torch.tensor([*asked], dtype=torch.int64, device=device)
     if isinstance(index, (list, range)):
         index = _listed(index)
     elif not isinstance(index, Tensor) and hasattr(index, "__array__"):
