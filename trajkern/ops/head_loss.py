@@ -219,4 +219,4 @@ def _one_pass(
     others = (*head[3:], *inputs, int(with_entropy))
     loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], others)
     result = loss, dict(zip(inputs.metrics, metrics.unbind(), strict=True))
-    return *(over_ranks(result, loss_arguments) if split else result), logprobs
+    return *(over_ranks(result, loss_arguments, logprobs) if split else result), logprobs

@@ -228,7 +228,7 @@ def policy_loss(
         - "entropy" where it is given, "kl" where config.kl_coef is not 0;
         - where sampler_logprobs are given, with log w = clamp(old_logprobs - sampler_logprobs, -20, 20): "sampler_kl"
           (k3 of KL(sampler || old policy): mean of w - 1 - log w), "sampler_outside" (share of w outside [1/2, 2]),
-          and "effective_sample_size" as a share of the n tokens, (sum w)^2 / (n sum w^2), not with sequence_group.
+          and "effective_sample_size" as a share of the n tokens, (sum w)^2 / (n sum w^2).
 
         A metric that was not computed is NaN; one of no tokens is 0. With supervised_weights there is also
         "supervised_loss", their term; with kl_weights "kl" is (sum of c KL) / C.
