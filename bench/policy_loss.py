@@ -45,7 +45,7 @@ def problem(tokens: int, trajectories: int, *, backward: bool) -> Callable[[str]
         trajectory = torch.repeat_interleave(torch.arange(trajectories), cu_seqlens.diff())
         mask = torch.rand(tokens, generator=generator) > 0.3
         old = -torch.rand(tokens, generator=generator) * 4
-        inputs = {
+        inputs: dict[str, Any] = {
             "logprobs": old + 0.1 * torch.randn(tokens, generator=generator),
             "old_logprobs": old,
             "advantages": torch.randn(trajectories, generator=generator),
@@ -100,7 +100,7 @@ def streams(tokens: int, trajectories: int) -> Callable[[str], Problem]:
         weights = {"supervised_weights": torch.where(draw[0] < 0.2, 0.5 + draw[1], 0), "kl_weights": draw[1].round()}
         inputs = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in (flat | weights).items()}
         inputs["config"] = STREAMS
-        alone = {k: x for k, x in inputs.items() if k not in (*weights, "ref_logprobs")}
+        alone: dict[str, Any] = {k: x for k, x in inputs.items() if k not in (*weights, "ref_logprobs")}
         alone |= {"config": tk.PolicyLoss("dapo"), "logprobs": inputs["logprobs"].clone().requires_grad_()}
         return Problem(
             op="policy_loss",

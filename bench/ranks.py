@@ -68,7 +68,7 @@ def _group(kind: str) -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def _split(kind: str) -> Callable[[str], Exact]:
+def _split(kind: str) -> Callable[[str], Any]:
     def make(device: str) -> Exact:
         inputs = _batch(kind)
         share = _share(inputs, 0)
