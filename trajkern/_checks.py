@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from trajkern._dtypes import INTEGERS
+from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._memory import PLAIN, check_memory, check_plain, shown
 from trajkern._memory import check_valued as check_valued
 from trajkern._memory import describe as describe
@@ -83,6 +83,44 @@ def check_tensor(
         raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got {describe(x)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors; got {describe(x)}")
+
+
+def check_instance(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        home = {"credit": "trajkern.credit.", "integrations": ""}.get(kind.__module__.split(".")[1], "trajkern.")
+        raise TypeError(f"{name} must be a {home}{kind.__name__}, got {describe(value)}")
+
+
+def check_device(name: str, value: Any) -> None:
+    """What a layout may be moved to. Whether it is there is torch's to say."""
+    try:
+        if isinstance(value, (str, torch.device)) or type(value) is int:
+            torch.device(value)
+            return
+    except RuntimeError:
+        raise ValueError(f"{name} must be one that torch knows, such as 'cuda:0'; got {shown(value)}") from None
+    raise TypeError(f"{name} must be a torch.device or its name, got {describe(value)}")
+
+
+def check_places(name: str, x: Any, count: int, device: torch.device | None = None) -> None:
+    """Integers that say which of ``count``; their values where reading them is free."""
+    check_tensor(name, x, dtypes=INTEGERS, ndim=1, device=device)
+    if readable(x):
+        bad = (x < 0) | (x >= count)
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0, 0])
+            raise ValueError(f"{name} must lie in [0, {count}); it is {int(x[at])} at index {at}")
+
+
+def check_divisor(name: str, value: Any, device: torch.device) -> None:
+    """What a loss may be divided by, if it is 0 for another reason: a number or a tensor of one element, or None."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, dtypes=(*FLOATS, *INTEGERS), device=device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element; got {describe(value)}")
+        value = value.detach().reshape(()) if readable(value) else None
+    if value is not None:
+        check_number(name, value, low=0)
 
 
 def check_boundaries(name: str, x: Any, device: torch.device | None = None) -> None:

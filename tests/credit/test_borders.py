@@ -192,7 +192,7 @@ def test_a_teacher_needs_a_policy() -> None:
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: credit.outcome("math:pi"), TypeError, "a function of the rollouts is expected at math:pi"),
+        (lambda: credit.outcome("math:pi"), TypeError, "reward must be a function of the rollouts; at math:pi"),
         (lambda: credit.outcome(functools.partial(len, [])), None, ""),
         (lambda: credit.recipe("dro", drop_fraction=7), ValueError, "drop_fraction must be at most 1"),
         (lambda: credit.recipe("dro", top_k=-2), ValueError, "top_k must be at least 0"),
@@ -236,7 +236,7 @@ def test_a_method_is_not_written_as_a_function() -> None:
         (lambda contexts, targets: (torch.zeros(3), torch.tensor([0, 3])), "the cu_seqlens of score must have shape"),
         (
             lambda contexts, targets: (torch.zeros(3), torch.arange(len(targets) + 1)),
-            "cu_seqlens must run from 0 to the 3 tokens",
+            "cu_seqlens of score must run from 0 to the 3 log-probs",
         ),
     ],
 )

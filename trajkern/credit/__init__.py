@@ -18,7 +18,7 @@ from typing import Any
 from trajkern._checks import check_choice, refuse_unknown, suggesting
 from trajkern._lazy import lazily
 from trajkern.credit import presets, scored, terms, tree_terms
-from trajkern.credit.part import Function, load
+from trajkern.credit.part import Function, check_name, load
 from trajkern.credit.presets import PRESETS
 from trajkern.credit.result import Credit
 from trajkern.credit.rollouts import Rollouts
@@ -75,7 +75,7 @@ def spans(
             "index" in their rollouts. A rollout without such spans is in no statistic, and learns from other terms.
         baseline, scale, ddof, eps, singleton: as for :func:`outcome`.
     """
-    terms.check_name("name", name)
+    check_name("name", name)
     return OfSpans(baseline, scale, ddof, eps, singleton, name, reward, within)
 
 

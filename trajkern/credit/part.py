@@ -226,31 +226,37 @@ class Call:
         self.reached[label] = total
 
 
-def resolved_function(value: str | Function) -> str | Function:
-    """A name as it is; the function that "package.module:name" says."""
+def check_name(argument: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a name, got {describe(value)}")
+
+
+def resolved_function(argument: str, value: str | Function) -> str | Function:
+    """A name as it is; the function that "package.module:name" says. An error names the ``argument``."""
     if isinstance(value, str):
         if ":" not in value:
             return value
         name, value = value, load(value)
         if not callable(value):
-            raise TypeError(f"a function of the rollouts is expected at {name}, got {describe(value)}")
+            raise TypeError(f"{argument} must be a function of the rollouts; at {name} is {describe(value)}")
     if not callable(value):
-        raise TypeError(f"a name or a function of the rollouts is expected, got {describe(value)}")
+        raise TypeError(f"{argument} must be a name or a function of the rollouts, got {describe(value)}")
     try:
         hash(value)
     except TypeError:
-        raise TypeError(f"a function of the rollouts must be hashable: {value!r} is not") from None
+        raise TypeError(f"{argument} must be hashable, as a function of the rollouts; {value!r} is not") from None
     return value
 
 
 def load(name: str) -> Any:
     """What "package.module:name" says. Raises ValueError where there is no such thing."""
+    check_name("name", name)
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for step in path.split("."):
             found = getattr(found, step)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'"package.module:name" is expected, got {name!r}: {error}') from None
     return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import check_choice, check_number
-from trajkern.credit.part import Value, needs_of
+from trajkern.credit.part import Value, needs_of, resolved_function
 from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
@@ -99,6 +99,7 @@ def _handing_on(to: Callable[..., Any]) -> Callable[[Callable[..., Spec]], Calla
 
 
 def _toolpo(action: str = "action", span: str = "call") -> Spec:
+    action = resolved_function("action", action)
     return Outcome(**CENTRED) + Outcome(reward=action, **CENTRED).on(span)
 
 
@@ -125,6 +126,8 @@ def _srl(penalty: float = -1.0, min_std: float = 1e-4) -> Spec:
 
 
 def _feedback(reward_weight: float = 1.0, directive_weight: float = 1.0, where: str = "all") -> Spec:
+    reward_weight = check_number("reward_weight", reward_weight, dtype=torch.float32)
+    directive_weight = check_number("directive_weight", directive_weight, dtype=torch.float32)
     verdict = Outcome(reward=Verdict(), baseline="none", scale="none")
     return reward_weight * verdict + directive_weight * Directive(where=where)
 

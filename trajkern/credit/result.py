@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern._checks import check_divisor, check_instance, check_places
 from trajkern._results import Branch
 from trajkern.credit.rollouts import Rollouts
 from trajkern.layouts._leaf_weights import aggregate_weights
@@ -59,11 +60,13 @@ class Credit:
         """
         advantages, mask = self.advantages, self.mask
         if at is not None:
+            check_places("at", at, mask.shape[0], device=mask.device)
             advantages, mask = advantages[at], mask[at]
         return {"advantages": advantages, "mask": mask, "per_token": True}
 
     def fits_tree(self, config: PolicyLoss) -> bool:
         """Whether :meth:`tree_inputs` gives this loss exactly; the others read the flat rollouts."""
+        check_instance("config", config, PolicyLoss)
         reads_rollouts = config.resolved_ratio_level == "sequence" or config.sampler_correction == "sequence_mask"
         return config.exact_in_tree and (self.rows is not None or not reads_rollouts)
 
@@ -88,6 +91,9 @@ class Credit:
         tree = self.rollouts.tree
         if tree is None:
             raise ValueError("tree_inputs needs rollouts with a tree; these have none")
+        if at is not None:
+            check_places("at", at, tree.num_tokens, device=self.mask.device)
+        check_divisor("normalizer", normalizer, self.mask.device)
         if not self.fits_tree(config):
             what = "whole rollouts, and these advantages differ inside of one" if config.exact_in_tree else "flat rows"
             raise ValueError(

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, suggesting
+from trajkern._checks import (
+    check_device,
+    check_finite,
+    check_flag,
+    check_instance,
+    check_process_group,
+    check_shape,
+    check_tensor,
+    describe,
+    readable,
+    suggesting,
+)
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit._ranks import Ranks
 from trajkern.layouts.batch import PackedBatch
@@ -70,11 +81,10 @@ class Rollouts:
     memory: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch, PackedBatch):
-            raise TypeError(f"batch must be a trajkern.PackedBatch, got {describe(self.batch)}")
-        for name in ("rewards", "spans", "span_rewards", "flags"):
-            if not isinstance(x := getattr(self, name), Mapping) and (name != "rewards" or x is not None):
-                raise TypeError(f"{name} must be a mapping of names, got {describe(x)}")
+        check_instance("batch", self.batch, PackedBatch)
+        self._check_names()
+        check_process_group("process_group", self.process_group)
+        self._set("adds_divergences", check_flag("adds_divergences", self.adds_divergences))
         rewards = self.rewards
         if rewards is None:
             rewards = {} if self.batch.rewards is None else {"reward": self.batch.rewards}
@@ -96,14 +106,8 @@ class Rollouts:
         for name, flag in self.flags.items():
             check_tensor(f"flags[{name!r}]", flag, dtypes=(torch.bool,), device=self.device)
             check_shape(f"flags[{name!r}]", flag, (len(self),), "one flag a rollout")
-        for name, sequence in (("texts", self.texts), ("rows", self.rows)):
-            if sequence is not None and len(sequence) != len(self):
-                raise ValueError(
-                    f"{name} must have one entry for each of the {len(self)} rollouts, got {len(sequence)}"
-                )
-        for n, row in enumerate(self.rows or ()):
-            if not isinstance(row, Mapping):
-                raise TypeError(f"rows must be mappings of columns; row {n} is {describe(row)}")
+        self._check_entries("texts", self.texts, str, "texts")
+        self._check_entries("rows", self.rows, Mapping, "mappings of columns")
         if self.score is not None and not callable(self.score):
             raise TypeError(f"score must be a function, got {describe(self.score)}")
         self._check_tree()
@@ -127,6 +131,7 @@ class Rollouts:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rollouts:
         """The same rollouts on another device, not validated again; what functions remembered of them is forgotten."""
+        check_device("device", device)
         moved = object.__new__(Rollouts)
 
         def there(x: Any) -> Any:
@@ -212,9 +217,31 @@ class Rollouts:
         check_whole(name, x)
         return widened(x.detach())
 
+    def _check_names(self) -> None:
+        for name in ("rewards", "spans", "span_rewards", "flags"):
+            x = getattr(self, name)
+            if x is None and name == "rewards":
+                continue
+            if not isinstance(x, Mapping):
+                raise TypeError(f"{name} must be a mapping of names, got {describe(x)}")
+            for key in x:
+                if not isinstance(key, str):
+                    raise TypeError(f"{name} must be a mapping of names, got the key {describe(key)}")
+
+    def _check_entries(self, name: str, x: Any, kind: type, what: str) -> None:
+        """That there is one of the kind for each rollout, or nothing at all."""
+        if x is None:
+            return
+        if not isinstance(x, Sequence) or isinstance(x, (str, bytes)):
+            raise TypeError(f"{name} must be a sequence of {what}, got {describe(x)}")
+        if len(x) != len(self):
+            raise ValueError(f"{name} must have one entry for each of the {len(self)} rollouts, got {len(x)}")
+        for n, entry in enumerate(x):
+            if not isinstance(entry, kind):
+                raise TypeError(f"{name} must be {what}; entry {n} is {describe(entry)}")
+
     def _check_spans(self, name: str, x: Any) -> None:
-        if not isinstance(x, Spans):
-            raise TypeError(f"spans[{name!r}] must be a trajkern.Spans, got {describe(x)}")
+        check_instance(f"spans[{name!r}]", x, Spans)
         if x.num_tokens != self.batch.num_tokens:
             raise ValueError(f"spans[{name!r}] must be of {self.batch.num_tokens} tokens, got {x.num_tokens}")
         try:
@@ -226,8 +253,7 @@ class Rollouts:
         tree, batch = self.tree, self.batch
         if tree is None:
             return
-        if not isinstance(tree, Tree):
-            raise TypeError(f"tree must be a trajkern.Tree, got {describe(tree)}")
+        check_instance("tree", tree, Tree)
         bounds, index = batch.cu_seqlens.long(), tree.flat_index
         if tree.num_leaves != len(self) or not torch.equal(tree.flat_cu_seqlens, bounds):
             raise ValueError(

@@ -13,15 +13,16 @@ from torch import Tensor
 from trajkern._checks import (
     check_choice,
     check_count,
-    check_cu_seqlens,
     check_flag,
+    check_instance,
     check_number,
+    check_offsets,
     check_shape,
     check_tensor,
     describe,
 )
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern.credit.part import Value
+from trajkern.credit.part import Value, check_name
 from trajkern.credit.rollouts import Rollouts, spans_each, widened
 from trajkern.ops.reflection import reflection_rewards
 from trajkern.recipes import delta_belief, dro
@@ -46,6 +47,7 @@ class Reflection(Value):
     reflective: float = 0.1
 
     def __post_init__(self) -> None:
+        check_name("span", self.span)
         check_choice("weights", self.weights, WEIGHTS)
         check_flag("masked", self.masked)
         check_number("outcome_weight", self.outcome_weight, low=0, dtype=torch.float32)
@@ -115,6 +117,7 @@ class InReach(Value):
     worst_fraction: float = 0.25
 
     def __post_init__(self) -> None:
+        check_instance("reward", self.reward, Reflection)
         check_number("drop_fraction", self.drop_fraction, low=0, high=1)
         check_count("top_k", self.top_k, low=0)
         check_number("worst_fraction", self.worst_fraction, above=0, high=1)
@@ -197,7 +200,7 @@ def from_host(
     check_tensor("the log-probs of score", logprobs, dtypes=FLOATS, ndim=1, device=rollouts.device)
     check_tensor("the cu_seqlens of score", bounds, dtypes=INTEGERS, device=rollouts.device)
     check_shape("the cu_seqlens of score", bounds, (len(targets) + 1,), "the boundaries of the targets")
-    check_cu_seqlens(bounds, logprobs.shape[0])
+    check_offsets("the cu_seqlens of score", bounds, logprobs.shape[0], "log-probs")
     for place in places:
         check_tensor("the ranks of score", place, dtypes=INTEGERS, device=rollouts.device)
         check_shape("the ranks of score", place, tuple(logprobs.shape), "one a log-prob")

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number, describe, did_you_mean, suggesting
-from trajkern.credit.part import Call, Function, Part, added, needs_of, resolved_function, written
+from trajkern._checks import check_choice, check_instance, check_number, describe, did_you_mean, suggesting
+from trajkern.credit.part import Call, Function, Part, added, check_name, needs_of, resolved_function, written
 from trajkern.credit.result import Credit
 from trajkern.credit.rollouts import Rollouts
 from trajkern.ops.advantage import whiten
@@ -41,8 +41,7 @@ class Spec(abc.ABC):
         Raises:
             ValueError: something that the expression needs is not among the rollouts, by the term that reads it.
         """
-        if not isinstance(rollouts, Rollouts):
-            raise TypeError(f"rollouts must be a trajkern.credit.Rollouts, got {describe(rollouts)}")
+        check_instance("rollouts", rollouts, Rollouts)
         self.check(rollouts.names)
         call = Call(rollouts)
         part = self.part(call, frozenset())
@@ -75,7 +74,9 @@ class Spec(abc.ABC):
         return tuple(getattr(self, name) for name in self.children)
 
     def check(self, names: set[str]) -> None:
-        """ValueError where something that this reads is not among ``names``."""
+        """ValueError where something that this reads is not among ``names``, a set."""
+        if not isinstance(names, (set, frozenset)):
+            raise TypeError(f"names must be a set, got {describe(names)}")
         for child in self.inner:
             child.check(names)
         for name in sorted(self.own_needs - names):
@@ -89,7 +90,7 @@ class Spec(abc.ABC):
             )
 
     def __add__(self, other: Any) -> Spec:
-        if other == 0 and not isinstance(other, Spec):
+        if type(other) is int and other == 0:  # sum() begins with it
             return self
         return _added(self, other) if isinstance(other, Spec) else NotImplemented
 
@@ -124,14 +125,16 @@ class Spec(abc.ABC):
             mode, threshold: what becomes of the group, as in :func:`trajkern.recipes.dro.gate`.
         """
         threshold = float(check_number("threshold", threshold, low=0, high=1))
-        return Gated(self, Gate(resolved_function(flag), check_choice("mode", mode, GATES), threshold))
+        return Gated(self, Gate(resolved_function("flag", flag), check_choice("mode", mode, GATES), threshold))
 
     def on(self, span: str) -> Spec:
         """0 outside the spans of this name; the tokens there still count in the loss's normaliser."""
+        check_name("span", span)
         return On(self, span)
 
     def only(self, span: str) -> Spec:
         """As :meth:`on`, and the tokens outside do not learn: they leave the loss's mask and normaliser."""
+        check_name("span", span)
         return Only(self, span)
 
     @suggesting

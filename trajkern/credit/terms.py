@@ -11,7 +11,18 @@ from torch import Tensor
 
 from trajkern._checks import check_choice, check_count, check_number, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern.credit.part import Call, Function, Learns, Part, named, needs_of, resolved_function, written, written_call
+from trajkern.credit.part import (
+    Call,
+    Function,
+    Learns,
+    Part,
+    check_name,
+    named,
+    needs_of,
+    resolved_function,
+    written,
+    written_call,
+)
 from trajkern.credit.result import to_tokens
 from trajkern.credit.rollouts import check_counted, spans_each, widened
 from trajkern.credit.spec import GateSet, Spec
@@ -71,7 +82,7 @@ class Outcome(Compared):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.reward, Spec):
-            object.__setattr__(self, "reward", resolved_function(self.reward))
+            object.__setattr__(self, "reward", resolved_function("reward", self.reward))
         check_choice("within", self.within, OUTCOME_WITHIN)
 
     @property
@@ -111,7 +122,7 @@ class OfSpans(Compared):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reward is not None:
-            object.__setattr__(self, "reward", resolved_function(self.reward))
+            object.__setattr__(self, "reward", resolved_function("reward", self.reward))
         check_choice("within", self.within, SPAN_WITHIN)
 
     @property
@@ -151,7 +162,7 @@ class OfTurns(Term):
     finished: str = "included"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reward", resolved_function(self.reward))
+        object.__setattr__(self, "reward", resolved_function("reward", self.reward))
         check_choice("finished", self.finished, delta_belief.FINISHED)
 
     @property
@@ -260,11 +271,6 @@ class Signs(Term):
         rows = torch.where(keep, rows, 0)
         call.report(self.kind, rows, torch.where(keep, call.counts, 0))
         return Part(rows, learns=(Learns(keep),), abstains=call.among_passed(~scored, gates))
-
-
-def check_name(argument: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{argument} must be a name, got {value!r}")
 
 
 def reward_of(call: Call, reward: str | Function | Spec, gates: GateSet) -> Tensor:

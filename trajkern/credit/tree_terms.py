@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import check_choice, check_flag, suggesting
-from trajkern.credit.part import Call, Learns, Part
+from trajkern.credit.part import Call, Learns, Part, check_name
 from trajkern.credit.result import packed_any, to_tokens
 from trajkern.credit.spec import GateSet
-from trajkern.credit.terms import Outcome, Term, check_name, reward_of
+from trajkern.credit.terms import Outcome, Term, reward_of
 from trajkern.layouts.tree import Tree
 from trajkern.recipes import TREE_RECIPES, tree_grpo
 from trajkern.recipes.trees import BEFORE_WHITENING

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from trajkern._checks import check_device
+
+L = TypeVar("L")
 MOST_TOKENS = 2**31 - 1  # of a layout: attention by segments counts them in int32
 
 
 def owned(x: Tensor) -> Tensor:
     """A contiguous copy that nobody else has."""
     return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def moved(layout: L, device: torch.device | str, non_blocking: bool) -> L:
+    """A layout whose fields lie on another device, not validated again, and without what is derived from them."""
+    check_device("device", device)
+    there: L = object.__new__(type(layout))
+    for field in fields(layout):  # type: ignore[arg-type]
+        x = getattr(layout, field.name)
+        object.__setattr__(there, field.name, None if x is None else x.to(device, non_blocking=non_blocking))
+    return there
 
 
 class Given:

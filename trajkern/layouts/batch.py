@@ -17,6 +17,7 @@ from trajkern._checks import (
     check_boundaries,
     check_choice,
     check_cu_seqlens,
+    check_device,
     check_finite,
     check_shape,
     check_tensor,
@@ -243,6 +244,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device, not validated again."""
+        check_device("device", device)
         return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:

@@ -14,6 +14,7 @@ from trajkern._checks import (
     check_boundaries,
     check_count,
     check_cu_seqlens,
+    check_device,
     check_shape,
     check_tensor,
     check_valued,
@@ -110,6 +111,7 @@ class Spans:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Spans:
         """The same spans on another device, not validated again."""
+        check_device("device", device)
         arrays = (self.start, self.end, self.trajectory, self.index)
         moved = _bare(*(x.to(device, non_blocking=non_blocking) for x in arrays), self.num_tokens)
         start, end = (x.to(device, non_blocking=non_blocking) for x in self.ranges)

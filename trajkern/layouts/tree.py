@@ -7,7 +7,7 @@ makes a reduction over a subtree independent of the tree's depth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._block_mask import path_mask
-from trajkern.layouts._given import Given, owned
+from trajkern.layouts._given import Given, moved, owned
 from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
 from trajkern.layouts._prefixes import segments, shared_prefixes
@@ -347,12 +347,9 @@ class Tree:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tree:
         """The same tree on another device, not validated again."""
-        moved = object.__new__(Tree)
-        for field in fields(self):
-            x = getattr(self, field.name)
-            object.__setattr__(moved, field.name, None if x is None else x.to(device, non_blocking=non_blocking))
+        there = moved(self, device, non_blocking)
         nodes = Nodes(*(x.to(device, non_blocking=non_blocking) for x in self._nodes))
-        return _keep(moved, (nodes, self.num_roots, self.levels))
+        return _keep(there, (nodes, self.num_roots, self.levels))
 
     @classmethod
     @suggesting

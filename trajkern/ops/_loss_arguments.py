@@ -14,6 +14,7 @@ from trajkern._checks import (
     check_boundaries,
     check_cu_seqlens,
     check_flag,
+    check_instance,
     check_number,
     check_process_group,
     check_shape,
@@ -42,8 +43,7 @@ def check_loss(
     if branch is not None and arguments.advantages is not None:
         raise ValueError(f"advantages must be None where branch is given; got {describe(arguments.advantages)}")
     check_tensor("logprobs", logprobs, dtypes=FLOATS, ndim=1)
-    if not isinstance(config, PolicyLoss):
-        raise TypeError(f"config must be a trajkern.PolicyLoss, got {describe(config)}")
+    check_instance("config", config, PolicyLoss)
     check_process_group("sequence_group", arguments.sequence_group)
     if arguments.per_token is not None:
         arguments = arguments._replace(per_token=check_flag("per_token", arguments.per_token))

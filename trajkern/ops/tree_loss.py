@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import check_finite, check_shape, check_tensor, describe, readable, resolved, suggesting
+from trajkern._checks import (
+    check_device,
+    check_finite,
+    check_shape,
+    check_tensor,
+    describe,
+    readable,
+    resolved,
+    suggesting,
+)
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
 from trajkern.layouts._leaf_weights import aggregate_weights
@@ -61,6 +70,7 @@ class Paths:
         return f"Paths({self.tree!r}{'' if self.gate is None else ', gate'})"
 
     def to(self, device: torch.device | str) -> Paths:
+        check_device("device", device)
         gate = None if self.gate is None else self.gate.to(device)
         return Paths(self.tree.to(device), self.advantages.to(device), gate)
 
