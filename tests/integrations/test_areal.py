@@ -345,7 +345,7 @@ def test_what_areal_never_gives() -> None:
     refused("'loglinear' needs versions", options=loglinear, prox_logp=None)
     refused("prox_logp must be finite", prox_logp=torch.full((33,), -torch.inf))
     refused(r"advantages must have the log-probs' shape \[33\], got \[3\]", advantages=torch.ones(3))
-    refused("advantages must be a tensor, got float", TypeError, advantages=1.0)
+    refused("advantages must be a tensor, got 1.0", TypeError, advantages=1.0)
     refused("loss_mask must have the log-probs' shape", loss_mask=torch.ones(2))
     refused(r"logprobs must have shape \[T\] .* got \[1, 1, 33\]", new=torch.zeros(1, 1, 33))
     refused("c_clip must be greater than 1, got 0.9", options={"c_clip": 0.9})

@@ -142,12 +142,12 @@ def test_enable_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
 BAD = [
     ({"loss_type": "ppo"}, "loss_type must be one of"),
     ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "must be 'token' for loss_type 'sapo'"),
-    ({"importance_sampling_level": "turn"}, "ratio_level must be one of"),
+    ({"importance_sampling_level": "turn"}, "importance_sampling_level must be one of"),
     ({"loss_type": "luspo"}, "'luspo' must have importance_sampling_level 'sequence' and beta 0"),
     ({"loss_type": "dr_grpo"}, "max_completion_length must be given"),
     ({"loss_type": "cispo"}, "epsilon_high must be at least 1 for loss_type 'cispo'"),
     ({"delta": 1.1}, r"delta must be at least 1 \+ epsilon_high = 1.2, got 1.1"),
-    ({"sapo_temperature_neg": 0.0}, "sapo_tau_neg must be"),
+    ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be"),
 ]
 
 

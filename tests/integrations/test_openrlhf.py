@@ -165,7 +165,7 @@ BAD = [
     ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "'clip' needs is_correction_level 'token'"),
     ({"is_correction_level": "token", "is_correction_gating": "tv"}, "must begin with 0 for 'tv'"),
     ({"is_correction_threshold": (1.0,)}, r"must be \(low, high\)"),
-    ({"dual_clip": 0.9}, "clip_dual must be"),
+    ({"dual_clip": 0.9}, "dual_clip must be"),
 ]
 
 

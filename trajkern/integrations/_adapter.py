@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import check_flag, check_tensor
+from trajkern.integrations._arguments import NUMBERS, renamed
 from trajkern.integrations._handle import Enabled
 
 _ABSENT = object()
@@ -35,11 +37,23 @@ GRPO_AGGREGATES = {
     "luspo": "seq_mean_token_sum",
     "vespo": "token_mean",
 }
+# what PolicyLoss calls the options of these
+_FIELDS = {
+    "clip_low": "epsilon_low",
+    "clip_high": "epsilon_high",
+    "clip_dual": "delta",
+    "kl_coef": "beta",
+    "ratio_level": "importance_sampling_level",
+    "max_length": "max_completion_length",
+    "sapo_tau_pos": "sapo_temperature_pos",
+    "sapo_tau_neg": "sapo_temperature_neg",
+}
 _UNCLIPPED = ("cispo", "sapo", "vespo")  # without the clipped ratio, and so without its two-sided bound delta
 
 
 def check_version(package: str, tested: Sequence[str], any_version: bool) -> None:
     """Raises where ``package`` is missing; warns once of a version that is not ``tested``, but for ``any_version``."""
+    check_flag("any_version", any_version)
     try:
         installed = version(package)
     except PackageNotFoundError as error:
@@ -220,8 +234,7 @@ class PaddedRows(NamedTuple):
 
     def pack(self, name: str, x: Tensor) -> Tensor:
         """``x`` ``[B, L]`` as ``[B * L]``; an error names it as ``name``."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x, dtypes=NUMBERS, device=self.mask.device)
         if x.shape != self.shape:
             raise ValueError(f"{name} must have the mask's shape {list(self.shape)}, got {list(x.shape)}")
         return x.reshape(-1)
@@ -242,8 +255,7 @@ class PaddedRows(NamedTuple):
 
 def padded_rows(name: str, mask: Tensor) -> PaddedRows:
     """The rows of a padded mask ``[B, L]`` of any dtype, nonzero where a token takes part."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    check_tensor(name, mask, dtypes=NUMBERS)
     if mask.ndim != 2:
         raise ValueError(f"{name} must have shape [B, L], got {list(mask.shape)}")
     rows, length = mask.shape
@@ -284,23 +296,24 @@ class GRPOOptions:
             raise ValueError(
                 f"epsilon_high must be at least 1 for loss_type 'cispo', whose bound it is; got {self.epsilon_high}"
             )
-        return tk.PolicyLoss(
-            self.loss_type,
-            ratio_level=self.importance_sampling_level,
-            aggregate=GRPO_AGGREGATES[self.loss_type],
-            clip_low=1.0 if cispo else self.epsilon_low,
-            clip_high=self.epsilon_high - cispo,
-            clip_dual=self.delta if self.clips else None,
-            max_length=self.max_completion_length,
-            kl="k3_corrected" if self.use_bias_correction_kl else "k3",
-            kl_coef=self.beta,
-            sapo_tau_pos=self.sapo_temperature_pos,
-            sapo_tau_neg=self.sapo_temperature_neg,
-            vespo_k_pos=self.vespo_k_pos,
-            vespo_lambda_pos=self.vespo_lambda_pos,
-            vespo_k_neg=self.vespo_k_neg,
-            vespo_lambda_neg=self.vespo_lambda_neg,
-        )
+        with renamed(_FIELDS):
+            return tk.PolicyLoss(
+                self.loss_type,
+                ratio_level=self.importance_sampling_level,
+                aggregate=GRPO_AGGREGATES[self.loss_type],
+                clip_low=1.0 if cispo else self.epsilon_low,
+                clip_high=self.epsilon_high - cispo,
+                clip_dual=self.delta if self.clips else None,
+                max_length=self.max_completion_length,
+                kl="k3_corrected" if self.use_bias_correction_kl else "k3",
+                kl_coef=self.beta,
+                sapo_tau_pos=self.sapo_temperature_pos,
+                sapo_tau_neg=self.sapo_temperature_neg,
+                vespo_k_pos=self.vespo_k_pos,
+                vespo_lambda_pos=self.vespo_lambda_pos,
+                vespo_k_neg=self.vespo_k_neg,
+                vespo_lambda_neg=self.vespo_lambda_neg,
+            )
 
 
 def clipped(ratio: Tensor, advantages: Tensor, config: tk.PolicyLoss) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trajkern._checks import check_tensor, describe
+from trajkern.integrations._arguments import NUMBERS
+
 LEGAL = {
     "level": ("token", "sequence"),
     "action": ("mask", "clamp"),
@@ -70,12 +73,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def packed(logprobs: Any, loss_mask: Any, cu_seqlens: Any, by_sequence: bool) -> Pack:
     """``[T]`` with ``cu_seqlens``, which is read only ``by_sequence``, or ``[B, L]``, a row a sequence."""
-    if not isinstance(logprobs, Tensor):
-        raise TypeError(f"logprobs must be a tensor, got {type(logprobs).__name__}")
+    check_tensor("logprobs", logprobs, dtypes=NUMBERS)
     if logprobs.ndim not in (1, 2):
         raise ValueError(f"logprobs must have shape [T] (packed) or [B, L] (padded), got {list(logprobs.shape)}")
-    if not isinstance(loss_mask, Tensor):
-        raise TypeError(f"loss_mask must be a tensor, got {type(loss_mask).__name__}")
+    check_tensor("loss_mask", loss_mask, dtypes=NUMBERS, device=logprobs.device)
     if loss_mask.shape != logprobs.shape:
         raise ValueError(
             f"loss_mask must have the log-probs' shape {list(logprobs.shape)}, got {list(loss_mask.shape)}"
@@ -112,6 +113,10 @@ def by_sequence(rejection: Any) -> bool:
     if rejection is None:
         return False
     for name, legal in LEGAL.items():
+        if not hasattr(rejection, name):
+            raise TypeError(
+                f"rejection_sampling must have {', '.join(LEGAL)}, as AReaL's does; got {describe(rejection)}"
+            )
         if getattr(rejection, name) not in legal:
             raise ValueError(f"rejection_sampling.{name} must be one of {legal}, got {getattr(rejection, name)!r}")
     return rejection.level == "sequence"

@@ -14,7 +14,10 @@ from trajkern.credit.terms import Directive, Outcome, Signs
 
 def spec_of(name: str, value: Any) -> Spec:
     """An expression, or what its "package.module:name" says; an error names the host's argument ``name``."""
-    spec = load(value) if isinstance(value, str) else value
+    try:
+        spec = load(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if not isinstance(spec, Spec):
         raise TypeError(f"{name} must be an expression of trajkern.credit or its 'package.module:name', got {value!r}")
     return spec

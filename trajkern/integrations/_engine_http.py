@@ -10,6 +10,11 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from trajkern._checks import check_number, describe
+from trajkern._memory import shown
+
+MOST_SECONDS = 1e6  # that a socket waits
+
 
 def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes: int = 2**28) -> Any:
     """The decoded JSON that a server answers to ``body``.
@@ -21,10 +26,21 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
         max_bytes: of the answer, which is given up as soon as it has more; by default 256 MiB.
 
     Raises:
+        TypeError, ValueError: naming the argument: no url, or what JSON does not hold.
         ConnectionError: naming the url: a status that is an error with what was said, no whole answer within
             ``timeout`` seconds or ``max_bytes``, a connection that ended inside of it, or no JSON.
     """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not url.partition("//")[2]:
+        raise ValueError(f"url must begin with http:// or https:// and have a host, got {shown(url)}")
+    if not isinstance(body, Mapping):
+        raise TypeError(f"body must be a mapping, got {describe(body)}")
+    timeout = check_number("timeout", timeout, above=0, high=MOST_SECONDS)
+    check_number("max_bytes", max_bytes, above=0)
+    try:
+        encoded = json.dumps(body).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"body must be what JSON holds: {error}") from None
+    request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             content = _read(answer, timeout, max_bytes)

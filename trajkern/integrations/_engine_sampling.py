@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trajkern._checks import as_number, check_choice
+from trajkern._checks import as_number, check_choice, check_count, check_flag, check_number
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 LEAST_TEMPERATURE = 0.01  # vLLM raises what is lower to it
@@ -96,6 +96,7 @@ def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampli
         TypeError, ValueError: naming the option, what it must be and what it was; an option that is not known.
     """
     check_choice("logprobs_mode", logprobs_mode, LOGPROBS_MODES)
+    replay = check_flag("replay", replay)
     raw = logprobs_mode == "raw_logprobs"
     given = _stated(options)
     unknown = given.keys() - {"temperature"} - _CUTS.keys() - _MOVES.keys() - _REFUSED.keys() - _INDIFFERENT
@@ -103,6 +104,9 @@ def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampli
         raise ValueError(
             f"options must be known sampling options, to know what they sample from; got {sorted(unknown)}"
         )
+    for name in (*_FROM_MODEL, "n"):
+        if given.get(name) is not None:
+            check_number(name, given[name])
     temperature = as_number("temperature", given["temperature"])
     if not LEAST_TEMPERATURE <= temperature < float("inf"):
         raise ValueError(
@@ -127,7 +131,7 @@ def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampli
             f"logprobs_mode must be 'processed_logprobs' with {', '.join(cuts)}: raw log-probs are those of the whole "
             "vocabulary, and the replayed ones are not"
         )
-    return Sampling(temperature, int(given.get("n") or 1), replay, cuts)
+    return Sampling(temperature, check_count("n", given.get("n") or 1, low=1), replay, cuts)
 
 
 def _stated(options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import check_number
 from trajkern.losses.kinds import METRICS, computed
 
 # How a metric is told: a number, or values and the tokens whose mean it is.
@@ -53,8 +54,7 @@ def term_of(kind: str = "default", **options: Any) -> Term:
         if unknown := options.keys() - known.keys():
             raise TypeError(f"kind {kind!r} has the options {', '.join(known)}, got {', '.join(sorted(unknown))}")
         for name, value in options.items():
-            if not isinstance(value, int | float) or not value >= 0:
-                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
+            check_number(name, value, low=0, dtype=torch.float32)
         own: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {"default": _default, "ipo": _ipo}
         return partial(own[kind], **known | options)
     if kind in NOT_SERVED:

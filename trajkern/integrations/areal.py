@@ -26,6 +26,7 @@ from trajkern.integrations import _areal_credit
 from trajkern.integrations import _areal_terms as terms
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._areal_terms import Pack, Rejected, packed
+from trajkern.integrations._arguments import by_annotation, renamed
 from trajkern.integrations._credit_checks import spec_of
 
 TESTED = ("1.0.4",)
@@ -82,6 +83,7 @@ def disable() -> None:
     _patches.undo()
 
 
+@by_annotation
 def ppo_actor_loss_fn(
     logprobs: Tensor,  # [T] or [B, L]
     proximal_logprobs: Tensor,
@@ -124,17 +126,20 @@ def ppo_actor_loss_fn(
     found = None if rejection_sampling is None else terms.rejected(pack, prox, old, rejection_sampling)
     pack = pack if found is None else pack._replace(mask=found.mask)
     a = pack.means(a)[pack.owner()] if sequence else a
-    config = tk.PolicyLoss(
-        "gspo" if sequence else "dapo",
-        aggregate="token_mean",
-        clip_low=eps_clip,
-        clip_high=eps_clip if eps_clip_higher is None else eps_clip_higher,
-        clip_dual=c_clip,
-    )
+    higher = "eps_clip" if eps_clip_higher is None else "eps_clip_higher"
+    with renamed({"clip_low": "eps_clip", "clip_high": higher, "clip_dual": "c_clip"}):
+        config = tk.PolicyLoss(
+            "gspo" if sequence else "dapo",
+            aggregate="token_mean",
+            clip_low=eps_clip,
+            clip_high=eps_clip if eps_clip_higher is None else eps_clip_higher,
+            clip_dual=c_clip,
+        )
     loss = _loss(pack, logprobs, prox, a if found is None else a * found.weights, config, count)
     return loss, _statistics(pack, logprobs, prox, old, a, config, found)
 
 
+@by_annotation
 def sapo_loss_fn(
     logprobs: Tensor,  # [T] or [B, L]
     old_logprobs: Tensor,

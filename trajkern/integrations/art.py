@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_finite, check_shape, check_tensor, check_values
+from trajkern._checks import check_count, check_finite, check_shape, check_tensor, check_values, describe
 from trajkern.integrations._host_tree import TreeRollouts
 
 __all__ = ["TreeRollouts", "tree_rollouts"]
@@ -48,6 +48,9 @@ def tree_rollouts(packed: Mapping[str, Any], row: int) -> TreeRollouts:
             learns, which ART scores by what stands before it in the row; a negative weight; a token that learns
             without a log-prob, for which ART takes the policy's own: put those there.
     """
+    if not isinstance(packed, Mapping):
+        raise TypeError(f"packed must be a mapping, as ART's packed tensors are; got {describe(packed)}")
+    check_count("row", row, low=0)
     images = packed.get("pixel_values")
     if images is not None and images[row] is not None:
         raise ValueError("pixel_values must be None: equal tokens of images are not equal inputs, which a tree shares")
@@ -71,6 +74,9 @@ def _row(packed: Mapping[str, Any], name: str, row: int, dtypes: tuple[torch.dty
     if name not in packed:
         raise ValueError(f"packed must have {name}, as ART's packed tensors do; it has {', '.join(packed)}")
     check_tensor(name, packed[name], dtypes=dtypes, ndim=2)
+    check_tensor(name, packed[name], device=packed["tokens"].device)
+    if row >= packed[name].shape[0]:
+        raise ValueError(f"row must lie in [0, {packed[name].shape[0]}), got {row}")
     check_shape(name, packed[name], tuple(packed["tokens"].shape), "the shape of tokens")
     return packed[name][row]
 

@@ -12,16 +12,18 @@ Neither engine is imported: what is read are the attributes of their outputs, or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trajkern import PackedBatch
+from trajkern._checks import check_count, check_instance, describe
+from trajkern.integrations._arguments import check_kind
 from trajkern.integrations._engine_http import post
+from trajkern.integrations._engine_requests import EngineFailure, collect
 from trajkern.integrations._engine_sampling import Sampling, sampling
 
 __all__ = [
@@ -42,8 +44,6 @@ __all__ = [
 MINUS_INFINITY = -9999.0  # what vLLM's server writes for it
 ROUNDING = 1e-3  # by which a log-prob in bfloat16 may exceed 0
 CUT_SHORT = (None, "abort", "error")  # a finish reason of what the policy did not end
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
 
 
 class Rollout(NamedTuple):
@@ -67,22 +67,6 @@ class Packed(NamedTuple):
         return Packed(self.batch.to(device), {**self.head, **moved})
 
 
-class EngineFailure(RuntimeError):
-    """Some requests failed; nothing that came is lost.
-
-    Attributes:
-        finished: the answers that came, by the number of their request.
-        failures: the exception of each other request, by its number.
-    """
-
-    def __init__(self, finished: dict[int, Any], failures: dict[int, BaseException]) -> None:
-        self.finished, self.failures = finished, failures
-        shown = "; ".join(f"request {i}: {type(e).__name__}: {e}" for i, e in list(failures.items())[:3])
-        more = f"; and {len(failures) - 3} more in .failures" if len(failures) > 3 else ""
-        count = len(finished) + len(failures)
-        super().__init__(f"{len(failures)} of {count} requests failed, {len(finished)} are in .finished; {shown}{more}")
-
-
 def from_vllm(outputs: Any, how: Sampling) -> list[Rollout]:
     """The rollouts of vLLM's ``RequestOutput``, or of several in their order, each one's completions by their index.
 
@@ -95,6 +79,7 @@ def from_vllm(outputs: Any, how: Sampling) -> list[Rollout]:
             error), fewer completions than asked for, fewer log-probs or masks than tokens, a log-prob that is missing,
             not finite or positive, a sampled token outside its mask, no mask where tokens were cut.
     """
+    check_instance("how", how, Sampling)
     rollouts = []
     for output in [outputs] if hasattr(outputs, "outputs") else outputs:
         name = f"request {output.request_id}"
@@ -128,11 +113,18 @@ def from_openai(response: Mapping[str, Any], how: Sampling, prompt: Sequence[int
     Raises:
         ValueError: as :func:`from_vllm`, naming the choice; and a response that has an error, or no token ids.
     """
+    check_instance("how", how, Sampling)
+    if not isinstance(response, Mapping):
+        raise TypeError(f"response must be the decoded JSON of a response, got {describe(response)}")
     choices = response.get("choices")
-    if not choices:
+    if not isinstance(choices, Sequence) or not all(isinstance(x, Mapping) for x in choices) or not choices:
         raise ValueError(f"response must have choices; got {_shortened(response)}")
     _check_count("response", len(choices), how)
     rollouts = []
+    if prompt is not None:
+        check_kind("prompt", prompt, ("Sequence",), None)
+    for i, x in enumerate(choices):
+        check_count(f"index of choice {i}", x.get("index", i))
     for i, x in enumerate(sorted(choices, key=lambda x: x.get("index", 0))):
         where = f"choice {x.get('index', i)}"
         asked: Any = x.get("prompt_token_ids") or response.get("prompt_token_ids") or prompt
@@ -160,6 +152,7 @@ def from_sglang(response: Any, how: Sampling, prompt: Sequence[int] | None = Non
     Raises:
         ValueError: as :func:`from_vllm`, naming the response's number.
     """
+    check_instance("how", how, Sampling)
     responses = [response] if isinstance(response, Mapping) else list(response)
     _check_count("response", len(responses), how)
     rollouts = []
@@ -197,6 +190,7 @@ def continued(turns: Sequence[Rollout]) -> Rollout:
         ValueError: a prompt that begins otherwise, as one does that was tokenised again, with the first place where it
             differs; turns of which only some have a support.
     """
+    _check_rollouts("turns", turns)
     if not turns:
         raise ValueError("turns must hold at least one rollout, got none")
     whole = turns[0]
@@ -239,7 +233,8 @@ def pack(
     Raises:
         TypeError, ValueError: rollouts of which only some have a support, an id twice in one; else as the batch does.
     """
-    rollouts = list(rollouts)
+    _check_rollouts("rollouts", rollouts)
+    check_instance("how", how, Sampling)
     lengths = [len(x.tokens) for x in rollouts]
     mask = torch.tensor(list(chain.from_iterable(x.sampled for x in rollouts)), dtype=torch.bool)
     logprobs = torch.zeros(sum(lengths))
@@ -262,20 +257,6 @@ def pack(
     return Packed(batch, head)
 
 
-def collect(ask: Callable[[Request], Answer], requests: Iterable[Request], *, workers: int = 8) -> list[Answer]:
-    """``ask`` of each request, ``workers`` at a time in threads, in the order of the requests.
-
-    Raises:
-        EngineFailure: after all have been asked, where one raised an exception; it holds the answers that came.
-    """
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(ask, request) for request in requests]
-    failures = {i: e for i, x in enumerate(futures) if (e := x.exception()) is not None}
-    if failures:
-        raise EngineFailure({i: x.result() for i, x in enumerate(futures) if i not in failures}, failures)
-    return [x.result() for x in futures]
-
-
 def _rollout(
     where: str,
     prompt: Sequence[int],
@@ -286,6 +267,9 @@ def _rollout(
     how: Sampling,
 ) -> Rollout:
     """What came, checked against itself."""
+    for name, ids in (("token_ids", tokens), ("prompt_token_ids", prompt)):
+        if not isinstance(ids, Sequence) or not all(type(x) is int and x >= 0 for x in ids):
+            raise ValueError(f"{where} must have {name} that are integers of at least 0; got {_shortened(ids)}")
     if finish in CUT_SHORT:
         raise ValueError(f"{where} must have been ended by the policy or its length; its finish reason is {finish!r}")
     if not prompt:
@@ -314,6 +298,13 @@ def _rollout(
     return Rollout([*prompt, *tokens], sampled, list(logprobs), support, str(finish))
 
 
+def _check_rollouts(name: str, rollouts: Any) -> None:
+    if not isinstance(rollouts, Sequence):
+        raise TypeError(f"{name} must be a sequence of rollouts, got {describe(rollouts)}")
+    for i, x in enumerate(rollouts):
+        check_instance(f"{name}[{i}]", x, Rollout)
+
+
 def _check_count(name: str, count: int, how: Sampling) -> None:
     if count == 0 or count % how.n:
         raise ValueError(f"{name} must have {how.n} completions a prompt, as n asks; {count} came")
@@ -332,8 +323,8 @@ def _lists(ids: Sequence[Any], offsets: Sequence[int] | None) -> Sequence[Sequen
 
 def _openai_logprobs(where: str, logprobs: Mapping[str, Any] | None) -> list[Any]:
     """Of completions' lists, or of chat's entries."""
-    found = None if logprobs is None else logprobs.get("token_logprobs", logprobs.get("content"))
-    if found is None:
+    found = logprobs.get("token_logprobs", logprobs.get("content")) if isinstance(logprobs, Mapping) else None
+    if not isinstance(found, Sequence):
         raise ValueError(f"{where} must have log-probs, which logprobs asks for; it has {logprobs}")
     return [x["logprob"] if isinstance(x, Mapping) else x for x in found]
 

@@ -26,6 +26,7 @@ from importlib import import_module
 from pathlib import Path
 
 import trajkern as tk
+from trajkern._checks import describe
 
 FAMILIES = ("divergence", "head", "logprob", "policy_loss", "reflection", "topk")
 SHARED = (
@@ -48,6 +49,10 @@ def write(folder: str | Path) -> Path:
     Raises:
         FileExistsError: ``folder`` holds a variant, a card or a benchmark that is no kernel's of trajkern.
     """
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"folder must be a path, got {describe(folder)}")
+    if any(x.exists() and not x.is_dir() for x in (Path(folder), *Path(folder).parents)):
+        raise ValueError(f"folder must be a folder, or what one can be made at; got {folder}")
     variant = Path(folder) / VARIANT
     benchmark = Path(str(import_module("trajkern").__file__)).parent / "integrations/_kernels_benchmark.py"
     texts = {CARD: _card(), BENCHMARK: benchmark.read_text()}

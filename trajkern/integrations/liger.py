@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import suggesting
+from trajkern._checks import check_divisor, check_number, suggesting
 from trajkern.integrations._adapter import (
     GRPO_AGGREGATES,
     Enabled,
@@ -28,6 +28,7 @@ from trajkern.integrations._adapter import (
     held,
     padded_rows,
 )
+from trajkern.integrations._arguments import by_annotation
 
 TESTED = ("0.8.5",)
 HOLDERS = ("liger_kernel.chunked_loss", "liger_kernel.chunked_loss.grpo_loss", "trl.trainer.grpo_trainer")
@@ -75,6 +76,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     ``vllm_is_ratio``.
     """
 
+    @by_annotation
     def __init__(
         self,
         # Liger's arguments in Liger's order. The reference and how Liger computes:
@@ -99,6 +101,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_neg: float = 2.0,
     ) -> None:
         super().__init__()
+        check_number("temperature", temperature, above=0)
         if loss_type not in GRPO_AGGREGATES:
             raise ValueError(f"loss_type must be one of {tuple(GRPO_AGGREGATES)}, got {loss_type!r}")
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
@@ -129,6 +132,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.beta, self.use_ref_model, self.temperature = beta, use_ref_model, temperature
         self.loss_type, self.clips, self.config = loss_type, options.clips, options.policy_loss()
 
+    @by_annotation
     def forward(
         self,
         # Liger's arguments in Liger's order. The policy:
@@ -231,6 +235,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             if spread:
                 torch.distributed.all_reduce(count)
         else:
+            check_divisor("num_items_in_batch", num_items, rows.mask.device)
             count = torch.as_tensor(num_items, device=rows.mask.device).float()
         return (count / ranks).clamp_min(1)
 

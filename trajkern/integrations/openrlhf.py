@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import suggesting
+from trajkern._checks import check_count, check_divisor, suggesting
 from trajkern.integrations._adapter import (
     Enabled,
     PaddedRows,
@@ -29,6 +29,7 @@ from trajkern.integrations._adapter import (
     held,
     padded_rows,
 )
+from trajkern.integrations._arguments import by_annotation, renamed
 
 TESTED = ("0.11.2",)
 HOLDERS = {  # who holds the name from its import on; the last only if it is loaded already
@@ -71,6 +72,7 @@ def disable() -> None:
     _patches.undo()
 
 
+@by_annotation
 def log_probs_from_logits(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...]
@@ -92,6 +94,7 @@ class PolicyLoss(torch.nn.Module):
     batch), the results are 0; gspo's log-ratio is bounded at 20 either way for each token.
     """
 
+    @by_annotation
     def __init__(
         self,
         clip_eps_low: float = 0.2,
@@ -129,14 +132,16 @@ class PolicyLoss(torch.nn.Module):
         self.policy_loss_type = policy_loss_type
         gspo = policy_loss_type == "gspo"  # a mean over rows, whatever was asked for
         self.token_level_loss = token_level_loss and not gspo
-        self.config = tk.PolicyLoss(
-            "gspo" if gspo else "grpo",
-            clip_low=clip_eps_low,
-            clip_high=clip_eps_high,
-            clip_dual=dual_clip,
-            aggregate="token_mean" if self.token_level_loss else "seq_mean_token_mean",
-        )
+        with renamed({"clip_low": "clip_eps_low", "clip_high": "clip_eps_high", "clip_dual": "dual_clip"}):
+            self.config = tk.PolicyLoss(
+                "gspo" if gspo else "grpo",
+                clip_low=clip_eps_low,
+                clip_high=clip_eps_high,
+                clip_dual=dual_clip,
+                aggregate="token_mean" if self.token_level_loss else "seq_mean_token_mean",
+            )
 
+    @by_annotation
     def forward(
         self,
         log_probs: Tensor,  # [B, L]
@@ -145,14 +150,17 @@ class PolicyLoss(torch.nn.Module):
         action_mask: Tensor | None = None,  # [B, L]
         rollout_log_probs: Tensor | None = None,  # [B, L]
         dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
+        batch_num_tokens: float | Tensor | None = None,
+        global_batch_size: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """(loss, clip fraction, mean of old - new, mean of rollout - old, share of what the correction dropped).
 
         The last two are None without a correction, and for gspo, whose ratio is taken to ``rollout_log_probs`` where
         there is one. ``batch_num_tokens`` and ``global_batch_size`` are the global counts of the two ways to aggregate.
         """
+        check_count("dp_size", dp_size, low=1)
+        for name, x in (("batch_num_tokens", batch_num_tokens), ("global_batch_size", global_batch_size)):
+            check_divisor(name, x, log_probs.device)
         rows = padded_rows("action_mask", torch.ones_like(log_probs) if action_mask is None else action_mask)
         new, old, a = (
             rows.pack(name, x)
@@ -171,15 +179,16 @@ class PolicyLoss(torch.nn.Module):
         gspo = self.policy_loss_type == "gspo"
         base = rollout if gspo else old
         weights, dropped = (None, None) if gspo or not corrects else self._correction(rows, old, rollout)
-        loss, metrics = tk.policy_loss(
-            new,
-            base,
-            a if weights is None else a * weights,
-            rows.cu_seqlens,
-            config=self.config,
-            normalizer=normalizer,
-            **layout,
-        )
+        with renamed({"normalizer": "batch_num_tokens" if self.token_level_loss else "global_batch_size"}):
+            loss, metrics = tk.policy_loss(
+                new,
+                base,
+                a if weights is None else a * weights,
+                rows.cu_seqlens,
+                config=self.config,
+                normalizer=normalizer,
+                **layout,
+            )
         if weights is not None:  # OpenRLHF counts before the correction's zeros
             metrics = tk.policy_loss(new.detach(), base, a, rows.cu_seqlens, config=self.config, **layout)[1]
         clipped = metrics["clip_low"] + metrics["clip_high"]  # by the first clip, before the dual one

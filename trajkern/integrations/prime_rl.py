@@ -24,10 +24,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from trajkern._checks import suggesting
+from trajkern._checks import check_tensor, suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _prime_rl_credit
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
+from trajkern.integrations._arguments import NUMBERS
 from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._prime_rl_terms import HOSTS_OWN, Metrics, Term, Tokens, ce, ref_kl, term_of
 
@@ -335,8 +336,8 @@ def _packs(streams: Mapping[str, Sequence[Tensor] | None]) -> list[Tensor | None
             got = None if sequences is None else len(sequences)
             raise ValueError(f"{name} must hold {len(wanted)} sequences, as {first} does; got {got}")
         for i, (x, y) in enumerate(zip(sequences, wanted, strict=True)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name}[{i}] must be a tensor, got {type(x).__name__}")
+            own = None if i == 0 and name == first else wanted[i].device
+            check_tensor(f"{name}[{i}]", x, dtypes=NUMBERS, device=own)
             if x.ndim != 1 or x.shape != y.shape:
                 raise ValueError(f"{name}[{i}] must have shape [L] = {list(y.shape)}, got {list(x.shape)}")
             if name == "loss_mask" and x.dtype != torch.bool:

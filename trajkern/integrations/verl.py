@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import suggesting
+from trajkern._checks import check_choice, check_process_group, check_tensor
+from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
@@ -194,8 +195,10 @@ def linear_cross_entropy(
     product is autocast's, as verl's own is. A weight that verl's FSDP2 engine has sharded is gathered, for forward and
     backward, and its gradient averaged over the ranks as FSDP2 does; verl's own torch head fails there.
     """
-    if reduction != "none":
-        raise ValueError(f"reduction must be 'none', the one that verl asks for; got {reduction!r}")
+    check_choice("reduction", reduction, ("none",))  # the one that verl asks for
+    check_tensor("hidden", hidden, dtypes=FLOATS)
+    check_tensor("labels", labels, dtypes=INTEGERS, device=hidden.device)
+    check_process_group("dist_process_group", dist_process_group)
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, one a row; got {list(labels.shape)}")
     hidden, weight = autocasted(hidden.reshape(-1, hidden.shape[-1]), _gathered(weight))

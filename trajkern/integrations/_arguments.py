@@ -1,0 +1,82 @@
+"""Arguments that a host's names decide: each is held against its annotation, under its own name, before it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from trajkern._checks import check_count, check_flag, check_number, check_tensor, describe
+from trajkern._dtypes import FLOATS, INTEGERS
+
+F = TypeVar("F", bound=Callable[..., Any])
+NUMBERS = (*FLOATS, *INTEGERS, torch.bool, torch.uint8, torch.int8, torch.int16)  # no quantised or complex ones
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "a text"),
+    "Sequence": (Sequence, "a sequence"),
+    "Mapping": (Mapping, "a mapping"),
+}
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {"float": check_number, "int": check_count, "bool": check_flag}
+
+
+def by_annotation(function: F) -> F:
+    """The function, that raises TypeError or ValueError where an argument is none of what its annotation says.
+
+    Numbers must be finite, flags True or False, tensors dense, in memory, and on one device.
+    """
+    signature = inspect.signature(function)
+    kinds = {name: _parts(x.annotation) for name, x in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        device: torch.device | None = None
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if kinds[name]:
+                check_kind(name, value, kinds[name], device)
+            if device is None and isinstance(value, Tensor) and value.ndim:
+                device = value.device
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def _parts(annotation: Any) -> tuple[str, ...]:
+    """Of a union in words; nothing where one of them may be anything."""
+    parts = tuple(x.partition("[")[0] for x in str(annotation).split(" | "))
+    return parts if all(x in ("Tensor", "None", *_KINDS, *_CHECKS) for x in parts) else ()
+
+
+def check_kind(name: str, value: Any, parts: tuple[str, ...], device: torch.device | None) -> None:
+    """That the value is of one of the kinds, a tensor on the device."""
+    if value is None and "None" in parts:
+        return
+    kinds = [x for x in parts if x != "None"]
+    if len(kinds) > 1:  # what a value looks like decides which of them it is to be
+        looks = "Tensor" if isinstance(value, Tensor) else "float" if isinstance(value, Real) else kinds[0]
+        kinds = [looks] if looks in kinds else kinds
+    kind = kinds[0]
+    if kind == "Tensor":
+        check_tensor(name, value, dtypes=NUMBERS, device=device)
+    elif kind in _CHECKS:
+        _CHECKS[kind](name, value)
+    elif not isinstance(value, _KINDS[kind][0]) or (kind == "Sequence" and isinstance(value, (str, bytes))):
+        raise TypeError(f"{name} must be {_KINDS[kind][1]}, got {describe(value)}")
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """An error that begins with the name of an argument here begins with the host's."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in names:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{names[name]} {rest}") from None
