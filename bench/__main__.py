@@ -37,6 +37,7 @@ from trajkern._bench.results import Refused
 from trajkern._bench.run import Settings, clocks
 from trajkern._bench.table import markdown
 from trajkern._bench.text import text
+from trajkern._parser import Parser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAMILIES = {
@@ -94,12 +95,16 @@ def _refuse(args: argparse.Namespace) -> None:
         chosen(args)  # raises where a shape is none
     for name in ("json", "markdown", "html"):
         path = getattr(args, name)
-        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir() or not _writable(path)):
             raise Refused(f"--{name} {path}: cannot be written")
     if args.png and not (args.png.is_dir() and os.access(args.png, os.W_OK)):
         raise Refused(f"--png {args.png}: is not a folder that can be written to")
     if (args.html or args.png) and not find_spec("matplotlib"):
         raise Refused("--html and --png need matplotlib: pip install matplotlib")
+
+
+def _writable(path: Path) -> bool:
+    return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
 def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
@@ -188,7 +193,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trajkern bench",
         description="Time every op beside torch's forms of it, in one process. Each contender is first checked against "
         "the float64 reference; one that is wrong gets no time. The exit status is 1 if trajkern or torch is.",

@@ -22,6 +22,7 @@ from trajkern._bench.head import loss_problem
 from trajkern._bench.head_memory import FORMS, GPUS, MODELS, Sizes, longest, whole
 from trajkern._bench.memory import give_back, peak_bytes
 from trajkern._bench.text import size
+from trajkern._parser import Parser
 
 FORMAT = 1  # of the results file
 SCALE = {"cpu": 16, "cuda": 1}  # what width and vocabulary are divided by
@@ -135,7 +136,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trajkern bench --memory", description=__doc__)
+    parser = Parser(prog="trajkern bench --memory", description=__doc__)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write every number there")

@@ -26,6 +26,7 @@ from trajkern._backends import AMD_TARGETS
 from trajkern._bench import head_model
 from trajkern._bench.table import seconds
 from trajkern._bench.text import WIDTH
+from trajkern._parser import Parser
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT.parent / "csrc" / "cuda"
@@ -328,7 +329,7 @@ _FAMILIES = ("logprob", "head", "divergence", "topk", "policy_loss", "reflection
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trajkern bench --static", description=(__doc__ or "").partition("\n\n")[2])
+    parser = Parser(prog="trajkern bench --static", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument(
         "--op",
         choices=_FAMILIES,

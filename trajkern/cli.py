@@ -16,6 +16,7 @@ import torch
 import trajkern as tk
 from trajkern import _ext
 from trajkern._backends import AMD_TARGETS, OWNERS
+from trajkern._parser import Parser
 
 WIDTH = 80
 COMMANDS = {
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trajkern",
         usage="trajkern {info,validate,bench,train} ...",
         description="Kernels for reinforcement learning of language-model agents.",
@@ -68,7 +69,7 @@ def bench(argv: list[str]) -> int:
 
 
 def info(argv: list[str]) -> int:
-    argparse.ArgumentParser(prog="trajkern info", description=f"Print {COMMANDS['info']}.").parse_args(argv)
+    Parser(prog="trajkern info", description=f"Print {COMMANDS['info']}.").parse_args(argv)
     print("\n".join(report()))
     return 0
 

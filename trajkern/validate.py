@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import trajkern as tk
+from trajkern._memory import shown
+from trajkern._parser import Parser
 from trajkern.testing import SPECS, compiled, differences, spec_of
 from trajkern.testing.ptx.context import ARCHITECTURES
 from trajkern.testing.registry import OpSpec
@@ -26,7 +28,7 @@ def main(argv: list[str]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"trajkern validate: torch {torch.__version__} sees no NVIDIA GPU", file=sys.stderr)
         return 2
-    if args.json is not None and not args.json.absolute().parent.is_dir():
+    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         print(f"trajkern validate: --json must name a file in an existing folder; got {args.json}", file=sys.stderr)
         return 2
     if args.compiled and (args.device or args.inputs):
@@ -158,14 +160,25 @@ def read_inputs(path: Path, device: str) -> dict[str, Any]:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
-    return count
+    return _between(text, 1, 1_000_000)
+
+
+def _seed(text: str) -> int:
+    return _between(text, 0, 2**62)
+
+
+def _between(text: str, low: int, high: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = low - 1  # as more digits than Python reads
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {shown(text)}")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trajkern validate",
         description="Run every op, backend and precision that this machine can, forward and backward, against the "
         "float64 reference; twice, and in another order. Exit status 1 where an error exceeds its budget or bits "
@@ -178,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--intensity", type=int, choices=FRESH, help="how many fresh draws of each case; default: 1, 0 if compiled")
     compiling = "execute the GPU's kernels on this CPU, compiled for this architecture, such as sm_90"
     add("--compiled", choices=ARCHITECTURES, metavar="ARCH", help=compiling)
-    add("--seed", type=int, default=0, help="of the fresh draws; default: %(default)s")
+    add("--seed", type=_seed, default=0, help="of the fresh draws; default: %(default)s")
     add("--seeds", type=_count, default=1, metavar="N", help="this and the next N - 1 seeds; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write every result there")
     add("--inputs", type=Path, metavar="FILE", help="a safetensors file with the arguments of the one --op given")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_choice, check_process_group, check_tensor
+from trajkern._checks import check_choice, check_process_group, check_tensor, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit

@@ -343,10 +343,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _check_keys(settings: dict[str, Any], table: type, path: Path, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(table)]
     for key, value in settings.items():
-        if key not in known or isinstance(value, dict) != (table is TrainConfig and key in _TABLES):
+        if key not in known:
             legal = f"settings of {prefix or PROGRAM}: {', '.join(known)}"
-            near = "" if key in known else did_you_mean(key, known)
-            raise ValueError(f"config {path} must hold {legal}; got {key!r}{near}")
+            raise ValueError(f"config {path} must hold {legal}; got {key!r}{did_you_mean(key, known)}")
+        is_table = table is TrainConfig and key in _TABLES
+        if isinstance(value, dict) != is_table:
+            name, what = f"{prefix}.{key}" if prefix else key, "be" if is_table else "not be"
+            raise ValueError(f"config {path}: {name} must {what} a table of settings, got {value!r}")
         if isinstance(value, dict):
             _check_keys(value, _TABLES[key], path, key)
 
