@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu trajkern/testing/ptx/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test slow ptx fuzz lint format bench reproduce readme docs gpu-check clean
+.PHONY: help setup train test slow ptx fuzz attack lint format bench reproduce readme docs gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -32,6 +32,9 @@ ptx: .venv/.built ## every case on the compiled GPU kernels, executed on this CP
 
 fuzz: .venv/.built ## every op under 10,000 random options against float64; ARGS="--seed 7 --cases 500" others
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+attack: .venv/.built ## hostile calls of everything public, each survived; writes docs/errors.md
+	$(BIN)/python -m tests.attack $(ARGS)
 
 lint: .venv/.built ## ruff, clang-format and mypy; nothing is rewritten
 	$(BIN)/ruff check
