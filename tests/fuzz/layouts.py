@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,8 @@ def _of_tree(spec: OpSpec, value: str, options: Options, seed: int) -> Problem:
             inputs["leaf_weights"] = torch.rand(count, generator=g, dtype=torch.float64).sub(0.3).relu()
         return inputs
 
+    if options.get("eps"):  # siblings that are equal have a gradient of 0 whose terms are 1 / eps
+        spec = dataclasses.replace(spec, oracle_term=1 / options["eps"])
     return Problem(spec, of_case(spec, options, seed, make))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def _group_advantages(options: Options, seed: int) -> Problem:
         chosen = {name: options[name] for name in ("baseline", "scale", "ddof", "eps", "singleton")}
         return {"rewards": rewards, "group_ids": ids} | chosen | given(gate=gate, weights=weights)
 
-    return Problem(GROUP_ADVANTAGES, of_case(GROUP_ADVANTAGES, options, seed, make))
+    # rows that are equal have a gradient of 0 whose terms are 1 / eps
+    spec = dataclasses.replace(GROUP_ADVANTAGES, oracle_term=1 / options["eps"] if options["eps"] else 8.0)
+    return Problem(spec, of_case(spec, options, seed, make))
 
 
 def _packed(spec: OpSpec, options: Options, seed: int) -> Problem:
@@ -113,6 +116,9 @@ def _reflection(spec: OpSpec, options: Options, seed: int) -> Problem:
             inputs["baseline"] = randn(g, sum(lengths)) + options["offset"]
         return inputs | {"ddof": options["ddof"], "normalize": options["normalize"] == "yes"}
 
+    # of a reference of one token the gradient is 0, of which sums in float64 leave their rounding
+    terms = {name: 1e-6 / options["spread"] for name in ("grad_logprobs", "grad_baseline")}
+    spec = dataclasses.replace(spec, term_scale=spec.term_scale | terms)
     return Problem(spec, of_case(spec, options, seed, make))
 
 
