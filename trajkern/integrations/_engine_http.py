@@ -10,10 +10,10 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from trajkern._checks import check_number, describe
+from trajkern._checks import check_count, check_number, describe
 from trajkern._memory import shown
 
-MOST_SECONDS = 1e6  # that a socket waits
+MOST_SECONDS, MOST_BYTES = 1e6, 2**40  # that a socket waits, and that one machine holds
 
 
 def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes: int = 2**28) -> Any:
@@ -35,7 +35,7 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
     if not isinstance(body, Mapping):
         raise TypeError(f"body must be a mapping, got {describe(body)}")
     timeout = check_number("timeout", timeout, above=0, high=MOST_SECONDS)
-    check_number("max_bytes", max_bytes, above=0)
+    check_count("max_bytes", max_bytes, low=1, high=MOST_BYTES)
     try:
         encoded = json.dumps(body).encode()
     except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trajkern import PackedBatch, TokenStats, Tree, linear_token_stats
-from trajkern._checks import check_shape, check_tensor, readable
+from trajkern._checks import check_flag, check_shape, check_tensor, readable
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._model_head import Trial, measured_form, measured_route, named_form
 from trajkern.integrations._model_run import Layout, Route, check_tree, layout_kind
@@ -100,6 +100,7 @@ def hidden_states(
     check: bool = True,
 ) -> Tensor:
     """The last hidden state of every token, ``[T, H]``: what the head is applied to. Arguments as in `log_probs`."""
+    check = check_flag("check", check)
     tokens, _ = _tokens(layout, tokens, None)
     parts = _parts(model)
     inner = parts.causal
@@ -116,6 +117,7 @@ def hidden_states(
 
 def head_arguments(model: nn.Module, *, check: bool = True) -> dict[str, Any]:
     """The model's :class:`Head` by :func:`trajkern.linear_logprobs`' names; ``check`` as in :func:`log_probs`."""
+    check = check_flag("check", check)
     parts = _parts(model)
     form = measured_form(parts) if check else named_form(parts.causal)
     weight, bias = parts.head_tensors()

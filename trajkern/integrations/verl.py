@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_choice, check_process_group, check_tensor, suggesting
+from trajkern._checks import check_choice, check_flag, check_process_group, check_tensor, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit
@@ -73,6 +73,7 @@ def register(*, credit: Spec | str | None = None, replace: bool = False, any_ver
             tree, logits. What only a batch can tell is refused at the first one.
     """
     check_version("verl", TESTED, any_version)
+    replace = check_flag("replace", replace)
     core = importlib.import_module("verl.trainer.ppo.core_algos")
     specs, required = _credits(credit)
     unregister()
