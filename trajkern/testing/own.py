@@ -135,14 +135,15 @@ def _names(spec: OpSpec, function: Function) -> list[str] | None:
 
 def sorted_out(spec: OpSpec, function: Function, cases: Iterable[Case]) -> tuple[list[Case], dict[str, list[str]]]:
     """(the cases whose options it takes, option that it does not take -> the cases that give it)."""
-    kept, skipped = [], {}
+    fitting: list[Case] = []
+    skipped: dict[str, list[str]] = {}
     for case in cases:
         options = untaken(spec, function, case.make(torch.Generator().manual_seed(0)))
         for option in options:
             skipped.setdefault(option, []).append(case.name)
         if not options:
-            kept.append(case)
-    return kept, skipped
+            fitting.append(case)
+    return fitting, skipped
 
 
 def name_of(function: Function) -> tuple[str, tuple[str, ...]]:

@@ -71,7 +71,8 @@ def check(
     for dtype in precisions:
         check_choice("dtypes", dtype, spec.dtypes)
     check_arguments(spec, function)
-    chosen, skipped = _chosen(spec, cases), {}
+    chosen = _chosen(spec, cases)
+    skipped: dict[str, list[str]] = {}
     if ignore_options:
         chosen, skipped = sorted_out(spec, function, chosen)
     spec = replace(held(spec, function, backward), cases=tuple(chosen))
@@ -204,8 +205,9 @@ def _failure(result: Result, spec: OpSpec, function: Function, inputs: Inputs, c
         first = None
     if not why:
         return None
-    shown = first is not None and size < min((failure.size for failure in result.failures), default=math.inf)
-    return Failure(case.name, draw, size, why, case.reason, bits, _compared(spec, first, inputs) if shown else {})
+    smallest = size < min((failure.size for failure in result.failures), default=math.inf)
+    worst = _compared(spec, first, inputs) if first is not None and smallest else {}
+    return Failure(case.name, draw, size, why, case.reason, bits, worst)
 
 
 def _compared(spec: OpSpec, actual: Outcome, inputs: Inputs) -> dict[str, Difference]:
