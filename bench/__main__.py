@@ -19,7 +19,6 @@ from trajkern._bench import (
     logprob,
     peers,
     policy_loss,
-    ranks,
     recipes,
     reflection,
     results,
@@ -51,7 +50,6 @@ FAMILIES = {
     "topk": topk.CASES,
     "recipes": recipes.CASES,
     "hosts": hosts.CASES,
-    "ranks": ranks.CASES,
 }
 TIMED = tuple(dict.fromkeys(case.op for cases in FAMILIES.values() for case in cases))
 

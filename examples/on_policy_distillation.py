@@ -1,12 +1,15 @@
 """On-policy distillation: the student writes, and its teacher says of each token what it would have found likely there.
 
-The student is SmolLM2 with every third of its layers, the teacher all of it. Each step the student answers questions;
-of every token that it wrote, its own 64 likeliest candidates are asked of the teacher, and KL(student || teacher) over
-these and one bucket for the rest is the loss. Neither model's logits are ever whole. It prints how far the student
-still is, and what its candidates leave out; on one core of an AMD EPYC, to begin with:
+The student is SmolLM2 without every third of its layers, the teacher all of it. Each step the student answers four
+questions; of every token that it wrote, its own 64 likeliest candidates are asked of the teacher, and KL(student ||
+teacher) over these and one bucket for the rest is the loss. Neither model's logits are ever whole. It prints how far
+the student still is, and what its candidates leave out; on one core of an AMD EPYC, to begin with:
 
-    step  0  divergence 6.261  outside the 64 candidates   5.6%   16.1 CPU s
-    step  1  divergence 4.685  outside the 64 candidates   0.0%   14.4 CPU s
+    step  0  divergence 6.217  outside the 64 candidates   3.9%   14.1 CPU s
+    step  1  divergence 6.535  outside the 64 candidates   2.4%   12.3 CPU s
+    step  2  divergence 4.990  outside the 64 candidates   1.9%   11.3 CPU s
+    step  3  divergence 3.589  outside the 64 candidates   1.0%   11.3 CPU s
+    step  4  divergence 2.586  outside the 64 candidates   0.6%   11.9 CPU s
 """
 
 from __future__ import annotations
@@ -23,14 +26,15 @@ import trajkern as tk
 from trajkern.integrations.transformers import head_arguments, hidden_states
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Name three fruits.", "What do bees make?")
-ANSWERS, LENGTH = 2, 16  # to a question; tokens of each
-CANDIDATES, RATE = 64, 3e-4
+ANSWERS, LENGTH = 1, 12  # to a question; tokens of each
+CANDIDATES, RATE = 64, 2e-5
 
 
 def thinned(teacher: Any, every: int = 3) -> Any:
-    """The model with one of ``every`` layers: a student that has to learn to speak again."""
+    """The model without one in ``every`` layers: a student that has to learn to speak again."""
     student = copy.deepcopy(teacher)
-    student.model.layers = student.model.layers[::every]
+    kept = [layer for number, layer in enumerate(student.model.layers, 1) if number % every]
+    student.model.layers = torch.nn.ModuleList(kept)
     for number, layer in enumerate(student.model.layers):
         layer.self_attn.layer_idx = number  # its place in the cache
     student.config.num_hidden_layers = len(student.model.layers)

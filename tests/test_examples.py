@@ -157,6 +157,17 @@ def test_trl_smollm2(tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) 
     assert "CPU s a step" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # imports TRL
+def test_the_readmes_line_for_trl() -> None:
+    trl = pytest.importorskip("trl")
+    (line,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    theirs, names = trl.GRPOTrainer._compute_loss, {"trainer": trl.GRPOTrainer}  # a class does as well as a trainer
+    exec(line, names)
+    ours = trl.GRPOTrainer._compute_loss
+    names["trajkern_trl"].disable(trl.GRPOTrainer)
+    assert ours is not theirs and trl.GRPOTrainer._compute_loss is theirs
+
+
 SCRIPT_WITHOUT_RAY = """
 import runpy
 from tests.integrations.conftest import VERL_NEEDS, stand_in_modules
