@@ -19,6 +19,7 @@ from trajkern._bench import (
     logprob,
     peers,
     policy_loss,
+    ranks,
     recipes,
     reflection,
     results,
@@ -50,6 +51,7 @@ FAMILIES = {
     "topk": topk.CASES,
     "recipes": recipes.CASES,
     "hosts": hosts.CASES,
+    "ranks": ranks.CASES,
 }
 TIMED = tuple(dict.fromkeys(case.op for cases in FAMILIES.values() for case in cases))
 

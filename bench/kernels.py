@@ -16,7 +16,8 @@ from trajkern._triton.policy_loss_options import BY_TRAJECTORY, bits, computed_m
 Arch = int | str  # a compute capability, or one of AMD's targets
 TYPES = {
     "*fp32": "logprobs norm entropy sum_sq_probs temperatures grad_logprobs grad_entropy old_logprobs advantages"
-    " ref_logprobs sampler_logprobs normalizer mean_slopes loss metrics x scale"
+    " ref_logprobs sampler_logprobs normalizer supervised_weights supervised_normalizer kl_weights kl_normalizer"
+    " mean_slopes loss metrics x scale"
     " z grad state student teacher state_s state_t divergence saved upstream picked residual common power mean_logit"
     " factors",
     "*fp64": "columns totals sums partials",
@@ -96,19 +97,30 @@ def _slope(dtype: torch.dtype, length: int, kind: str, *absent: str, softcap: bo
 
 
 def _tokens(
-    form: str, sequence: bool, kl: str, correction: str, aggregate: str, *absent: str, branch: bool = False
+    form: str,
+    sequence: bool,
+    kl: str,
+    correction: str,
+    aggregate: str,
+    *absent: str,
+    branch: bool = False,
+    streams: bool = False,
 ) -> Variant:
-    """``absent`` has mean_slopes where no derivative in a mean is spread."""
+    """``absent`` has mean_slopes where no derivative in a mean is spread; ``streams``: terms have own weights."""
     options = {"FORM": form, "SEQUENCE": sequence, "KL": kl, "CORRECTION": correction, "PER_TOKEN": sequence}
     options |= {"AGGREGATE": aggregate, "MEANS": sequence or form in BY_TRAJECTORY, "BRANCH": branch}
-    name = f"{form}-{sequence}-{kl}-{correction}-{branch}"
+    name = f"{form}-{sequence}-{kl}-{correction}-{branch}-{streams}"
+    absent = absent if streams else (*absent, "supervised_weights", "kl_weights")
     return Variant(policy_loss.tokens_kernel, name, absent, options | configs.PIECES)
 
 
-def _finish(aggregate: str, *absent: str) -> Variant:
+def _finish(aggregate: str, *absent: str, kl: str | None = None) -> Variant:
+    """``kl``: with terms that have weights of their own, that estimator."""
     metrics = bits(computed_metrics(*(not absent,) * 3))
     options = {"AGGREGATE": aggregate, "COMPUTED": metrics, "ROWS": configs.MOST_PROGRAMS} | configs.PIECES
-    return Variant(policy_loss.finish_kernel, f"{aggregate}-{len(absent)}", absent, options)
+    options["KL"] = kl or "none"
+    name = f"{aggregate}-{len(absent)}-{kl}"
+    return Variant(policy_loss.finish_kernel, name, absent if kl else (*absent, *STREAMS), options)
 
 
 def _reflection(name: str, dtype: torch.dtype, *absent: str, normalize: bool | None = None) -> Variant:
@@ -121,6 +133,8 @@ def _reflection(name: str, dtype: torch.dtype, *absent: str, normalize: bool | N
 PLAIN = ("temperatures", "mask", "entropy", "sum_sq_probs", "is_top1")
 NO_ENTROPY = ("temperatures", "mask", "grad_entropy", "entropy")
 BY_TOKEN = ("mean_slopes", "shares")
+STREAMS = ("logprobs", "ref_logprobs")  # of the second launch
+STREAMS += ("supervised_weights", "supervised_normalizer", "kl_weights", "kl_normalizer")
 BARE = (*BY_TOKEN, "mask", "ref_logprobs", "sampler_logprobs", "entropy", "selected", "grad_entropy", "grad_logprobs")
 VARIANTS = (
     _stats(torch.bfloat16, 151936, *PLAIN),
@@ -162,6 +176,8 @@ VARIANTS = (
     _finish("seq_mean_token_sum"),
     _finish("seq_mean_token_sum_norm", *BY_TOKEN),
     _finish("seq_mean_token_mean", "normalizer"),
+    _finish("seq_mean_token_mean", kl="k3"),
+    _finish("token_mean", "supervised_normalizer", "kl_normalizer", *BY_TOKEN, kl="k2"),
     _tokens("reinforce", False, "none", "none", "token_sum", *BARE),
     _tokens("clip", False, "k3", "none", "seq_mean_token_mean", *BY_TOKEN, "selected"),
     _tokens("clip", True, "k3_corrected", "sequence_mask", "seq_mean_token_sum", "selected"),
@@ -175,6 +191,8 @@ VARIANTS = (
     _tokens("gmpo", False, "k3_corrected", "tis", "seq_mean_token_mean", "selected"),
     _tokens("gmpo", True, "k3_corrected", "tis", "seq_mean_token_mean", "selected"),
     _tokens("vespo", False, "k3_corrected", "tis", "seq_mean_token_mean", "mean_slopes", "shares", "selected"),
+    _tokens("clip", False, "k3", "none", "token_mean", *BY_TOKEN, "selected", streams=True),
+    _tokens("clip", True, "k1", "sequence_mask", "seq_mean_token_mean", "selected", streams=True),
     _reflection("deviation_kernel", torch.float32),
     _reflection("deviation_kernel", torch.float64, "scores"),
     _reflection("reward_kernel", torch.float32, normalize=True),

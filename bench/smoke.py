@@ -21,7 +21,7 @@ from trajkern._bench.case import OURS, TimedCase
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 EAGER = "eager"
-NAMES = (*(name for name in FAMILIES if name not in ("recipes", "hosts")), "divergence")
+NAMES = (*(name for name in FAMILIES if name not in ("recipes", "hosts", "ranks")), "divergence")
 Outcome = dict[str, torch.Tensor]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import trajkern as tk
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
-from _site import api, docstrings, facts, formulas, navigation, ops, rest  # noqa: E402
+from _site import api, docstrings, facts, formulas, navigation, notebook, ops, rest  # noqa: E402
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 MARKDOWN = [*PAGES, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]
@@ -95,6 +96,23 @@ def test_names_in_text_lead_to_their_pages() -> None:
     assert "x = `tk.whiten`\n" in shown and shown.endswith("{py:obj}`tk.Tree <trajkern.Tree>`")
     assert "distillation" in navigation.speaking_of("linear_divergence")
     assert navigation.speaking_of("nothing_at_all") == []
+
+
+def test_a_notebook_as_a_page(tmp_path: Path) -> None:
+    outputs: list[dict[str, object]] = [
+        {"output_type": "stream", "name": "stdout", "text": ["1\n", "2\n"]},
+        {"output_type": "stream", "name": "stderr", "text": "a warning"},
+        {"output_type": "display_data", "data": {"image/png": "QUJD\nRA==\n", "text/plain": "<Figure>"}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# A title\n", "Text."]},
+        {"cell_type": "code", "source": ["print(1)\n", "draw()"], "outputs": outputs},
+    ]
+    path = tmp_path / "x.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    text = "# A title\nText.\n\n```python\nprint(1)\ndraw()\n```\n\n```text\n1\n2\n```\n\n"
+    assert notebook.as_markdown(path) == text + "![what this cell draws](data:image/png;base64,QUJDRA==)\n"
+    assert notebook.title(path) == "A title"
 
 
 # docstrings

@@ -73,7 +73,7 @@ def _watched_both_ways(spec: OpSpec, case: Case) -> tuple[Watch, Watch]:
 
 
 def _has_row(spec: OpSpec, case: Case) -> bool:
-    """A tree's sums over leaves, a choice of tokens by rank and terms of their own are calls beside the loss."""
+    """A tree's sums over leaves and a choice of tokens by rank are calls beside the loss."""
     inputs = spec.inputs(case, torch.float32)
     if spec.name == "policy_loss" and inputs["config"].ranks_tokens:
         return False

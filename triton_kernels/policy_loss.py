@@ -20,6 +20,7 @@ from trajkern.losses.kinds import METRICS, SAMPLER_BAND
 
 from .configs import FLAT, MOST_PROGRAMS, PIECES
 from .policy_loss_options import Options, bits, computed_metrics, launch_numbers, switches
+from .policy_loss_streams import Streams, Units, kl_terms, stream_slopes, supervised_terms
 from .policy_loss_terms import (
     Coefficients,
     Pack,
@@ -31,10 +32,13 @@ from .policy_loss_terms import (
 from .policy_loss_trajectories import falls_in_share, first_piece, span, trajectory, trajectory_of
 from .primitives import KEEP_NAN, exp, exp_excess
 
-# the columns of a program's sums: the metrics, of effective_sample_size the squares; then what else is added up
+# the columns of a program's sums: the metrics (of effective_sample_size the squares, of a KL with own weights the
+# weighted estimates), then what else is added up
 CLIP_FRACTION, CLIP_LOW, CLIP_HIGH, APPROX_KL, RATIO_MEAN, RATIO_MAX, ENTROPY, KL_MEAN = map(tl.constexpr, range(8))
 SAMPLER_KL, SAMPLER_OUTSIDE, EFFECTIVE_SAMPLE_SIZE, NUM_TOKENS = map(tl.constexpr, range(8, 12))
-LOSS, SAMPLER_RATIO, SCORED, TRAJECTORIES, FALLS = map(tl.constexpr, range(len(METRICS), len(METRICS) + 5))
+LOSS, SAMPLER_RATIO, SCORED, TRAJECTORIES, FALLS, SUPERVISED, SUPERVISED_COUNT, KL_COUNT = map(
+    tl.constexpr, range(len(METRICS), len(METRICS) + 8)
+)
 COLUMNS = tl.constexpr(32)  # of which the rest are 0
 COUNT = tl.constexpr(len(METRICS))
 # of the metrics, those of each reduction; the others are means
@@ -74,9 +78,25 @@ def _row(loss, w, keep, count, BRANCH: tl.constexpr, SAMPLER: tl.constexpr):
     return row.to(tl.float64), tl.where(ratio_sum == ratio_sum, largest, ratio_sum)
 
 
+@triton.jit
+def _with_streams(row, streams, at, inside, KL: tl.constexpr):
+    """A piece's sums, with those of the terms that have weights of their own."""
+    column = tl.arange(0, COLUMNS)
+    if streams.kl_weights is not None:
+        count, kl = kl_terms(streams, at, inside, KL)
+        row = tl.where(column == KL_MEAN, tl.sum(kl, 0).to(tl.float64), row)
+        row = tl.where(column == KL_COUNT, count.to(tl.float64), row)
+    if streams.supervised_weights is not None:
+        count, weighted = supervised_terms(streams, at, inside)
+        row = tl.where(column == SUPERVISED, tl.sum(weighted, 0).to(tl.float64), row)
+        row = tl.where(column == SUPERVISED_COUNT, count.to(tl.float64), row)
+    return row
+
+
 @triton.jit(do_not_specialize=["tokens", "trajectories", "pieces", "share", "steps", "stride"])
 def tokens_kernel(
     logprobs, old_logprobs, advantages, cu_seqlens, mask, sampler_logprobs, ref_logprobs, entropy, selected,
+    supervised_weights, kl_weights,
     grad_logprobs, grad_entropy, shares, mean_slopes, partials,  # [T], [T], [T], [pieces], [programs, COLUMNS] float64
     tokens, trajectories, pieces, share, steps, stride,
     kl_coef, entropy_coef, sampler_low, sampler_high, c0, c1, c2, c3,
@@ -88,6 +108,8 @@ def tokens_kernel(
     WALK: tl.constexpr = MEANS or CORRECTION == "sequence_mask" or (BY_TRAJECTORY and mask is not None)
     numbers, coefficients = (c0, c1, c2, c3), Coefficients(kl_coef, entropy_coef, sampler_low, sampler_high)
     stride = stride.to(tl.int64)
+    OF_MASK: tl.constexpr = KL if kl_weights is None else "none"
+    streams = Streams(logprobs, ref_logprobs, supervised_weights, kl_weights)
     pack = Pack(logprobs, old_logprobs, advantages, stride, mask, ref_logprobs, sampler_logprobs, entropy, selected)
     column = tl.arange(0, COLUMNS)
     total, largest = tl.zeros([COLUMNS], tl.float64), tl.full([], 0.0, tl.float32)
@@ -113,7 +135,7 @@ def tokens_kernel(
             count = up + down + level
             place = Place(at, place.n, keep & (count > 0))
         loss = token_loss(
-            pack, place, of.means, coefficients, numbers, FORM, SEQUENCE, KL, CORRECTION, PER_TOKEN, BRANCH
+            pack, place, of.means, coefficients, numbers, FORM, SEQUENCE, OF_MASK, CORRECTION, PER_TOKEN, BRANCH
         )
         keep, w = place.keep, tl.full([], 1.0, tl.float32)
         if AGGREGATE == "seq_mean_token_mean":
@@ -128,7 +150,7 @@ def tokens_kernel(
         row, ratio = _row(loss, w, keep, count, BRANCH, sampler_logprobs is not None)
         row = tl.where(column == SCORED, counted.to(tl.float64), row)
         row = tl.where(column == TRAJECTORIES, tl.where((of.count > 0) & (offset == 0), 1.0, 0.0), row)
-        total += row
+        total += _with_streams(row, streams, at, inside, KL)
         largest = tl.maximum(largest, ratio, KEEP_NAN)
     total = tl.where(column == RATIO_MAX, largest.to(tl.float64), total)
     total = tl.where(column == FALLS, falls_in_share(cu_seqlens, trajectories, BLOCK).to(tl.float64), total)
@@ -142,29 +164,42 @@ def _column(partials, column, programs, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: tl.constexpr):
-    """1 / the normalizer, or / the tokens or trajectories that there are where there is none.
+def _unit(partials, column, normalizer, programs, ROWS: tl.constexpr):
+    """1 / the normalizer, or / what the column counts where there is none.
 
     A normalizer that is not positive makes it NaN, but where nothing is counted it is 0.
     """
+    units = tl.sum(_column(partials, column, programs, ROWS), 0)
+    if normalizer is not None:
+        n = tl.load(normalizer)
+        unit = tl.where(units == 0, 0.0, tl.div_rn(1.0, tl.where(n > 0, n, float("nan"))))
+    else:
+        unit = tl.div_rn(1.0, tl.maximum(units, 1.0).to(tl.float32))
+    return unit
+
+
+@triton.jit
+def _unit_weight(partials, normalizer, programs, AGGREGATE: tl.constexpr, ROWS: tl.constexpr):
+    """What the tokens' or the trajectories' losses are multiplied with."""
     w = tl.full([], 1.0, tl.float32)
     if AGGREGATE == "token_mean":
-        units = tl.sum(_column(partials, SCORED, programs, ROWS), 0)
-    else:
-        units = tl.sum(_column(partials, TRAJECTORIES, programs, ROWS), 0)
-    if AGGREGATE != "token_sum":
-        if normalizer is not None:
-            n = tl.load(normalizer)
-            w = tl.where(units == 0, 0.0, tl.div_rn(1.0, tl.where(n > 0, n, float("nan"))))
-        else:
-            w = tl.div_rn(1.0, tl.maximum(units, 1.0).to(tl.float32))
+        w = _unit(partials, SCORED, normalizer, programs, ROWS)
+    elif AGGREGATE != "token_sum":
+        w = _unit(partials, TRAJECTORIES, normalizer, programs, ROWS)
     return w
 
 
 @triton.jit
-def _report(partials, w, loss, metrics, programs, COMPUTED: tl.constexpr, ROWS: tl.constexpr):
+def _report(partials, w, streams, units, loss, metrics, programs, COMPUTED: tl.constexpr, ROWS: tl.constexpr):
     """The loss, and each metric by its reduction: NaN where it is not among those COMPUTED."""
-    tl.store(loss, (tl.sum(_column(partials, LOSS, programs, ROWS), 0) * w).to(tl.float32))
+    value = tl.sum(_column(partials, LOSS, programs, ROWS), 0) * w
+    if streams.kl_weights is not None:
+        value += tl.sum(_column(partials, KL_MEAN, programs, ROWS), 0) * units.kl * units.kl_coef
+    if streams.supervised_weights is not None:
+        supervised = -tl.sum(_column(partials, SUPERVISED, programs, ROWS), 0) * units.supervised
+        tl.store(metrics + COUNT, supervised.to(tl.float32))
+        value += supervised
+    tl.store(loss, value.to(tl.float32))
     count = tl.sum(_column(partials, NUM_TOKENS, programs, ROWS), 0)
     for column in tl.static_range(0, COUNT):
         if (COMPUTED >> column) & 1:
@@ -172,6 +207,8 @@ def _report(partials, w, loss, metrics, programs, COMPUTED: tl.constexpr, ROWS: 
             total = tl.sum(found, 0)
             if (LARGEST >> column) & 1:
                 result = tl.where(total == total, tl.max(found, 0), total)
+            elif column == KL_MEAN and streams.kl_weights is not None:
+                result = total * units.kl
             elif (SUMS >> column) & 1:
                 result = total
             elif (EFFECTIVE >> column) & 1:
@@ -185,15 +222,17 @@ def _report(partials, w, loss, metrics, programs, COMPUTED: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def _scale(x, w, at, inside):
-    tl.store(x + at, tl.load(x + at, mask=inside, other=0.0) * w, mask=inside)
+def _slope(grad, streams, units, at, inside, KL: tl.constexpr, BLOCK: tl.constexpr):
+    """A gradient in log p, with that of the terms that have weights of their own."""
+    if streams.logprobs is not None:
+        grad += stream_slopes(streams, units, at, inside, KL, BLOCK)
+    return grad
 
 
 @triton.jit
-def _spread(
-    grad_logprobs, shares, mean_slopes, cu_seqlens, w, tokens, trajectories, pieces, steps, BLOCK: tl.constexpr
-):
+def _spread(pointers, w, tokens, trajectories, pieces, steps, streams, units, KL: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the derivative of a trajectory's loss in its mean to the gradients of the tokens that make up the mean."""
+    grad_logprobs, shares, mean_slopes, cu_seqlens = pointers
     piece = tl.program_id(0)
     n = trajectory_of(cu_seqlens, piece, tokens, trajectories, steps, BLOCK)
     start, end = span(cu_seqlens, n, tokens)
@@ -208,16 +247,28 @@ def _spread(
     inside = (at >= start) & (at < end)
     share = tl.load(shares + at, mask=inside, other=0) != 0
     grad = tl.load(grad_logprobs + at, mask=inside, other=0.0)
-    tl.store(grad_logprobs + at, tl.where(share, grad + each, grad) * w, mask=inside)
+    grad = _slope(tl.where(share, grad + each, grad) * w, streams, units, at, inside, KL, BLOCK)
+    tl.store(grad_logprobs + at, grad, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "trajectories", "pieces", "programs", "steps"])
 def finish_kernel(
     partials, cu_seqlens, normalizer, loss, metrics, grad_logprobs, grad_entropy, shares, mean_slopes,
-    tokens, trajectories, pieces, programs, steps, divisor,
-    AGGREGATE: tl.constexpr, COMPUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logprobs, ref_logprobs, supervised_weights, supervised_normalizer, kl_weights, kl_normalizer,
+    tokens, trajectories, pieces, programs, steps, divisor, kl_coef,
+    AGGREGATE: tl.constexpr, KL: tl.constexpr, COMPUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rows' sums, and the gradients times what a token weighs: NaN where cu_seqlens does not cut up the pack."""
+    """The rows' sums, and the gradients times what a token weighs: NaN where cu_seqlens does not cut up the pack.
+
+    Log-probs are there where a term has weights of its own, whose gradient they are added to.
+    """
+    streams = Streams(logprobs, ref_logprobs, supervised_weights, kl_weights)
+    one = tl.full([], 1.0, tl.float32)
+    units = Units(
+        one if supervised_weights is None else _unit(partials, SUPERVISED_COUNT, supervised_normalizer, programs, ROWS),
+        one if kl_weights is None else _unit(partials, KL_COUNT, kl_normalizer, programs, ROWS),
+        kl_coef,
+    )
     w = _unit_weight(partials, normalizer, programs, AGGREGATE, ROWS)
     if AGGREGATE == "seq_mean_token_sum_norm":
         w = tl.div_rn(w, divisor)
@@ -230,17 +281,19 @@ def finish_kernel(
     ends = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + trajectories) == tokens)
     w = tl.where(ends & (tl.sum(_column(partials, FALLS, programs, ROWS), 0) == 0), w, float("nan"))
     if tl.program_id(0) == 0:
-        _report(partials, w, loss, metrics, programs, COMPUTED, ROWS)
+        _report(partials, w, streams, units, loss, metrics, programs, COMPUTED, ROWS)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tokens
     if mean_slopes is not None:
-        _spread(grad_logprobs, shares, mean_slopes, cu_seqlens, w, tokens, trajectories, pieces, steps, BLOCK)
+        pointers = (grad_logprobs, shares, mean_slopes, cu_seqlens)
+        _spread(pointers, w, tokens, trajectories, pieces, steps, streams, units, KL, BLOCK)
         unfit = at < tl.where(w == w, 0, tokens)  # a piece may not be there then
         tl.store(grad_logprobs + at, tl.full([BLOCK], float("nan"), tl.float32), mask=unfit)
     elif grad_logprobs is not None:
-        _scale(grad_logprobs, w, at, inside)
+        grad = tl.load(grad_logprobs + at, mask=inside, other=0.0) * w
+        tl.store(grad_logprobs + at, _slope(grad, streams, units, at, inside, KL, BLOCK), mask=inside)
     if grad_entropy is not None:
-        _scale(grad_entropy, w, at, inside)
+        tl.store(grad_entropy + at, tl.load(grad_entropy + at, mask=inside, other=0.0) * w, mask=inside)
 
 
 @triton.jit(do_not_specialize=["size", "second_size"])
@@ -264,7 +317,7 @@ def policy_loss(
     x = LossInputs(*inputs)
     wanted, (tokens, trajectories) = Options.of(tuple(x.options)), _check(logprobs, x.cu_seqlens)
     new = logprobs.new_empty
-    loss, metrics = new(()), new(len(METRICS))
+    loss, metrics = new(()), new(len(x.metrics))
     grad_logprobs = new(tokens) if wanted.need_logprobs else None
     grad_entropy = new(tokens) if wanted.need_entropy else None
     results = [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
@@ -285,18 +338,21 @@ def policy_loss(
         x.parameter("max_length"),
         launch_numbers(wanted.form, tuple(x.params)),
     )
+    of_streams = (logprobs, x.ref_logprobs) if x.has_streams else (None, None)
     blocks = 1 if len(results) == 2 else pieces if wanted.spreads else _ceil_div(tokens, PIECES["BLOCK"])
     with torch.cuda.device_of(logprobs):
         tokens_kernel[(programs,)](
             logprobs, x.old_logprobs, x.advantages, x.cu_seqlens, x.mask, x.sampler_logprobs, x.ref_logprobs, entropy,
-            selected, grad_logprobs, grad_entropy, shares, mean_slopes, partials,
+            selected, x.supervised_weights, x.kl_weights, grad_logprobs, grad_entropy, shares, mean_slopes, partials,
             tokens, trajectories, pieces, share, steps, x.advantages.shape[-1], *numbers,
             BRANCH=x.advantages.ndim == 2, **switches(wanted), **PIECES,
         )  # fmt: skip
         finish_kernel[(blocks,)](
             partials, x.cu_seqlens, x.normalizer, loss, metrics, grad_logprobs, grad_entropy, shares, mean_slopes,
-            tokens, trajectories, pieces, programs, steps, divisor,
-            AGGREGATE=wanted.aggregate, COMPUTED=bits(computed), ROWS=MOST_PROGRAMS, **PIECES,
+            *of_streams, x.supervised_weights, x.supervised_normalizer, x.kl_weights, x.kl_normalizer,
+            tokens, trajectories, pieces, programs, steps, divisor, numbers[0],
+            AGGREGATE=wanted.aggregate, KL=wanted.kl if x.has_streams else "none", COMPUTED=bits(computed),
+            ROWS=MOST_PROGRAMS, **PIECES,
         )  # fmt: skip
     return results
 

@@ -101,7 +101,7 @@ def load_rollouts(branch, stride, place, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def _kl_term(d, ratio, KL: tl.constexpr):
+def kl_term(d, ratio, KL: tl.constexpr):
     """An estimate of the KL divergence; its derivative in the log-ratio and in log p."""
     value, slope, direct = d, tl.zeros_like(d), tl.full(d.shape, 1.0, tl.float32)
     if KL == "k2":
@@ -199,7 +199,7 @@ def token_loss(
         leaves = load_advantage(pack.advantages + 2 * pack.stride, place, PER_TOKEN)
     if KL != "none":
         d = new - tl.load(pack.ref_logprobs + at, mask=keep, other=0.0)
-        kl, kl_slope, kl_direct = _kl_term(d, ratio, KL)
+        kl, kl_slope, kl_direct = kl_term(d, ratio, KL)
         c = coefficients.kl * leaves
         value, slope, direct = value + c * kl, slope + c * kl_slope, direct + c * kl_direct
     if pack.entropy is not None:

@@ -1,15 +1,19 @@
 // The policy loss of packed trajectories: the scalar loss, its metrics and its gradients.
 //
 // One pass over the tokens, before it one that counts the unmasked ones, and after it one for the ratio level
-// "sequence". Tokens are taken in runs. A run is cut only at a trajectory's start or a multiple of kRun tokens from it,
-// so that a trajectory's sums do not depend on what else is in the pack, and no sum on the number of threads.
+// "sequence" and one for terms with weights of their own. Tokens are taken in runs. A run is cut only at a trajectory's
+// start or a multiple of kRun tokens from it, so that a trajectory's sums do not depend on what else is in the pack,
+// and no sum on the number of threads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <numeric>
+#include <utility>
 
 #include "../common/choice.h"
 #include "../common/dtype.h"
 #include "../common/parallel.h"
-#include "policy_loss_block.h"
+#include "policy_loss_streams.h"
 
 namespace tk::policy {
 namespace {
@@ -159,6 +163,23 @@ double share(Job<Real>& job, TrajectorySums& sums) {
   return tokens;
 }
 
+// Where the normaliser is not positive NaN, but 0 where no token has a weight.
+template <class Real>
+double unit_of(const Job<Real>& job, const Stream<Real>& stream) {
+  if (!stream.weights) return 0;
+  if (stream.normalizer && *stream.normalizer > 0) return 1 / double(*stream.normalizer);
+  std::vector<int> counts(job.runs.size());
+  for_runs(job, [&](auto&, size_t r) TK_INLINE_LAMBDA {
+    const Real* x = stream.weights + job.runs[r].begin;
+    int count = 0;
+    for (int i = 0; i < job.runs[r].length; ++i) count += x[i] != 0;
+    counts[r] = count;
+  });
+  const double count = std::accumulate(counts.begin(), counts.end(), 0.0);
+  if (stream.normalizer) return count > 0 ? std::numeric_limits<double>::quiet_NaN() : 0;
+  return 1 / std::max(count, 1.0);
+}
+
 // gmpo's loss of a trajectory, -mean(A) exp(mean of the bounded log-ratios), and its derivative in one of them.
 template <class Real>
 void share_geometric_means(Job<Real>& job, TrajectorySums& statistics) {
@@ -209,6 +230,18 @@ std::vector<RunTotals> form(Job<Real>& job, TrajectorySums& statistics) {
   return totals;
 }
 
+// The pass that adds the terms with weights of their own.
+template <class Real>
+StreamTotals streams(Job<Real>& job) {
+  StreamTotals sum;
+  if (!job.supervised.weights && !job.kl.weights) return sum;
+  job.supervised.unit = unit_of(job, job.supervised), job.kl.unit = unit_of(job, job.kl);
+  std::vector<StreamTotals> totals(job.runs.size());
+  for_runs(job, [&](auto& block, size_t r) TK_INLINE_LAMBDA { totals[r] = add_streams(block, job.runs[r]); });
+  for (const StreamTotals& run : totals) sum.logprobs += run.logprobs, sum.kl += run.kl;
+  return sum;
+}
+
 template <class Real>
 void policy_loss(Job<Real> job) {
   job.runs = cut(job.cu_seqlens, job.trajectories);
@@ -216,7 +249,8 @@ void policy_loss(Job<Real> job) {
   TrajectorySums statistics = collect(job);
   const double tokens = share(job, statistics);
   if (job.options.form == Form::gmpo) share_geometric_means(job, statistics);
-  write_results(job, form(job, statistics), tokens);
+  const std::vector<RunTotals> totals = form(job, statistics);
+  write_results(job, totals, streams(job), tokens);
 }
 
 template <class Real>
@@ -244,11 +278,12 @@ Options options_of(const std::array<int, 8>& x) {
           bool(x[7])};
 }
 
-using Pointers = std::array<uintptr_t, 14>;  // in the order of Job's members
+using Pointers = std::array<uintptr_t, 18>;  // in the order of Job's members, each stream's behind the others
 
 template <class Real>
-void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch_stride, const Options& options,
+void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch_stride, Options options,
          const Parameters& params) {
+  const Kl weighted_kl = p[16] ? std::exchange(options.kl, Kl::none) : Kl::none;
   policy_loss(Job<Real>{as<Real>(p[0]),
                         as<Real>(p[1]),
                         as<Real>(p[2]),
@@ -269,7 +304,10 @@ void run(const Pointers& p, int64_t tokens, int64_t trajectories, int64_t branch
                         options,
                         params,
                         {},
-                        {}});
+                        {},
+                        {as<Real>(p[14]), as<Real>(p[15])},
+                        {as<Real>(p[16]), as<Real>(p[17])},
+                        weighted_kl});
 }
 
 }  // namespace

@@ -35,6 +35,13 @@ struct Shared {
 enum BranchRow : int { kPositive, kNegative, kLeafCount, kPositiveCount, kNegativeCount, kZeroCount };
 constexpr int kBranchRows = 6;
 
+// A term whose tokens have weights of their own, null where it is not there; a token of weight 0 takes no part in it.
+template <class Real>
+struct Stream {
+  const Real *weights, *normalizer;
+  double unit = 0;  // 1 / the normaliser
+};
+
 template <class Real>
 struct Job {
   const Real *logprobs, *old_logprobs, *advantages, *ref_logprobs, *sampler_logprobs, *entropy, *normalizer;
@@ -46,6 +53,9 @@ struct Job {
   Parameters params;
   std::vector<Run> runs;
   std::vector<Shared<Real>> shared;
+  // last, so that the stages find the others where they were without them
+  Stream<Real> supervised, kl;
+  Kl weighted_kl;  // the estimator of the second; the options' is of the unmasked tokens
 };
 
 // f(trajectory, offset in the run, length) for every trajectory's part of a run.

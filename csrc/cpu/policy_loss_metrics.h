@@ -65,6 +65,11 @@ struct RunTotals {
   }
 };
 
+// Of the terms with weights of their own, the weighted log-probs and the weighted estimates of the KL.
+struct StreamTotals {
+  double logprobs = 0, kl = 0;
+};
+
 template <class Real>
 bool given(const Job<Real>& job, Needs needs) {
   switch (needs) {
@@ -94,15 +99,25 @@ inline double reduced(Reduction reduction, double total, double ratios, double c
 }
 
 template <class Real>
-void write_results(const Job<Real>& job, const std::vector<RunTotals>& runs, double tokens) {
+void write_results(const Job<Real>& job, const std::vector<RunTotals>& runs, const StreamTotals& streams,
+                   double tokens) {
   RunTotals sum;
   for (const RunTotals& run : runs) sum.add(run);
   if (!job.branch_stride) sum[Metric::num_tokens] = tokens;
   const double count = sum[Metric::num_tokens];
-  *job.loss = sum.loss;
+  double loss = sum.loss;
   for (int m = 0; m < kMetrics; ++m)
     job.metrics[m] = given(job, kRules[m].needs) ? reduced(kRules[m].reduction, sum.of[m], sum.sampler_ratio, count)
                                                  : std::numeric_limits<double>::quiet_NaN();
+  if (job.kl.weights) {
+    const double kl = job.kl.unit * streams.kl;
+    job.metrics[int(Metric::kl)] = kl, loss += Params<double>(job.params).kl_coef * kl;
+  }
+  if (job.supervised.weights) {
+    const double supervised = -job.supervised.unit * streams.logprobs;
+    job.metrics[kMetrics] = supervised, loss += supervised;
+  }
+  *job.loss = loss;
 }
 
 }  // namespace tk::policy

@@ -148,6 +148,7 @@ TK_INLINE void add_dots(const Problem<T>& in, const Group& group, int64_t j, Cou
 
 template <int W, class T>
 TK_INLINE void write_rows(const Group& group, const double* s, double divisor, T* row, T* out) {
+  if (group.length == 0) return;  // memcpy wants pointers even then
   each_step(0, group.length,
             [&](int64_t j, auto count) TK_INLINE_LAMBDA { write(row + j, count, read<W>(s + j, count) / divisor); });
   for (const int64_t at : group.at) std::memcpy(out + at, row, group.length * sizeof(T));

@@ -46,13 +46,13 @@ Counts derive(const int64_t* parent, const int64_t* lengths, int64_t m, const De
   std::fill_n(out.leaf_end, m, 0);  // counts first
   for (int64_t n = m; n-- > 0;) {
     if (out.child_begin[n] == out.child_begin[n + 1]) out.leaf_end[n] = 1;
-    if (parent[n] >= 0) out.leaf_end[parent[n]] += out.leaf_end[n];
+    if (out.parent[n] >= 0) out.leaf_end[out.parent[n]] += out.leaf_end[n];
   }
   const std::unique_ptr<int32_t[]> next(new int32_t[m]);  // where the next child's leaves begin
   const std::unique_ptr<int64_t[]> last(new int64_t[m]);  // a node's last token, or the one before it
   int64_t tokens = 0;
   for (int64_t n = 0; n < m; ++n) {
-    const int64_t p = parent[n];
+    const int64_t p = out.parent[n];  // the one that was checked: another thread may write into `parent`
     const int32_t below = out.leaf_end[n];
     if (p < 0) {
       out.leaf_begin[n] = int32_t(found.leaves);
@@ -74,13 +74,14 @@ Counts derive(const int64_t* parent, const int64_t* lengths, int64_t m, const De
   return found;
 }
 
-pybind11::tuple bound_derive(uintptr_t parent, uintptr_t lengths, int64_t m, const std::array<uintptr_t, 10>& derived) {
+std::array<int64_t, 4> bound_derive(uintptr_t parent, uintptr_t lengths, int64_t m,
+                                    const std::array<uintptr_t, 10>& derived) {
   using I = int32_t;
   const auto& x = derived;  // in the order of Derived's members
   const Derived out{as<I>(x[0]), as<I>(x[1]), as<I>(x[2]), as<I>(x[3]),       as<I>(x[4]),
                     as<I>(x[5]), as<I>(x[6]), as<I>(x[7]), as<int64_t>(x[8]), as<int64_t>(x[9])};
   const Counts found = derive(as<const int64_t>(parent), as<const int64_t>(lengths), m, out);
-  return pybind11::make_tuple(found.bad, found.leaves, found.roots, found.levels);
+  return {found.bad, found.leaves, found.roots, found.levels};
 }
 
 // Packed token of every flat one. Each leaf's row is filled from its end, node by node up to the root.
@@ -107,14 +108,20 @@ pybind11::tuple bound_prefixes(uintptr_t tokens, uintptr_t mask, uintptr_t cu_se
                  tolerance,
                  {}};
   for (const uintptr_t x : logprobs) in.logprobs.push_back(as<const double>(x));
-  PrefixTree tree(in, split);
-  const bool done = tree.build();
-  const PrefixTree::Mismatch at = tree.mismatch();
+  PrefixTree::Mismatch at;
+  PrefixTree::Numbered out;
+  bool done;
+  {
+    const pybind11::gil_scoped_release unlocked;
+    PrefixTree tree(in, split);
+    done = tree.build();
+    at = tree.mismatch();
+    if (done) out = tree.numbered();
+  }
   const auto bytes = [](const std::vector<int64_t>& x) {
     return pybind11::bytearray(reinterpret_cast<const char*>(x.data()), x.size() * sizeof(int64_t));
   };
   if (!done) return pybind11::make_tuple(pybind11::make_tuple(at.field, at.here, at.there));
-  const PrefixTree::Numbered out = tree.numbered();
   return pybind11::make_tuple(pybind11::none(), bytes(out.parent), bytes(out.lengths), bytes(out.source),
                               bytes(out.root_groups));
 }
@@ -123,7 +130,8 @@ pybind11::tuple bound_prefixes(uintptr_t tokens, uintptr_t mask, uintptr_t cu_se
 }  // namespace tk
 
 void bind_tree_layout(pybind11::module_& m) {
-  m.def("tree_derive", &tk::bound_derive);
-  m.def("tree_flat", &tk::bound_flat);
+  using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("tree_derive", &tk::bound_derive, unlocked());
+  m.def("tree_flat", &tk::bound_flat, unlocked());
   m.def("tree_prefixes", &tk::bound_prefixes);
 }

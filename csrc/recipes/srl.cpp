@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "../common/dtype.h"
@@ -80,11 +81,13 @@ struct Block {
 
 class Matcher {
  public:
-  double ratio(const Text& a, const Text& b, bool autojunk) {
+  // NaN where it takes more steps: characters of a, and places in b of the same one, each as often as it is looked at.
+  double ratio(const Text& a, const Text& b, bool autojunk, int64_t max_steps) {
     letters_.read(a, b, autojunk);
-    runs_.assign(b.length + 1, Run{0, 0}), row_ = 0;
-    const int64_t both = a.length + b.length;
-    return both == 0 ? 1 : 2.0 * double(matched()) / double(both);
+    runs_.assign(b.length + 1, Run{0, 0}), row_ = 0, steps_left_ = max_steps;
+    const int64_t both = a.length + b.length, alike = matched();
+    if (steps_left_ < 0) return std::numeric_limits<double>::quiet_NaN();
+    return both == 0 ? 1 : 2.0 * double(alike) / double(both);
   }
 
  private:
@@ -93,13 +96,13 @@ class Matcher {
   };
   Letters letters_;
   std::vector<Run> runs_;  // [j + 1] is of b's place j
-  int64_t row_;
+  int64_t row_, steps_left_;
   std::vector<std::array<int64_t, 4>> ranges_;
 
   int64_t matched() {
     int64_t total = 0;
     ranges_.assign(1, {0, int64_t(letters_.a.size()), 0, int64_t(letters_.b.size())});
-    while (!ranges_.empty()) {
+    while (!ranges_.empty() && steps_left_ >= 0) {
       const auto [a, a_end, b, b_end] = ranges_.back();
       ranges_.pop_back();
       const Block block = grown(longest(a, a_end, b, b_end), a, a_end, b, b_end);
@@ -116,7 +119,8 @@ class Matcher {
   Block longest(int64_t a_begin, int64_t a_end, int64_t b_begin, int64_t b_end) {
     Block best{a_begin, b_begin, 0};
     ++row_;  // no run of another find is of the row before the first
-    for (int64_t i = a_begin; i < a_end; ++i) {
+    steps_left_ -= a_end - a_begin;
+    for (int64_t i = a_begin; i < a_end && steps_left_ >= 0; ++i) {
       ++row_;
       const int c = letters_.a[i];
       if (c == kNone || !letters_.seeds[c]) continue;
@@ -126,6 +130,7 @@ class Matcher {
       Run overwritten{0, 0};
       for (auto at = std::lower_bound(first, end, b_begin); at < end && *at < b_end; ++at) {
         const int64_t j = *at;
+        --steps_left_;
         const Run before = j - 1 == last ? overwritten : runs_[j];
         const int64_t length = before.row == row_ - 1 ? before.length + 1 : 1;
         overwritten = runs_[j + 1], last = j;
@@ -148,7 +153,8 @@ class Matcher {
   }
 };
 
-void bound_similarity(const pybind11::tuple& a, const pybind11::tuple& b, bool autojunk, uintptr_t out) {
+void bound_similarity(const pybind11::tuple& a, const pybind11::tuple& b, bool autojunk, int64_t max_steps,
+                      uintptr_t out) {
   std::vector<Text> texts_a, texts_b;
   for (const auto text : a) texts_a.emplace_back(text.ptr());
   for (const auto text : b) texts_b.emplace_back(text.ptr());
@@ -158,7 +164,7 @@ void bound_similarity(const pybind11::tuple& a, const pybind11::tuple& b, bool a
   parallel_for(count, 1, [&](int64_t, int64_t) {  // each thread takes the next pair: some take much longer than others
     Matcher matcher;
     for (int64_t i = next++; i < count; i = next++)
-      as<double>(out)[i] = matcher.ratio(texts_a[i], texts_b[i], autojunk);
+      as<double>(out)[i] = matcher.ratio(texts_a[i], texts_b[i], autojunk, max_steps);
   });
 }
 

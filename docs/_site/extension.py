@@ -8,7 +8,7 @@ from typing import Any
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
-from _site import api, docstrings, formulas, navigation, ops
+from _site import api, docstrings, formulas, navigation, notebook, ops
 from _site.facts import ROOT
 
 FOLDERS = ("api", "examples", "ops", "project")  # of docs/, made anew by every build
@@ -31,6 +31,7 @@ def generate(app: Any) -> None:
     """Writes the pages that are made of data. What has not changed keeps its time, so that it is not read again."""
     made = {f"{page}.rst": "\n".join(lines) for part in (ops, api, navigation) for page, lines in part.pages().items()}
     made |= {f"{page}.md": navigation.moved(page, source) for page, source in navigation.taken().items()}
+    made |= {f"{page}.md": notebook.as_markdown(source) for page, source in navigation.notebooks().items()}
     here = Path(app.srcdir)
     for name, text in made.items():
         path = here / name

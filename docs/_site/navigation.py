@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trajkern as tk
+from _site import notebook
 from _site.facts import ROOT
-from _site.rest import heading, toctree
+from _site.rest import heading, plain, table, toctree
 
 TAKEN = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/reproduction.md", "bench/NOTES.md")  # which are pages of the site
 REFERENCE = {
@@ -34,11 +36,21 @@ def examples() -> dict[str, Path]:
     return {f"examples/{path.stem}": path for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
+def notebooks() -> dict[str, Path]:
+    return {f"examples/{path.stem}": path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
+
+
 def pages() -> dict[str, list[str]]:
     """Page -> its lines."""
-    lines = [*heading("Examples"), "Each is one file that runs as it stands.", ""]
-    index = lines + toctree((path.stem for path in examples().values()), hidden=False)
-    return {"examples/index": index} | {page: _example(path) for page, path in examples().items()}
+    rows = []
+    for path in examples().values():
+        documented = ast.get_docstring(ast.parse(path.read_text())) or ""
+        rows.append((f":doc:`{path.name} <{path.stem}>`", plain(" ".join(documented.split("\n\n")[0].split()))))
+    rows += [(f":doc:`{path.name} <{path.stem}>`", plain(notebook.title(path))) for path in notebooks().values()]
+    shown = table(("file", "what it shows"), rows)
+    lines = [*heading("Examples"), "Each is one file that runs as it stands.", "", *shown]
+    names = [path.stem for path in (*notebooks().values(), *examples().values())]
+    return {"examples/index": lines + toctree(names)} | {page: _example(path) for page, path in examples().items()}
 
 
 def _example(path: Path) -> list[str]:
@@ -97,6 +109,7 @@ def relinked(text: str, source: Path, elsewhere: Callable[[Path], str] | None = 
     """A page's links to files that are pages of the site lead to these; of all others ``elsewhere`` says the path."""
     known = {path: f"{page}.md" for page, path in taken().items()}
     known |= {path: f"{page}.rst" for page, path in examples().items()}
+    known |= {path: f"{page}.md" for page, path in notebooks().items()}
     known |= {path: path.name for path in (ROOT / "docs").glob("*.md")}
     known[ROOT / "README.md"] = "index.md"
 

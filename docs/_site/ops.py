@@ -47,7 +47,7 @@ def page(name: str) -> list[str]:
     spec, lines = facts.spec(name), heading(name)
     lines += [".. currentmodule:: trajkern", "", f".. autofunction:: trajkern.{name}", ""]
     lines += [*heading("Shapes", 1), *shapes(name)]
-    lines += [*heading("Maths", 1), *as_rest(importlib.import_module(facts.module(name)).__doc__ or "")]
+    lines += [*heading("Maths of the family", 1), *as_rest(importlib.import_module(facts.module(name)).__doc__ or "")]
     if spec is not None:
         lines += [*heading("Backends", 1), *backends(spec)]
         lines += [*heading("Error budget", 1), *budget(spec)]

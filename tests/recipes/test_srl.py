@@ -6,12 +6,14 @@ import difflib
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trajkern import _ext
 from trajkern.recipes.srl import keep_groups, rewards, similarity
 
 TEXT = st.text(alphabet="ab c\n7é", max_size=30)
@@ -63,6 +65,33 @@ def test_identical_on_edited_prose() -> None:
         out = similarity([a for a, _ in pairs], [b for _, b in pairs], autojunk=autojunk).tolist()
         assert out == [ratio(a, b, autojunk) for a, b in pairs]
         assert len(set(out)) > 10
+
+
+def test_what_takes_too_long_is_refused_or_given_a_value() -> None:
+    """A row whose blocks nest one in another: cubic for difflib."""
+    hard, easy = "".join(f"{'a' * n}{chr(1000 + n)}" for n in range(20, 0, -1)), "a = 3"
+    expert = "".join(f"{'a' * n}{chr(3000 + n)}" for n in range(20, 0, -1))
+    pairs: Any = ([easy, hard, easy], [easy, expert, "b = 3"])
+    whole = similarity(*pairs, autojunk=False)
+    assert whole.tolist() == [ratio(a, b, False) for a, b in zip(*pairs, strict=True)]
+    for beyond in (-1, math.nan):
+        out = similarity(*pairs, autojunk=False, max_steps=10**5, beyond=beyond)
+        torch.testing.assert_close(out, torch.tensor([1.0, beyond, whole[2]], dtype=torch.float64), equal_nan=True)
+    with pytest.raises(ValueError, match=r"^actions must be .*max_steps = 100000 steps; number 1, of 230 characters"):
+        similarity(*pairs, autojunk=False, max_steps=10**5)
+    with pytest.raises(ValueError, match="^max_steps must be at least 1, got 0"):
+        similarity(["a"], ["b"], max_steps=0)
+    with pytest.raises(TypeError, match="^beyond must be a number, got 'none'"):
+        similarity(["a"], ["b"], beyond="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_limit_is_of_the_texts_alone(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four characters of two letters: 4 + 2 * 2 * 2 steps and no more, in every company and order."""
+    monkeypatch.setattr(_ext, "CPU_BUILT", built)
+    for max_steps, done in ((11, False), (12, True)):
+        out = similarity(["abab", "", "x" * 5000, "abab"], ["abab"] * 4, max_steps=max_steps, beyond=2)
+        assert out.tolist() == [1.0 if done else 2.0, 0.0, 2.0, 1.0 if done else 2.0]
 
 
 def test_one_expert_for_a_group() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 import trajkern as tk
 from trajkern import _extras
 from trajkern.trainer import cli_main
+from trajkern.trainer import config as configuration
 from trajkern.trainer import help as first_page
 from trajkern.trainer.config import TrainConfig, parse
 from trajkern.trainer.models import huggingface
@@ -40,6 +43,27 @@ def test_a_pretrained_model_has_gentler_defaults() -> None:
     config = parse(["--model", "smollm2", "--prompts", "2"])
     assert (config.model, config.prompts, config.warmup.steps) == ("smollm2", 2, 0)
     assert config.lr < TrainConfig().lr / 10
+
+
+def test_the_last_checkpoint_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer one of a folder; a fresh start where there is none."""
+    monkeypatch.setattr(
+        configuration, "load", lambda path: SimpleNamespace(place={"config": TrainConfig(seed=5).to_json()})
+    )
+    flags = ["--resume", "last", "--steps", "7"]
+    fresh = parse([*flags, "--out", str(tmp_path)])
+    assert (fresh.resume, fresh.out, fresh.seed, fresh.steps) == (None, tmp_path, 0, 7)
+    for name, second in (("warmup.safetensors", 2), ("checkpoint.safetensors", 1), ("checkpoint.safetensors", 3)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (second, second))
+        found = parse([*flags, "--out", str(tmp_path)])
+        newest = "warmup.safetensors" if second < 3 else "checkpoint.safetensors"
+        assert (found.resume, found.out, found.seed, found.steps) == (tmp_path / newest, tmp_path, 5, 7)
+    file = tmp_path / "run.toml"
+    file.write_text(f'out = "{tmp_path}"')
+    assert parse(["--resume", "last", "--config", str(file)]).resume == tmp_path / "checkpoint.safetensors"
+    with pytest.raises(ValueError, match="^out must be given to resume the last checkpoint in it, got None"):
+        parse(flags)
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from trajkern.recipes import dro, reward_models
+from trajkern.trainer.models import judges
 from trajkern.trainer.models.judges import Judge, JudgeError, Judgements, LocalJudge, ServerJudge
 from trajkern.trainer.models.verdicts import read_score
 
@@ -318,17 +319,18 @@ def test_a_failed_try_is_tried_again(server: Server, first: tuple[int, bytes | f
         ((200, b'{"choices": [{"text": "Score: 5"}]}'), "ValueError: the server's answer is no chat completion"),
         *((_said(text), "ValueError: the server's answer is no chat completion: its text is") for text in NO_TEXTS),
         (_said("Score: 5", 3), "ValueError: the server's answer is no chat completion: its text is '3'"),
-        (_said("a" * 30_000), "Refused: the server's answer must have at most max_bytes = 20000 bytes; more came"),
+        (_said("a" * 30_000), "Refused: the server's answer must have at most 20000 bytes; more came"),
         ((200, b"[" * 15_000), "RecursionError|.*JSONDecodeError"),
-        (ENDLESS, "Refused: the server's answer must have at most max_bytes = 20000 bytes; more came"),
+        (ENDLESS, "Refused: the server's answer must have at most 20000 bytes; more came"),
         (PACKED, "Refused: the server's answer must not be compressed, as the request says; it is 'gzip'"),
     ],
 )
-def test_a_failed_call_is_no_score(server: Server, bad: tuple[int, bytes | float], cause: str) -> None:
+def test_a_failed_call_is_no_score(
+    server: Server, bad: tuple[int, bytes | float], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "MAX_BYTES", 20_000)
     server.script = lambda turn, text: bad if text == "five" else _said("Score: 6")
-    judge = ServerJudge(
-        server.url, "m", retries=0, timeout=0.5, deadline=1.0, samples=2, concurrency=1, max_bytes=20_000
-    )
+    judge = ServerJudge(server.url, "m", retries=0, timeout=0.5, deadline=1.0, samples=2, concurrency=1)
     with pytest.raises(JudgeError, match=f"(?s)^2 of 6 calls to the judge 'm' failed; the first: {cause}") as caught:
         judge(PROMPTS, RESPONSES)
     assert isinstance(caught.value.__cause__, Exception)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,10 @@ import torch
 from tests.credit.test_ranks import everything, share
 from trajkern import credit
 from trajkern.trainer import cli_main
-from trajkern.trainer.checkpoint import load
+from trajkern.trainer.checkpoint import CHECKPOINT, WARM, load
 from trajkern.trainer.collect import moments_of
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.folder import CHECKPOINT, METRICS
+from trajkern.trainer.folder import METRICS
 from trajkern.trainer.ranks import ALONE, Moments, Ranks
 from trajkern.trainer.setup import check_ranks
 from trajkern.trainer.tasks import Action, Answer, Question, Task
@@ -37,10 +38,14 @@ FEW_STEPS = "--warmup.steps 3 --warmup.check-every 3"
 AVERAGED = ("val_", "pass@", "greedy", "reward", "live_groups", "num_tokens")  # of whole numbers: the same rollouts
 
 
-def launch(ranks: int, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    ranks: int, out: Path, *arguments: str, restarts: int = 0, **environment: str
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "trajkern", "train", *arguments, "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+    command += ["--max-restarts", str(restarts), "-m", "trajkern", "train", *arguments, "--out", str(out)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240 * (1 + 2 * restarts), env=os.environ | environment
+    )
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -206,27 +211,85 @@ calls = 0
 def check(questions, texts):
     global calls
     calls += 1
-    if os.environ["RANK"] == "1" and calls == 3:
+    restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    if os.environ["RANK"] == os.environ.get("WHO", "1") and calls == int(os.environ.get("AT", 3)) and not restarted:
         if os.environ["HOW"] == "raise":
             raise OSError("the disk is full")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, os.environ["HOW"]))
     return [True] * len(texts)
 """
+FATAL_OPTIONS = ["--compose.rubric", "fatal:check", "--checkpoint-every", "1"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize("how", ["raise", "SIGKILL"])
 def test_a_rank_that_dies(warm: list[str], how: str, tmp_path: Path) -> None:
     (tmp_path / "fatal.py").write_text(FATAL)
     out = tmp_path / "run"
-    options = ["--compose.rubric", "fatal:check", "--checkpoint-every", "1"]
-    done = launch(2, out, *warm, *options, PYTHONPATH=str(tmp_path), HOW=how)
+    done = launch(2, out, *warm, *FATAL_OPTIONS, PYTHONPATH=path_with(tmp_path), HOW=how)
     assert done.returncode != 0
     if how == "raise":
         assert "trajkern train: rank 1 of 2: OSError: the disk is full; the last checkpoint stands" in done.stderr
     else:
         assert "rank      : 1" in done.stderr and "Signal 9 (SIGKILL)" in done.stderr, "torchrun names it"
     assert load(out / CHECKPOINT).place["step"] == 2
+
+
+def path_with(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(warm: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two ranks that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "fatal.py").write_text(FATAL)
+    done = launch(2, folder / "run", *warm, *FATAL_OPTIONS, PYTHONPATH=path_with(folder), WHO="none", HOW="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def check_identical(out: Path, expected: Path) -> None:
+    """Every completed step is there once, and all bits are those of the run that went through."""
+    timeless = [
+        [{k: v for k, v in x.items() if k not in ("tokens/s", "seconds")} for x in lines(y)] for y in (out, expected)
+    ]
+    assert timeless[0] == timeless[1]
+    check_weights(out, expected, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "who", "status"), [("SIGTERM", "1", 143), ("SIGHUP", "0", 129)])
+def test_a_signal_to_one_rank_stops_all_at_one_step(
+    warm: list[str], two_ranks: Path, number: str, who: str, status: int, tmp_path: Path
+) -> None:
+    """None is left waiting in a collective; the checkpoint is whole, and the run goes on from it."""
+    (tmp_path / "fatal.py").write_text(FATAL)
+    out = tmp_path / "run"
+    environment = {"PYTHONPATH": path_with(tmp_path), "HOW": number, "AT": "2"}
+    done = launch(2, out, *warm, *FATAL_OPTIONS[:2], "--checkpoint-every", "0", WHO=who, **environment)
+    told = f"stopped by {number}; continue with --resume {out / CHECKPOINT}"
+    assert done.returncode != 0 and done.stderr.count(told) == 1, done.stderr[-3000:]
+    assert f"exitcode  : {status}" in done.stderr and load(out / CHECKPOINT).place["step"] == 2
+    done = launch(2, out, "--resume", "last", *FATAL_OPTIONS, WHO="none", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_identical(out, two_ranks)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(
+    warm: list[str], two_ranks: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "fatal.py").write_text(FATAL)
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (WARM, METRICS):
+        shutil.copy(Path(warm[1]).with_name(name), out)
+    environment = {"PYTHONPATH": path_with(tmp_path), "HOW": "SIGKILL"}
+    done = launch(2, out, "--resume", "last", *FATAL_OPTIONS, restarts=1, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    check_identical(out, two_ranks)
 
 
 def test_ranks_that_cannot_share_the_work(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -13,7 +14,7 @@ import torch
 
 import trajkern as tk
 from trajkern import credit
-from trajkern.recipes import delta_belief, rlcr
+from trajkern.recipes import delta_belief, rlcr, srl
 from trajkern.trainer import checkpoint
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
@@ -262,6 +263,19 @@ def test_a_solution_becomes_its_steps(model: CharacterModel) -> None:
     assert found.keep.tolist() == [True] * 4 + [False] * 2 and reported["filtered"] == 2, "the last two score alike"
     torch.testing.assert_close(found.rows[:4], tk.group_advantages(rewards[:4], torch.zeros(4).long()))
     assert run.system.task.reply(steps[0], "3\n").done and run.system.task.reply(steps[0], "3") is None
+
+
+def test_a_step_that_takes_too_long_to_compare_is_not_well_formed(
+    model: CharacterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of the policy must not end the run."""
+    monkeypatch.setattr(srl, "similarity", functools.partial(srl.similarity, max_steps=3))
+    run = run_of(model, "chain_sum_steps", "srl")
+    step = steps_of(load_task("chain_sum_steps"), Question("1+2+3+4=", "Add.", "3\n6\n10", {}))[2]
+    sample = played(run.system, [step] * 3, [[(t, True)] for t in ("10\n", "1", "0")], [0] * 3)
+    rollouts, _ = credited(run, sample)
+    reported = run.system.report(rollouts, run.spec.needs)
+    torch.testing.assert_close(reported["similarity"], torch.tensor([-1.0, 2 / 3, 2 / 3]))
 
 
 class Echo(Task):

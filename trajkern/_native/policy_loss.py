@@ -10,8 +10,7 @@ from torch import Tensor
 from trajkern import _ext
 from trajkern._checks import check_cu_seqlens
 from trajkern._native._args import DTYPE, pointer
-from trajkern.losses.inputs import fill_without_tokens
-from trajkern.losses.kinds import METRICS
+from trajkern.losses.inputs import LossInputs, fill_without_tokens
 
 
 def policy_loss(
@@ -21,33 +20,39 @@ def policy_loss(
     *inputs: Any,
 ) -> list[Tensor]:
     """``inputs``: those of :class:`LossInputs`, of which ``options`` has all of kinds.OPTIONS."""
-    old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, sampler_logprobs, normalizer, options, params = inputs
+    x = LossInputs(*inputs)
+    assert x.old_logprobs is not None
     tokens, dtype = logprobs.shape[0], logprobs.dtype
-    loss, metrics = torch.empty((), dtype=dtype), torch.empty(len(METRICS), dtype=dtype)
-    grad_logprobs = torch.empty(tokens, dtype=dtype) if options[-2] else None
-    grad_entropy = torch.empty(tokens, dtype=dtype) if options[-1] else None
+    loss, metrics = torch.empty((), dtype=dtype), torch.empty(len(x.metrics), dtype=dtype)
+    grad_logprobs = torch.empty(tokens, dtype=dtype) if x.options[-2] else None
+    grad_entropy = torch.empty(tokens, dtype=dtype) if x.options[-1] else None
     pointers = [
         logprobs.data_ptr(),
-        old_logprobs.data_ptr(),
-        advantages.data_ptr(),
-        pointer(ref_logprobs),
-        pointer(sampler_logprobs),
+        x.old_logprobs.data_ptr(),
+        x.advantages.data_ptr(),
+        pointer(x.ref_logprobs),
+        pointer(x.sampler_logprobs),
         pointer(entropy),
-        pointer(normalizer),
-        cu_seqlens.data_ptr(),
-        pointer(mask),
+        pointer(x.normalizer),
+        x.cu_seqlens.data_ptr(),
+        pointer(x.mask),
         pointer(selected),
         loss.data_ptr(),
         metrics.data_ptr(),
         pointer(grad_logprobs),
         pointer(grad_entropy),
+        pointer(x.supervised_weights),
+        pointer(x.supervised_normalizer),
+        pointer(x.kl_weights),
+        pointer(x.kl_normalizer),
     ]
-    sizes = tokens, cu_seqlens.shape[0] - 1, advantages.shape[1] if advantages.ndim == 2 else 0
-    if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, *sizes, options, params):
-        check_cu_seqlens(cu_seqlens, tokens)
+    sizes = tokens, x.cu_seqlens.shape[0] - 1, x.advantages.shape[1] if x.advantages.ndim == 2 else 0
+    if not _ext.cpu().policy_loss(DTYPE[dtype], pointers, *sizes, x.options, x.params):
+        check_cu_seqlens(x.cu_seqlens, tokens)
     if tokens == 0:  # tensors without an address, by which the kernel knows what is given
-        fill_without_tokens(metrics, entropy=entropy, ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs)
-    return [x for x in (loss, metrics, grad_logprobs, grad_entropy) if x is not None]
+        given = {"ref_logprobs": x.ref_logprobs, "sampler_logprobs": x.sampler_logprobs}
+        fill_without_tokens(metrics, entropy=entropy, **given)
+    return [result for result in (loss, metrics, grad_logprobs, grad_entropy) if result is not None]
 
 
 def scale_gradients_(first: Tensor, second: Tensor | None, scale: Tensor) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.pairs import Pairs, in_range
 from trajkern._tiles.tiles import Block, Grads, Kernels, Tiles, blocks, part_of, slices
-from trajkern.losses.inputs import LossInputs
-from trajkern.losses.streams import Streams, with_streams
+from trajkern.losses.inputs import LossInputs, joined
 
 
 class Folded(NamedTuple):
@@ -144,9 +143,8 @@ def linear_token_stats_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
 def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     """[loss, metrics, logprobs, the gradients asked for]: logits once, gradients formed block by block."""
     head, others = Head.split(args)
-    size = len(LossInputs._fields)
-    loss_inputs, streams, (outputs, needs) = LossInputs(*others[:size]), Streams(*others[size:-2]), others[-2:]
-    if not streams.given:
+    loss_inputs, (outputs, needs) = LossInputs(*others[:-2]), others[-2:]
+    if not loss_inputs.has_streams:
         loss_inputs = loss_inputs._replace(mask=head.mask)
     tiles, stats = Tiles(head, kernels), Stats.zeros(head, outputs)
     if loss_inputs.old_logprobs is None:
@@ -157,10 +155,9 @@ def linear_policy_loss(kernels: Kernels, *args: Any) -> list[Tensor]:
     def policy(form_grads: bool) -> list[Tensor]:
         forms_entropy = form_grads and loss_inputs.parameter("entropy_coef") != 0
         options = [*loss_inputs.options, int(form_grads), int(forms_entropy)]
-        found = kernels.policy_loss(stats.logprobs, stats.entropy, None, *loss_inputs._replace(options=options))
-        return with_streams(streams, stats.logprobs, found) if streams.given else found
+        return kernels.policy_loss(stats.logprobs, stats.entropy, None, *loss_inputs._replace(options=options))
 
-    live = _live(head, loss_inputs, streams, tiles.host)
+    live = _live(head, loss_inputs, tiles.host)
     pairs = tiles.pairs(live)
     slots = pairs.row.shape[0]
     rows, columns = tiles.whole_rows(slots, writes_weight=needs[1])
@@ -189,9 +186,10 @@ def _fold_all(tiles: Tiles, pairs: Pairs, stats: Stats, outputs: int) -> None:
         tiles.kernels.write(stats, pairs, block, folded, tiles.shard.vocabulary)
 
 
-def _live(head: Head, inputs: LossInputs, streams: Streams, host: bool) -> Tensor | None:
+def _live(head: Head, inputs: LossInputs, host: bool) -> Tensor | None:
     """The pairs with a gradient; only where asking costs nothing fewer than the unmasked ones."""
-    if inputs.parameter("kl_coef") or inputs.parameter("entropy_coef") or not host:
+    has_kl = inputs.parameter("kl_coef") != 0 and inputs.kl_weights is None
+    if has_kl or inputs.parameter("entropy_coef") or not host:
         return head.mask
     live = inputs.advantages != 0  # a NaN is
     if live.ndim == 2:  # a branch: sums over positive and over negative advantages, and more
@@ -200,4 +198,5 @@ def _live(head: Head, inputs: LossInputs, streams: Streams, host: bool) -> Tenso
         live = live.repeat_interleave(inputs.cu_seqlens.diff(), output_size=head.targets.shape[0])
     if bool(live.all()):
         return head.mask
-    return streams.joined(live if inputs.mask is None else inputs.mask & live)
+    live = live if inputs.mask is None else inputs.mask & live
+    return joined(live, inputs.supervised_weights, inputs.kl_weights)

@@ -35,7 +35,6 @@ SHARED = (
     "losses/__init__.py",
     "losses/inputs.py",
     "losses/kinds.py",
-    "losses/streams.py",
 )  # trajkern's modules that they import
 VARIANT = "build/torch-universal"
 CARD, BENCHMARK = "README.md", "benchmarks/benchmark.py"

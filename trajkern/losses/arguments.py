@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from trajkern._checks import laid_out
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.inputs import LossInputs
-from trajkern.losses.kinds import KL_ESTIMATORS
-from trajkern.losses.streams import Streams
 
 
 class LossArguments(NamedTuple):
@@ -54,24 +51,6 @@ class LossArguments(NamedTuple):
             self.kl_normalizer,
         )
 
-    def parted(self) -> tuple[Streams, LossArguments]:
-        """The terms that have weights of their own, and the arguments of the rest; checked and laid out."""
-        if self.supervised_weights is None and self.kl_weights is None:
-            return Streams(), self
-        streams = Streams(self.supervised_weights, self.supervised_normalizer)
-        rest = self._replace(supervised_weights=None, supervised_normalizer=None, kl_weights=None, kl_normalizer=None)
-        if self.kl_weights is None:
-            return streams, rest
-        estimator, coefficient = KL_ESTIMATORS.index(self.config.kl), self.config.kl_coef
-        streams = streams._replace(
-            kl_weights=self.kl_weights,
-            kl_normalizer=self.kl_normalizer,
-            ref_logprobs=self.ref_logprobs,
-            kl=estimator,
-            kl_coef=coefficient,
-        )
-        return streams, rest._replace(config=replace(self.config, kl_coef=0.0), ref_logprobs=None)
-
     def inputs(self) -> LossInputs:
         """As the kernels read them; a branch's rows stand in ``advantages`` by now."""
         assert self.advantages is not None
@@ -83,6 +62,10 @@ class LossArguments(NamedTuple):
             self.ref_logprobs,
             self.sampler_logprobs,
             self.normalizer,
+            self.supervised_weights,
+            self.supervised_normalizer,
+            self.kl_weights,
+            self.kl_normalizer,
             [*self.config.kernel_options, int(bool(self.per_token))],
             self.config.kernel_params,
         )

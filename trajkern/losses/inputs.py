@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from trajkern.losses.kinds import OPTIONS, PARAMETERS, computed
+from trajkern.losses.kinds import METRICS, OPTIONS, PARAMETERS, WITH_SUPERVISED, computed
 
 
 class LossInputs(NamedTuple):
@@ -20,6 +20,11 @@ class LossInputs(NamedTuple):
     ref_logprobs: Tensor | None  # [T]
     sampler_logprobs: Tensor | None  # [T]
     normalizer: Tensor | None  # []
+    # terms with weights of their own, None: no such term; a normalizer that is None is how many weights are not 0
+    supervised_weights: Tensor | None  # [T]
+    supervised_normalizer: Tensor | None  # []
+    kl_weights: Tensor | None  # [T], of the KL, in the place of the mask
+    kl_normalizer: Tensor | None  # []
     options: list[int]  # in the order of kinds.OPTIONS, but for the last two
     params: list[float]  # in the order of kinds.PARAMETERS
 
@@ -28,8 +33,26 @@ class LossInputs(NamedTuple):
         """Whether an advantage is a token's, not a trajectory's (with a branch: a node's)."""
         return bool(self.options[OPTIONS.index("per_token")])
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether a term has weights of its own."""
+        return self.supervised_weights is not None or self.kl_weights is not None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics, in their order."""
+        return tuple(METRICS) if self.supervised_weights is None else WITH_SUPERVISED
+
     def parameter(self, name: str) -> float:
         return self.params[PARAMETERS.index(name)]
+
+
+def joined(mask: Tensor | None, *of_streams: Tensor | None) -> Tensor | None:
+    """The tokens of ``mask`` and those that have one of the weights, ``[T]``; None: all."""
+    for weights in of_streams:
+        if mask is not None and weights is not None:
+            mask = mask | (weights != 0)
+    return mask
 
 
 def fill_without_tokens(metrics: Tensor, **given: Tensor | None) -> None:

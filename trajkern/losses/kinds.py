@@ -49,6 +49,9 @@ METRICS = {
 }
 
 
+WITH_SUPERVISED = (*METRICS, "supervised_loss")  # of a loss with weights for a cross-entropy
+
+
 def computed(*given: str) -> tuple[bool, ...]:
     """Of each metric, whether it is a number where ``given`` are the arguments that are not None."""
     known = {None, *given}

@@ -137,12 +137,8 @@ def _check_streams(arguments: LossArguments, logprobs: Tensor) -> None:
 
 
 def _stream_normalizer(name: str, weights: Tensor | None, normalizer: Any, logprobs: Tensor) -> Tensor | None:
-    """As a tensor; None: how many tokens have a weight."""
-    dtype = accumulator(logprobs)
-    if weights is None:
+    if weights is None or normalizer is None:
         return None
-    if normalizer is None:
-        return (weights != 0).sum().clamp_min(1).to(dtype)
     return _as_normalizer(f"{name}_normalizer", normalizer, logprobs, lambda: bool((weights != 0).any()))
 
 

@@ -18,39 +18,33 @@ from trajkern._results import Branch
 from trajkern._tiles.arguments import Head
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
-from trajkern.losses.kinds import METRICS
-from trajkern.losses.streams import STREAM_METRICS, Streams
+from trajkern.losses.inputs import LossInputs, joined
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
 from trajkern.ops.head import HEAD, checked_token_stats, grads_fake
-from trajkern.ops.policy_loss import LOSS_INPUTS, checked_policy_loss, scaled_once, told_streams
+from trajkern.ops.policy_loss import LOSS_INPUTS, checked_policy_loss, scaled_once
 from trajkern.ops.policy_loss_ranks import over_ranks, weighted_parts
 from trajkern.ops.tree_loss import Paths, read_branch
 
 # an op has one argument of a name: here the loss's have the head's beside them
 _LOSS_INPUTS = LOSS_INPUTS.replace("mask", "loss_mask").replace("options", "loss_options")
-_STREAMS = (  # Streams
-    "Tensor? supervised_weights, Tensor? supervised_normalizer, Tensor? kl_weights, Tensor? kl_normalizer,"
-    " Tensor? kl_ref_logprobs, int kl_estimator, float kl_coef"
-)
 
 
 def _policy_loss_fake(*args):
     head, others = Head.split(args)
-    streams = Streams(*others[-9:-2])
-    shapes = ((), len(METRICS) + len(STREAM_METRICS) * streams.given, head.targets.shape)
+    shapes = ((), len(LossInputs(*others[:-2]).metrics), head.targets.shape)
     results = [head.hidden.new_empty(shape, dtype=head.accumulator) for shape in shapes]
     wide = head.accumulator if head.hidden.dtype == torch.float16 else head.hidden.dtype
     return results + [grad.to(wide) for grad in grads_fake(*args)]
 
 
-# -> [loss, metrics (behind them the streams'), logprobs, the gradients in hidden, weight and bias that ``needs`` asks
+# -> [loss, metrics, logprobs, the gradients in hidden, weight and bias that ``needs`` asks
 #     for, fp16's in float32: a loss scaler's large upstream factor comes too late for what fp16 has rounded to 0]
 _linear_policy_loss = define(
     "head",
-    f"linear_policy_loss({HEAD}, Tensor? {_LOSS_INPUTS}, {_STREAMS}, int outputs, bool[] needs) -> Tensor[]",
+    f"linear_policy_loss({HEAD}, Tensor? {_LOSS_INPUTS}, int outputs, bool[] needs) -> Tensor[]",
     _policy_loss_fake,
 )
 
@@ -175,9 +169,9 @@ def _linear_policy_loss_of(
     head = check_head(head_arguments)
     logprobs = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)  # as they will be
     loss_arguments = check_loss(logprobs, logprobs, loss_arguments, in_head=True)
-    streams, _ = loss_arguments.parted()
-    if streams.given:  # which have pairs of their own
-        head_arguments = head_arguments._replace(mask=streams.joined(loss_arguments.mask))
+    of_streams = loss_arguments.supervised_weights, loss_arguments.kl_weights
+    if any(weights is not None for weights in of_streams):  # which have pairs of their own
+        head_arguments = head_arguments._replace(mask=joined(loss_arguments.mask, *of_streams))
         head = check_head(head_arguments)
     if _backends.wants_reference("head", hidden):
         arguments = reference_arguments(head_arguments, head) | loss_arguments._asdict()
@@ -212,7 +206,7 @@ def _one_pass(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The loss and its gradients, formed with the logits."""
     dtype = accumulator(head_arguments.hidden)
-    streams, loss_arguments = loss_arguments.laid_out(dtype).parted()
+    loss_arguments = loss_arguments.laid_out(dtype)
     split = loss_arguments.sequence_group is not None
     if split:
         like = loss_arguments.cu_seqlens.new_empty((), dtype=dtype).expand(head.targets.shape)
@@ -220,11 +214,9 @@ def _one_pass(
     else:
         loss_arguments = read_branch(loss_arguments, dtype)
     inputs = loss_arguments.inputs()
-    if not streams.given:
+    if not inputs.has_streams:
         inputs = inputs._replace(mask=None)  # a graph takes no tensor twice, and the head has it
-    others = (*head[3:], *inputs, *streams, int(with_entropy))
+    others = (*head[3:], *inputs, int(with_entropy))
     loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], others)
-    result = loss, dict(zip(METRICS, metrics.unbind(), strict=not streams.given))
-    if streams.given:
-        result[1].update(told_streams(streams, metrics[len(METRICS) :]))
-    return *(over_ranks(result, loss_arguments) if split else result), logprobs
+    result = loss, dict(zip(inputs.metrics, metrics.unbind(), strict=True))
+    return *(over_ranks(result, loss_arguments, logprobs) if split else result), logprobs

@@ -22,7 +22,6 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.inputs import LossInputs
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
-from trajkern.losses.streams import STREAM_METRICS, Streams, stream_terms
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
 from trajkern.ops._loss_arguments import check_loss
@@ -44,18 +43,21 @@ from trajkern.ops.tree_loss import (
 # LossInputs behind its old log-probs, in every op's schema
 LOSS_INPUTS = (
     "old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask, Tensor? ref_logprobs, Tensor? sampler_logprobs,"
-    " Tensor? normalizer, int[] options, float[] params"
+    " Tensor? normalizer, Tensor? supervised_weights, Tensor? supervised_normalizer, Tensor? kl_weights,"
+    " Tensor? kl_normalizer, int[] options, float[] params"
 )
 Result = tuple[Tensor, dict[str, Tensor]]
 
 
 def _policy_loss_fake(logprobs, entropy, selected, *inputs):
-    *_, need_logprobs, need_entropy = LossInputs(*inputs).options
+    given = LossInputs(*inputs)
+    *_, need_logprobs, need_entropy = given.options
     grads = [logprobs.new_empty(logprobs.shape) for need in (need_logprobs, need_entropy) if need]
-    return [logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), *grads]
+    return [logprobs.new_empty(()), logprobs.new_empty(len(given.metrics)), *grads]
 
 
-# -> [loss, metrics in METRICS' order, then the gradients in logprobs and entropy that the last two options ask for]
+# -> [loss, metrics in LossInputs.metrics' order, then the gradients in logprobs and entropy that the last two options
+#     ask for]
 _policy_loss = define(
     "policy_loss",
     f"policy_loss(Tensor logprobs, Tensor? entropy, Tensor? selected, Tensor {LOSS_INPUTS}) -> Tensor[]",
@@ -104,20 +106,6 @@ class _PolicyLoss(torch.autograd.Function):
     @differentiable_once("policy_loss")
     def backward(ctx: Any, grad_loss, _):
         return *scaled_once(ctx, "policy_loss", grad_loss), None, None
-
-
-class _StreamTerms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logprobs, streams):
-        loss, grad, values = stream_terms(Streams(*streams), logprobs)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(values)
-        return loss, values
-
-    @staticmethod
-    @differentiable_once("policy_loss")
-    def backward(ctx: Any, grad_loss, _):
-        return ctx.saved_tensors[0] * grad_loss, None
 
 
 @recorded
@@ -240,7 +228,7 @@ def policy_loss(
         - "entropy" where it is given, "kl" where config.kl_coef is not 0;
         - where sampler_logprobs are given, with log w = clamp(old_logprobs - sampler_logprobs, -20, 20): "sampler_kl"
           (k3 of KL(sampler || old policy): mean of w - 1 - log w), "sampler_outside" (share of w outside [1/2, 2]),
-          and "effective_sample_size" as a share of the n tokens, (sum w)^2 / (n sum w^2), not with sequence_group.
+          and "effective_sample_size" as a share of the n tokens, (sum w)^2 / (n sum w^2).
 
         A metric that was not computed is NaN; one of no tokens is 0. With supervised_weights there is also
         "supervised_loss", their term; with kl_weights "kl" is (sum of c KL) / C.
@@ -285,27 +273,14 @@ def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: Los
         return split_loss(logprobs, entropy, arguments, _formed)
     if isinstance(arguments.branch, Paths) and arguments.config.resolved_ratio_level == "sequence":
         return _sequence_loss(logprobs, entropy, arguments)
-    streams, arguments = arguments.parted()
     arguments = read_branch(arguments, dtype)
-    result = _formed(logprobs, entropy, _selected(logprobs, arguments), arguments)
-    return _with_streams(logprobs, streams, result) if streams.given else result
-
-
-def _with_streams(logprobs: Tensor, streams: Streams, result: Result) -> Result:
-    loss, metrics = result
-    more, values = applied(_StreamTerms, logprobs, tuple(streams))
-    return loss + more, metrics | told_streams(streams, values)
-
-
-def told_streams(streams: Streams, values: Tensor) -> dict[str, Tensor]:
-    """The metrics of the terms that there are."""
-    given = (streams.kl_weights is not None, streams.supervised_weights is not None)
-    return {name: x for name, x, is_given in zip(STREAM_METRICS, values.unbind(), given, strict=True) if is_given}
+    return _formed(logprobs, entropy, _selected(logprobs, arguments), arguments)
 
 
 def _formed(logprobs: Tensor, entropy: Tensor | None, selected: Tensor | None, arguments: LossArguments) -> Result:
-    loss, metrics = applied(_PolicyLoss, logprobs, entropy, selected, arguments.inputs())
-    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+    inputs = arguments.inputs()
+    loss, metrics = applied(_PolicyLoss, logprobs, entropy, selected, inputs)
+    return loss, dict(zip(inputs.metrics, metrics.unbind(), strict=True))
 
 
 def _selected(logprobs: Tensor, arguments: LossArguments) -> Tensor | None:

@@ -98,7 +98,8 @@ def check_shared(arguments: LossArguments) -> None:
 def split_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, formed: Formed) -> Result:
     """The whole loss on every rank, with this rank's gradient, and the metrics of all ranks' tokens."""
     if arguments.config.is_token_level:
-        return over_ranks(formed(logprobs, entropy, None, weighted_parts(arguments, logprobs)), arguments)
+        parts = weighted_parts(arguments, logprobs)
+        return over_ranks(formed(logprobs, entropy, None, parts), parts, logprobs)
     form = KINDS[arguments.config.kind].form
     if form == "vespo":
         return _sequence_weighted(logprobs, entropy, arguments, formed)
@@ -118,20 +119,42 @@ def weighted_parts(arguments: LossArguments, like: Tensor) -> LossArguments:
     return parts if one_or_nan is None else parts._replace(advantages=_given(parts.advantages) * one_or_nan)
 
 
-def over_ranks(share: Result, arguments: LossArguments) -> Result:
-    """The shares added up, with this rank's gradient, and the metrics over the tokens of all ranks."""
+def over_ranks(share: Result, parts: LossArguments, logprobs: Tensor) -> Result:
+    """The shares added up, with this rank's gradient, and the metrics over the tokens of all ranks.
+
+    Args:
+        share: of the arguments ``parts``, whose advantages are a branch's rows.
+        logprobs: the old ones where ``parts`` has none.
+    """
     loss, metrics = share
     mine = torch.stack([metrics[name] for name in METRICS]).double()
-    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(arguments.sequence_group))]
-    dist.all_gather(of_ranks, mine, group=arguments.sequence_group)
-    gathered = dict(zip(METRICS, torch.stack(of_ranks, 1).unbind(), strict=True))
-    tokens = gathered["num_tokens"]
-    loss = applied(_Whole, loss, arguments.sequence_group)
-    return loss, {name: _reduced(name, x, tokens).to(loss.dtype) for name, x in gathered.items()}
+    mine = torch.cat((mine, _sampler_moments(parts, logprobs.detach())))
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(parts.sequence_group))]
+    dist.all_gather(of_ranks, mine, group=parts.sequence_group)
+    *gathered, ratios, squares = torch.stack(of_ranks, 1).unbind()
+    moments = gathered[list(METRICS).index("num_tokens")], ratios, squares
+    loss = applied(_Whole, loss, parts.sequence_group)
+    found = {name: _reduced(name, x, *moments) for name, x in zip(METRICS, gathered, strict=True)}
+    return loss, {name: x.to(loss.dtype) for name, x in found.items()}
 
 
-def _reduced(name: str, of_ranks: Tensor, tokens: Tensor) -> Tensor:
-    """A metric over all tokens from the ranks', ``[ranks]`` each; NaN where these do not give it."""
+def _sampler_moments(parts: LossArguments, logprobs: Tensor) -> Tensor:
+    """The sums of w, the ratio of the old policy to the sampler, and of w^2, over this rank's tokens that take part."""
+    if parts.sampler_logprobs is None:
+        return logprobs.new_full((2,), torch.nan, dtype=torch.float64)
+    branch = Branch(*_given(parts.advantages).unbind())
+    rollouts = branch.positive_count + branch.negative_count + branch.zero_count
+    if not parts.per_token:
+        rollouts = _of_tokens(rollouts, parts, logprobs)
+    takes_part = (rollouts > 0) if parts.mask is None else (rollouts > 0) & parts.mask
+    old = logprobs if parts.old_logprobs is None else parts.old_logprobs
+    w = _bounded(old, parts.sampler_logprobs, takes_part).exp().double().where(takes_part, 0)
+    ends = parts.cu_seqlens[:: max(parts.cu_seqlens.shape[0] - 1, 1)]  # all of this rank's tokens as one span
+    return torch.stack([_summed(x, ends).sum() for x in (w, w * w)])
+
+
+def _reduced(name: str, of_ranks: Tensor, tokens: Tensor, ratios: Tensor, squares: Tensor) -> Tensor:
+    """A metric over all tokens from the ranks', ``[ranks]`` each, and from their sampler's moments."""
     reduction = METRICS[name].reduction
     if reduction == "mean":
         return (of_ranks * tokens).sum() / tokens.sum().clamp_min(1)
@@ -139,7 +162,9 @@ def _reduced(name: str, of_ranks: Tensor, tokens: Tensor) -> Tensor:
         return of_ranks.max()
     if reduction == "sum":
         return of_ranks.sum()
-    return of_ranks.new_full((), torch.nan)
+    if reduction == "effective_share":
+        return ratios.sum().square() / torch.where(tokens.sum() > 0, tokens.sum() * squares.sum(), 1)
+    raise AssertionError(f"no reduction over ranks: {reduction!r}")
 
 
 def _of_ratio(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, formed: Formed) -> Result:
@@ -228,7 +253,7 @@ def _sequence_weighted(logprobs: Tensor, entropy: Tensor | None, arguments: Loss
     weight = (decay + k * log_w - decay * log_w.exp()).exp().to(log_w.dtype)
     reweighted = arguments._replace(advantages=weight * advantages, config=replace(config, kind="reinforce"))
     parts = _with_weights(reweighted, leaf_weights(arguments, counts))
-    loss, metrics = over_ranks(formed(logprobs, entropy, None, parts), arguments)
+    loss, metrics = over_ranks(formed(logprobs, entropy, None, parts), parts, logprobs)
     return _marked(loss, one_or_nan), metrics
 
 
@@ -244,10 +269,11 @@ def _tokens_alone(
     config = replace(summed(arguments.config), kind="reinforce", ratio_level="token")
     no_policy_term = torch.zeros_like(weights, dtype=logprobs.dtype)
     of_tokens = arguments._replace(advantages=no_policy_term, config=config, per_token=False)
-    loss, metrics = formed(logprobs, entropy, None, _with_weights(of_tokens, weights))
+    parts = _with_weights(of_tokens, weights)
+    loss, metrics = formed(logprobs, entropy, None, parts)
     for name, flags in (clipped or {}).items():
         metrics[name] = flags.sum() / metrics["num_tokens"].clamp_min(1)
-    return over_ranks((loss, metrics), arguments)
+    return over_ranks((loss, metrics), parts, logprobs)
 
 
 def _with_weights(arguments: LossArguments, weights: Tensor) -> LossArguments:

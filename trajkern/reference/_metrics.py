@@ -26,21 +26,22 @@ def metrics_of(values: dict[str, Tensor | None], copies: Tensor, segments: Any) 
     ``segments`` adds up, and takes the largest, over ranks.
     """
     found = {name: _reduced(values[name], metric.reduction, copies, segments) for name, metric in METRICS.items()}
-    return {name: x.detach() for name, x in found.items()}
+    return {name: x.detach().to(copies.dtype) for name, x in found.items()}
 
 
 def _reduced(x: Tensor | None, reduction: str, copies: Tensor, segments: Any) -> Tensor:
     count, some = segments.added(copies.sum()), copies > 0
-    if x is None or (reduction == "effective_share" and segments.ranks is not None):
+    if x is None:
         return count.new_full((), torch.nan)
     if reduction == "largest":
         return segments.largest(torch.where(some, x, 0).amax() if x.numel() else x.new_zeros(()))
-    total = segments.added(torch.where(some, x * copies, 0).sum())
+    wide = copies.dtype if segments.ranks is None else torch.float64  # in which the order of the ranks is none
+    total = segments.added(torch.where(some, x * copies, 0).to(wide).sum())
     if reduction == "mean":
         return total / count.clamp_min(1)
     if reduction == "sum":
         return total
     if reduction == "effective_share":
-        squares = torch.where(some, x * x * copies, 0).sum()
+        squares = segments.added(torch.where(some, x * x * copies, 0).to(wide).sum())
         return total * total / torch.where(count > 0, count * squares, 1)
     raise AssertionError(f"unknown reduction {reduction!r}")

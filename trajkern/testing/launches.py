@@ -17,6 +17,6 @@ LAUNCHES = {
     "branch_coefficients": (3, 1),
     "policy_loss": (3, 1),  # of the forward's one fills a normalizer that is a number
 }
-BESIDE = ("branch", "supervised_weights", "kl_weights")  # arguments whose sums are calls of their own, not counted
+BESIDE = ("branch",)  # arguments whose sums are calls of their own, not counted
 HEAD_LAUNCHES = {"linear_logprobs": 8, "linear_policy_loss": 8}  # of a block of rows, for each three products
 FAMILIES = {"advantage": 4, "span": 4, "tree": 4}  # family -> what none of its launches may exceed

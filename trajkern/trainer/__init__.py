@@ -23,7 +23,7 @@ def cli_main(argv: list[str]) -> int:
         train(parse(argv))
     except Interrupted as stopped:
         _say(str(stopped))
-        return 128 + stopped.number
+        return stopped.status
     except KeyboardInterrupt:
         _say("stopped at once; the last regular checkpoint stands")
         return 130

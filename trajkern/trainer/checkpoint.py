@@ -20,6 +20,8 @@ from trajkern.trainer.optional import require
 from trajkern.trainer.place import read_place
 from trajkern.trainer.ranks import full, shard_like
 
+CHECKPOINT = "checkpoint.safetensors"  # where a run stands, in its folder of results
+WARM = "warmup.safetensors"  # the end of the warm-up
 _KEY, _CHECKSUM = "trajkern.trainer", "trajkern.trainer.sha256"
 FORMAT = 3  # of the metadata, and of the configuration in them
 PARTIAL = ".part"  # the folder in which a checkpoint is written ends with it

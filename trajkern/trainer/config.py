@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import trajkern as tk
 from trajkern._suggest import did_you_mean
-from trajkern.trainer.checkpoint import load
+from trajkern.trainer.checkpoint import CHECKPOINT, WARM, load
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.help import show as show_help
 from trajkern.trainer.models.transformer import ModelConfig
@@ -35,6 +35,7 @@ from trajkern.trainer.systems.plain import PlainTrees
 from trajkern.trainer.tree_sampling import TreeShape
 
 PROGRAM = "trajkern train"
+LAST = "last"
 Control = Literal["none", "random-rewards", "random-drop", "supervised"]
 Head = Literal["fused", "eager"]
 T = TypeVar("T")
@@ -158,7 +159,8 @@ class TrainConfig:
         out: folder of the results; by default a new one under runs/.
         checkpoint_every: steps between checkpoints; 0 for the last one only.
         tensorboard: folder for TensorBoard event files.
-        resume: checkpoint to continue from, with its configuration.
+        resume: checkpoint to continue from, with its configuration; "last" is the last one in ``out``, and a
+            fresh start where there is none yet: for what a scheduler or torchrun starts again.
         config: TOML file with any of these settings; flags override it.
         loss: see trajkern.PolicyLoss.
         warmup: the supervised start.
@@ -284,21 +286,21 @@ def parse(argv: list[str]) -> TrainConfig:
         SystemExit: a bad flag (with a message), or ``--help``.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--resume", "--model"):
+    for name in ("--config", "--resume", "--model", "--out"):
         early.add_argument(name)
     named, _ = early.parse_known_args(argv)
     file = read_toml(Path(named.config)) if named.config else {}
     model = named.model or file.get("model", "tiny")
     base = TrainConfig() if model == "tiny" else dataclasses.replace(PRETRAINED, model=model)
-    if named.resume:
-        path = Path(named.resume)
+    path = resumed(named.resume, named.out or file.get("out"))
+    if path:
         stored = TrainConfig.from_json(load(path).place["config"])
         base = dataclasses.replace(stored, out=path.parent, config=None, resume=None)
     show_help(argv, base, PROGRAM)
     words = [*_flags(file), *argv]
     config = require("tyro").cli(TrainConfig, prog=PROGRAM, args=words, default=base)
     _check_read(config, [word.partition("=")[0] for word in words])
-    return config
+    return dataclasses.replace(config, resume=path) if named.resume else config
 
 
 def _check_read(config: TrainConfig, words: list[str]) -> None:
@@ -314,6 +316,16 @@ def _check_read(config: TrainConfig, words: list[str]) -> None:
     if not any(trees) and (given := [word for word in words if word.startswith("--tree.")]):
         name = given[0].removeprefix("--").replace("-", "_")
         raise ValueError(f"{name} must not be given with the recipe {said}, which samples rollouts, not trees")
+
+
+def resumed(named: str | None, out: str | None) -> Path | None:
+    """The checkpoint that ``--resume`` means."""
+    if named != LAST:
+        return Path(named) if named else None
+    if out is None:
+        raise ValueError(f"out must be given to resume the {LAST} checkpoint in it, got None")
+    stands = [path for name in (CHECKPOINT, WARM) if (path := Path(out) / name).exists()]
+    return max(stands, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from trajkern.trainer import checkpoint
+from trajkern.trainer.checkpoint import CHECKPOINT, WARM
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.tasks import task_label
 
-CHECKPOINT = "checkpoint.safetensors"
-WARM = "warmup.safetensors"  # the end of the warm-up
 METRICS = "metrics.jsonl"
 LOCK = "lock"
 

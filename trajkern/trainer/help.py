@@ -8,6 +8,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from trajkern.trainer.optional import require
@@ -70,13 +71,11 @@ def fields_by_group(base: Any) -> dict[str, list[str]]:
 
 def part(base: Any, names: Sequence[str]) -> type:
     """A dataclass of these fields of ``base``, with its values as defaults and its documentation."""
-    hints = hints_of(type(base))
-    fields: list[Any] = []
-    for name in names:
-        value = getattr(base, name)
-        made = dataclasses.field(default_factory=lambda value=value: value)
-        fields.append((name, hints[name], made))
-    return dataclasses.make_dataclass("Part", fields, namespace={"__doc__": type(base).__doc__})
+    kind: Any = type(base)
+    hints = hints_of(kind)
+    made = ((name, dataclasses.field(default_factory=partial(getattr, base, name))) for name in names)
+    fields = [(name, hints[name], field) for name, field in made]
+    return dataclasses.make_dataclass("Part", fields, namespace={"__doc__": kind.__doc__})
 
 
 def listed(base: Any, groups: dict[str, list[str]], prog: str) -> str:

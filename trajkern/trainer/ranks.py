@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trajkern.trainer.models.policy import Policy
+from trajkern.trainer.stopping import Interrupted
 
 if TYPE_CHECKING:  # a run of one process does without
     from torch.distributed.device_mesh import DeviceMesh
@@ -91,13 +92,17 @@ class Ranks:
         """The largest ``x`` of the parts."""
         return int(self._reduce(torch.tensor(x), dist.ReduceOp.MAX)) if self.data else x
 
+    def largest(self, x: int) -> int:
+        """The largest ``x`` of all ranks, none of which goes on before every one has come here."""
+        if not self.mesh:
+            return x
+        found = torch.tensor(x, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        if not self.mesh:
-            return flag
-        largest = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return bool(largest)
+        return bool(self.largest(int(flag)))
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         if self.data:
@@ -238,6 +243,7 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
     Raises:
         ValueError: tensor_parallel does not divide the number of ranks, or there is no such device.
         RankError: another rank failed or died; its number and, where it could tell, its error are named.
+        Interrupted: what all ranks agreed on, from rank 0; the others exit with the same status.
     """
     alone = not dist.is_torchelastic_launched()
     place = _device(device, 0 if alone else dist.get_node_local_rank())
@@ -255,6 +261,11 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
         shape, names = (count // tensor_parallel, tensor_parallel), ("data", "vocabulary")
         yield Ranks(init_device_mesh(place.type, shape, mesh_dim_names=names), place)
         dist.destroy_process_group()
+    except Interrupted as stopped:
+        dist.destroy_process_group()
+        if rank > 0:
+            raise SystemExit(stopped.status) from None
+        raise
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _explain(error, store, rank, count)

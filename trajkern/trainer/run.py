@@ -127,10 +127,12 @@ class Run:
         self.before, self.clock = place.before, place.clock
 
     def between_steps(self) -> None:
-        """The place where a run may stop: heed a signal, and write the regular checkpoint."""
+        """The place where a run may stop: heed a signal that came to any rank, and write the regular checkpoint."""
         every = self.config.checkpoint_every
-        if self.ranks.any(self.interrupt.is_set()):
-            raise Interrupted(self.save(), self.interrupt.number)
+        if number := self.ranks.largest(self.interrupt.signal):
+            path = self.save()
+            self.ranks.largest(0)  # a rank that ends first would have torchrun end rank 0, which is writing
+            raise Interrupted(path, number)
         if self.phase != "warmup" and every and self.step and self.step % every == 0:
             self.save()
 

@@ -19,6 +19,11 @@ class Interrupted(Exception):
         super().__init__(path, number)
         self.path, self.number = path, number
 
+    @property
+    def status(self) -> int:
+        """Of the process that ends by it."""
+        return 128 + self.number
+
     def __str__(self) -> str:
         name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
         return f"stopped by {name}; continue with --resume {self.path}"
@@ -28,6 +33,11 @@ class Interrupt(threading.Event):
     """Set by a signal, whose ``number`` it keeps."""
 
     number: int = signal.SIGINT
+
+    @property
+    def signal(self) -> int:
+        """The number of the signal that came, or 0."""
+        return self.number if self.is_set() else 0
 
 
 @contextlib.contextmanager

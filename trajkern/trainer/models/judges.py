@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trajkern._extras import pip_install
+from trajkern.trainer.models.answers import Refused, counted, reply
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
 from trajkern.trainer.models.verdicts import RUBRIC, question, read_score
 from trajkern.trainer.sampling import left_padded
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _OPENING = "\nScore:"
+MAX_BYTES = 2**22  # of a server's answer
 _RESERVED = {"messages", "model", "n", "seed", "stream"}
 T = TypeVar("T")
 
@@ -212,7 +212,6 @@ class _Server:
         timeout: float = 60.0,
         retries: int = 3,
         deadline: float = 600.0,
-        max_bytes: int = 2**22,
         concurrency: int = 16,
         rubric: str = RUBRIC,
         samples: int = 1,
@@ -226,7 +225,6 @@ class _Server:
         _check_positive("timeout", timeout)
         _check_positive("deadline", deadline)
         _check_count("retries", retries, 0)
-        _check_count("max_bytes", max_bytes, 1)
         _check_count("concurrency", concurrency, 1)
         _check_count("samples", samples, 1)
         if seed is not None:
@@ -241,7 +239,7 @@ class _Server:
             ) from error
         self._connect: Any = openai.AsyncOpenAI
         self._http: Any = openai.DefaultAsyncHttpxClient
-        self._hooks = {"response": [_counted(max_bytes)]}
+        self._hooks = {"response": [counted(MAX_BYTES)]}
         # a key must be given, or the client would send the environment's to this server
         self._client = {"base_url": base_url, "api_key": api_key or "none", "timeout": timeout, "max_retries": retries}
         self._client["default_headers"] = {"Accept-Encoding": "identity"}  # few bytes may unpack to many
@@ -292,14 +290,14 @@ class _Server:
                 if isinstance(error.__cause__, Refused):  # as the client's error of a connection
                     raise error.__cause__ from None
                 raise
-        return _reply(completion)
+        return reply(completion)
 
 
 class ServerJudge(_Server):
     """A model behind any server that speaks OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama.
 
-    A call that fails (a refusal to connect, an error status, silence, an answer without end or one that is no
-    completion, such as one whose content is no text) is no score: the
+    A call that fails (a refusal to connect, an error status, silence, an answer of more than 4 MiB, a compressed one or
+    one that is no completion, such as one whose content is no text) is no score: the
     others are waited for, then :class:`JudgeError` says how many failed and why the first did. A reply that has no
     score in it, or was cut off before it, is a missing vote.
 
@@ -312,8 +310,6 @@ class ServerJudge(_Server):
             timeout, a lost connection, and the statuses 408, 409, 429 and 500 or more.
         deadline: seconds for a call with its retries and pauses, above 0: some servers keep a hopeless call alive with
             blank lines, and are never silent.
-        max_bytes: of one answer, which is given up as soon as it has more, at least 1; by default 4 MiB. Compressed
-            answers are not asked for, and refused.
         concurrency: calls under way at once, at least 1.
         rubric: what makes a good response, in words.
         samples: judgements of each response (K), a call each, at least 1.
@@ -327,46 +323,6 @@ class ServerJudge(_Server):
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
         return self.judged(_items(prompts=prompts, responses=responses))
-
-
-class Refused(ValueError):
-    """An answer that is not read to its end."""
-
-
-def _counted(most: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
-    """The client's hook that gives up an answer of more bytes."""
-
-    async def limit(response: Any) -> None:
-        packed = response.headers.get("content-encoding", "identity")
-        if packed != "identity":
-            raise Refused(f"the server's answer must not be compressed, as the request says; it is {packed!r}")
-        raw = response.aiter_raw
-
-        async def parts(*args: Any, **named: Any) -> AsyncIterator[bytes]:
-            size = 0
-            async with contextlib.aclosing(raw(*args, **named)) as stream:
-                async for part in stream:
-                    size += len(part)
-                    if size > most:
-                        raise Refused(f"the server's answer must have at most max_bytes = {most} bytes; more came")
-                    yield part
-
-        response.aiter_raw = parts
-
-    return limit
-
-
-def _reply(completion: Any) -> tuple[str, bool]:
-    """The text of a chat completion, and whether it came to its own end."""
-    try:
-        choice = completion.choices[0]
-        content, finish = choice.message.content, choice.finish_reason
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"the server's answer is no chat completion: {str(completion)[:200]!r}") from error
-    if not isinstance(content, (str, NoneType)) or not isinstance(finish, (str, NoneType)):
-        wrong = finish if isinstance(content, (str, NoneType)) else content
-        raise ValueError(f"the server's answer is no chat completion: its text is {str(wrong)[:200]!r}")
-    return content or "", finish != "length"  # None: all went into reasoning, or a refusal
 
 
 def _judgements(scores: list[list[float]], replies: list[list[str]], samples: int) -> Judgements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,7 +66,8 @@ class NextStep(Task):
 
 
 class StepImitation(GroupSystem):
-    """Knows the reward "similarity", NaN for a step that is not well-formed.
+    """Knows the reward "similarity", NaN for a step that is not well-formed, as is one that ``srl.similarity`` cannot
+    compare with the expert's in its ``max_steps``: no text of the policy ends the run.
 
     The exercises are of the solutions that the supervised control imitates.
     """
@@ -110,7 +112,7 @@ class StepImitation(GroupSystem):
 
     def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         actions = [self.task.action(text) for text in played.texts]
-        alike = srl.similarity(actions, [q.answer for q in played.questions]).float()
+        alike = srl.similarity(actions, [q.answer for q in played.questions], beyond=math.nan).float()
         well_formed = torch.tensor([bool(action) for action in actions])
         return {"reward": played.rewards, "similarity": torch.where(well_formed, alike, torch.nan)}
 
