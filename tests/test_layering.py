@@ -28,6 +28,7 @@ ARROWS = {
     "_lazy": set(),
     "_suggest": set(),
     "_memory": set(),
+    "_parser": set(),
     "_dtypes": set(),
     "_ext": set(),
     "_extras": set(),
@@ -41,7 +42,18 @@ ARROWS = {
     "ops": {"_backends", "_checks", "_dtypes", "_results", "_tiles", "layouts", "losses"},
     "recipes": {"_checks", "_dtypes", "_ext", "_lazy", "_results", "layouts", "ops", *PUBLIC},
     "credit": {"_checks", "_dtypes", "_lazy", "_results", "layouts", "losses", "ops", "recipes"},
-    "integrations": {"_checks", "_extras", "_lazy", "credit", "layouts", "losses", "ops", "recipes", *PUBLIC},
+    "integrations": {
+        "_checks",
+        "_dtypes",
+        "_extras",
+        "_lazy",
+        "credit",
+        "layouts",
+        "losses",
+        "ops",
+        "recipes",
+        *PUBLIC,
+    },
     "testing": {
         "_backends",
         "_checks",
@@ -56,8 +68,8 @@ ARROWS = {
     },
     "trainer": {"_extras", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
     "bench": {"_bench"},
-    "cli": {"_backends", "_bench", "_ext", "testing", "trainer", "validate", *PUBLIC},
-    "validate": {"testing", *PUBLIC},
+    "cli": {"_backends", "_bench", "_ext", "_parser", "testing", "trainer", "validate", *PUBLIC},
+    "validate": {"_parser", "testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.
 LAZY = {

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import trajkern as tk
-from trajkern._memory import shown
 from trajkern._parser import Parser
 from trajkern.testing import SPECS, compiled, differences, spec_of
 from trajkern.testing.ptx.context import ARCHITECTURES
@@ -173,7 +172,7 @@ def _between(text: str, low: int, high: int) -> int:
     except ValueError:
         number = low - 1  # as more digits than Python reads
     if not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {text[:40]!r}")
     return number
 
 

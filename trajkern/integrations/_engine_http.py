@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from trajkern._checks import check_count, check_number, describe
-from trajkern._memory import shown
 
 MOST_SECONDS, MOST_BYTES = 1e6, 2**40  # that a socket waits, and that one machine holds
 
@@ -31,7 +30,7 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
             ``timeout`` seconds or ``max_bytes``, a connection that ended inside of it, or no JSON.
     """
     if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not url.partition("//")[2]:
-        raise ValueError(f"url must begin with http:// or https:// and have a host, got {shown(url)}")
+        raise ValueError(f"url must begin with http:// or https:// and have a host, got {describe(url)}")
     if not isinstance(body, Mapping):
         raise TypeError(f"body must be a mapping, got {describe(body)}")
     timeout = check_number("timeout", timeout, above=0, high=MOST_SECONDS)
