@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from trajkern.trainer.checkpoint import CHECKPOINT, WARM, load
 from trajkern.trainer.collect import moments_of
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.folder import METRICS
-from trajkern.trainer.ranks import ALONE, Moments, Ranks
+from trajkern.trainer.ranks import ALONE, Moments, Ranks, of_this_start
 from trajkern.trainer.setup import check_ranks
 from trajkern.trainer.tasks import Action, Answer, Question, Task
 from trajkern.trainer.train import train
@@ -290,6 +292,28 @@ def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     check_identical(out, two_ranks)
+
+
+def test_a_start_reads_nothing_of_the_one_before() -> None:
+    """Three starts of three ranks on one store, of which the second ends halfway."""
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=30))
+    seen: list[set[str]] = []
+    for begun in ((0, 1, 2), (0, 2), (2, 1, 0)):
+        with ThreadPoolExecutor(3) as pool:
+            if len(begun) < 3:
+                store.set_timeout(timedelta(seconds=0.3))
+                failed = [pool.submit(of_this_start, store, rank, 3) for rank in begun]
+                assert all("not all of 3 ranks" in str(x.exception()) for x in failed)
+                store.set_timeout(timedelta(seconds=30))
+                continue
+            found = list(pool.map(lambda rank: of_this_start(store, rank, 3), begun))
+        for rank, part in zip(begun, found, strict=True):
+            assert not part.check([f"address/{n}" for n in range(3) if n != rank][:1]) or seen == []
+        for rank, part in zip(begun, found, strict=True):
+            part.set(f"address/{rank}", f"{len(seen)}")
+        seen.append({part.get(f"address/{n}").decode() for part in found for n in range(3)})
+    assert seen == [{"0"}, {"1"}]
 
 
 def test_ranks_that_cannot_share_the_work(tmp_path: Path) -> None:

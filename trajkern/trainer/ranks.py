@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -255,6 +256,7 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
         return
     from torch.distributed.device_mesh import init_device_mesh
 
+    store = of_this_start(store, rank, count)
     dist.init_process_group(store=store, rank=rank, world_size=count)
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -272,6 +274,32 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def of_this_start(store: Any, rank: int, count: int) -> Any:
+    """A part of ``store`` that is of this start alone: torchrun's agent may keep one store over restarts, in which the
+    addresses of ranks that have ended still stand.
+
+    Rank 0 asks with a word that nobody has used, and goes on once all have answered with one each; the others go on
+    once theirs is among those that it has read.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    if rank == 0:
+        store.set("start/asked", own)
+    while time.monotonic() < until:
+        asked = own if rank == 0 else store.get("start/asked").decode()
+        if rank == 0:
+            keys = [f"start/answer/{n}" for n in range(1, count)]
+            answers = [store.get(key).decode() for key in keys] if store.check(keys) else []
+            if len(answers) == count - 1 and all(answer.startswith(own) for answer in answers):
+                store.set(f"start/{own}", " ".join(answers))
+                return dist.PrefixStore(f"start/{own}", store)
+        else:
+            store.set(f"start/answer/{rank}", f"{asked}/{own}")
+            if store.check([f"start/{asked}"]) and own in store.get(f"start/{asked}").decode():
+                return dist.PrefixStore(f"start/{asked}", store)
+        time.sleep(0.02)
+    raise RuntimeError(f"not all of {count} ranks started within {store.timeout}")
 
 
 def _device(name: str, local: int) -> torch.device:
