@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.* tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu trajkern/testing/ptx/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test slow ptx fuzz attack lint format bench reproduce readme docs gpu-check clean
+.PHONY: help setup train test slow ptx fuzz attack lint format bench reproduce soak sanitize readme docs gpu-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -51,6 +51,12 @@ bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists t
 
 reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
 	$(BIN)/python -m trajkern._bench.experiments.reproduce $(ARGS)
+
+soak: .venv/.built ## runs that are killed, ranks of which one is, 10,000 steps in one process; ARGS="--kills 5" does less
+	$(BIN)/python -m trajkern._bench.reliability.soak $(ARGS)
+
+sanitize: .venv/.built ## _C built with ASan, UBSan and TSan, and the tests of ops, layouts and threads under each
+	$(BIN)/python -m trajkern._bench.reliability.sanitize $(ARGS)
 
 readme: .venv/.built ## the table of times in docs/speed.md, from bench/results
 	$(BIN)/python -m trajkern._bench.readme

@@ -3,6 +3,7 @@
 The one build-time knob is the environment variable TRAJKERN_CUDA: "auto" (the default) builds _C_cuda if the torch that
 is installed is a CUDA build and nvcc is found, "0" never does, "1" does, or fails without nvcc, and a list of
 architectures such as "90" or "80,90" is built and nothing else.
+Sanitizers that the compiler's own variable CFLAGS asks for (-fsanitize=address) make a slow _C with objects of its own.
 
 Without a C++17 compiler nothing is built, and what is installed is pure Python: every op then runs as the reference on
 a CPU, and Triton's kernels on a GPU; `trajkern info` says so. A compiler that fails on a source is an error.
@@ -33,6 +34,8 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 WARNINGS = ["-Wall", "-Werror=switch"]  # a switch names every member of its enumeration
 # Not -ffast-math: the order of every sum is part of the contract, and so are infinities and NaN.
 CPU_FLAGS = ["-O3", *WARNINGS, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *OPENMP]
+SANITIZERS = [flag for flag in os.environ.get("CFLAGS", "").split() if re.match("-f(no-)?sanitize", flag)]
+CPU_FLAGS += ["-O1", "-g", *SANITIZERS] if SANITIZERS else []
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
@@ -149,7 +152,8 @@ extensions = []
 if NO_COMPILER:
     print(f"trajkern: no C++17 compiler, so only the Python files are installed: {NO_COMPILER}", file=sys.stderr)
 else:
-    extensions.append(extension("trajkern._C", CPU_SOURCES, extra_compile_args=CPU_FLAGS, extra_link_args=OPENMP))
+    link = [*OPENMP, *SANITIZERS]
+    extensions.append(extension("trajkern._C", CPU_SOURCES, extra_compile_args=CPU_FLAGS, extra_link_args=link))
 if ARCHS:
     extensions.append(extension("trajkern._C_cuda", CUDA_SOURCES, extra_compile_args=["-O3", *WARNINGS]))
 

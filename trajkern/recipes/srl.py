@@ -96,7 +96,7 @@ def _ratios(actions: tuple[str, ...], expert_actions: tuple[str, ...], autojunk:
 
 
 class _Counting(SequenceMatcher):
-    """difflib's, with the kernel's steps: of a find, the characters of its range of a, and their places in that of b."""
+    """difflib's, by the kernel's steps: of a find, the characters of its range of a and their places in that of b."""
 
     def __init__(self, a: str, b: str, autojunk: bool, steps: int) -> None:
         super().__init__(None, a, b, autojunk)
