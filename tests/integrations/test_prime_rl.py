@@ -14,137 +14,29 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from tests.integrations.prime_rl_formula import (
+    DEFAULT,
+    IPO,
+    compute_loss,
+    loss_config_of,
+    sequence_loss,
+    setup_rl_loss_fn,
+    written_down,
+)
 from trajkern.integrations import _adapter
 from trajkern.integrations import prime_rl as adapter
 
 STREAMS = ("trainer_logprobs", "inference_logprobs", "ref_logprobs", "advantages", "loss_mask")
 WEIGHTS = ("rl_weights", "ce_weights", "ref_kl_weights")
 SCALES = {"rl_scale": 37, "ce_scale": 11, "ref_kl_scale": 5}
-DEFAULT = {"dppo_mask_low": 0.15, "dppo_mask_high": 0.1, "adv_tau": 0.7, "kl_tau": 0.3}
-IPO = {"ipo_threshold": 0.05, "adv_tau": 1.5, "kl_tau": 0.02}
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
-
-
-def setup_rl_loss_fn(loss_config):
-    """As prime-rl's: its functions close over these names."""
-    if loss_config.type == "custom":
-        module, _, name = loss_config.import_path.rpartition(".")
-        custom_fn, kwargs = getattr(importlib.import_module(module), name), loss_config.kwargs
-
-        def rl_fn(inputs):
-            return custom_fn(inputs, **kwargs)
-    else:
-
-        def rl_fn(inputs):
-            return _sequence(inputs, loss_config.type, vars(loss_config))
-
-    return rl_fn
-
-
-def _config(kind: str, **options):
-    return SimpleNamespace(type=kind, **options)
-
-
-def compute_loss(
-    trainer_logprobs,
-    inference_logprobs,
-    ref_logprobs,
-    advantages,
-    loss_mask,
-    rl_weights,
-    ce_weights,
-    ref_kl_weights,
-    rl_loss_fn,
-    rl_scale,
-    ce_scale,
-    ref_kl_scale,
-):
-    """The loop: each component of each sequence that has tokens of it, summed, over the component's scale."""
-    streams = (rl_weights, ce_weights, ref_kl_weights)
-    total, metrics = 0.0, {}
-    for i, (new, old, a, mask) in enumerate(
-        zip(trainer_logprobs, inference_logprobs, advantages, loss_mask, strict=True)
-    ):
-        ref = None if ref_logprobs is None else ref_logprobs[i]
-        for component, (stream, scale) in enumerate(zip(streams, (rl_scale, ce_scale, ref_kl_scale), strict=True)):
-            w = None if stream is None else stream[i]
-            if w is None and component:
-                continue
-            member = mask if w is None else (w != 0) & (mask if component == 0 else True)
-            if w is not None and not member.any():
-                continue
-            inputs = SimpleNamespace(
-                trainer_logprobs=new,
-                inference_logprobs=old,
-                ref_logprobs=ref,
-                advantages=a,
-                loss_mask=member,
-                loss_weights=w,
-            )
-            out = rl_loss_fn(inputs) if component == 0 else _sequence(inputs, ("ce", "ref_kl")[component - 1], {})
-            total = total + out.loss / scale
-            for name, x in out.metrics.items():
-                metrics.setdefault(name, []).append(x)
-    return total, {name: torch.stack(x) for name, x in metrics.items()}
-
-
-def _sequence(inputs, kind: str, o: dict[str, Any]):
-    """A sequence's loss by its formula, token by token, on the tokens of its mask alone."""
-    keep = inputs.loss_mask
-    new, old, a = (x[keep] for x in (inputs.trainer_logprobs, inputs.inference_logprobs, inputs.advantages))
-    w = torch.ones_like(new) if inputs.loss_weights is None else inputs.loss_weights[keep]
-    mean = lambda x, of: x[of].float().sum() / max(int(of.sum()), 1)  # noqa: E731
-    every = torch.ones_like(new, dtype=torch.bool)
-    if kind == "ce":
-        return SimpleNamespace(loss=-(w * new).sum(), metrics={"nll": mean(-new.detach(), every)})
-    log_ratio, moved = new - old, (new.exp() - old.exp()).detach()
-    ratio = log_ratio.exp()
-    mismatch = (ratio - log_ratio - 1).detach()
-    kl_tau, scale = o.get("kl_tau", 1e-3), o.get("adv_tau", 1.0)
-    if kind == "default":
-        far = torch.where(a > 0, moved > o["dppo_mask_high"], moved < -o["dppo_mask_low"])
-    elif kind == "ipo":
-        far = moved.abs() > o["ipo_threshold"]
-    else:
-        far, a = moved < -0.2, (inputs.ref_logprobs[keep] - new).detach()
-    loss = (w * (kl_tau * log_ratio.square() - torch.where(far, 0.0, scale * a * ratio))).sum()
-    metrics = {
-        "masked_mismatch_kl": mean(mismatch, far),
-        "unmasked_mismatch_kl": mean(mismatch, ~far),
-        "is_masked": mean(far, every),
-    }
-    if kind == "default":
-        metrics |= {
-            "is_masked_low": mean(far & (a < 0), every),
-            "is_masked_high": mean(far & (a > 0), every),
-            "masked_advantage_positive": mean(a > 0, far),
-            "masked_advantage_negative": mean(a < 0, far),
-        }
-    if kind == "ref_kl":
-        metrics = {f"ref_kl/{name}": x for name, x in metrics.items()} | {"ref_kl": mean(a, every)}
-    return SimpleNamespace(loss=loss, metrics=metrics)
-
-
-def _written_down() -> dict[str, ModuleType]:
-    """prime-rl's modules as far as the adapter reads them."""
-    names = ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", adapter.LOSS, "prime_rl.trainer.rl.train")
-    modules = {name: ModuleType(name) for name in names}
-    loss = modules[adapter.LOSS]
-    loss.compute_loss, loss.setup_rl_loss_fn = compute_loss, setup_rl_loss_fn
-    loss.DefaultLossConfig = lambda **o: _config("default", **(DEFAULT | o))
-    loss.IPOLossConfig = lambda **o: _config("ipo", **(IPO | o))
-    loss.CustomLossConfig = lambda import_path, kwargs=None: _config(
-        "custom", import_path=import_path, kwargs=kwargs or {}
-    )
-    modules["prime_rl.trainer.rl.train"].compute_loss = compute_loss
-    return modules
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """prime-rl's loss module where it is installed, else as it is written down above."""
+    """prime-rl's loss module where it is installed, else as it is written down."""
     if find_spec("prime_rl") is None:
-        for name, module in _written_down().items():
+        for name, module in written_down().items():
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(_adapter, "version", lambda package: "0.8.0")
     return importlib.import_module(adapter.LOSS)
@@ -206,7 +98,7 @@ def test_the_packed_loss_is_the_loops(host, kind: str, left_out: tuple[str, ...]
     loss_fn = host.setup_rl_loss_fn(config)
     ours = _outcome(adapter.compute_loss, batch, loss_fn)
     tolerance = TOLERANCE if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
-    mine = _outcome(compute_loss, batch, setup_rl_loss_fn(_config(kind, **options)))
+    mine = _outcome(compute_loss, batch, setup_rl_loss_fn(loss_config_of(kind, **options)))
     for theirs in (mine, _outcome(host.compute_loss, batch, loss_fn)):
         torch.testing.assert_close(ours[:2], theirs[:2], **tolerance)
         assert ours[2].keys() == theirs[2].keys()
@@ -294,7 +186,7 @@ def test_enable_and_disable(host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _twice(loss_config):
     def rl_fn(inputs):
-        out = _sequence(inputs, loss_config.type, vars(loss_config))
+        out = sequence_loss(inputs, loss_config.type, vars(loss_config))
         return SimpleNamespace(loss=2 * out.loss, metrics=out.metrics)
 
     return rl_fn
@@ -310,7 +202,7 @@ def _of_wrapped(custom_fn, kwargs):
 
 
 OWN = [
-    lambda: _twice(_config("default", **DEFAULT)),
+    lambda: _twice(loss_config_of("default", **DEFAULT)),
     lambda: _of_wrapped(adapter.policy_loss, {"kind": "default", **DEFAULT}),
     lambda: (lambda custom_fn, kwargs: lambda inputs: my_loss(inputs) if kwargs else custom_fn(inputs))(
         adapter.policy_loss, {"kind": "ipo", **IPO}
@@ -332,7 +224,7 @@ def test_a_loss_that_only_looks_like_prime_rls_is_left_to_it(host, make) -> None
 
 
 def test_options_may_change_between_calls(host) -> None:
-    batch, config = _without(_batch(2), *WEIGHTS), _config("default", **DEFAULT)
+    batch, config = _without(_batch(2), *WEIGHTS), loss_config_of("default", **DEFAULT)
     loss_fn = setup_rl_loss_fn(config)
     for low in (0.15, 0.0):
         config.dppo_mask_low = low
@@ -341,7 +233,7 @@ def test_options_may_change_between_calls(host) -> None:
 
 
 def test_a_version_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = _written_down()
+    modules = written_down()
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(_adapter, "version", lambda package: "0.9.0")
@@ -352,7 +244,7 @@ def test_a_version_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
         adapter.disable()
         changes = {
             "compute_loss": lambda trainer_logprobs, temperature: None,
-            "DefaultLossConfig": lambda: _config("default", **DEFAULT, entropy_tau=0.0),
+            "DefaultLossConfig": lambda: loss_config_of("default", **DEFAULT, entropy_tau=0.0),
             "setup_rl_loss_fn": lambda config: print,
             "setup_rl_loss_fn ": _twice,
         }

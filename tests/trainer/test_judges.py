@@ -1,4 +1,4 @@
-"""Judges: how a score is read, a local model that reasons first, and a server that misbehaves in every way."""
+"""Judges: a local model that reasons first, and a server that misbehaves in every way."""
 
 from __future__ import annotations
 
@@ -22,34 +22,6 @@ from trajkern.trainer.models.judges import Judge, JudgeError, Judgements, LocalJ
 from trajkern.trainer.models.verdicts import read_score
 
 NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("text", "ended", "expected"),
-    [
-        ("Right.\nScore: 7", True, 0.7),
-        ("Score: 0", True, 0.0),
-        ("**Score: 10/10**", True, 1.0),
-        ("score = 3.5.", True, 0.35),
-        ("**Score:** 4 out of 10", True, 0.4),
-        ("Score: 9\nOn reflection:\nScore: 2\n", True, 0.2),
-        ("Score: 8\nI hope this helps!", True, 0.8),
-        ("Score: 11", True, NAN),
-        ("Score: -3", True, NAN),
-        ("Score: 4/5", True, NAN),
-        ("Score: 8-9", True, NAN),
-        ("Score: k", True, NAN),
-        ("I would give it a score: 5 at most", True, NAN),
-        ("Score: 9\x1cy", True, NAN),
-        ("Score: 6\r\nBye.\r\n", True, 0.6),
-        ("seven", True, NAN),
-        ("", True, NAN),
-        ("Fine.\nScore: 1", False, NAN),  # the next digit may have been a 0
-        ("Score: 1\nand so", False, 0.1),
-    ],
-)
-def test_read_score(text: str, ended: bool, expected: float) -> None:
-    assert read_score(text, ended) == pytest.approx(expected, nan_ok=True)
 
 
 def test_judgements_feed_votes_and_gates() -> None:
@@ -353,7 +325,7 @@ def test_a_reply_without_a_score_is_a_missing_vote(server: Server, reply: tuple[
 
 def test_without_openai(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"ServerJudge needs openai: pip install 'trajkern\[judge\]'"):
+    with pytest.raises(ImportError, match=r"ServerJudge needs openai: pip install 'openai>=1.56'"):
         ServerJudge("http://localhost/v1", "m")
 
 
