@@ -99,8 +99,7 @@ def _handing_on(to: Callable[..., Any]) -> Callable[[Callable[..., Spec]], Calla
 
 
 def _toolpo(action: str = "action", span: str = "call") -> Spec:
-    action = resolved_function("action", action)
-    return Outcome(**CENTRED) + Outcome(reward=action, **CENTRED).on(span)
+    return Outcome(**CENTRED) + Outcome(reward=resolved_function("action", action), **CENTRED).on(span)
 
 
 def _tree_grpo(estimator: str = "tree") -> Spec:

@@ -93,10 +93,10 @@ def _derived(parent: Tensor, lengths: Tensor) -> tuple[int, int, int, int, dict[
 
 def _plainly_derived(parent: Tensor, lengths: Tensor) -> tuple[int, int, int, int, dict[str, Tensor]]:  # [M], [M]
     """As :func:`_derived`, without the native module."""
-    *found, arrays = _plain.derive(parent.tolist(), lengths.tolist())
+    bad, leaves, roots, levels, arrays = _plain.derive(parent.tolist(), lengths.tolist())
     dtypes = [torch.int32] * len(_INT32) + [torch.int64] * len(_INT64)
     named = zip((*_INT32, *_INT64), arrays, dtypes, strict=False)  # there are none with an illegal parent
-    return *found, {name: torch.tensor(x, dtype=dtype) for name, x, dtype in named}
+    return bad, leaves, roots, levels, {name: torch.tensor(x, dtype=dtype) for name, x, dtype in named}
 
 
 def along_paths(

@@ -74,7 +74,7 @@ def derive(parent: list[int], lengths: list[int]) -> Derived:
 
 def along_paths(parent: list[int], offsets: list[int], leaves: list[int]) -> Tensor:
     """What each leaf's path passes from its root down, of which node n has ``offsets[n]:offsets[n+1]``."""
-    found = []
+    found: list[Tensor] = []
     for leaf in leaves:
         path, node = [], leaf
         while node >= 0:

@@ -101,10 +101,13 @@ class _Counting(SequenceMatcher):
     def __init__(self, a: str, b: str, autojunk: bool, steps: int) -> None:
         super().__init__(None, a, b, autojunk)
         self._steps = steps
+        self._texts = a, b
+        self._places: dict[str, list[int]] = self.b2j  # type: ignore[attr-defined]
 
     def find_longest_match(self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None) -> Match:
-        ahi, bhi = len(self.a) if ahi is None else ahi, len(self.b) if bhi is None else bhi
-        places = (self.b2j.get(character, ()) for character in self.a[alo:ahi])
+        a, b = self._texts
+        ahi, bhi = len(a) if ahi is None else ahi, len(b) if bhi is None else bhi
+        places = (self._places.get(character, ()) for character in a[alo:ahi])
         self._steps -= ahi - alo + sum(bisect_left(x, bhi) - bisect_left(x, blo) for x in places)
         if self._steps < 0:
             raise TimeoutError
