@@ -124,7 +124,7 @@ def public_calls() -> Iterator[Any]:
         yield from (x for x in found if x is not None)
 
 
-CALLS = {f"{x.__module__}.{x.__qualname__}": x for x in public_calls() if options_of(x)}
+CALLS = dict(sorted((f"{x.__module__}.{x.__qualname__}", x) for x in public_calls() if options_of(x)))
 
 
 @pytest.mark.parametrize("name", CALLS)

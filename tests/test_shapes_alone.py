@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import trajkern as tk
-from tests.hostile_calls import good
+from tests.attack.functions import good
 
 OF_TENSORS = [
     tk.token_logprobs,

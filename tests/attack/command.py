@@ -36,8 +36,9 @@ def run(argv: list[str], *, boxed: bool = False) -> str:
     """What a command prints; a ValueError with its words where it refuses in one line, or in the box of its flags."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(), _no_work():
+        status: Any = None  # of a run that is cut short where its work begins
         try:
-            status: Any = cli.main(argv)
+            status = cli.main(argv)
         except SystemExit as left:
             status = left.code
     words = err.getvalue()

@@ -97,9 +97,11 @@ def _is_legal(name: str, kind: str, x: Any) -> bool:
         return "| None" in kind
     if name == "top_k":  # a bound of a mean
         return isinstance(x, (int, float)) and x in (1.5, 2**62)
+    if name == "beyond" and isinstance(x, float):
+        return math.isnan(x)
     if not isinstance(x, int):
         return False
     if name == "chunk_size":  # says nothing to us
         return x in (-1, 2**62)
-    large = ("workspace_bytes", "max_length", "top_k", "k", "max_completion_length", "dp_size")
+    large = ("workspace_bytes", "max_length", "top_k", "k", "max_completion_length", "dp_size", "max_steps")
     return (x == 3 and "float" in kind) or (x == 2**62 and name in large)
