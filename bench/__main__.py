@@ -87,8 +87,8 @@ def _refuse(args: argparse.Namespace) -> None:
     """Everything that would make the run useless is said before it."""
     if not args.load and args.device == "cuda" and not torch.cuda.is_available():
         raise Refused(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU")
-    if args.rows is not None and args.rows < 1:
-        raise Refused(f"--rows must be at least 1; got {args.rows}")
+    if args.rows is not None and not 1 <= args.rows < 2**31:
+        raise Refused(f"--rows must be in [1, 2^31); got {args.rows}")
     if args.shape and args.shapes:
         raise Refused("--shape and --shapes: give one of them")
     if not args.load:

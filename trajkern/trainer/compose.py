@@ -61,7 +61,10 @@ def composed(spec: credit.Spec, compose: Compose, gate: Gate) -> credit.Spec:
 
 def load_spec(name: str) -> credit.Spec:
     """The expression that ``--credit`` names. Raises ValueError where there is none."""
-    spec = credit.load(name)
+    try:
+        spec = credit.load(name)
+    except ValueError as error:
+        raise ValueError(f"credit must name a trajkern.credit.Spec; {error}") from None
     if not isinstance(spec, credit.Spec):
         raise ValueError(f"credit must name a trajkern.credit.Spec, as package.module:name; {name!r} is {spec!r}")
     return spec

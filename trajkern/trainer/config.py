@@ -105,6 +105,8 @@ class Then:
         check_fields(self, "then.")
         if self.recipe is None and (self.steps or self.lr or self.prompts or self.credit):
             raise ValueError(f"then.recipe must be given for other settings of then, got {self}")
+        if self.recipe is not None:
+            system_type(self.recipe, "then.recipe")
         if self.recipe is not None and self.steps < 1:
             raise ValueError(f"then.steps must be at least 1 for then.recipe {self.recipe!r}, got {self.steps}")
 

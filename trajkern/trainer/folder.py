@@ -62,8 +62,9 @@ class Folder:
 
 def check_free(out: Path) -> None:
     """Raise ValueError where ``out`` is no folder, or holds another run's checkpoint."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder that can be written to; got {out}: it is a file")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out must be a folder that can be written to; got {out}: {there} is a file")
     if (out / CHECKPOINT).exists():
         raise ValueError(f"out must be a new folder, or resume given; {out} already holds {CHECKPOINT}")
 

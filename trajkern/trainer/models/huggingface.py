@@ -181,9 +181,18 @@ def _arguments(tokens: Tensor, pack: Blocks) -> dict[str, Any]:  # [T]
     }
 
 
+GGUF = b"GGUF"  # how such a file begins
+
+
 def check_model(name: str) -> None:
-    """Raise ValueError or ImportError where ``name`` names no model that can be loaded here; nothing is read."""
-    _locate(name)
+    """Raise ValueError or ImportError where ``name`` names no model that can be loaded here; no weights are read."""
+    folder, options = _locate(name)
+    if options:
+        with (Path(folder) / options["gguf_file"]).open("rb") as file:
+            if file.read(len(GGUF)) != GGUF:
+                raise ValueError(f"model must be a folder or a .gguf file; {name!r} is another file")
+    elif not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"model must be a folder with a config.json, or a .gguf file; {name!r} has none")
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:

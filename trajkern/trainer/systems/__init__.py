@@ -33,8 +33,8 @@ def recipe_names() -> list[str]:
     return sorted({*recipes.RECIPES, *recipes.TREE_RECIPES, *SYSTEMS})
 
 
-def system_type(recipe: str) -> type[System]:
-    """What runs ``recipe``. Raises ValueError with the list of recipes where there is none of that name."""
+def system_type(recipe: str, setting: str = "recipe") -> type[System]:
+    """What runs ``recipe``. Raises ValueError with the setting and all recipes where there is none of that name."""
     if recipe in SYSTEMS:
         return SYSTEMS[recipe]
     if recipe in recipes.RECIPES:
@@ -42,7 +42,7 @@ def system_type(recipe: str) -> type[System]:
     if recipe in recipes.TREE_RECIPES:
         return PlainTrees
     names = recipe_names()
-    raise ValueError(f"recipe must be one of {', '.join(names)}; got {recipe!r}{did_you_mean(recipe, names)}")
+    raise ValueError(f"{setting} must be one of {', '.join(names)}; got {recipe!r}{did_you_mean(recipe, names)}")
 
 
 __all__ = ["SYSTEMS", "System", "recipe_names", "system_type"]
