@@ -1,7 +1,7 @@
 """The bare pass: what is timed beside trajkern to show where its time goes, and why trajkern may take less.
 
-It is torch's own passes over the same data, which compute nothing of the op. It is no bound: torch's passes do not move
-data as fast as the machine can, and write what a fused kernel never stores.
+It is torch's own passes over the same data, which compute nothing of the op, or what is there without it. It is no
+bound: torch's passes do not move data as fast as the machine can, and write what a fused kernel never stores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from trajkern._bench.case import BARE, OURS
 HEADS = ("linear_logprobs", "linear_policy_loss", "linear_topk")
 LOGITS = ("token_logprobs", "token_stats")
 LESS = ("% scored", "half the advantages")  # of the work of a case in which trajkern has less to do than the bare pass
-COPIES = {
+PASSES = {
     "group_advantages": "torch's copy of the rewards",
     "discounted_returns": "torch's copy of the rewards",
     "gae": "torch's copy of the rewards and values",
@@ -30,6 +30,7 @@ COPIES = {
     "toolpo.token_advantages": "torch's copy of a number a token",
     "credit": "torch's copies of all that is read and written",
     "srl.similarity": "torch's copy of the characters",
+    "sequence_group": "a share alone, in one process",
     "prime_rl.compute_loss": "torch's copy of two arrays of a number a token",
 }
 MOVES = "torch's passes move the data below the machine's speed"
@@ -48,7 +49,7 @@ def what(case: dict[str, Any]) -> str:
         if any(part in work for part in LESS):
             return "trajkern's own whole batch"
         return "the three matrix products alone" if "backward" in work else "the matrix product alone"
-    return COPIES.get(op, "torch's copy of as many bytes")
+    return PASSES.get(op, "torch's copy of as many bytes")
 
 
 def why_less(case: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ def test_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="model must be a name, or a SentenceTransformer without options"):
         embeddings(3)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'trajkern\[skills\]'"):
+    with pytest.raises(ImportError, match="pip install 'sentence-transformers>=3'"):
         embeddings("some/model")
 
 

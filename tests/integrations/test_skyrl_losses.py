@@ -153,7 +153,7 @@ def test_workers_find_the_losses_by_name() -> None:
 
 BAD: list[tuple[str, dict[str, Any], dict[str, Any], type[Exception], str]] = [
     ("regular", {"loss_mask": torch.ones(3)}, {}, ValueError, r"loss_mask must have shape \[B, L\]"),
-    ("regular", {"old": None}, {}, TypeError, "old_log_probs must be a tensor, got NoneType"),
+    ("regular", {"old": None}, {}, TypeError, "old_log_probs must be a tensor, got None"),
     ("regular", {"advantages": torch.ones(9)}, {}, ValueError, "advantages must have the mask's shape"),
     ("rollout_is", {"rollout": None}, {}, ValueError, "rollout_logprobs must be given for rollout_is"),
     ("cispo", {}, {"cispo": {"cispo_anchor": "ref"}}, ValueError, "cispo.cispo_anchor must be 'old' or 'rollout'"),
