@@ -157,7 +157,7 @@ class TestCompiled:
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--compiled", "sm_42"], "invalid choice: 'sm_42'"),
         (["--intensity", "9"], "invalid choice: 9"),
-        (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["--seeds", "0"], "--seeds: must be a whole number from 1 to 1,000,000, got '0'"),
     ],
 )
 def test_bad_flags(args, message, capsys) -> None:

@@ -222,7 +222,7 @@ def test_no_file_or_no_lines(tmp_path: Path, content: bytes | None) -> None:
         (
             sums(),
             {"prompts": 200, "questions": 200},
-            r"prompts must be at most \d\d, the questions to train on; got 200",
+            r"prompts must be at most \d\d, the questions of '.*rows.jsonl' to train on; got 200",
         ),
         (sums(verifier="regex"), {}, "task must have answers or references to imitate in the warm-up"),
         (sums(verifier="regex"), {"warmup": WarmUp(steps=0)}, "max_new must be given for '.*rows.jsonl'"),
@@ -231,8 +231,17 @@ def test_no_file_or_no_lines(tmp_path: Path, content: bytes | None) -> None:
     ids=str,
 )
 def test_what_a_file_cannot_serve_is_refused(
-    write: Callable[..., str], config: Callable[..., TrainConfig], rows: list[dict], settings: dict, message: str
+    write: Callable[..., str],
+    config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rows: list[dict],
+    settings: dict,
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text("{}")  # of a model that is not read
     rows = rows[:1] if rows[0]["prompt"] == rows[1]["prompt"] else rows
     settings = config(**{"task": write(rows), "eval": EVAL, "warmup": BRIEF, **settings})
     with pytest.raises(ValueError, match=message):
