@@ -148,11 +148,10 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     if (kind is str or kind is int) and value in choices:
         return value
     choices, given = tuple(choices), value
-    legal = f"{name} must be {'one of ' * (len(choices) > 1)}{', '.join(map(repr, choices))}; got {shown(given)}"
-    if (value := _unwrapped(value)) is not None and not isinstance(value, (int, str, torch.dtype, float)):
-        raise ValueError(legal)
-    if isinstance(value, bool) or value not in choices:  # True == 1
-        raise ValueError(legal + did_you_mean(value, choices))
+    comparable = (value := _unwrapped(value)) is None or isinstance(value, (int, str, torch.dtype, float))
+    if not comparable or isinstance(value, bool) or value not in choices:  # True == 1
+        legal = f"{'one of ' * (len(choices) > 1)}{', '.join(map(repr, choices))}"
+        raise ValueError(f"{name} must be {legal}; got {shown(given)}{did_you_mean(value, choices)}")
     return choices[choices.index(value)]
 
 
