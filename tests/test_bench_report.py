@@ -260,7 +260,7 @@ def test_tables_name_the_peers(results: Path) -> None:
     [
         (["--json", "/no/such/folder/a.json"], "--json /no/such/folder/a.json: cannot be written"),
         (["--html", "."], "--html .: cannot be written"),
-        (["--rows", "0"], "--rows must be at least 1; got 0"),
+        (["--rows", "0"], "--rows must be in [1, 2^31); got 0"),
         (["--load", "/no/such.json"], "--load /no/such.json: "),
     ],
 )

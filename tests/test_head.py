@@ -272,7 +272,7 @@ BAD = [
     ({"temperature": torch.zeros(24)}, ValueError, r"temperature must be positive; its smallest value is 0.0"),
     ({"softcap": 0.0}, ValueError, r"softcap must be greater than 0, got 0.0"),
     ({"logit_scale": math.inf}, ValueError, r"logit_scale must be finite"),
-    ({"logits_dtype": torch.float16}, ValueError, r"logits_dtype must be one of torch.float32; got torch.float16"),
+    ({"logits_dtype": torch.float16}, ValueError, r"logits_dtype must be torch.float32; got torch.float16"),
     ({"sampling_support": torch.ones(3)}, TypeError, r"sampling_support must be a tuple \(ids, offsets\)"),
     (
         {"sampling_support": (torch.zeros(24).long(), torch.arange(25))},
