@@ -13,6 +13,7 @@ from trajkern._bench.case import BARE, OURS
 HEADS = ("linear_logprobs", "linear_policy_loss", "linear_topk")
 LOGITS = ("token_logprobs", "token_stats")
 LESS = ("% scored", "half the advantages")  # of the work of a case in which trajkern has less to do than the bare pass
+TREES = "trl.tree_rollouts"  # whose head has the learnt tokens alone
 PASSES = {
     "group_advantages": "torch's copy of the rewards",
     "discounted_returns": "torch's copy of the rewards",
@@ -30,7 +31,8 @@ PASSES = {
     "toolpo.token_advantages": "torch's copy of a number a token",
     "credit": "torch's copies of all that is read and written",
     "srl.similarity": "torch's copy of the characters",
-    "sequence_group": "a share alone, in one process",
+    "sequence_group": "a share alone, and as many bare exchanges",
+    TREES: "the model on as many tokens in one row, with whole logits",
     "prime_rl.compute_loss": "torch's copy of two arrays of a number a token",
 }
 MOVES = "torch's passes move the data below the machine's speed"
@@ -57,7 +59,7 @@ def why_less(case: dict[str, Any]) -> str:
     times = case["seconds"]
     if OURS not in times or BARE not in times or times[OURS]["median"] >= times[BARE]["median"]:
         return ""
-    if any(part in case["work"] for part in LESS):
+    if any(part in case["work"] for part in LESS) or case["op"] == TREES:
         return SKIPS
     spreads = times[OURS]["spread"] + times[BARE]["spread"]
     if times[BARE]["median"] / times[OURS]["median"] - 1 <= spreads:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import tempfile
+import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trajkern._bench.recipes import Exact
 from trajkern.testing.numerics import Outcome
 
 TOKENS, TRAJECTORIES, RANKS = 32_768, 64, 2
+EXCHANGES = 3  # what the ranks share, the sums of trajectories, loss and metrics
 PER_TOKEN = ("logprobs", "old_logprobs", "mask")
 
 
@@ -42,21 +44,46 @@ def _outcome(logprobs: Tensor, **inputs: Any) -> Outcome:
     return {"loss": loss.detach(), "grad": grad}
 
 
+def _sum(group: dist.ProcessGroup | None) -> None:
+    """One exchange, of two numbers a trajectory."""
+    dist.all_reduce(torch.zeros(TRAJECTORIES, 2, dtype=torch.float64), group=group)
+
+
+def _until_gone(call: Callable[[], Any]) -> None:
+    try:
+        while True:
+            call()
+    except RuntimeError:  # a connection that is closed
+        return
+
+
 def _answer(kind: str, store: str) -> None:
-    """The other rank: makes the call as often as the first does, until that is gone."""
+    """The other rank: makes either call as often as the first rank does, until that is gone."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=1, world_size=RANKS)
     share = _share(_batch(kind), 1) | {"sequence_group": dist.group.WORLD}
-    while True:
+    other = dist.new_group()
+    threading.Thread(target=_until_gone, args=(partial(_sum, other),), daemon=True).start()
+    _until_gone(partial(_outcome, **share))
+
+
+def _one_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as one of several ranks on this machine makes it, which have a thread each."""
+
+    def alone() -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
-            _outcome(**share)
-        except RuntimeError:  # a connection that is closed
-            return
+            return call()
+        finally:
+            torch.set_num_threads(before)
+
+    return alone
 
 
 @lru_cache(maxsize=1)
-def _group(kind: str) -> dist.ProcessGroup:
-    """Of this process and one that answers it with this kind's other share."""
+def _groups(kind: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+    """Two of this process and one that answers: in the first with this kind's other share, in the second bare sums."""
     if dist.is_initialized():
         dist.destroy_process_group()
     store = str(Path(tempfile.mkdtemp(prefix="trajkern-bench-")) / "store")
@@ -65,25 +92,31 @@ def _group(kind: str) -> dist.ProcessGroup:
     atexit.register(other.kill)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=RANKS)
     assert dist.group.WORLD is not None
-    return dist.group.WORLD
+    return dist.group.WORLD, dist.new_group()
 
 
 def _split(kind: str) -> Callable[[str], Any]:
     def make(device: str) -> Exact:
         inputs = _batch(kind)
         share = _share(inputs, 0)
-        split = share | {"sequence_group": _group(kind)}
+        group, other = _groups(kind)
+        split = share | {"sequence_group": group}
 
         def whole(**_: Any) -> Outcome:
             found = _outcome(**inputs)
             return {"loss": found["loss"], "grad": found["grad"][::RANKS]}
 
+        def bare() -> None:
+            _outcome(**share)
+            for _ in range(EXCHANGES):
+                _sum(other)
+
         return Exact(
             op="sequence_group",
             inputs={},
-            ours=lambda: _outcome(**split),
-            eager=whole,
-            bare=lambda: _outcome(**share),
+            ours=_one_thread(partial(_outcome, **split)),
+            eager=_one_thread(whole),
+            bare=_one_thread(bare),
             bytes=3 * share["logprobs"].nbytes,
             tolerance=2e-7,
         )
@@ -91,13 +124,16 @@ def _split(kind: str) -> Callable[[str], Any]:
     return make
 
 
+_WORK = (
+    "policy_loss forward + backward, {}; eager is one process with all tokens, the bare pass a share and {} bare sums"
+)
 CASES = tuple(
     TimedCase(
         "sequence_group",
-        f"policy_loss forward + backward, {kind}; eager is one process with all tokens, the bare pass a share alone",
+        _WORK.format(kind, EXCHANGES),
         f"{TOKENS:,} tokens of {TRAJECTORIES} trajectories, {RANKS} gloo ranks",
         _split(kind),
-        (Target("times", 10, BARE),),
+        (Target("times", 1.5, BARE),),
         devices=("cpu",),
         outside="ranks",
     )

@@ -25,7 +25,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
-from trajkern.ops.policy_loss_ranks import check_parts, check_shared
+from trajkern.ops.policy_loss_ranks import check_agreement, check_parts
 from trajkern.ops.tree_loss import Paths, check_branch, leaf_counts
 
 
@@ -50,7 +50,7 @@ def check_loss(
     _check_tokens(logprobs, entropy, arguments, in_head)
     _check_streams(arguments, logprobs)
     if arguments.sequence_group is not None:
-        arguments = check_parts(arguments, logprobs)
+        arguments = check_parts(arguments)
     if branch is not None:
         check_branch(arguments, logprobs)
         if readable(logprobs):
@@ -78,7 +78,7 @@ def check_loss(
         _stream_normalizer("kl", arguments.kl_weights, arguments.kl_normalizer, logprobs) if config.kl_coef else None,
     )
     if checked.sequence_group is not None and readable(logprobs):
-        check_shared(checked)
+        check_agreement(checked)
     return checked
 
 

@@ -7,6 +7,7 @@ the rank's own tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import describe, readable
+from trajkern._checks import describe
 from trajkern._results import Branch
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
@@ -29,13 +30,11 @@ Formed = Callable[[Tensor, Tensor | None, Tensor | None, LossArguments], Result]
 
 
 class _Whole(torch.autograd.Function):
-    """The sum over the ranks, the same on each; its gradient is this rank's part's."""
+    """``whole``, the sum of the ranks' parts, with this rank's part's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, part, group):
-        total = part.double()
-        dist.all_reduce(total, group=group)
-        return total.to(part.dtype)
+    def forward(ctx: Any, part, whole):
+        return whole.to(part.dtype)
 
     @staticmethod
     @differentiable_once("policy_loss", linear=True)
@@ -43,9 +42,9 @@ class _Whole(torch.autograd.Function):
         return grad, None
 
 
-def check_parts(arguments: LossArguments, logprobs: Tensor) -> LossArguments:
+def check_parts(arguments: LossArguments) -> LossArguments:
     """Raises where trajectories cannot be split; else the arguments with ``per_token`` a bool."""
-    config, group = arguments.config, arguments.sequence_group
+    config = arguments.config
     if arguments.branch is not None:
         raise ValueError(f"branch must be None with sequence_group; got {describe(arguments.branch)}")
     if not config.exact_in_parts:
@@ -54,17 +53,24 @@ def check_parts(arguments: LossArguments, logprobs: Tensor) -> LossArguments:
             f" and kl {config.kl!r}, which sums over a rank's tokens do not give"
         )
     # a rank's share may have as many tokens as there are trajectories, so that its length tells nothing
-    per_token = bool(arguments.per_token)
-    if readable(logprobs):
-        _check_agreement(arguments.cu_seqlens.shape[0] - 1, per_token, group)
-    return arguments._replace(per_token=per_token)
+    return arguments._replace(per_token=bool(arguments.per_token))
 
 
-def _check_agreement(trajectories: int, per_token: bool, group: dist.ProcessGroup) -> None:
-    mine = torch.tensor([trajectories, per_token])
-    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_ranks, mine, group=group)
-    counts, flags = torch.stack(of_ranks).unbind(1)
+def check_agreement(arguments: LossArguments) -> None:
+    """Raises on every rank where what all must share differs: the trajectories' number and advantages, the options.
+
+    One exchange of a few numbers, which are read; of checked arguments.
+    """
+    config, normalizer = arguments.config, arguments.normalizer
+    trajectories = arguments.cu_seqlens.shape[0] - 1
+    options = torch.tensor([*config.kernel_options, *config.kernel_params], dtype=torch.float64)
+    shared = {
+        "config": _digest(options),
+        "normalizer": _digest(torch.tensor(-1.0 if normalizer is None else float(normalizer))),
+        "advantages": 0 if arguments.per_token else _digest(_given(arguments.advantages).detach()),
+    }
+    mine = torch.tensor([trajectories, arguments.per_token, *shared.values()])
+    counts, flags, *digests = _of_ranks(mine, arguments.sequence_group).unbind(1)
     if counts.min() != counts.max():
         raise ValueError(
             "cu_seqlens must bound the same trajectories on every rank of sequence_group, a share of 0 tokens for those"
@@ -72,27 +78,23 @@ def _check_agreement(trajectories: int, per_token: bool, group: dist.ProcessGrou
         )
     if flags.min() != flags.max():
         raise ValueError(f"per_token must be the same on every rank of sequence_group; got {flags.bool().tolist()}")
-
-
-def check_shared(arguments: LossArguments) -> None:
-    """Raises on every rank where what all must share differs: the trajectories' advantages, config and normalizer.
-
-    Exchanges and reads their values; of checked arguments.
-    """
-    config, normalizer, advantages = arguments.config, arguments.normalizer, arguments.advantages
-    shared = {
-        "config": torch.tensor([*config.kernel_options, *config.kernel_params], dtype=torch.float64),
-        "normalizer": torch.full((1,), -1.0 if normalizer is None else float(normalizer), dtype=torch.float64),
-    }
-    if not arguments.per_token:
-        shared["advantages"] = _given(advantages).detach().double()
-    mine = torch.cat(list(shared.values()))
-    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(arguments.sequence_group))]
-    dist.all_gather(of_ranks, mine, group=arguments.sequence_group)
-    sizes = [x.numel() for x in shared.values()]
-    for name, x in zip(shared, torch.stack(of_ranks).split(sizes, 1), strict=True):
-        if not torch.equal(x.nan_to_num(), x[:1].expand_as(x).nan_to_num()):
+    for name, digest in zip(shared, digests, strict=True):
+        if digest.min() != digest.max():
             raise ValueError(f"{name} must be the same on every rank of sequence_group; it differs")
+
+
+def _digest(values: Tensor) -> int:
+    """64 bits of the values; -0.0 and every NaN count as one."""
+    values = (values.double() + 0.0).masked_fill(values.isnan(), torch.nan)
+    digest = hashlib.blake2b(values.contiguous().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _of_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's values, ``[ranks, ...]``."""
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, mine, group=group)
+    return torch.stack(of_ranks)
 
 
 def split_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArguments, formed: Formed) -> Result:
@@ -127,13 +129,11 @@ def over_ranks(share: Result, parts: LossArguments, logprobs: Tensor) -> Result:
         logprobs: the old ones where ``parts`` has none.
     """
     loss, metrics = share
-    mine = torch.stack([metrics[name] for name in METRICS]).double()
+    mine = torch.stack([loss.detach(), *(metrics[name] for name in METRICS)]).double()
     mine = torch.cat((mine, _sampler_moments(parts, logprobs.detach())))
-    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(parts.sequence_group))]
-    dist.all_gather(of_ranks, mine, group=parts.sequence_group)
-    *gathered, ratios, squares = torch.stack(of_ranks, 1).unbind()
+    losses, *gathered, ratios, squares = _of_ranks(mine, parts.sequence_group).unbind(1)
     moments = gathered[list(METRICS).index("num_tokens")], ratios, squares
-    loss = applied(_Whole, loss, parts.sequence_group)
+    loss = applied(_Whole, loss, losses.sum())
     found = {name: _reduced(name, x, *moments) for name, x in zip(METRICS, gathered, strict=True)}
     return loss, {name: x.to(loss.dtype) for name, x in found.items()}
 
@@ -293,7 +293,9 @@ def _totals(columns: dict[str, Tensor], arguments: LossArguments, like: Tensor) 
     if arguments.config.sampler_correction == "sequence_mask":
         columns["log_w"] = _bounded(_given(arguments.old_logprobs), arguments.sampler_logprobs, arguments.mask)
     sums = torch.stack([_summed(x, arguments.cu_seqlens) for x in columns.values()], 1)
-    return dict(zip(columns, applied(_Whole, sums, arguments.sequence_group).unbind(1), strict=True))
+    whole = sums.detach().to(torch.float64, copy=True)
+    dist.all_reduce(whole, group=arguments.sequence_group)
+    return dict(zip(columns, applied(_Whole, sums, whole).unbind(1), strict=True))
 
 
 def _summed(values: Tensor, cu_seqlens: Tensor) -> Tensor:
