@@ -15,6 +15,7 @@ from trajkern._bench import (
     advantage,
     growth,
     head,
+    host_trees,
     hosts,
     logprob,
     peers,
@@ -50,7 +51,7 @@ FAMILIES = {
     "span": span.CASES,
     "topk": topk.CASES,
     "recipes": recipes.CASES,
-    "hosts": hosts.CASES,
+    "hosts": (*hosts.CASES, *host_trees.CASES),
     "ranks": ranks.CASES,
 }
 TIMED = tuple(dict.fromkeys(case.op for cases in FAMILIES.values() for case in cases))
@@ -154,7 +155,7 @@ def chosen(args: argparse.Namespace) -> list[TimedCase]:
     if args.shapes:
         candidates = [case for name in args.shapes for case in shapes.cases(name, args.device, args.rows)]
     elif every and args.quick and args.device == "cpu":
-        candidates = [*sizes.quick(args.device), *hosts.CASES, *recipes.CASES]
+        candidates = [*sizes.quick(args.device), *FAMILIES["hosts"], *recipes.CASES]
     else:
         candidates = [case for cases in FAMILIES.values() for case in cases if args.device in case.devices]
     return [case for case in candidates if not args.op or {case.op, case.family} & set(args.op)]
