@@ -303,7 +303,8 @@ class Grads(NamedTuple):
         narrow = tiles.narrows and writes_rows_once and tiles.shard.group is None and not keeps_wide
         if weight:
             direct = tiles.writes_weight_itself and blocks == 1
-            into_weight = tiles.empty(head.weight.shape[0], width, head.weight.dtype if direct else head.accumulator)
+            dtype = head.weight.dtype if direct else head.accumulator
+            into_weight = head.weight.new_empty((head.weight.shape[0], width), dtype=dtype)
             written = tiles.size if blocks else 0
             if written < into_weight.shape[0]:
                 into_weight[written:].zero_()
