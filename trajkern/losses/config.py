@@ -125,6 +125,7 @@ class PolicyLoss:
 
             dapo       clip 0.2 below, 0.28 above (arXiv 2503.14476, section 4.1)
             bnpo       clip 0.2 below, 0.28 above, clip_dual 10 (github changyi7231/BNPO, recipe/bnpo/run.sh)
+            dr_grpo    clip 0.2 on both sides (github sail-sg/understand-r1-zero: its scripts leave it to oat, ppo.py)
             gspo       clip 3e-4 below, 4e-4 above (arXiv 2507.18071, section 5.1)
             gmpo       log-ratios within 0.4 of 0 (arXiv 2507.20673, section 4)
             luspo      clip 2e-3 below, 2.5e-3 above (arXiv 2602.05261, section 5.1)
@@ -138,8 +139,8 @@ class PolicyLoss:
             reinforce  likewise (Williams, 1992)
 
         GRPO's paper (arXiv 2402.03300) names no clip range, nor does CISPO's (2506.13585), which bounds ratios above
-        alone, or Dr. GRPO's released code: these three are refused, so that nobody takes a default for a published
-        number. KL coefficients and learning rates are not among these options.
+        alone: these two are refused, so that nobody takes a default for a published number. KL coefficients, lengths
+        and learning rates are not among these options.
 
         Args:
             kind: as in :class:`PolicyLoss`.

@@ -19,7 +19,9 @@ PUBLISHED = {
     "bnpo": Published(
         "github changyi7231/BNPO, recipe/bnpo/run.sh", {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 10.0}
     ),
-    "dr_grpo": Published("github sail-sg/understand-r1-zero", None, "the released training sets none"),
+    "dr_grpo": Published(
+        "github sail-sg/understand-r1-zero and sail-sg/oat, ppo.py", {"clip_low": 0.2, "clip_high": 0.2}
+    ),
     "gspo": Published("arXiv 2507.18071, section 5.1", {"clip_low": 3e-4, "clip_high": 4e-4}),
     "gmpo": Published("arXiv 2507.20673, section 4", {"clip_low": 0.4, "clip_high": 0.4}),
     "cispo": Published("arXiv 2506.13585", None, "it bounds ratios above alone, by a number that it does not name"),
