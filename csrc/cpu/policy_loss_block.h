@@ -95,8 +95,9 @@ struct Block {
       const V times = in.branches ? masked(x, in.rollouts(i)) : V{} + 1;
       const V leaves = in.branches ? in.branch(kLeafCount, i) : V{} + 1;
       clipped.add(j, masked(x, term.clipped));
-      below.add(j, x.token.log_ratio < 0 ? term.beyond : V{});
-      above.add(j, x.token.log_ratio > 0 ? term.beyond : V{});
+      const V moved = opaque(x.token.log_ratio);
+      below.add(j, moved < 0 ? term.beyond : V{});
+      above.add(j, moved > 0 ? term.beyond : V{});
       log_ratios.add(j, times * x.bounded);
       ratios.add(j, times * own);
       if (in.branches) tokens.add(j, times);

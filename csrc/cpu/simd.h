@@ -136,6 +136,16 @@ TK_INLINE void store(Half* p, const Vec<float, W>& x) {
   store_bits<W>(p, half | sign);
 }
 
+// x, of which the compiler forgets where it comes from: g++ 12 shares a comparison of x among all places that have it,
+// or joins it with the conditions of what it chooses from, and takes 16 lanes of the result apart into scalars.
+template <class V>
+TK_INLINE V opaque(V x) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // The larger; the second where either is NaN.
 template <class V>
 TK_INLINE V vmax(const V& a, const V& b) {
