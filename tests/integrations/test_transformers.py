@@ -228,3 +228,50 @@ def test_a_tree_needs_an_attention_with_a_mask_or_over_boundaries() -> None:
     model.config._attn_implementation = "paged|eager"
     with pytest.raises(ValueError, match="eager, sdpa, flex_attention, or flash attention, .* got 'paged|eager'"):
         log_probs(model, *forest())
+
+
+ROPE: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+def of_lengths(*lengths: int) -> tk.PackedBatch:
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = torch.randint(5, V, (int(bounds[-1]),), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, bounds[:-1], False)
+    return tk.PackedBatch(tokens, bounds, mask, torch.zeros(len(lengths), dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_sequences_whose_frequencies_the_longest_would_set_are_refused(kind: str) -> None:
+    config = {**SMALL, "max_position_embeddings": 16 if kind == "dynamic" else 64}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **config, rope_parameters={"rope_theta": 1e4, **ROPE[kind]}, attn_implementation="eager"
+        )
+    ).double()
+    allowed = [(8, 0, 16), (40, 40), (20, 40)][: 2 if kind == "dynamic" else 3]
+    with torch.no_grad():
+        for lengths in allowed:
+            batch = of_lengths(*lengths)
+            rows = [x for x in batch.tokens.split(list(lengths)) if len(x)]
+            own = [model(x[None]).logits[0, :-1].log_softmax(-1).gather(1, x[1:, None])[:, 0] for x in rows]
+            alone = torch.cat([x for part in own for x in (part.new_zeros(1), part)])
+            torch.testing.assert_close(log_probs(model, batch), alone, rtol=1e-6, atol=1e-6)
+        for lengths in [(8, 40), *([(20, 40)] if kind == "dynamic" else [])]:
+            batch = of_lengths(*lengths)
+            tree = tk.Tree.from_trajectories(batch)
+            for call in (
+                lambda batch=batch: log_probs(model, batch),
+                lambda batch=batch, tree=tree: log_probs(model, tree, batch.tokens[tree.source]),
+            ):
+                with pytest.raises(ValueError, match=f"layout must have .*rope_type '{kind}'.*from {lengths[0]} to 40"):
+                    call()

@@ -42,6 +42,7 @@ class Route(NamedTuple):
 
 def run_layout(inner: Any, call: Any, layout: Layout, tokens: Tensor, route: Route) -> Tensor:
     """What the head is applied to for every token, ``[T, H]``; ``call`` runs all of ``inner``."""
+    _check_lengths(inner, layout)
     if isinstance(layout, Tree):
         return run_model(inner, call, route, tokens, layout.positions, **_tree_options(inner, layout))[0]
     if layout_kind(inner, layout) == "rows":
@@ -49,6 +50,39 @@ def run_layout(inner: Any, call: Any, layout: Layout, tokens: Tensor, route: Rou
     bounds, longest = layout.cu_seqlens.int(), layout.max_length
     spans = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return run_model(inner, call, route, tokens, _positions(layout), **spans)[0]
+
+
+def _check_lengths(inner: Any, layout: Layout) -> None:
+    """Refuses sequences of which the longest would change the others' rotary frequencies."""
+    for kind, limit in _by_the_longest(inner.config.get_text_config()):
+        bounds = layout.flat_cu_seqlens if isinstance(layout, Tree) else layout.cu_seqlens
+        lengths = bounds.diff()
+        if not lengths.numel():
+            continue
+        longest, shortest = int(lengths.max()), int(lengths.masked_fill(lengths == 0, lengths.max()).min())
+        if longest > limit and (shortest <= limit or (kind == "dynamic" and shortest < longest)):
+            raise ValueError(
+                f"layout must have sequences of one length beyond {limit} tokens, or longer and shorter ones apart, "
+                f"for a model of rope_type {kind!r}, in which the longest of a call sets the frequencies of all; "
+                f"got lengths from {shortest} to {longest}"
+            )
+
+
+def _by_the_longest(config: Any) -> list[tuple[str, int]]:
+    """The kinds of rotary frequencies that follow a call's longest sequence, each with the length where that begins."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_layers = [x for x in rope.values() if isinstance(x, dict)] or [rope]
+    found = []
+    for options in of_layers:
+        kind = options.get("rope_type", options.get("type"))
+        if kind == "dynamic":
+            found.append((kind, config.max_position_embeddings))
+        elif kind == "longrope":
+            given = options.get("original_max_position_embeddings")
+            found.append(
+                (kind, given or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+            )
+    return found
 
 
 def accepted(forward: Any, options: dict[str, Any]) -> dict[str, Any]:
