@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -40,6 +42,14 @@ SIZES = {
     "word_embed_proj_dim",
     48: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff dff ffn_hidden_size",
     64: "max_position_embeddings n_positions n_ctx max_seq_len",
+}
+_LISTS = ("IMAGE_TEXT_TO_TEXT", "MASKED_LM", "MULTIMODAL_LM", "PRETRAINING", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+OTHERS = {  # class -> its model type
+    name: kind
+    for listed in _LISTS
+    for kind, names in getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES", {}).items()
+    for name in ([names] if isinstance(names, str) else names)
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 }
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 WINDOWED = ["sliding_attention", "full_attention"]
@@ -120,7 +130,18 @@ def build(kind: str) -> Any:
     made = _small(config, MORE.get(kind, {}))
     if hasattr(made, "is_decoder"):
         made.is_decoder = True
-    made._attn_implementation = "eager"
+    return _built(cls, made)
+
+
+def build_other(name: str) -> Any:
+    """A class with a head that is in another list than text generation's: images and sounds, or not causal."""
+    kind = OTHERS[name]
+    return _built(getattr(transformers, name), _small(CONFIG_MAPPING[kind], MORE.get(kind, {})))
+
+
+def _built(cls: Any, made: Any) -> Any:
+    for part in (made, *(x for x in vars(made).values() if isinstance(x, transformers.PreTrainedConfig))):
+        part._attn_implementation = "eager"
     with torch.device("meta"):
         count = sum(x.numel() for x in cls(copy.deepcopy(made)).parameters())
     if count > LARGEST:
@@ -166,12 +187,7 @@ def outcome(kind: str) -> Outcome:
     except Exception as error:
         return Outcome(f"not built small: {_short(error)}", "", "")
     g = torch.Generator().manual_seed(1)
-    batch = tk.PackedBatch(
-        torch.randint(5, V, (15,), generator=g),
-        torch.tensor([0, 5, 5, 12, 15]),
-        torch.ones(15, dtype=torch.bool).index_fill(0, torch.tensor([0, 5, 12]), False),
-        torch.zeros(4, dtype=torch.long),
-    )
+    batch = _batch(g)
     rows = torch.cat([_own(model, x) for x in batch.tokens.split([5, 7, 3])])
     tree = tk.Tree(torch.tensor([-1, 0, 0, 1, 1]), torch.tensor([3, 6, 4, 7, 2]))
     tokens = torch.randint(5, V, (tree.num_tokens,), generator=g)
@@ -183,9 +199,36 @@ def outcome(kind: str) -> Outcome:
     return Outcome(_head(model) if packed == "right" else "", packed, in_tree)
 
 
-def _own(model: Any, tokens: Tensor) -> Tensor:
+def other_outcome(name: str) -> str:
+    """What comes of a class of OTHERS: "right", "refused: ..." or "not built small: ..."; never "wrong"."""
+    try:
+        model = build_other(name)
+    except Exception as error:
+        return f"not built small: {_short(error)}"
+    batch = _batch(torch.Generator().manual_seed(1))
+    try:
+        rows = torch.cat([_own(model, x, {}) for x in batch.tokens.clone().split([5, 7, 3])])
+        head, other = (model(input_ids=torch.tensor([[5, 6, *x]])).logits[0, 1] for x in ((7, 8, 9), (17, 18, 19)))
+    except Exception:
+        rows = None
+    found = _beside(lambda: log_probs(model, batch), batch.tokens.double() if rows is None else rows)
+    if found == "right" and (head - other).abs().max() > 1e-4 * head.abs().max():
+        return "wrong: it reads what it predicts"
+    return "its own forward fails" if rows is None and found.startswith("wrong") else found
+
+
+def _batch(generator: torch.Generator) -> tk.PackedBatch:
+    return tk.PackedBatch(
+        torch.randint(5, V, (15,), generator=generator),
+        torch.tensor([0, 5, 5, 12, 15]),
+        torch.ones(15, dtype=torch.bool).index_fill(0, torch.tensor([0, 5, 12]), False),
+        torch.zeros(4, dtype=torch.long),
+    )
+
+
+def _own(model: Any, tokens: Tensor, options: Any = MappingProxyType({"use_cache": False})) -> Tensor:
     with torch.no_grad():
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].double()
+        logits = model(input_ids=tokens[None], **options).logits[0, :-1].double()
     return torch.cat((logits.new_zeros(1), logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]))
 
 
@@ -193,7 +236,8 @@ def _beside(ours: Any, own: Tensor) -> str:
     try:
         with torch.no_grad():
             actual = ours().double()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
+        assert "model must" in str(error)
         return f"refused: {_short(error)}"
     return "right" if (actual - own).abs().max() < 2e-4 else f"wrong by {float((actual - own).abs().max()):.2g}"
 
@@ -210,6 +254,7 @@ def _head(model: Any) -> str:
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     for said, why in {
+        "model must be causal": "it reads what it predicts",
         "linear_attention": "recurrent layers",
         "is recurrent": "recurrent layers",
         "'hybrid'": "recurrent layers",

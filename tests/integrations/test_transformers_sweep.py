@@ -25,3 +25,12 @@ def test_the_page_has_every_class_and_no_wrong_number() -> None:
     assert len([x for x in rows if "| right |" in x]) > 170
     if f"transformers {transformers.__version__}\n" in PAGE:
         assert [x.split("`")[1] for x in rows] == KINDS
+
+
+@pytest.mark.slow
+def test_other_classes_with_a_head_are_right_or_refused() -> None:
+    """Text through models of images and sounds; what reads the tokens that it predicts has no log-probs of them."""
+    found = {name: small_models.other_outcome(name) for name in small_models.OTHERS}
+    assert not {name: x for name, x in found.items() if "wrong" in x}
+    assert sum(x == "right" for x in found.values()) > 40
+    assert sum(x == "refused: it reads what it predicts" for x in found.values()) > 35

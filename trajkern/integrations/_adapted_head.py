@@ -23,6 +23,7 @@ def head_tensors(layer: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(layer, "token_adapter"):
         layer = layer.token_adapter
     if not hasattr(layer, "base_layer"):  # also in modules_to_save, whose wrapper has the active copy's tensors
+        _form_weight(layer)
         return linear_weight(layer), getattr(layer, "bias", None)
     if layer.disable_adapters or not layer.active_adapters:
         if layer.merged:
@@ -34,8 +35,15 @@ def head_tensors(layer: Any) -> tuple[Tensor, Tensor | None]:
         return layer.get_merged_weights(layer.active_adapters), None
     if not _is_plain_lora(layer):
         return _of_identity(layer)
-    weight, bias = layer.base_layer.weight, getattr(layer.base_layer, "bias", None)
+    weight, bias = head_tensors(layer.base_layer)
     return (weight + sum(map(layer.get_delta_weight, held)) if (held := _held(layer)) else weight), bias
+
+
+def _form_weight(layer: Any) -> None:
+    """Lets a hook form the weight anew, as those of weight_norm, spectral_norm and pruning do in the layer's call."""
+    weight = vars(layer).get("weight")
+    if layer._forward_pre_hooks and isinstance(weight, Tensor):
+        layer(weight.new_empty(1, 0, weight.shape[1]))
 
 
 def is_adapted(layer: Any) -> bool:

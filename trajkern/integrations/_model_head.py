@@ -16,13 +16,24 @@ from torch import Tensor, nn
 
 from trajkern.integrations._adapted_head import head_tensors, is_adapted
 from trajkern.integrations._model_run import Route
-from trajkern.integrations._own_forward import Parts, explain, model_name, own_run, some_tokens, state_of, undisturbed
+from trajkern.integrations._own_forward import (
+    Parts,
+    check_backward_hooks,
+    explain,
+    model_name,
+    own_run,
+    reads_ahead,
+    some_tokens,
+    state_of,
+    undisturbed,
+)
 from trajkern.integrations._wrapped import unwrapped
 
 _MULTIPLY, _DIVIDE = ("logit_scale", "lm_head_multiplier", "output_multiplier"), ("logits_scaling",)
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SPREAD = 512  # columns of the vocabulary that are compared
 _TOKENS = 4
+_STATES = 64  # of a model that are remembered: one whose hooks come and go has a new one each time
 _ADAPTERS = [torch.float32]  # in which some compute a part of themselves, whatever the model has
 
 
@@ -69,11 +80,15 @@ def measured_form(parts: Parts) -> Form:
         return named_form(inner)
     known, key = _known.setdefault(inner, {}), (*state_of(parts), "form")
     if key not in known:
+        if len(known) >= _STATES:
+            known.clear()
+        check_backward_hooks(parts)
         parts.head_tensors()  # refused by its own name where it has none, before anything runs
         with undisturbed(parts.whole):
             form = _measure(parts)
+            _check_causal(parts)
         inside = unwrapped(layer)
-        if is_adapted(inside) or type(inside).forward is not nn.Linear.forward:
+        if is_adapted(inside) or type(inside).forward is not nn.Linear.forward or "forward" in vars(inside):
             parts.inside_head(lambda: (_check_layer(inside), None))
         known[key] = form
     return known[key]
@@ -146,6 +161,29 @@ def _measure(parts: Parts) -> Form:
     form = Form(softcap, scale, None if size == own.out[0].shape[-1] else size, not _same_memory(own.backbone, into))
     _compare(parts, form, into.reshape(_TOKENS, -1), own.logits)
     return form
+
+
+def _check_causal(parts: Parts) -> None:
+    """A token must change no logits before its own: a masked language model or an encoder has read what it predicts."""
+    seen, inner = _TOKENS // 2, parts.causal
+    tokens = some_tokens(inner, _TOKENS)
+    own = own_run(parts, tokens).logits
+    others = torch.cat((tokens[:seen], some_tokens(inner, len(tokens) - seen, start=len(tokens))))
+    first, again = (x[0, :seen].double() for x in (own, own_run(parts, others).logits))
+    encoder = getattr(inner.config, "is_encoder_decoder", False)
+    if torch.equal(first, again) and not encoder:
+        return
+    dtypes = [own.dtype, parts.weight.dtype, *_ADAPTERS]
+    worst = (first - again).abs().nan_to_num(nan=torch.inf)
+    rounding = _tolerance(dtypes, own.device.type, loose=False) * float(own.abs().max())
+    if encoder or float(worst.max()) > rounding or reads_ahead(parts, tokens, seen):
+        row, column = divmod(int(worst.argmax()), worst.shape[1])
+        said = {name: getattr(inner.config, name, None) for name in ("is_decoder", "is_encoder_decoder")}
+        raise ValueError(
+            f"model must be causal; {model_name(inner)} gives token {column} at position {row} "
+            f"{float(first[row, column]):.6g}, and {float(again[row, column]):.6g} once tokens behind it are others; "
+            f"its config has {', '.join(f'{k}={v}' for k, v in said.items())}"
+        )
 
 
 def _same_memory(backbone: Tensor | None, into: Tensor) -> bool:

@@ -74,7 +74,12 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
     device = parts.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     numbers = tuple((k, v) for k, v in vars(inner.config.get_text_config()).items() if _says(k) and type(v) in _NUMBERS)
-    own = tuple(v for part in (inner, inner.base_model) for v in vars(part).values() if type(v) is float)
+    own = tuple(
+        v
+        for part in (inner, inner.base_model)
+        for k, v in vars(part).items()
+        if type(v) is float or (type(v) in _NUMBERS and _says(k))
+    )
     adapters = getattr(owner, "active_adapters", None) if owner is not inner else None
     active = tuple(adapters) if isinstance(adapters, list | tuple) else adapters
     attention = getattr(inner.config, "_attn_implementation", None)
@@ -88,7 +93,44 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
         active,
         attention,
         adapter_state(layer),
+        tuple(map(_altered, _around_head(parts))),
     )
+
+
+def check_backward_hooks(parts: Parts) -> None:
+    """Refuses hooks that would be handed gradients which are never formed: those of logits and of the head layer."""
+    for module in _around_head(parts):
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(
+                f"model must have no backward hooks around its head, where no gradient of logits passes; "
+                f"{type(module).__name__} has some"
+            )
+
+
+def _around_head(parts: Parts) -> list[nn.Module]:
+    """The modules whose own calls could change what becomes of the head's input."""
+    outside = parts.owner, getattr(parts.owner, "base_model", None)  # peft's two, or the causal model and its body
+    callers = [x for x in outside if parts.owner is not parts.causal and isinstance(x, nn.Module)]
+    return [*parts.head.modules(), *callers, parts.causal]
+
+
+def _altered(module: nn.Module) -> tuple[Any, ...]:
+    """What a module does beside its class's forward as it was imported: hooks by their own numbers, and its tensors."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    forwards = (_held_weakly(x) for x in (type(module).forward, vars(module).get("forward")))
+    buffers = () if isinstance(module, nn.Linear) else ((k, id(x), _version(x)) for k, x in module._buffers.items())
+    return *map(tuple, hooks), *forwards, *buffers
+
+
+def _held_weakly(function: Any) -> Any:
+    try:
+        return weakref.ref(getattr(function, "__func__", function))
+    except TypeError:
+        return id(function)
+
+
+def _version(x: Any) -> int:
+    return 0 if x is None or x.is_inference() else x._version
 
 
 @functools.cache
@@ -165,6 +207,36 @@ def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | 
         )
     last = first(backbone[-1], "last_hidden_state") if backbone else None
     return OwnRun(logits, into, out, last if isinstance(last, Tensor) else None)
+
+
+def reads_ahead(parts: Parts, tokens: Tensor, seen: int) -> bool:
+    """Whether the logits of the first ``seen`` tokens have a gradient in the embeddings of later ones.
+
+    It tells a little of another token from rounding. False also where there is no such gradient to ask for.
+    """
+    if is_wrapped(parts.whole, parts.causal):
+        return False
+    embedded: list[Tensor] = []
+
+    def as_leaf(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = None
+    try:
+        handle = parts.causal.get_input_embeddings().register_forward_hook(as_leaf)
+        with torch.enable_grad():
+            logits = own_run(parts, tokens).logits[0, :seen].float()
+            g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+            found = torch.autograd.grad(logits, embedded, g, allow_unused=True)
+    except (NotImplementedError, RuntimeError):
+        return False
+    finally:
+        if handle is not None:
+            handle.remove()
+    sizes = [x.double().abs().amax(-1).flatten() for x in found if x is not None]
+    sizes = [x for x in sizes if len(x) == len(tokens)]
+    return any(float(x[seen:].max()) > 1e-6 * float(x.max()) for x in sizes)
 
 
 def model_name(inner: Any) -> str:

@@ -1,0 +1,152 @@
+"""Models as users change them: hooks, patched forwards, heads whose weight is formed, models that are not causal."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import Tensor, nn
+
+from tests.integrations.test_transformers_heads import SMALL, V, model_of, own_log_probs, packed
+from trajkern.integrations.transformers import head_arguments, log_probs
+
+transformers = pytest.importorskip("transformers")
+
+
+def check_own(model: Any) -> None:
+    """Values and gradients; here first, as the model's own call may set something right."""
+    actual, expected = log_probs(model, packed()), own_log_probs(model, packed())
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    g = torch.randn(len(actual), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    ours, theirs = (torch.autograd.grad((x * g).sum(), parameters) for x in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7 * max(float(x.abs().max()) for x in theirs))
+
+
+FORMED = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruning": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+    "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_a_weight_that_the_head_forms_in_its_call_is_formed_anew(name: str) -> None:
+    model = model_of("Llama")
+    FORMED[name](model.lm_head)
+    check_own(model)
+    for x in model.lm_head.parameters():
+        x.data.mul_(1.5).add_(0.01)
+    check_own(model)
+
+
+def halved(layer: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output / 2
+    output.logits = output.logits / 2
+    return output
+
+
+@contextlib.contextmanager
+def patched(module: Any):
+    forward = module.forward
+    module.forward = lambda *args, **options: halved(module, args, forward(*args, **options))
+    yield
+    del module.forward
+
+
+@contextlib.contextmanager
+def hooked(handle: Any):
+    yield
+    handle.remove()
+
+
+CHANGES: dict[str, Any] = {
+    "the model's hook": (lambda m: hooked(m.register_forward_hook(halved)), None),
+    "the model's forward": (patched, None),
+    "what stands before the head": (
+        lambda m: hooked(m.lm_head.register_forward_pre_hook(lambda layer, x: (2 * x[0],))),
+        None,
+    ),
+    "the backbone's hook": (
+        lambda m: hooked(
+            m.model.register_forward_hook(lambda layer, x, y: (setattr(y, "last_hidden_state", y[0] / 2), y)[1])
+        ),
+        None,
+    ),
+    "a gradient's hook": (lambda m: hooked(m.lm_head.weight.register_hook(lambda g: 2 * g)), None),
+    "the head's hook": (lambda m: hooked(m.lm_head.register_forward_hook(halved)), "gives token"),
+    "the head's forward": (lambda m: patched(m.lm_head), "gives token"),
+    "the head's backward": (
+        lambda m: hooked(m.lm_head.register_full_backward_hook(lambda layer, x, y: (2 * x[0],))),
+        "no backward hooks around its head.*Linear has",
+    ),
+    "the model's backward": (
+        lambda m: hooked(m.register_full_backward_pre_hook(lambda layer, g: g)),
+        "no backward hooks around its head.*LlamaForCausalLM has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_after_it_was_measured_is_measured_again(name: str) -> None:
+    change, refused = CHANGES[name]
+    model = model_of("Llama")
+    check_own(model)
+    with change(model):
+        if refused is None:
+            check_own(model)
+        else:
+            with pytest.raises(ValueError, match=f"model must have .*{refused}"):
+                log_probs(model, packed())
+    check_own(model)
+
+
+def test_what_a_class_was_given_after_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forward = model_of("Llama"), transformers.LlamaForCausalLM.forward
+    check_own(model)
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "forward", lambda self, *a, **k: halved(self, a, forward(self, *a, **k))
+    )
+    check_own(model)
+    model = model_of("Cohere")
+    for scale in (2, 3, 0.5):
+        model.logit_scale = scale
+        assert head_arguments(model)["logit_scale"] == scale
+
+
+def bart() -> Any:
+    config = transformers.BartConfig(
+        vocab_size=V,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+SEEING = {
+    "BertForMaskedLM": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+    "BertLMHeadModel": lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, is_decoder=False)),
+    "XLNetLMHeadModel": lambda: transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(vocab_size=V, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    ),
+    "BartForConditionalGeneration": bart,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SEEING)
+def test_a_model_that_reads_what_it_predicts_is_refused(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = SEEING[name]().eval().to(dtype)
+    for call in (lambda: log_probs(model, packed()), lambda: head_arguments(model)):
+        with pytest.raises(ValueError, match=f"model must be causal; {name} gives token"):
+            call()
