@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import math
+import socket
 import sys
 import threading
 import time
@@ -307,6 +308,22 @@ def test_a_failed_call_is_no_score(
         judge(PROMPTS, RESPONSES)
     assert isinstance(caught.value.__cause__, Exception)
     assert len(server.bodies) == 6, "the others were waited for"
+
+
+def test_no_redirection_is_followed(server: Server) -> None:
+    """What is judged goes to the address that was given, and to no other."""
+    with socket.create_server(("127.0.0.1", 0)) as moved:
+
+        def away() -> None:
+            connection, _ = moved.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(f"HTTP/1.1 307 Away\r\nLocation: {server.url}/chat/completions\r\n\r\n".encode())
+
+        threading.Thread(target=away, daemon=True).start()
+        with pytest.raises(JudgeError, match="1 of 1 calls to the judge 'm' failed; the first: APIStatusError: .*307"):
+            ServerJudge(f"http://127.0.0.1:{moved.getsockname()[1]}/v1", "m", retries=0)(["p"], ["2"])
+    assert not server.bodies
 
 
 def test_nobody_listens(server: Server) -> None:

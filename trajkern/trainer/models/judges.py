@@ -239,7 +239,7 @@ class _Server:
             ) from error
         self._connect: Any = openai.AsyncOpenAI
         self._http: Any = openai.DefaultAsyncHttpxClient
-        self._hooks = {"response": [counted(MAX_BYTES)]}
+        self._kept = {"event_hooks": {"response": [counted(MAX_BYTES)]}, "follow_redirects": False}
         # a key must be given, or the client would send the environment's to this server
         self._client = {"base_url": base_url, "api_key": api_key or "none", "timeout": timeout, "max_retries": retries}
         self._client["default_headers"] = {"Accept-Encoding": "identity"}  # few bytes may unpack to many
@@ -269,7 +269,7 @@ class _Server:
 
     async def _ask_all(self, asked: Sequence[str]) -> list[tuple[str, bool] | BaseException]:
         gate = asyncio.Semaphore(self._concurrency)
-        async with self._connect(**self._client, http_client=self._http(event_hooks=self._hooks)) as client:
+        async with self._connect(**self._client, http_client=self._http(**self._kept)) as client:
             calls = [self._ask(client, gate, text, sample) for text in asked for sample in range(self._samples)]
             return await asyncio.gather(*calls, return_exceptions=True)
 
