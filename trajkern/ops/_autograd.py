@@ -45,6 +45,16 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.forward(_NoBackward(len(args)), *args)
 
 
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """What the forward saved, which the backward takes the pointers of: its memory may have been freed in between."""
+    tensors: tuple[Any, ...] = ctx.saved_tensors
+    if not torch.compiler.is_compiling():
+        for x in tensors:
+            if x is not None:
+                check_tensor(f"what the backward of {ctx.names} reads", x)
+    return tensors
+
+
 def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False) -> Callable[[Backward], Backward]:
     """Decorates the backward of these public ops' Function: where a second derivative could follow, it names them.
 
@@ -59,6 +69,7 @@ def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False)
         def call(ctx: Any, *grads: Tensor | None) -> Any:
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
+            ctx.names = names  # for errors
             _refuse_transformed(names, grads)
             for g in grads:
                 if g is not None:

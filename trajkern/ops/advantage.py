@@ -31,7 +31,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import GAE
 from trajkern.ops import _rank_moments
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._library import define, recorded
 
 BASELINES = ("mean", "leave_one_out", "none")
@@ -89,7 +89,7 @@ class _GroupAdvantages(torch.autograd.Function):
     @staticmethod
     @differentiable_once("group_advantages")
     def backward(ctx: Any, grad):
-        return _group_advantages_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
+        return _group_advantages_backward(grad.contiguous(), *kept(ctx), *ctx.options), None, None
 
 
 class _GAE(torch.autograd.Function):
@@ -103,7 +103,7 @@ class _GAE(torch.autograd.Function):
     @differentiable_once("discounted_returns", "gae", linear=True)
     def backward(ctx: Any, grad):
         needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        grads = _gae_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.decay, *needs)
+        grads = _gae_backward(grad.contiguous(), *kept(ctx), *ctx.decay, *needs)
         values, bootstrap = (g if need else None for g, need in zip(grads[1:], needs, strict=True))
         return grads[0], values, None, bootstrap, None, None, None
 
@@ -119,7 +119,7 @@ class _Whiten(torch.autograd.Function):
     @staticmethod
     @differentiable_once("whiten")
     def backward(ctx: Any, grad):
-        return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
+        return _whiten_backward(grad.contiguous(), *kept(ctx), *ctx.options), None, None, None, None
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._head_arguments import check_logit_scales, check_projection, of_aligned_width
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
@@ -74,7 +74,7 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     @differentiable_once("linear_divergence")
     def backward(ctx: Any, grad):
-        *tensors, saved = ctx.saved_tensors
+        *tensors, saved = kept(ctx)
         half = len(tensors) // 2
         heads = (*tensors[:half], *ctx.numbers[0], *tensors[half:], *ctx.numbers[1])
         needs = ctx.needs_input_grad[:3]

@@ -19,7 +19,7 @@ from trajkern import _backends
 from trajkern._checks import check_choice, describe, readable
 from trajkern._results import TokenStats
 from trajkern._tiles.arguments import Head
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 
@@ -82,12 +82,12 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs, *grad_rest):
         none = (None,) * 5
         if ctx.unit:
-            unit, rows = ctx.saved_tensors
+            unit, rows = kept(ctx)
             if grad_logprobs is None:
                 return none
             g = grad_logprobs if rows is None else unit.new_zeros(unit.shape[0]).index_put((rows,), grad_logprobs)
             return (g[:, None] * unit).to(ctx.dtype), *none[1:]
-        *tensors, logprobs, norm, entropy = ctx.saved_tensors
+        *tensors, logprobs, norm, entropy = kept(ctx)
         grad_entropy = None if entropy is None else grad_rest[0]
         if grad_logprobs is None and grad_entropy is None:
             return none

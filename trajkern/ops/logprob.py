@@ -28,7 +28,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._library import define, recorded
 from trajkern.ops._temperature import check_temperature
 
@@ -84,7 +84,7 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs, *grad_rest):
         if ctx.inplace == "spent":
             raise RuntimeError("inplace_backward: the first backward has overwritten the logits; run the forward again")
-        logits, targets, temperatures, mask, logprobs, norm, entropy = ctx.saved_tensors
+        logits, targets, temperatures, mask, logprobs, norm, entropy = kept(ctx)
         grad_entropy = None if entropy is None else grad_rest[0]
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 4

@@ -40,7 +40,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Reflection
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._library import define, recorded
 
 
@@ -89,7 +89,7 @@ class _Reflection(torch.autograd.Function):
         upstream = [None if g is None else g.contiguous() for g in grads]
         upstream = upstream if rewarded else [None, *upstream, None, None]
         needs = ctx.needs_input_grad[:2]
-        formed = iter(_reflection_rewards_backward(*ctx.saved_tensors, *upstream, ddof, normalize, [*needs]))
+        formed = iter(_reflection_rewards_backward(*kept(ctx), *upstream, ddof, normalize, [*needs]))
         return *(next(formed) if need else None for need in needs), *(None,) * 4
 
 

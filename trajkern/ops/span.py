@@ -21,7 +21,7 @@ from trajkern._results import Branch
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._library import define, recorded
 
 # What a token has of its span's gradient: all of it, a length-th of it, all or nothing as a kernel chooses one token by
@@ -63,7 +63,7 @@ class SpanReduce(torch.autograd.Function):
     @staticmethod
     @differentiable_once("span_reduce", linear=lambda ctx: GRADIENTS[ctx.op] in LINEAR)
     def backward(ctx: Any, grad):
-        start, end, *read = ctx.saved_tensors
+        start, end, *read = kept(ctx)
         if GRADIENTS[ctx.op] not in SPREAD:
             place = REDUCTIONS.index(ctx.op)
             return _span_reduce_backward(grad.contiguous(), *read, start, end, place), None, None, None
@@ -81,7 +81,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @differentiable_once("spread", linear=True)
     def backward(ctx: Any, grad):
-        return _span_reduce(grad.contiguous(), *ctx.saved_tensors, REDUCTIONS.index("sum")), None, None, None
+        return _span_reduce(grad.contiguous(), *kept(ctx), REDUCTIONS.index("sum")), None, None, None
 
 
 def _accumulated(x: Tensor) -> Tensor:

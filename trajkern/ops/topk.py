@@ -23,7 +23,7 @@ from trajkern._dtypes import INTEGERS
 from trajkern._results import TopK
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.pairs import repeated
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._head_arguments import HeadArguments, check_head, check_projection, reference_arguments
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
@@ -67,7 +67,7 @@ class _LinearTopK(torch.autograd.Function):
         upstream = grad_logprobs, grad_tail, grad_target_logprobs
         if all(g is None for g in upstream):
             return none
-        *head, logprobs, ids, tail, norm, of_targets = ctx.saved_tensors
+        *head, logprobs, ids, tail, norm, of_targets = kept(ctx)
         saved = ctx.each, logprobs, ids, tail, norm, of_targets
         given = [None if g is None else g.contiguous() for g in upstream]
         needs = ctx.needs_input_grad[:3]

@@ -33,7 +33,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.tree import Tree
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 from trajkern.ops._library import define, recorded
 
 REDUCTIONS = ("sum", "mean", "max", "min", "var")
@@ -92,7 +92,7 @@ class _SubtreeReduce(torch.autograd.Function):
     @staticmethod
     @differentiable_once("subtree_reduce")
     def backward(ctx: Any, grad):
-        leaf_values, *tree = ctx.saved_tensors
+        leaf_values, *tree = kept(ctx)
         return _subtree_reduce_backward(grad.contiguous(), leaf_values, tree, ctx.op), None, None
 
 
@@ -106,7 +106,7 @@ class _SiblingAdvantages(torch.autograd.Function):
     @staticmethod
     @differentiable_once("sibling_advantages")
     def backward(ctx: Any, grad):
-        node_values, *tree = ctx.saved_tensors
+        node_values, *tree = kept(ctx)
         return _sibling_advantages_backward(grad.contiguous(), node_values, tree, *ctx.rule), None, None
 
 
@@ -122,7 +122,7 @@ class _BranchCoefficients(torch.autograd.Function):
     @staticmethod
     @differentiable_once("branch_coefficients", linear=True)
     def backward(ctx: Any, positive, negative, *_):
-        leaf_advantages, leaf_weights, *tree = ctx.saved_tensors
+        leaf_advantages, leaf_weights, *tree = kept(ctx)
         none = leaf_advantages.new_zeros
         grads = (none(tree[0].shape[0]) if g is None else g.contiguous() for g in (positive, negative))
         return _branch_coefficients_backward(*grads, leaf_advantages, leaf_weights, tree), None, None

@@ -29,7 +29,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 from trajkern.ops import span
 from trajkern.ops import tree as ops
-from trajkern.ops._autograd import applied, differentiable_once
+from trajkern.ops._autograd import applied, differentiable_once, kept
 
 _SUM = ops.REDUCTIONS.index("sum")
 
@@ -86,7 +86,7 @@ class _PathSums(torch.autograd.Function):
     @staticmethod
     @differentiable_once("policy_loss", linear=True)
     def backward(ctx: Any, grad):
-        return ops._subtree_reduce(grad.contiguous(), list(ctx.saved_tensors), _SUM), None, None
+        return ops._subtree_reduce(grad.contiguous(), list(kept(ctx)), _SUM), None, None
 
 
 def path_sums(
