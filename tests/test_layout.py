@@ -303,7 +303,7 @@ NOT_TO_PADDED = [
     ("x", torch.tensor(1.0), ValueError, r"6 rows, one a token; got float32\[\]"),
     ("x", [0.0] * 6, TypeError, r"a tensor, got .*list"),
     ("x", torch.zeros(6, device=META), ValueError, r"on cpu .*; got float32\[6\] on meta"),
-    ("side", "both", ValueError, r"'left' or 'right', got 'both'"),
+    ("side", "both", ValueError, r"one of 'left', 'right'; got 'both'"),
     ("length", 3, ValueError, r"at least the longest trajectory's 4, got 3"),
 ]
 

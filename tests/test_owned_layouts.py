@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,48 @@ def test_what_a_tree_shows_is_not_what_it_reads() -> None:
         getattr(other, name).fill_(FAR)
     assert torch.equal(other.flat_index, wanted.flat_index)
     assert torch.equal(tk.spread(X[:3], other), tk.spread(X[:3], wanted))
+
+
+SHOWN: list[tuple[Callable[[], Any], str, Callable[[Any], Any], Callable[[Any], Any]]] = [
+    (tree, "arrays[2]", lambda x: x.arrays[2], lambda x: tk.subtree_reduce(X[:2], x)),
+    (tree, "bounds", lambda x: x.bounds, lambda x: tk.spread(X[:3], x)),
+    (tree, "token_node", lambda x: x.token_node, lambda x: tk.subtree_reduce(X[:2], x)),
+    (tree, "leaf_order", lambda x: x.leaf_order, lambda x: x.along_paths(torch.arange(3))),
+    (tree, "leaf_range[1]", lambda x: x.leaf_range[1], lambda x: x.pruned(torch.tensor([True, False]))),
+    (tree, "rows", lambda x: x.rows, lambda x: x.pairs(torch.arange(4))),
+    (tree, "positions", lambda x: x.positions, lambda x: x.positions),
+    (spans, "ranges[1]", lambda x: x.ranges[1], lambda x: tk.span_reduce(X, x)),
+    (spans, "token_span", lambda x: x.token_span, lambda x: x.token_span),
+    (batch, "bounds", lambda x: x.bounds, lambda x: tk.spread(X[:2], x)),
+    (batch, "group_index", lambda x: x.group_index, lambda x: x.group_index),
+    (batch, "head_inputs().targets", lambda x: x.head_inputs().targets, lambda x: x.head_inputs()),
+]
+
+
+@pytest.mark.parametrize(("made", "name", "shown", "use"), SHOWN)
+def test_what_is_shown_is_not_shown_again(
+    made: Callable[[], Any], name: str, shown: Callable[[Any], Any], use: Callable[[Any], Any]
+) -> None:
+    """Once it was written into, or its memory is gone."""
+    written, freed = made(), made()
+    use(written)
+    shown(written).fill_(1)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{type(written).__name__}.{name} must not be written into; it was")
+    ):
+        use(written)
+    shown(freed).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} must have memory; this was freed"):
+        use(freed)
+
+
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "group_ids", "rewards", "old_logprobs"])
+def test_fields_without_memory(name: str) -> None:
+    fields = {key: getattr(batch(), key) for key in ("tokens", "cu_seqlens", "loss_mask", "group_ids")}
+    freed = tk.PackedBatch(**fields, rewards=X[:2].clone(), old_logprobs=-X)
+    getattr(freed, name).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"^{name} must have memory; this was freed"):
+        freed[[1, 0]]
 
 
 @pytest.mark.parametrize("field", ["tokens", "loss_mask", "group_ids"])

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern._memory import PLAIN, check_memory, check_plain, shown
+from trajkern._memory import PLAIN, check_plain, shown
+from trajkern._memory import check_memory as check_memory
 from trajkern._memory import check_valued as check_valued
 from trajkern._memory import describe as describe
 from trajkern._memory import is_fake as is_fake
@@ -97,7 +98,7 @@ def check_device(name: str, value: Any) -> None:
         if isinstance(value, (str, torch.device)) or type(value) is int:
             torch.device(value)
             return
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise ValueError(f"{name} must be one that torch knows, such as 'cuda:0'; got {shown(value)}") from None
     raise TypeError(f"{name} must be a torch.device or its name, got {describe(value)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN = (Tensor, torch.nn.Parameter)
+_CONTAINERS = (list, tuple, dict, set, frozenset)
 _LONGEST = 200  # characters of a value in a message
 
 
@@ -25,12 +27,23 @@ def describe(x: Any) -> str:
     return f"{layout}{dtype}{list(x.shape)} on {x.device}"
 
 
+class _Words(reprlib.Repr):
+    """What containers hold, with tensors by what they are: to print one is to read its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxstring = _LONGEST
+
+    def repr1(self, x: Any, level: int) -> str:
+        return describe(x) if isinstance(x, Tensor) else super().repr1(x, level)
+
+
 def shown(value: Any) -> str:
-    """A value's own words, cut short; of an integer that Python will not print, its size."""
+    """A value's own words, cut short; of an integer that Python will not print, its size; of a tensor what it is."""
     if isinstance(value, int) and value.bit_length() > 1024:  # no float holds it
         return f"an integer of {value.bit_length()} bits"
     try:
-        words = repr(value)
+        words = _Words().repr(value) if isinstance(value, (*_CONTAINERS, Tensor)) else repr(value)
     except Exception:  # whatever an object's own repr raises
         return f"a {type(value).__name__}"
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."

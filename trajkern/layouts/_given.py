@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from trajkern._checks import check_device
+from trajkern._checks import check_device, check_memory
 
 L = TypeVar("L")
+T = TypeVar("T")
 MOST_TOKENS = 2**31 - 1  # of a layout: attention by segments counts them in int32
 
 
@@ -31,23 +33,63 @@ def moved(layout: L, device: torch.device | str, non_blocking: bool) -> L:
 
 
 class Given:
-    """The tensors that a layout was made of, with the versions that they had: torch counts what writes into them."""
+    """The tensors that a layout was made of and its own that it shows, as they were: torch counts what writes into
+    them."""
 
-    def __init__(self, layout: str, tensors: dict[str, Tensor]) -> None:
-        self.layout, self.tensors = layout, tensors
-        counted = {name: x for name, x in tensors.items() if not x.is_inference()}
-        self._versions = [(name, x, x._version) for name, x in counted.items()]
+    def __init__(self, layout: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        self.layout, self.tensors, self.own = layout, tensors, own
+        watched = {**tensors, **own}
+        self._counted = {name: x for name, x in watched.items() if not x.is_inference()}
+        self._versions = [x._version for x in self._counted.values()]
+        self._storages = [x.untyped_storage() for x in watched.values()]
+        self._sizes = [x.nbytes() for x in self._storages]
 
     def check(self) -> None:
         if is_dynamo_compiling():  # kernels read the layout's own copies
             return
-        for name, x, version in self._versions:
-            if x._version != version:
-                raise ValueError(
-                    f"{name} must not be written into once a {self.layout} is made of it; it was, "
-                    f"{x._version - version} times: make another {self.layout}"
-                )
+        versions = [x._version for x in self._counted.values()]
+        if versions != self._versions:
+            pairs = zip(self._counted, self._versions, versions, strict=True)
+            name, count = next((name, now - before) for name, before, now in pairs if now != before)
+            which, when = name, f" once a {self.layout} is made of it"
+            if name in self.own:
+                which, when = f"{self.layout}.{name}", ""
+            raise ValueError(
+                f"{which} must not be written into{when}; it was, {count} times: make another {self.layout}"
+            )
+        if [x.nbytes() for x in self._storages] != self._sizes:
+            for name, x in {**self.tensors, **self.own}.items():
+                check_memory(name, x)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy's tensors have versions of their own."""
-        return Given, (self.layout, self.tensors)
+        return Given, (self.layout, self.tensors, self.own)
+
+
+class derived(Generic[T]):
+    """A property that is computed once, of one tensor or several, and not shown again once they are written into."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make, self._name, self.__doc__ = make, make.__name__, make.__doc__
+
+    @overload
+    def __get__(self, layout: None, owner: type) -> derived[T]: ...
+    @overload
+    def __get__(self, layout: object, owner: type) -> T: ...
+    def __get__(self, layout: object | None, owner: type) -> derived[T] | T:
+        if layout is None:
+            return self
+        if is_dynamo_compiling():
+            return self._make(layout)
+        shown = layout.__dict__.setdefault("_shown", {})
+        if self._name not in shown:
+            value = self._make(layout)
+            parts = {self._name: value} if isinstance(value, Tensor) else _numbered(self._name, value)
+            shown[self._name] = value, Given(owner.__name__, {}, parts)
+        value, given = shown[self._name]
+        given.check()
+        return value
+
+
+def _numbered(name: str, values: Any) -> dict[str, Tensor]:
+    return {f"{name}[{i}]": x for i, x in enumerate(values) if isinstance(x, Tensor)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_shape, check_tensor, describe
+from trajkern._checks import as_number, check_shape, check_tensor, describe
 
 
 def real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:
@@ -33,3 +36,21 @@ def same_shape(name: str, x: Tensor, tokens: Tensor) -> Tensor:
     check_tensor(name, x, device=tokens.device)
     check_shape(name, x, tuple(tokens.shape), "the shape of tokens")
     return x
+
+
+def padding(value: Any, x: Tensor) -> float:
+    """The number that stands where ``x`` has none, which its dtype must hold: NaN and infinity too, if it has them."""
+    number = value if isinstance(value, bool) else as_number("value", value)
+    if x.is_quantized:
+        raise TypeError(f"x must not be quantised; got {describe(x)}")
+    if x.is_floating_point() or x.is_complex():
+        legal = number != number or abs(number) == math.inf or abs(number) <= torch.finfo(x.dtype).max
+    elif x.dtype == torch.bool:
+        legal = number in (0, 1)
+    else:
+        limits = torch.iinfo(x.dtype)
+        legal = limits.min <= number <= limits.max and number == int(number)
+    if not legal:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise ValueError(f"value must be one that {dtype} holds, as x is; got {describe(value)}")
+    return float(number) if x.is_floating_point() else number

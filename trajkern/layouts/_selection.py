@@ -46,14 +46,20 @@ def fitting(offsets: Tensor, last: int, dtype: torch.dtype) -> Tensor:
 
 def _rows(index: Any, count: int, device: torch.device) -> slice | Tensor:
     if isinstance(index, slice):
-        asked = range(count)[index]
+        try:
+            asked = range(count)[index]
+        except (TypeError, ValueError) as error:  # of a part that is no int, or a step of 0
+            raise type(error)(f"index must be {LEGAL}; got {describe(index)}") from None
         if asked.step == 1:
             return slice(asked.start, max(asked.start, asked.stop))
         return torch.tensor([*asked], dtype=torch.int64, device=device)
     if isinstance(index, (list, range)):
         index = _listed(index)
     elif not isinstance(index, Tensor) and hasattr(index, "__array__"):
-        index = torch.as_tensor(index)
+        try:
+            index = torch.as_tensor(index)
+        except TypeError:  # an array of what no tensor holds
+            raise TypeError(f"index must be {LEGAL}; got {describe(index)}") from None
     if not isinstance(index, Tensor) or (index.ndim == 0 and index.dtype in INTEGERS):
         return _single(index, count)
     check_tensor("index", index, dtypes=(torch.bool, *INTEGERS), ndim=1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from trajkern._checks import (
     check_boundaries,
     check_choice,
+    check_count,
     check_cu_seqlens,
     check_device,
     check_finite,
@@ -26,8 +27,8 @@ from trajkern._checks import (
     suggesting,
 )
 from trajkern._dtypes import INTEGERS
-from trajkern.layouts._given import Given, owned
-from trajkern.layouts._padding import flags, real_tokens, same_shape
+from trajkern.layouts._given import MOST_TOKENS, Given, owned
+from trajkern.layouts._padding import flags, padding, real_tokens, same_shape
 from trajkern.layouts._selection import GROUPS, concatenated_bounds, concatenated_groups, selection
 
 _FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -215,6 +216,7 @@ class PackedBatch:
     @property
     def group_index(self) -> Tensor:
         """``group_ids`` as dense int64 ids 0..G-1 in ascending order of the original ids, ``[N]``."""
+        self._given.check()  # type: ignore[attr-defined]
         return self._derived[0]  # type: ignore[attr-defined]
 
     @property
@@ -303,17 +305,18 @@ class PackedBatch:
         check_tensor("x", x, device=self.device)
         if x.ndim == 0 or x.shape[0] != self.num_tokens:
             raise ValueError(f"x must have {self.num_tokens} rows, one a token; got {describe(x)}")
-        if side not in ("left", "right"):
-            raise ValueError(f"side must be 'left' or 'right', got {side!r}")
         length = self.max_length if length is None else length
-        if length < self.max_length:
-            raise ValueError(f"length must be at least the longest trajectory's {self.max_length}, got {length}")
-        out = x.new_full((self.num_trajectories * length, *x.shape[1:]), value)
-        out = out.index_copy(0, self.padded_index(length, side), x)
-        return out.view(self.num_trajectories, length, *x.shape[1:])
+        index = self.padded_index(length, side)
+        out = x.new_full((self.num_trajectories * int(length), *x.shape[1:]), padding(value, x))
+        return out.index_copy(0, index, x).view(self.num_trajectories, int(length), *x.shape[1:])
 
+    @suggesting
     def padded_index(self, length: int, side: str = "right") -> Tensor:
         """Where each token stands in the flattened rows ``[N * length]`` of :meth:`to_padded`, int64 ``[T]``."""
+        check_choice("side", side, ("left", "right"))
+        length = check_count("length", length, high=MOST_TOKENS)
+        if length < self.max_length:
+            raise ValueError(f"length must be at least the longest trajectory's {self.max_length}, got {length}")
         lengths = self.lengths.long()
         row = torch.arange(self.num_trajectories, device=self.device) * length
         begin = row if side == "right" else row + length - lengths
@@ -331,7 +334,11 @@ def _own_fields(batch: PackedBatch) -> dict[str, Any]:
                 f"{kind}.{field.name} must be a field of PackedBatch to come along: whether it belongs to tokens or to "
                 f"trajectories is not known here; keep it beside the batch"
             )
-    return {name: getattr(batch, name) for name in known}
+    own = {name: getattr(batch, name) for name in known}
+    for name, x in own.items():
+        if x is not None:
+            check_tensor(name, x)
+    return own
 
 
 def _several(batches: Any) -> list[dict[str, Any]]:
@@ -383,5 +390,7 @@ def _keep(batch: PackedBatch, bounds: Tensor) -> PackedBatch:
     """The batch, which reads these boundaries."""
     given = {name: getattr(batch, name) for name in ("tokens", "cu_seqlens", "loss_mask", "group_ids")}
     object.__setattr__(batch, "_bounds", bounds)
-    object.__setattr__(batch, "_given", Given("PackedBatch", given))
+    index, _, _, pairs = batch._derived  # type: ignore[attr-defined]
+    own = {"bounds": bounds, "group_index": index} | {f"head_inputs().{k}": x for k, x in pairs._asdict().items()}
+    object.__setattr__(batch, "_given", Given("PackedBatch", given, own))
     return batch

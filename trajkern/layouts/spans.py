@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts import _plain
-from trajkern.layouts._given import MOST_TOKENS, Given, owned
+from trajkern.layouts._given import MOST_TOKENS, Given, derived, owned
 from trajkern.layouts._selection import selection
 from trajkern.layouts.batch import PackedBatch, check_batch
 
@@ -100,7 +99,7 @@ class Spans:
         self._given.check()  # type: ignore[attr-defined]
         return self._ranges  # type: ignore[attr-defined]
 
-    @cached_property
+    @derived
     def token_span(self) -> Tensor:
         """The span of each token, or -1 outside every span, int64 ``[T]``."""
         edges = torch.stack(self.ranges, 1).long().flatten()
@@ -184,8 +183,9 @@ def _trusted(*values: Any) -> Spans:
 
 def _keep(spans: Spans, ranges: tuple[Tensor, Tensor]) -> Spans:
     """The spans, which read these ranges."""
+    given, own = {"start": spans.start, "end": spans.end}, dict(zip(("ranges[0]", "ranges[1]"), ranges, strict=True))
     object.__setattr__(spans, "_ranges", ranges)
-    object.__setattr__(spans, "_given", Given("Spans", {"start": spans.start, "end": spans.end}))
+    object.__setattr__(spans, "_given", Given("Spans", given, own))
     return spans
 
 

@@ -8,7 +8,6 @@ makes a reduction over a subtree independent of the tree's depth.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from trajkern._checks import (
     check_choice,
-    check_number,
+    check_count,
+    check_flag,
     check_shape,
     check_tensor,
     check_valued,
@@ -25,7 +25,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts._block_mask import path_mask
-from trajkern.layouts._given import Given, moved, owned
+from trajkern.layouts._given import Given, derived, moved, owned
 from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
 from trajkern.layouts._prefixes import segments, shared_prefixes
@@ -136,12 +136,12 @@ class Tree:
         """Raises where ``parent`` or ``node_lengths`` were written into."""
         self._given.check()  # type: ignore[attr-defined]
 
-    @cached_property
+    @derived
     def leaves(self) -> Tensor:
         """Nodes without children, ascending, int64 ``[L]``."""
         return owned(self._nodes.leaves)
 
-    @cached_property
+    @derived
     def node_offsets(self) -> Tensor:
         """Node n's tokens are ``node_offsets[n]:node_offsets[n+1]``, int64 ``[M+1]``."""
         return owned(self._nodes.node_offsets)
@@ -151,75 +151,75 @@ class Tree:
         """The node of each token, int64 ``[T]``."""
         return self._nodes.token_node
 
-    @cached_property
+    @derived
     def leaf_count(self) -> Tensor:
         """Leaves at or below each node, int64 ``[M]``."""
         return (self._nodes.leaf_end - self._nodes.leaf_begin).long()
 
-    @cached_property
+    @derived
     def depth(self) -> Tensor:
         """Nodes above each node, int64 ``[M]``."""
         return self._nodes.depth.long()
 
-    @cached_property
+    @derived
     def node_root(self) -> Tensor:
         """The number of each node's root, in the order of the roots, int64 ``[M]``."""
         return self._nodes.root.long()
 
-    @cached_property
+    @derived
     def leaf_root(self) -> Tensor:
         """The number of each leaf's root, in the order of the roots, int64 ``[L]``."""
         return self.node_root[self._nodes.leaves]
 
-    @cached_property
+    @derived
     def leaf_group(self) -> Tensor:
         """The group id of each leaf: its root's, or its root's number where no ids were given, ``[L]``."""
         return self.leaf_root if self.group_ids is None else self.group_ids[self.leaf_root]
 
-    @cached_property
+    @derived
     def sibling_offsets(self) -> Tensor:
         """The children of node p are ``sibling_indices[sibling_offsets[p]:sibling_offsets[p+1]]``, int64 ``[M+1]``."""
         return self._nodes.child_begin.long()
 
-    @cached_property
+    @derived
     def sibling_indices(self) -> Tensor:
         """The children of one node after those of another, ascending in each, int64 ``[M - roots]``."""
         return self._nodes.child.long()
 
-    @cached_property
+    @derived
     def leaf_range(self) -> tuple[Tensor, Tensor]:
         """(begin, end) of the leaves below each node as a range of :attr:`leaf_order`, int64 ``[M]``."""
         return self._nodes.leaf_begin.long(), self._nodes.leaf_end.long()
 
-    @cached_property
+    @derived
     def leaf_order(self) -> Tensor:
         """The leaf number at each place of the depth-first order, int64 ``[L]``."""
         return self._nodes.order.long()
 
-    @cached_property
+    @derived
     def positions(self) -> Tensor:
         """The position id of each token: how many tokens stand before it on its path, int64 ``[T]``."""
         within = torch.arange(self.num_tokens, device=self.device) - self._nodes.node_offsets[self.token_node]
         return self._nodes.position[self.token_node] + within
 
-    @cached_property
+    @derived
     def rows(self) -> Tensor:
         """The token whose hidden state predicts each token: the one before it on its path, or -1; int64 ``[T]``."""
         token = torch.arange(self.num_tokens, device=self.device)
         first = token == self._nodes.node_offsets[self.token_node]
         return torch.where(first, self._nodes.previous[self.token_node], token - 1)
 
-    @cached_property
+    @derived
     def flat_lengths(self) -> Tensor:
         """Tokens of each rollout, from its root to its leaf, int64 ``[L]``."""
         return self._path_lengths()
 
-    @cached_property
+    @derived
     def flat_cu_seqlens(self) -> Tensor:
         """Boundaries of the rollouts in :attr:`flat_index`, int64 ``[L+1]``."""
         return offsets_of(self.flat_lengths)
 
-    @cached_property
+    @derived
     def flat_index(self) -> Tensor:
         """The packed token of every token of the flat, duplicated rollouts: ``x[tree.flat_index]`` repeats prefixes."""
         return along_paths(self._nodes.parent, self.bounds, self._nodes.leaves, offsets_of(self._path_lengths()))
@@ -228,7 +228,7 @@ class Tree:
         leaves = self._nodes.leaves
         return self._nodes.position[leaves] + self.bounds.diff()[leaves]
 
-    @cached_property
+    @derived
     def path_nodes(self) -> tuple[Tensor, Tensor]:
         """(leaf, node) of every step of every rollout, rollout after rollout from its root down, int64 ``[S]`` each."""
         steps = self._nodes.depth[self._nodes.leaves].long() + 1
@@ -237,7 +237,7 @@ class Tree:
         leaf = torch.arange(self.num_leaves, device=self.device)
         return torch.repeat_interleave(leaf, steps, output_size=node.shape[0]), node
 
-    @cached_property
+    @derived
     def attention_segments(self) -> Segments:
         """A forward by variable-length attention: queries as packed, keys and values gathered by ``keys``.
 
@@ -295,14 +295,14 @@ class Tree:
         check_choice("aggregate", aggregate, AGGREGATES)
         if aggregate == "seq_mean_token_sum_norm" and max_length is None:
             raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
-        number = None if max_length is None else check_number("max_length", max_length, low=1)
+        number = None if max_length is None else check_count("max_length", max_length, low=1)
         return aggregate_weights(self.along_paths(offsets_of(mask)[self._nodes.node_offsets].diff()), aggregate, number)
 
     def along_paths(self, per_node: Tensor) -> Tensor:  # [M]
-        """The sum of integers over the nodes from each leaf up to its root, int64 ``[L]``.
-
-        Each node's is added where its leaves begin and taken away where they end.
-        """
+        """The sum of int64 over the nodes from each leaf up to its root, ``[L]``: a node's from its first leaf to its
+        last."""
+        check_tensor("per_node", per_node, dtypes=(torch.int64,), device=self.device)
+        check_shape("per_node", per_node, (self.num_nodes,), "one number a node")
         begin, end = self.leaf_range
         step = torch.zeros(self.num_leaves + 1, dtype=torch.int64, device=self.device)
         step = step.index_add(0, begin, per_node).index_add(0, end, -per_node)
@@ -323,8 +323,7 @@ class Tree:
             ``dense=False``, which is the default above 4,096 tokens. Used with :attr:`positions` as position ids, a
             forward of the packed tree gives every rollout's own hidden states.
         """
-        if dense is None:
-            dense = self.num_tokens <= DENSE_TOKENS
+        dense = self.num_tokens <= DENSE_TOKENS if dense is None else check_flag("dense", dense)
         begin, end = (x[self.token_node] for x in self.leaf_range)
         return path_mask(begin, end, self.positions, dense)
 
@@ -393,5 +392,8 @@ class Tree:
 def _keep(tree: Tree, derived: tuple[Nodes, int, int]) -> Tree:
     """The tree, which reads what was derived."""
     object.__setattr__(tree, "_derived", derived)
-    object.__setattr__(tree, "_given", Given("Tree", {"parent": tree.parent, "node_lengths": tree.node_lengths}))
+    given, nodes = {"parent": tree.parent, "node_lengths": tree.node_lengths}, derived[0]
+    own = {f"arrays[{i}]": x for i, x in enumerate(nodes[:7])}
+    own |= {"bounds": nodes.node_offsets, "token_node": nodes.token_node}
+    object.__setattr__(tree, "_given", Given("Tree", given, own))
     return tree
