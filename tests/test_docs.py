@@ -144,10 +144,29 @@ def test_formulas(formula: str, shown: str) -> None:
     assert _shown(formula) == shown
 
 
-@pytest.mark.parametrize("text", ["tk.whiten(x)", "f(x", "f x)", "^2", "x^", "a := 'b'", "--flag x.y"])
+CODE = ["tk.whiten(x) = y", "f(x = y", "f x) = y", "^2 = x", "x = y^", "a := 'b'", "--flag = x.y"]
+PROSE = [
+    "a row of plain words",
+    "mean of x below n",
+    "max, min",
+    "- well-known",
+    "right and/or wrong",
+    "reward: (n)",
+    "f(x)",
+]
+
+
+@pytest.mark.parametrize("text", [*CODE, *PROSE])
 def test_what_is_no_formula_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
-        formulas.block([text])
+        formulas.block(["x = y", f"    {text}"])
+
+
+@pytest.mark.parametrize(
+    "text", ["max, min      mean = s / n", "x^2", "- (sum of s) / n", "beta 0: s - t", "a < b", "KL(t || s)"]
+)
+def test_a_formula_relates_or_computes(text: str) -> None:
+    assert "<math " in formulas.block([text])
 
 
 def test_a_docstring_as_rest() -> None:

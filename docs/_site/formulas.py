@@ -2,6 +2,7 @@
 
 A formula reads as it is: ``A_i = (d_i - mean) / (sqrt(var) + eps)``. Nothing is rearranged but what its brackets say:
 ``sqrt(...)`` becomes a root, and ``(...) / (...)`` or ``(...) / x`` a fraction. Three or more spaces part formulas.
+A line without a sign that relates or computes is prose, whose hyphens, slashes and bullets are no such sign.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ TOKEN = re.compile(
     r"\s*(?:(?P<name>[A-Za-z][A-Za-z0-9]*(?:'s\b|'*)(?:_[A-Za-z0-9]+)*)|(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)"
     r"|(?P<operator>>=|<=|->|\|\||[-+*/=<>,;:])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<power>\^)|(?P<below>_\w+))"
 )
+SIGN = re.compile(r"\S\s*[=<>^*+|]|\S\s+[-/]\s")
 NARROW, WIDE = '<mspace width="0.17em"/>', '<mspace width="0.28em"/>'
 
 
@@ -38,6 +40,9 @@ class Item(NamedTuple):
 
 def block(lines: list[str]) -> str:
     """HTML of the lines of one indented paragraph. Raises ValueError, naming the line, where one is no formula."""
+    for line in lines:
+        if not SIGN.search(line):
+            raise ValueError(f"no formula: {line.strip()!r} relates and computes nothing; code stands behind '::'")
     rows = ("".join(math(part) for part in re.split(r"\s{3,}(?![\s=])", line.strip())) for line in lines)
     return f'<div class="formula">{"".join(f"<div>{row}</div>" for row in rows)}</div>'
 
