@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import trajkern as tk
+from tests.ranks import over_ranks
 from trajkern import reference
 from trajkern._bench.memory import peak_bytes
 from trajkern._native import head as native
@@ -301,12 +301,10 @@ def test_second_backward_raises() -> None:
         loss.backward()
 
 
-def _rank(rank: int, cuts: list[int], store: str, out: str) -> None:
+def _rank(rank: int, cuts: list[int]) -> dict[Any, Any]:
     """One rank of a group that shares the vocabulary: values and gradients of the registry's cases."""
     ranks = len(cuts) - 1
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    torch.set_num_threads(1)
-    outcomes = {}
+    outcomes: dict[Any, Any] = {}
     for spec, names in SHARDED:
         for case in spec.cases:
             if case.name not in names:
@@ -326,8 +324,7 @@ def _rank(rank: int, cuts: list[int], store: str, out: str) -> None:
         with pytest.raises(ValueError) as error:
             tk.linear_logprobs(**arguments, process_group=torch.distributed.group.WORLD)
         outcomes[str(sorted(problem))] = str(error.value)
-    torch.save(outcomes, f"{out}.{rank}")
-    torch.distributed.destroy_process_group()
+    return outcomes
 
 
 SHARDED = (
@@ -337,18 +334,13 @@ SHARDED = (
 )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
 @pytest.mark.parametrize(
     "cuts",
     [pytest.param([0, 1, 2], marks=pytest.mark.slow, id="2_ranks"), pytest.param([0, 3, 6, 7], id="3_ranks_uneven")],
 )
 def test_vocabulary_over_ranks(cuts: list[int], tmp_path: Path) -> None:
     """Every rank's results, within the budget of one rank's."""
-    ranks = len(cuts) - 1
-    mp.start_processes(
-        _rank, args=(cuts, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=ranks, start_method="spawn"
-    )
-    outcomes = [torch.load(tmp_path / f"out.{rank}", weights_only=False) for rank in range(ranks)]
+    outcomes = over_ranks(len(cuts) - 1, _rank, tmp_path, cuts)
     for spec, names in SHARDED:
         for case in (c for c in spec.cases if c.name in names):
             high, low = oracle(spec, spec.inputs(case, torch.float32))

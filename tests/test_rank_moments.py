@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing as mp
 
 import trajkern as tk
+from tests.ranks import over_ranks
 from trajkern.testing import budget_share, oracle
 from trajkern.testing.advantage import GROUP_ADVANTAGES
 
@@ -25,9 +24,7 @@ def _owner(count: int) -> torch.Tensor:
     return owner.clamp_max(1) if count < 10 else owner
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
+def _rank(rank: int) -> dict[str, torch.Tensor | str]:
     function = partial(tk.group_advantages, process_group=torch.distributed.group.WORLD)
     results: dict[str, torch.Tensor | str] = {}
     for case in CASES:
@@ -39,14 +36,11 @@ def _rank(rank: int, store: str, out: str) -> None:
     with pytest.raises(ValueError) as error:
         function(torch.ones(2, requires_grad=True), torch.zeros(2).long())
     results["error"] = str(error.value)
-    torch.save(results, f"{out}.{rank}")
-    torch.distributed.destroy_process_group()
+    return results
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
 def test_over_ranks(tmp_path: Path) -> None:
-    mp.start_processes(_rank, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=RANKS, start_method="spawn")
-    of_ranks = [torch.load(tmp_path / f"out.{rank}") for rank in range(RANKS)]
+    of_ranks = over_ranks(RANKS, _rank, tmp_path)
     assert of_ranks[0]["error"] == "rewards must not require a gradient with process_group, which gives none"
     for case in CASES:
         inputs = GROUP_ADVANTAGES.inputs(case, torch.float32)

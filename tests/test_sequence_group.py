@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import trajkern as tk
+from tests.ranks import over_ranks
 from trajkern.testing.head import LINEAR_POLICY_LOSS
 from trajkern.testing.numerics import Outcome, budget_share, oracle, run
 from trajkern.testing.policy_loss import POLICY_LOSS
@@ -81,9 +80,7 @@ def _errors(rank: int, group: dist.ProcessGroup) -> list[str]:
     ]
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
+def _rank(rank: int) -> dict[Any, Any]:
     groups = {RANKS: dist.group.WORLD, 2: dist.new_group([0, 1])}
     results: dict[Any, Any] = {"errors": _errors(rank, groups[RANKS])}
     for size, group in groups.items():
@@ -96,17 +93,12 @@ def _rank(rank: int, store: str, out: str) -> None:
             if size == RANKS and spec is POLICY_LOSS:
                 with tk.use_backend("reference"):
                     results["reference", spec.name, case.name] = run(spec, tk.policy_loss, share)
-    torch.save(results, f"{out}.{rank}")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    if sys.platform == "win32":
-        pytest.skip("gloo's file store")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_rank, args=(str(folder / "store"), str(folder / "out")), nprocs=RANKS, start_method="spawn")
-    return [torch.load(folder / f"out.{rank}") for rank in range(RANKS)]
+    return over_ranks(RANKS, _rank, tmp_path_factory.mktemp("ranks"))
 
 
 def _whole(shares: list[Outcome], owner: torch.Tensor) -> Outcome:

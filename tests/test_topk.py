@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import trajkern as tk
+from tests.ranks import over_ranks
 from trajkern._native import topk
 
 INF = math.inf
@@ -204,32 +202,23 @@ class TestRanks:
         loss = sum((x * (torch.arange(x.numel()).view_as(x) + 1.0).sin()).sum() for x in tensors if x.requires_grad)
         return [x.detach() for x in tensors] + list(torch.autograd.grad(loss, leaves))
 
-    def on_rank(self, rank: int, cuts: tuple[int, ...], folder: str) -> None:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=len(cuts) - 1
-        )
+    def on_rank(self, rank: int, cuts: tuple[int, ...], inputs: list[Tensor]) -> dict[str, list[Tensor]]:
         group = torch.distributed.group.WORLD
         shard = slice(cuts[rank], cuts[rank + 1])
-        inputs = torch.load(f"{folder}/inputs.pt")
         outcomes = {}
         for name in self.CASES:
             hidden, weight, bias = inputs
             outcomes[name] = self.run(name, [hidden, weight[shard], bias[shard]], group)
         with pytest.raises(ValueError, match="k must be 1 to 40, the size of the vocabulary; got 41"):
             tk.linear_topk(inputs[0], inputs[1][shard], 41, process_group=group)
-        torch.save(outcomes, f"{folder}/rank{rank}.pt")
-        torch.distributed.destroy_process_group()
+        return outcomes
 
     @pytest.mark.slow  # tests/test_head.py has ranks with the registry's cases
-    @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
     def test_same_as_of_one(self, tmp_path: Path) -> None:
         g = torch.Generator().manual_seed(0)
         inputs = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((8, 6), (40, 6), (40,))]
-        torch.save(inputs, tmp_path / "inputs.pt")
         cuts = (0, 7, 40)  # the first rank has fewer tokens than k
-        mp.spawn(partial(self.on_rank, cuts=cuts, folder=str(tmp_path)), nprocs=2)
-        ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+        ranks = over_ranks(2, self.on_rank, tmp_path, cuts, inputs)
         for name in self.CASES:
             whole = self.run(name, inputs)
             *found, hidden, weight, bias = whole

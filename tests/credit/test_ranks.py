@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing as mp
 from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
 
 import trajkern as tk
 from tests.credit.conftest import rollouts_of
 from tests.credit.test_scored import Host
+from tests.ranks import over_ranks
 from trajkern import credit
 from trajkern.recipes import dro
 
@@ -98,17 +97,8 @@ def _of_rank(rank: int) -> dict[str, Any]:
     return saved
 
 
-def _process(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
-    torch.save(_of_rank(rank), f"{out}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
 def of_processes(folder: Path) -> list[dict[str, Any]]:
-    paths = str(folder / "store"), str(folder / "out")
-    mp.start_processes(_process, args=paths, nprocs=RANKS, start_method="spawn")
-    return [torch.load(folder / f"out.{rank}") for rank in range(RANKS)]
+    return over_ranks(RANKS, _of_rank, folder)
 
 
 def of_threads(folder: Path) -> list[dict[str, Any]]:
@@ -132,7 +122,6 @@ def of_threads(folder: Path) -> list[dict[str, Any]]:
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
 @pytest.mark.parametrize("started", (of_threads, pytest.param(of_processes, marks=pytest.mark.slow)))
 def test_over_ranks(started: Callable[[Path], list[dict[str, Any]]], tmp_path: Path) -> None:
     of_ranks, x = started(tmp_path), everything()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.integrations import slime_batches as host
 from tests.integrations.test_slime import CASES, PATH
+from tests.ranks import over_ranks
 from trajkern.integrations import _slime_batch, slime
 
 pytestmark = pytest.mark.slow
@@ -115,9 +114,7 @@ def _corrected(rank: int | None) -> Any:
     return slime.sequence_mask(args, pg_loss=pg_loss, **lists, **lengths)[1]
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+def _rank(rank: int) -> dict[Any, Any]:
     found = _every(rank)
     for module in (*_slime_batch.SCORERS, *_slime_batch.SPLITTERS):
         sys.modules.pop(module, None)
@@ -129,17 +126,12 @@ def _rank(rank: int, folder: str) -> None:
         slime.policy_loss(args, batch, logits, host.reducer(batch, False))
     except ValueError as error:
         found["error"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    if sys.platform == "win32":
-        pytest.skip("gloo's file store")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_rank, args=(str(folder),), nprocs=RANKS, start_method="spawn")
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
+    return over_ranks(RANKS, _rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
