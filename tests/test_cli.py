@@ -57,6 +57,27 @@ def test_backend_that_is_missing_says_what_to_install(monkeypatch: pytest.Monkey
     assert "  cuda      not built; install nvcc, then `pip install .`" in list(cli.report())
 
 
+@pytest.mark.parametrize(
+    "argv, meant",
+    [
+        (["vaildate"], "; did you mean 'validate'?"),
+        (["bench", "--quik"], "; did you mean '--quick'?"),
+        (["bench", "--quik=2"], "; did you mean '--quick'?"),
+        (["validate", "--op", "policy_los"], "; did you mean 'policy_loss'?"),
+        (["validate", "--wholly-else"], ";"),
+        (["validate", "left", "over"], ";"),
+    ],
+)
+def test_a_misspelt_flag_or_choice_is_told_what_was_meant(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.endswith(f"{meant} --help lists what there is")
+    assert line.startswith("trajkern") and line.count("did you mean") == meant.count("did you mean")
+
+
 def test_help_lists_the_commands() -> None:
     done = trajkern("--help")
     assert done.returncode == 0
@@ -71,7 +92,7 @@ def test_what_it_cannot_read_ends_with_status_2(args: list[str], capsys: pytest.
         cli.main(args)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("trajkern") and line.endswith("; --help lists what there is")
+    assert line.startswith("trajkern") and line.endswith(" --help lists what there is")
 
 
 def test_unknown_command_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:

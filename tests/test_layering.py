@@ -28,7 +28,7 @@ ARROWS = {
     "_lazy": set(),
     "_suggest": set(),
     "_memory": set(),
-    "_parser": set(),
+    "_parser": {"_suggest"},
     "_dtypes": set(),
     "_ext": set(),
     "_extras": set(),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
+
+from trajkern._suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,4 +16,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, **options)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}; --help lists what there is\n")
+        message = " ".join(message.split()) + self._meant(message)
+        self.exit(2, f"{self.prog}: {message}{'' if message.endswith('?') else ';'} --help lists what there is\n")
+
+    def _meant(self, message: str) -> str:
+        """What was meant by a misspelt flag or choice that the message names."""
+        if unknown := re.search(r"unrecognized arguments: (-[^\s=]+)", message):
+            return did_you_mean(unknown[1], self._option_string_actions)
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        return did_you_mean(choice[1], re.findall(r"[^\s',]+", choice[2])) if choice else ""
