@@ -139,7 +139,8 @@ def _unavailable(name: str) -> str | None:
             command = f"`TRAJKERN_CUDA=1 pip install .` {_ext.SOURCE}"
             return f"trajkern._C_cuda is not built ({why}); install nvcc, then {command}"
         if not torch.cuda.is_available():
-            return "no CUDA device; install a CUDA build of torch on a machine with an NVIDIA GPU"
+            build = "" if torch.version.cuda else "a CUDA build of torch on "
+            return f"no CUDA device; it takes {build}a machine with an NVIDIA GPU"
     if name == "triton":
         if not _has_triton():
             return "triton is not installed; run `pip install triton` (Linux)"
