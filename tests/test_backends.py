@@ -71,6 +71,17 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "version, asked", [(None, "a CUDA build of torch on a machine"), ("13.0", "it takes a machine")]
+)
+def test_no_gpu_beside_a_cuda_build_of_torch(version: str | None, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_ext, "problem", lambda module: None)
+    assert asked in tk.backends()["cuda"]
+
+
+@pytest.mark.parametrize(
     ("name", "function", "text"),
     [
         ("triton", "token_logprobs", r"backend 'triton' runs on cuda tensors, got cpu tensors"),
