@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("reasoning_gym", reason="the trainer's extra is not installed")
 
 import trajkern as tk
+from tests.tiny_llama import tiny_llama
 from trajkern.trainer.config import Evaluation, TrainConfig, WarmUp
 from trajkern.trainer.forest import Forest
 from trajkern.trainer.models.policy import Policy
@@ -46,29 +47,9 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a HuggingFace folder with a small random Llama and a byte-level tokenizer."""
 
     def make(**changes) -> Path:
-        transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
         path = tmp_path_factory.mktemp("llama")
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
-        raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        raw.decoder = decoders.ByteLevel()
-        transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>").save_pretrained(path)
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=0,
-            initializer_range=0.3,
-            **changes,
-        )
-        transformers.LlamaForCausalLM(config).save_pretrained(path)
+        for part in tiny_llama(**changes):
+            part.save_pretrained(path)
         return path
 
     return make

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny_llama import tiny_llama
 from trajkern.recipes import dro, reward_models
 from trajkern.trainer.models import judges
 from trajkern.trainer.models.judges import Judge, JudgeError, Judgements, LocalJudge, ServerJudge
@@ -41,29 +42,7 @@ def test_judgements_feed_votes_and_gates() -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, Any]:
-    """A small random Llama and its byte-level tokenizer."""
-    transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=0,
-        initializer_range=0.3,
-        max_position_embeddings=1024,
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
-    return transformers.LlamaForCausalLM(config), tokenizer
+    return tiny_llama(max_position_embeddings=1024)
 
 
 PROMPTS, RESPONSES = ["1+1", "2+2", "3+3"], ["2", "five", "6"]
