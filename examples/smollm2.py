@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trajkern as tk
+
+try:
+    import accelerate  # noqa: F401
+    import gguf  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"SmolLM2 needs {error.name}: pip install gguf accelerate transformers") from None
 
 
 def load() -> tuple[Any, Any]:

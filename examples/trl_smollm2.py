@@ -17,8 +17,12 @@ import time
 from typing import Any
 
 import smollm2
-from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+
+try:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"this example needs {error.name}: pip install trl") from None
 
 from trajkern.integrations import trl as adapter
 

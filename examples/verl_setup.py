@@ -48,8 +48,11 @@ def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tens
 def show() -> dict[str, float]:
     """The largest difference of each function's values, as a share of the largest value."""
     os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_setup"  # before the first import of verl
-    from verl.trainer.ppo import core_algos as verl
-    from verl.workers.config.actor import ActorConfig, PolicyLossConfig
+    try:
+        from verl.trainer.ppo import core_algos as verl
+        from verl.workers.config.actor import ActorConfig, PolicyLossConfig
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"this example needs {error.name}: pip install verl") from None
 
     names = [name for name in verl.ADV_ESTIMATOR_REGISTRY if name.startswith("trajkern_")]
     losses = [name for name in verl.POLICY_LOSS_REGISTRY if name.startswith("trajkern_")]

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.tiny_llama import tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -40,36 +43,40 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, Any]:
-    """A model of two layers with random weights, and a tokenizer of bytes with a chat template."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    ids = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *sorted(letters)])}
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], unk_token="<unk>"))
-    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="</s>", eos_token="</s>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    """With a chat template."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=len(ids),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-            tie_word_embeddings=True,
-            initializer_range=0.2,
-        )
-        return transformers.LlamaForCausalLM(config).eval(), tokenizer
+        model, tokenizer = tiny_llama(pad_token_id=0, tie_word_embeddings=True, **sizes)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return model.eval(), tokenizer
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("smollm2", "transformers"),
+        ("smollm2", "gguf"),
+        ("smollm2", "accelerate"),
+        ("tree_rollouts", "transformers"),
+        ("on_policy_distillation", "transformers"),
+        ("trl_smollm2", "trl"),
+        ("trl_smollm2", "datasets"),
+        ("verl_setup", "verl"),
+    ],
+)
+def test_a_missing_package_is_one_line(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("transformers", "gguf", "accelerate", "trl", "datasets"):
+        if importlib.util.find_spec(other) is None:
+            pytest.skip(f"{other} is not installed")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"needs {package}[\w.]*: pip install "):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 @pytest.mark.slow
