@@ -278,6 +278,24 @@ def test_dropout_on_the_head_is_refused_in_training_only() -> None:
         check_own(model.eval())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoHaConfig(target_modules=["lm_head"], init_weights=False, r=4, module_dropout=0.1),
+        peft.LoKrConfig(target_modules=["lm_head"], init_weights=False, r=4, rank_dropout=0.01),
+        peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.01),
+    ],
+    ids=["module_dropout", "rank_dropout", "lora_dropout"],
+)
+def test_a_draw_that_seldom_shows_is_refused_all_the_same(config: Any) -> None:
+    for seed in range(4):
+        model = with_adapter(config)
+        check_own(model.eval())
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match=r"model must have an affine head.*draws random numbers in each call"):
+            log_probs(model.train(), packed())
+
+
 def test_what_acts_between_the_call_and_the_model_is_refused() -> None:
     alora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[9])
     with pytest.raises(ValueError, match="model must have no alora_invocation_tokens"):

@@ -51,6 +51,15 @@ def is_adapted(layer: Any) -> bool:
     return any(hasattr(layer, name) for name in ("base_layer", "token_adapter", "original_module"))
 
 
+def has_dropout(layer: Any) -> bool:
+    """Whether something in it may be dropped: of elements, ranks or the whole adapter, of those that are active."""
+    active = _names(getattr(layer, "active_adapters", ()))
+    held = [x.items() if isinstance(x, dict) else [(None, x)] for k, x in vars(layer).items() if "dropout" in k]
+    numbers = [p for items in held for name, p in items if name is None or name in active]
+    numbers += [getattr(x, "p", 0) for x in layer.modules() if isinstance(x, torch.nn.modules.dropout._DropoutNd)]
+    return any(isinstance(p, int | float) and p > 0 for p in numbers)
+
+
 def adapter_state(layer: Any) -> tuple[Any, ...]:
     """What decides which weight an adapted layer has, but for the parameters' values."""
     if not is_adapted(layer):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trajkern.integrations._adapted_head import head_tensors, is_adapted
+from trajkern.integrations._adapted_head import has_dropout, head_tensors, is_adapted
 from trajkern.integrations._model_run import Route
 from trajkern.integrations._own_forward import (
     Parts,
@@ -305,10 +305,16 @@ def _check_layer(layer: Any) -> Tensor:
     cuda = [base.device.index] if base.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad(), torch.autocast(base.device.type, enabled=False):
         try:
+            before = _random_state(x)
             out = layer(x)[0]
+            drawn = not torch.equal(before, _random_state(x)) and has_dropout(layer)
             weight, bias = head_tensors(layer)
         except Exception as error:
             raise ValueError(f"model must have a head layer that runs alone; {what} raised {error!r}") from error
+        if drawn:  # by chance two draws may agree
+            raise ValueError(
+                f"model must have an affine head, in training without dropout; {what} draws random numbers in each call"
+            )
         ours = x[0].to(weight.dtype) @ weight.t()
         ours = ours if bias is None else ours + bias
         close = _tolerance([base.dtype, out.dtype, *_ADAPTERS], base.device.type, loose=True)
@@ -323,6 +329,11 @@ def _check_layer(layer: Any) -> Tensor:
                     f"model must have a head whose gradients are its own; {what}", f"has at {names[id(p)]}", a, b, close
                 )
     return out.detach()
+
+
+def _random_state(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return torch.get_rng_state() if kind == "cpu" else torch.get_device_module(kind).get_rng_state(x.device)
 
 
 def _same(must: str, verb: str, own: Tensor, rebuilt: Tensor, close: float) -> None:
