@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from tests.integrations.test_transformers_heads import SMALL, V, model_of, own_log_probs, packed
+from trajkern.integrations._model_run import attention_of
 from trajkern.integrations.transformers import head_arguments, log_probs
 
 transformers = pytest.importorskip("transformers")
@@ -150,3 +152,22 @@ def test_a_model_that_reads_what_it_predicts_is_refused(name: str, dtype: torch.
     for call in (lambda: log_probs(model, packed()), lambda: head_arguments(model)):
         with pytest.raises(ValueError, match=f"model must be causal; {name} gives token"):
             call()
+
+
+def test_tokens_that_stand_for_an_image_are_refused() -> None:
+    small_models = pytest.importorskip("tests.integrations.small_models", exc_type=ImportError)
+    model, batch = small_models.build_other("LlavaForConditionalGeneration"), packed()
+    batch = replace(batch, tokens=batch.tokens.clamp(5, small_models.V - 1))
+    assert log_probs(model, batch).isfinite().all()
+    image = model.config.image_token_index
+    seen = replace(batch, tokens=batch.tokens.index_fill(0, torch.tensor([7]), image))
+    with pytest.raises(ValueError, match=f"tokens must stand for text alone.*token 7 is {image}, the image_token_i"):
+        log_probs(model, seen)
+
+
+def test_an_attention_of_the_text_alone_is_the_one_that_counts() -> None:
+    small_models = pytest.importorskip("tests.integrations.small_models", exc_type=ImportError)
+    model = small_models.build_other("LlavaForConditionalGeneration")
+    assert attention_of(model) == "eager"
+    model.config.text_config._attn_implementation = "sdpa"
+    assert attention_of(model) == "sdpa"

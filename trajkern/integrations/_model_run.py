@@ -30,7 +30,8 @@ def layout_kind(inner: Any, layout: Layout) -> str:
 
 def attention_of(inner: Any) -> str:
     """The name of the model's attention implementation."""
-    return getattr(inner.config, "_attn_implementation", None) or "eager"
+    configs = inner.config.get_text_config(), inner.config  # those of images and sounds have others beside the text's
+    return next((name for x in configs if (name := getattr(x, "_attn_implementation", None))), "eager")
 
 
 class Route(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors
-from trajkern.integrations._model_run import Layout, Route, accepted, first, run_layout, run_model
+from trajkern.integrations._model_run import Layout, Route, accepted, attention_of, first, run_layout, run_model
 from trajkern.integrations._wrapped import body_inside, head_inside, is_wrapped
 
 _EXPLAINS = re.compile(r"logit|soft_?cap|scal(e|ing)|multiplier|(^|_)cap($|_)|dim_model_base|unpadded|tie_word")
@@ -82,7 +82,6 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
     )
     adapters = getattr(owner, "active_adapters", None) if owner is not inner else None
     active = tuple(adapters) if isinstance(adapters, list | tuple) else adapters
-    attention = getattr(inner.config, "_attn_implementation", None)
     return (
         weakref.ref(layer),
         parts.weight.dtype,
@@ -91,7 +90,7 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
         numbers,
         own,
         active,
-        attention,
+        attention_of(inner),
         adapter_state(layer),
         tuple(map(_altered, _around_head(parts))),
     )

@@ -111,8 +111,21 @@ def hidden_states(
             f"tokens must lie in [0, {count}), the model's vocabulary; token {at} is {int(tokens[at])}: "
             "were they made by this model's tokenizer?"
         )
+    _check_placeholders(inner, tokens)
     route = _route(parts, layout_kind(inner, layout)) if check else Route(named_form(inner).from_head)
     return parts.states(layout, tokens, route)
+
+
+def _check_placeholders(inner: Any, tokens: Tensor) -> None:
+    """Refuses tokens that stand for an image or a sound, without which a model would run all the same."""
+    names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
+    ids = {name: x for name in names if isinstance(x := getattr(inner.config, name, None), int)}
+    for name, token in ids.items() if readable(tokens) else ():
+        if (tokens == token).any():
+            raise ValueError(
+                f"tokens must stand for text alone, as a layout has no place for images or sounds; token "
+                f"{int((tokens == token).nonzero()[0, 0])} is {token}, the {name} of {type(inner).__name__}"
+            )
 
 
 def head_arguments(model: nn.Module, *, check: bool = True) -> dict[str, Any]:
