@@ -155,10 +155,11 @@ def chosen(args: argparse.Namespace) -> list[TimedCase]:
     if args.shapes:
         candidates = [case for name in args.shapes for case in shapes.cases(name, args.device, args.rows)]
     elif every and args.quick and args.device == "cpu":
-        candidates = [*sizes.quick(args.device), *FAMILIES["hosts"], *recipes.CASES]
+        candidates = [*sizes.quick(args.device), *hosts.CASES, *recipes.CASES]
     else:
-        candidates = [case for cases in FAMILIES.values() for case in cases if args.device in case.devices]
-    return [case for case in candidates if not args.op or {case.op, case.family} & set(args.op)]
+        candidates = [case for cases in FAMILIES.values() for case in cases]
+    asked = set(args.op or ())
+    return [x for x in candidates if args.device in x.devices and (not asked or asked & {x.op, x.family})]
 
 
 def _shaped(args: argparse.Namespace) -> list[TimedCase]:

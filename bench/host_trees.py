@@ -115,7 +115,7 @@ CASES = (
     (
         _case("sdpa", "cpu", (Target("fast", 1.5, "eager"),)),
         _case("sdpa", "cuda", ()),
-        _case("flash_attention_2", "cuda", ()),
+        *((_case("flash_attention_2", "cuda", ()),) if importlib.util.find_spec("flash_attn") else ()),
     )
     if importlib.util.find_spec("transformers")
     else ()

@@ -168,6 +168,13 @@ def _chosen(*argv: str) -> list[str]:
     return [case.name for case in program.chosen(program._parser().parse_args(argv))]
 
 
+@pytest.mark.parametrize("argv", [["--quick"], [], ["--op", "hosts"], ["--quick", "--op", "hosts"]], ids=" ".join)
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_cases_are_the_devices_own(argv: list[str], on: str) -> None:
+    chosen = program.chosen(program._parser().parse_args([*argv, "--device", on]))
+    assert all(on in case.devices for case in chosen) and (chosen or on == "cuda")
+
+
 def test_a_shape_of_ones_own() -> None:
     names = _chosen("--shape", "24,8,33", "--dtype", "bfloat16")
     assert len(names) == 5 and "linear_policy_loss, forward + backward, 24 × 8 × 33 bfloat16" in names
