@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -60,9 +61,11 @@ def is_fake(x: Tensor) -> bool:
 
 def check_plain(name: str, x: Any) -> None:
     """Refuses the subclasses of which the values lie elsewhere: sharded, quantised and nested tensors."""
+    if isinstance(x, UninitializedTensorMixin):
+        raise ValueError(f"{name} must have a shape; got a {_kind(x)}")
     if type(x) in PLAIN or not is_traceable_wrapper_subclass(x):
         return
-    kind, placed = type(x).__name__, getattr(x, "placements", None)
+    kind, placed = _kind(x), getattr(x, "placements", None)
     if placed is None:
         raise TypeError(f"{name} must be a plain tensor, not a {kind}; got {describe(x)}")
     raise TypeError(
@@ -73,7 +76,11 @@ def check_plain(name: str, x: Any) -> None:
 
 def check_memory(name: str, x: Tensor) -> None:
     """Refuses a tensor that is not strided, or whose elements do not all lie in memory."""
-    if _is_traced(x):
+    if isinstance(x, FakeTensor):
+        return
+    if _is_wrapped(x):
+        if not _is_transformed():
+            raise TypeError(f"{name} must not be of a trace or transform that has ended; got {_kind(x)}")
         return
     if x.is_nested or x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor of strides; got {describe(x)}")
@@ -81,11 +88,19 @@ def check_memory(name: str, x: Tensor) -> None:
         return
     if x._is_zerotensor():
         raise ValueError(f"{name} must have memory; got {describe(x)} that stands for zeros and holds none")
-    held, needed = x.untyped_storage().nbytes(), _end(x)
-    if held < needed:
+    memory, needed = x.untyped_storage(), _end(x)
+    if memory.nbytes() < needed:
         raise ValueError(
             f"{name} must have memory; this was freed, as sharded models do outside of their forward: of the {needed} "
-            f"bytes of {describe(x)} there are {held}"
+            f"bytes of {describe(x)} there are {memory.nbytes()}"
+        )
+    try:
+        begin = memory.data_ptr()
+    except RuntimeError:  # of a wrapper
+        begin = 0
+    if begin == 0:
+        raise TypeError(
+            f"{name} must be a plain tensor, not a {_kind(x)} whose values lie elsewhere; got {describe(x)}"
         )
 
 
@@ -95,11 +110,19 @@ def check_valued(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have values, which are read here; got {describe(x)}, a tensor of a shape alone")
 
 
-def _is_traced(x: Tensor) -> bool:
+def _is_wrapped(x: Tensor) -> bool:
     """Whether a trace or a transform stands for the values, and plain torch or an op's fake runs on it."""
-    if isinstance(x, (FakeTensor, FunctionalTensor)):
+    if isinstance(x, FunctionalTensor) or torch._is_functional_tensor(x):
         return True
-    return torch._is_functional_tensor(x) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _is_transformed() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
+def _kind(x: Tensor) -> str:
+    return type(x).__name__
 
 
 def _end(x: Tensor) -> int:

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from trajkern import _backends
-from trajkern._checks import refuse_unknown
+from trajkern._checks import PLAIN, refuse_unknown
 from trajkern.ops._autograd import is_transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-FLAGS = ("mask", "loss_mask", "gate", "selected")  # arguments of ops that have no sign
 LIBRARY = torch.library.Library("trajkern", "DEF")
 _dispatch_modes, _transforms_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _profiler_enabled = torch.autograd._profiler_enabled
@@ -36,9 +35,8 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
     written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
     if written:
         _count_writes(name, op, written)
-    signed = [i for i, kind in enumerate(_kinds(op)) if kind in ("Tensor", "Optional[Tensor]")]
-    signed = [i for i in signed if op._schema.arguments[i].name not in FLAGS]
-    tensors_of = itemgetter(*signed, signed[0])  # a tuple also of one
+    places = [i for i, kind in enumerate(_kinds(op)) if kind in ("Tensor", "Optional[Tensor]")]
+    tensors_of = itemgetter(*places, places[0])  # a tuple also of one
     in_graphs = _of_packed_numbers(op, fake, launchers)
 
     def call(*args: Any) -> Any:
@@ -48,7 +46,7 @@ def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
         if type(x) is not Tensor or _is_watched() or x.is_meta:
             return op(*args)
         for y in tensors_of(args):
-            if y is not None and y.is_neg():  # the dispatcher resolves a sign that is a bit of the view
+            if y is not None and (type(y) not in PLAIN or y.is_neg()):  # a sign that is a bit of the view is resolved
                 return op(*args)
         if written:
             _increment_versions(args, written)
