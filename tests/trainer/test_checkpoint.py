@@ -128,6 +128,25 @@ def test_missing_or_foreign(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "foreign")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """To open a pipe would wait for ever."""
+    make(tmp_path / "c")
+    with pytest.raises(ValueError, match=f"checkpoint must be an existing file; got {tmp_path / 'c'}"):
+        checkpoint.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: os.symlink("/nowhere", path), Path.mkdir])
+def test_what_stands_where_a_checkpoint_is_written(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    part = tmp_path / "c.safetensors.part"
+    make(part)
+    checkpoint.clear(tmp_path)
+    assert not os.path.lexists(part)
+    make(part)
+    _save(tmp_path / "c.safetensors")
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path := tmp_path / "old", metadata={checkpoint._KEY: '{"step": 3}'})
     with pytest.raises(ValueError, match=f"checkpoint must have format 3; {path} has None"):

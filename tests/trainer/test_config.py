@@ -86,6 +86,8 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ("loss = 3", "run.toml: loss must be a table of settings, got 3$"),
         ("[steps]\nx = 1", "run.toml: steps must not be a table of settings, got {'x': 1}$"),
         ("steps = = 3", "config must be a readable TOML file; .*run.toml"),
+        ("steps = " + "[" * 100_000, "config must be a readable TOML file; .*run.toml"),
+        ("steps = " + "9" * 5_000, "config must be a readable TOML file; .*run.toml"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:

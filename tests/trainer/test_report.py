@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
-from trajkern.trainer.report import Display, shown
+from trajkern.trainer.report import Display, Metrics, shown
 
 VALUES = {"loss": -0.0123, "live_groups": 7, "entropy": 1.2, "reward": 0.062, "tokens/s": 41234, "val_pass@1": 0.25}
 IN_ORDER = ["reward 0.062", "loss -0.012", "val_pass@1 0.250", "tokens/s 41234", "live_groups 7", "entropy 1.200"]
@@ -42,3 +43,29 @@ def test_what_has_no_room_is_dropped_from_the_end() -> None:
     for room in range(len(whole)):
         text = shown(VALUES, room)
         assert len(text) <= room and whole.startswith(text) and text in {"  ".join(IN_ORDER[:n]) for n in range(6)}
+
+
+LINES = b'{"phase": "main", "step": 1, "reward": 0.5}\n{"phase": "main", "step": 2}\n'
+
+
+@pytest.mark.parametrize("kept", [LINES, LINES + b'{"phase": "ma'])
+def test_a_resumed_run_has_its_past_at_every_moment(tmp_path: Path, kept: bytes) -> None:
+    """Also where it is killed before its first step: what a file holds counts, not what a buffer does."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(kept + b"and more\n")
+    metrics = Metrics(path, history=path, size=len(kept), tensorboard=None)
+    assert path.read_bytes() == LINES
+    assert metrics.size == len(LINES)
+    metrics.write("main", 3, {})
+    assert path.read_bytes() == LINES + b'{"phase": "main", "step": 3}\n'
+    metrics.close()
+    assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[1]", b"\xff\x00", b'{"phase": 1, "step": 2}', b"[" * 100_000, b""])
+def test_a_damaged_past_is_refused_and_left_alone(tmp_path: Path, line: bytes) -> None:
+    path, content = tmp_path / "metrics.jsonl", LINES + line + b"\n"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} must hold the metrics of the run to resume, .*; line 3 is damaged"):
+        Metrics(path, history=path, size=10**6, tensorboard=None)
+    assert path.read_bytes() == content

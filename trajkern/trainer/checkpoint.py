@@ -68,7 +68,7 @@ def save(
     stored = json.dumps({"format": FORMAT, "place": place, "tensors": checksums})
     metadata = {_KEY: stored, _CHECKSUM: hashlib.sha256(stored.encode()).hexdigest()}
     folder = path.with_name(path.name + PARTIAL)  # what a kill leaves behind, the library's files too, lies in it
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     folder.mkdir()
     try:
         partial, plain = folder / path.name, folder / "plain"
@@ -85,7 +85,15 @@ def save(
 def clear(folder: Path) -> None:
     """Remove what a killed :func:`save` left in a folder of results."""
     for left in folder.glob(f"*.safetensors{PARTIAL}"):
-        shutil.rmtree(left)
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or the file or link that somebody has put in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def checksum(x: Tensor) -> str:
@@ -103,12 +111,12 @@ def load(path: Path) -> Checkpoint:
             one that this version of the trainer did not write; a place that is not of the schema.
     """
     safetensors = require("safetensors")
+    if not _is_file(path):
+        raise ValueError(f"checkpoint must be an existing file; got {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint must be an existing file; got {path}") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, str(error)) from None
     if _KEY not in metadata:
@@ -125,6 +133,14 @@ def load(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"checkpoint must hold where its run stands; {path} does not: {error}") from None
     return Checkpoint(path, tensors, found["place"])
+
+
+def _is_file(path: Path) -> bool:
+    """A regular one: to open a pipe would wait for ever."""
+    try:
+        return path.is_file()
+    except ValueError:  # of a name that no file has
+        return False
 
 
 def _read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

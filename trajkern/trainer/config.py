@@ -335,7 +335,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         settings = toml.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"config must be a readable TOML file; {path}: {error}") from None
     _check_keys(settings, TrainConfig, path, "")
     _check_values(settings, TrainConfig, path, "")

@@ -62,6 +62,8 @@ class Folder:
 
 def check_free(out: Path) -> None:
     """Raise ValueError where ``out`` is no folder, or holds another run's checkpoint."""
+    if "\0" in str(out):
+        raise ValueError(f"out must be a folder that can be written to; got {str(out)!r}")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"out must be a folder that can be written to; got {out}: {there} is a file")
@@ -106,6 +108,6 @@ def failure(error: OSError, folder: Path | None, resumed: Path | None) -> Result
     if error.filename is None and folder is not None:
         what += f"; results go to {folder}"
     found = [folder / name for name in (CHECKPOINT, WARM)] if folder else []
-    stands = [path for path in (*found, resumed) if path is not None and os.path.exists(path)]
+    stands = [path for path in (*found, resumed) if path is not None and os.path.isfile(path)]
     rest = f"the last checkpoint stands: continue with --resume {stands[0]}" if stands else "there is no checkpoint yet"
     return ResultsError(f"{what}; {rest}")

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trajkern.trainer.optional import require
 
@@ -17,6 +17,32 @@ _SHOWN = ("reward", "loss", "val_pass@1", "tokens/s", "live_groups", "val_pass@k
 _BAR, _SHORT_BAR = 24, 10  # columns of it, from 80 of the terminal and below
 _CLOCK = len("0:00:00")
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where the output is no terminal
+
+
+def _past(history: Path, size: int) -> bytes:
+    """The whole lines among the first ``size`` bytes. Raises ValueError where one is none of a run's."""
+    past = history.read_bytes()[:size] if history.exists() else b""
+    past = past[: past.rfind(b"\n") + 1]
+    for number, line in enumerate(past.splitlines(), start=1):
+        try:
+            found = json.loads(line)
+            whole = isinstance(found, dict) and isinstance(found["phase"], str) and type(found["step"]) is int
+        except (ValueError, KeyError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"{history} must hold the metrics of the run to resume, an object of JSON a line; line {number} is "
+                "damaged: without the file the run goes on, and without its past"
+            )
+    return past
+
+
+def _continued(path: Path, past: bytes) -> BinaryIO:
+    """The file to write on, which has its past at every moment, whenever the run is killed."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(past)
+    os.replace(partial, path)
+    return open(path, "ab")
 
 
 class Metrics:
@@ -36,9 +62,7 @@ class Metrics:
     ) -> None:
         if quiet:
             path, history, tensorboard = Path(os.devnull), None, None
-        past = history.read_bytes()[:size] if history and history.exists() else b""
-        self._file = open(path, "wb")
-        self._file.write(past)
+        self._file = open(path, "wb") if quiet else _continued(path, _past(history, size) if history else b"")
         self._board = (
             require("torch.utils.tensorboard", "tensorboard").SummaryWriter(tensorboard) if tensorboard else None
         )
