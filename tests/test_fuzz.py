@@ -78,6 +78,25 @@ def test_a_failure_is_shrunk_and_shown(
     assert command.main(arguments) == 1  # from what is kept
 
 
+@pytest.mark.parametrize(("roundings", "status"), [(0, 0), (2, 1)])
+def test_an_error_of_every_case_shows_though_each_passes(
+    roundings: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As luck could have been in one."""
+    monkeypatch.chdir(tmp_path)
+    right = tk.linear_logprobs
+
+    def wrong(*given: Any, **options: Any) -> torch.Tensor:
+        x = right(*given, **options)
+        return x * (1 + roundings * torch.finfo(x.dtype).eps)
+
+    monkeypatch.setattr(tk, "linear_logprobs", wrong)
+    assert command.main(["--only", "linear_logprobs", "--cases", "30", "--seed", "5"]) == status
+    shown = capsys.readouterr().out
+    assert "print(faults(" not in shown
+    assert ("linear_logprobs: half of the cases take more than" in shown) == bool(status)
+
+
 def test_what_killed_the_last_run_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Drawn:
 
     held: Counter[str] = field(default_factory=Counter)  # how often each property was tried
     cases: int = 0
+    shares: list[float] = field(default_factory=list)  # of each case's budget
     failure: tuple[Options, int, dict[str, str]] | None = None  # the smallest: options, seed, faults
 
 
@@ -51,13 +53,15 @@ def draw(target: str, seed: int, count: int, announce: Callable[[Options, int], 
     def case(options: Options, number: int) -> None:
         announce(options, number)
         try:
-            found = examined(target, options, number)
+            found, share = examined(target, options, number)
         except Undecided:
             hypothesis.reject()
         except Exception as error:
+            share = math.inf
             found = {"a result": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         if done.failure is None:
             done.cases += 1
+            done.shares.append(share)
             done.held.update(found.keys())
         if faults := {name: fault for name, fault in found.items() if fault}:
             done.failure = options, number, faults

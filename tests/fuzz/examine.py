@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ TARGETS: dict[str, Target] = {
     **heads.TARGETS,
 }
 ON_THREADS = 4000  # numbers, from which an op may share its work out
+
+
+class Examined(NamedTuple):
+    """All that is to hold of a case, and what does not; and the share of its budget that its worst error takes."""
+
+    found: dict[str, str]
+    share: float
 
 
 def complete(target: str, options: Options) -> Options:
@@ -57,11 +64,10 @@ def faults(target: str, seed: int = 0, **options: Any) -> dict[str, str]:
     Raises:
         Undecided: a tie that the precision decides.
     """
-    return {held: fault for held, fault in examined(target, complete(target, options), seed).items() if fault}
+    return {held: fault for held, fault in examined(target, complete(target, options), seed).found.items() if fault}
 
 
-def examined(target: str, options: Options, seed: int) -> dict[str, str]:
-    """All that is to hold of a case, and what does not."""
+def examined(target: str, options: Options, seed: int) -> Examined:
     of = TARGETS[target]
     spec, inputs, fixed, luck = of.make(options, seed)
 
@@ -81,7 +87,7 @@ def examined(target: str, options: Options, seed: int) -> dict[str, str]:
         if spec.own_sums and _size(inputs) >= ON_THREADS:
             with _threads(2):
                 found["1 thread against 2"] = differing(first, run(spec, function, inputs))
-    return found
+    return Examined(found, max(shares.values(), default=0.0))
 
 
 def _of_rows(spec: OpSpec, of: Target) -> OpSpec:

@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     spec: OpSpec  # of the gradients that are asked for
     inputs: Inputs
     fixed: Options = {}  # more arguments of the op, which the reference does not take
-    luck: float = 1.5  # share of the budget that passes: of thousands of draws torch's own error is small in some
+    luck: float = 1.5  # share of the budget that passes in one case: of thousands torch's own error is small in some
 
 
 @dataclass(frozen=True)
