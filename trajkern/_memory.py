@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -61,7 +61,7 @@ def is_fake(x: Tensor) -> bool:
 
 def check_plain(name: str, x: Any) -> None:
     """Refuses the subclasses of which the values lie elsewhere: sharded, quantised and nested tensors."""
-    if isinstance(x, UninitializedTensorMixin):
+    if is_lazy(x):
         raise ValueError(f"{name} must have a shape; got a {_kind(x)}")
     if type(x) in PLAIN or not is_traceable_wrapper_subclass(x):
         return
@@ -121,7 +121,7 @@ def _is_transformed() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
-def _kind(x: Tensor) -> str:
+def _kind(x: Any) -> str:
     return type(x).__name__
 
 
