@@ -90,8 +90,7 @@ TK_INLINE double fold_max(const Lanes8<W>& x) {
 template <int W, class T>
 TK_INLINE Lanes8<W> read(const T* x, int64_t count) {
   if (count == kLanes) {
-    return Lanes8<W>::of([&](int k)
-                             TK_INLINE_LAMBDA { return __builtin_convertvector(load<W>(x + k * W), Vec<double, W>); });
+    return Lanes8<W>::of([&](int k) TK_INLINE_LAMBDA { return widen<W>(load<W>(x + k * W)); });
   }
   double y[kLanes] = {};
   for (int64_t l = 0; l < count; ++l) y[l] = x[l];

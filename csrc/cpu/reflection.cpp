@@ -97,77 +97,127 @@ struct Group {
 
   template <class T>
   Group(const Problem<T>& in, int64_t g) : order(in.order + in.bounds[g]), members(in.bounds[g + 1] - in.bounds[g]) {
+    at.reserve(members);
     for (int64_t k = 0; k < members; ++k) at.push_back(in.cu_seqlens[order[k]]);
     length = in.cu_seqlens[order[0] + 1] - at[0];
   }
 };
 
-// Of eight columns, measured from the first rollout's x: a constant column is exactly 0, a common offset costs nothing.
-template <int W>
-struct Columns {
-  Lanes8<W> first, mean, std;
-};
-
-// Leaves x - first of the k-th rollout at d[8 k]: to widen a float again takes longer than to read a double.
-template <int W, class T, class Count>
-TK_INLINE Columns<W> columns(const Problem<T>& in, const Group& group, int64_t j, Count count, double* d) {
-  const Lanes8<W> first = read<W>(in.x + group.at[0] + j, count);
-  Lanes8<W> sum{}, squares{};
-  for (int64_t k = 0; k < group.members; ++k) {
-    const Lanes8<W> apart = read<W>(in.x + group.at[k] + j, count) - first;
-    sum += apart;
-    write(d + k * kLanes, kLanes, apart);
-  }
-  const Lanes8<W> mean = sum * (1 / double(group.members));
-  for (int64_t k = 0; k < group.members; ++k) {
-    const Lanes8<W> centred = read<W>(d + k * kLanes, kLanes) - mean;
-    squares += centred * centred;
-  }
-  return {first, mean, vsqrt(squares * (1 / in.freedom(group.members)))};
-}
-
 // What a thread needs of a group, reused from one to the next.
 template <class T>
 struct Scratch {
   std::vector<double> std, mean, slope, direct;  // one number a column
-  std::vector<double> d, dots;                   // eight numbers a rollout
+  std::vector<double> dots;                      // eight numbers a rollout
   std::vector<T> row;
 };
 
-// Adds s_j (x_nj - b_nj) of eight columns to each rollout's eight partial sums.
+// f(begin, end) for so many columns that their rows stay in the cache: each is read several times, along its row, as
+// memory is fastest.
+template <class F>
+TK_INLINE void each_block(const Group& group, const F& f) {
+  constexpr int64_t kColumns = 512;
+  for (int64_t j = 0; j < group.length; j += kColumns) f(j, std::min(j + kColumns, group.length));
+}
+
+// For the first pass over what lies in memory: rows are too short for the machine to see that they are taken in order.
+constexpr int64_t kAhead = 8192;  // bytes
 template <int W, class T, class Count>
-TK_INLINE void add_dots(const Problem<T>& in, const Group& group, int64_t j, Count count, const Columns<W>& found,
-                        Scratch<T>& scratch) {
+TK_INLINE Lanes8<W> read_ahead(const T* x, Count count) {
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + kAhead);
+  return read<W>(x, count);
+}
+template <class T>
+TK_INLINE void expect_write(T* x) {
+  __builtin_prefetch(reinterpret_cast<char*>(x) + kAhead, 1);
+}
+
+// to[j] = scale * sum_k of(j, count, token j of row k, x_0j). Measured from the first rollout's x a constant column is
+// exactly 0, and a common offset costs nothing.
+template <int W, class T, class F>
+TK_INLINE void add_rows(const Problem<T>& in, const Group& group, int64_t begin, int64_t end, double scale, double* to,
+                        const F& of) {
+  const T* first = in.x + group.at[0];
+  std::fill(to + begin, to + end, 0.0);
+  const auto add = [&](int64_t k, auto rows) TK_INLINE_LAMBDA {
+    each_step(begin, end, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> origin = read<W>(first + j, count);
+      Lanes8<W> sum = read<W>(to + j, count);
+      for (int r = 0; r < rows; ++r) sum += of(j, count, group.at[k + r] + j, origin);
+      write(to + j, count, sum);
+    });
+  };
+  int64_t k = 0;
+  for (; k + 4 <= group.members; k += 4) add(k, std::integral_constant<int, 4>{});
+  for (; k < group.members; ++k) add(k, std::integral_constant<int, 1>{});
+  each_step(begin, end, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+    write(to + j, count, read<W>(to + j, count) * Lanes8<W>(scale));
+  });
+}
+
+// The columns' means, as measured from the first rollout's x, and their variances.
+template <int W, class T>
+TK_INLINE void measure(const Problem<T>& in, const Group& group, int64_t begin, int64_t end, double* mean,
+                       double* variance) {
+  add_rows<W>(in, group, begin, end, 1 / double(group.members), mean,
+              [&](int64_t, auto count, int64_t at, const Lanes8<W>& origin)
+                  TK_INLINE_LAMBDA { return read_ahead<W>(in.x + at, count) - origin; });
+  add_rows<W>(in, group, begin, end, 1 / in.freedom(group.members), variance,
+              [&](int64_t j, auto count, int64_t at, const Lanes8<W>& origin) TK_INLINE_LAMBDA {
+                const Lanes8<W> centred = (read<W>(in.x + at, count) - origin) - read<W>(mean + j, count);
+                return centred * centred;
+              });
+}
+
+// x_kj - b_kj, of a rollout that starts at token `at`.
+template <int W, class T, class Count>
+TK_INLINE Lanes8<W> above_baseline(const Problem<T>& in, int64_t at, Count count) {
+  const Lanes8<W> x = read<W>(in.x + at, count);
+  return in.baseline == nullptr ? x : x - read_ahead<W>(in.baseline + at, count);
+}
+
+// Adds s_j (x_kj - b_kj) to each rollout's eight partial sums.
+template <int W, class T>
+TK_INLINE void add_dots(const Problem<T>& in, const Group& group, int64_t begin, int64_t end, const double* s,
+                        double* dots) {
   for (int64_t k = 0; k < group.members; ++k) {
-    Lanes8<W> value = read<W>(&scratch.d[k * kLanes], kLanes) + found.first;
-    if (in.baseline != nullptr) value -= read<W>(in.baseline + group.at[k] + j, count);
-    double* dot = &scratch.dots[k * kLanes];
-    write(dot, kLanes, read<W>(dot, kLanes) + found.std * value);
+    Lanes8<W> dot = read<W>(dots + k * kLanes, kLanes);
+    each_step(begin, end, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+      dot += read<W>(s + j, count) * above_baseline<W>(in, group.at[k] + j, count);
+    });
+    write(dots + k * kLanes, kLanes, dot);
   }
 }
 
 template <int W, class T>
 TK_INLINE void write_rows(const Group& group, const double* s, double divisor, T* row, T* out) {
   if (group.length == 0) return;  // memcpy wants pointers even then
-  each_step(0, group.length,
-            [&](int64_t j, auto count) TK_INLINE_LAMBDA { write(row + j, count, read<W>(s + j, count) / divisor); });
-  for (const int64_t at : group.at) std::memcpy(out + at, row, group.length * sizeof(T));
+  each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+    const Lanes8<W> x = read<W>(s + j, count);
+    write(row + j, count, divisor == 1 ? x : x / divisor);
+  });
+  for (const int64_t at : group.at) {
+    for (int64_t j = 0; j < group.length; j += kLanes) expect_write(out + at + j);
+    std::memcpy(out + at, row, group.length * sizeof(T));
+  }
 }
 
 // False where a log-prob or a baseline is not finite: its results are not, either.
 template <int W, class T>
 TK_INLINE bool reward_group(const Problem<T>& in, const Results<T>& out, int64_t g, Scratch<T>& scratch) {
   const Group group(in, g);
-  scratch.std.resize(group.length), scratch.row.resize(group.length);
-  scratch.d.resize(group.members * kLanes), scratch.dots.assign(group.members * kLanes, 0.0);
-  double* s = scratch.std.data();
+  scratch.std.resize(group.length), scratch.mean.resize(group.length), scratch.row.resize(group.length);
+  scratch.dots.assign(group.members * kLanes, 0.0);
+  double *s = scratch.std.data(), *dots = scratch.dots.data();
   Lanes8<W> totals{}, largest{};
-  each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
-    const Columns<W> found = columns<W>(in, group, j, count, scratch.d.data());
-    write(s + j, count, found.std);
-    totals += found.std;
-    largest = vmax(found.std, largest);
-    if (out.rewards != nullptr) add_dots(in, group, j, count, found, scratch);
+  each_block(group, [&](int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    measure<W>(in, group, begin, end, scratch.mean.data(), s);
+    each_step(begin, end, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> std = vsqrt(read<W>(s + j, count));
+      write(s + j, count, std);
+      totals += std;
+      largest = vmax(std, largest);
+    });
+    if (out.rewards != nullptr) add_dots<W>(in, group, begin, end, s, dots);
   });
   const double total = fold(totals), divisor = in.divisor(total);
   write_rows<W>(group, s, divisor, scratch.row.data(), out.weights);
@@ -176,34 +226,31 @@ TK_INLINE bool reward_group(const Problem<T>& in, const Results<T>& out, int64_t
   write_rows<W>(group, s, 1, scratch.row.data(), out.std);
   out.scores[g] = T(fold_max(largest));
   for (int64_t k = 0; k < group.members; ++k) {
-    const double reward = fold(read<W>(&scratch.dots[k * kLanes], kLanes)) / divisor;
+    const double reward = fold(read<W>(dots + k * kLanes, kLanes)) / divisor;
     out.rewards[group.order[k]] = T(reward);
     finite &= reward - reward == 0;
   }
   return finite;
 }
 
-// Of eight columns: A_j, what reaches the standard deviation by way of the weights, and what reaches it directly.
-template <int W>
-struct Upstream {
-  Lanes8<W> weighed, direct;
-};
-
-template <int W, class T, class Count>
-TK_INLINE Upstream<W> upstream(const Problem<T>& in, const Gradients<T>& grads, const Group& group, int64_t j,
-                               Count count, const Lanes8<W>& first, const double* d) {
-  Upstream<W> up{};
+// Of each column: A_j in `weighed`, what reaches the standard deviation by way of the weights, and in `direct` what
+// reaches it directly.
+template <int W, class T>
+TK_INLINE void add_upstream(const Problem<T>& in, const Gradients<T>& grads, const Group& group, int64_t begin,
+                            int64_t end, double* weighed, double* direct) {
+  std::fill(weighed + begin, weighed + end, 0.0), std::fill(direct + begin, direct + end, 0.0);
   for (int64_t k = 0; k < group.members; ++k) {
-    const int64_t at = group.at[k] + j;
-    if (grads.rewards != nullptr) {
-      Lanes8<W> value = read<W>(d + k * kLanes, kLanes) + first;
-      if (in.baseline != nullptr) value -= read<W>(in.baseline + at, count);
-      up.weighed += double(grads.rewards[group.order[k]]) * value;
-    }
-    if (grads.weights != nullptr) up.weighed += read<W>(grads.weights + at, count);
-    if (grads.std != nullptr) up.direct += read<W>(grads.std + at, count);
+    const double g = grads.rewards == nullptr ? 0 : double(grads.rewards[group.order[k]]);
+    each_step(begin, end, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+      const int64_t at = group.at[k] + j;
+      Lanes8<W> sum = read<W>(weighed + j, count);
+      if (grads.rewards != nullptr) sum += g * above_baseline<W>(in, at, count);
+      if (grads.weights != nullptr) sum += read_ahead<W>(grads.weights + at, count);
+      write(weighed + j, count, sum);
+      if (grads.std != nullptr)
+        write(direct + j, count, read<W>(direct + j, count) + read_ahead<W>(grads.std + at, count));
+    });
   }
-  return up;
 }
 
 // Turns the columns' slopes from A_j into ds_j / ((K - ddof) s_j), and their standard deviations into weights.
@@ -230,8 +277,12 @@ TK_INLINE void write_gradients(const Problem<T>& in, const Gradients<T>& grads, 
     const double g = grads.rewards == nullptr ? 0 : double(grads.rewards[group.order[k]]);
     each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
       const Lanes8<W> direct = g * read<W>(&scratch.std[j], count);
-      if (grads.baseline != nullptr) write(grads.baseline + at + j, count, -direct);
+      if (grads.baseline != nullptr) {
+        expect_write(grads.baseline + at + j);
+        write(grads.baseline + at + j, count, -direct);
+      }
       if (grads.x == nullptr) return;
+      expect_write(grads.x + at + j);
       const Lanes8<W> d = read<W>(in.x + at + j, count) - read<W>(in.x + group.at[0] + j, count);
       const Lanes8<W> centred = d - read<W>(&scratch.mean[j], count);
       write(grads.x + at + j, count, direct + read<W>(&scratch.slope[j], count) * centred);
@@ -243,15 +294,17 @@ template <int W, class T>
 TK_INLINE void differentiate_group(const Problem<T>& in, const Gradients<T>& grads, int64_t g, Scratch<T>& scratch) {
   const Group group(in, g);
   for (auto* column : {&scratch.std, &scratch.mean, &scratch.slope, &scratch.direct}) column->resize(group.length);
-  scratch.d.resize(group.members * kLanes);
+  double *s = scratch.std.data(), *slope = scratch.slope.data();
   Lanes8<W> totals{}, weighed{};
-  each_step(0, group.length, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
-    const Columns<W> found = columns<W>(in, group, j, count, scratch.d.data());
-    const Upstream<W> up = upstream<W>(in, grads, group, j, count, found.first, scratch.d.data());
-    totals += found.std;
-    weighed += up.weighed * found.std;
-    write(&scratch.std[j], count, found.std), write(&scratch.mean[j], count, found.mean);
-    write(&scratch.slope[j], count, up.weighed), write(&scratch.direct[j], count, up.direct);
+  each_block(group, [&](int64_t begin, int64_t end) TK_INLINE_LAMBDA {
+    measure<W>(in, group, begin, end, scratch.mean.data(), s);
+    add_upstream<W>(in, grads, group, begin, end, slope, scratch.direct.data());
+    each_step(begin, end, [&](int64_t j, auto count) TK_INLINE_LAMBDA {
+      const Lanes8<W> std = vsqrt(read<W>(s + j, count));
+      write(s + j, count, std);
+      totals += std;
+      weighed += read<W>(slope + j, count) * std;
+    });
   });
   settle(in, grads, group, g, fold(totals), fold(weighed), scratch);
   write_gradients<W>(in, grads, group, scratch);

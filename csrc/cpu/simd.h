@@ -136,14 +136,32 @@ TK_INLINE void store(Half* p, const Vec<float, W>& x) {
   store_bits<W>(p, half | sign);
 }
 
+// Exactly; W: the doubles that the machine has in one vector. g++ 12 takes two steps of half as many.
+template <int W>
+TK_INLINE Vec<double, W> widen(const Vec<float, W>& x) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (W > 2) {
+    Vec<double, W> y;
+    asm("vcvtps2pd %1, %0" : "=v"(y) : "vm"(x));
+    return y;
+  }
+#endif
+  return __builtin_convertvector(x, Vec<double, W>);
+}
+template <int W>
+TK_INLINE Vec<double, W> widen(const Vec<double, W>& x) {
+  return x;
+}
+
 // x, of which the compiler forgets where it comes from: g++ 12 shares a comparison of x among all places that have it,
 // or joins it with the conditions of what it chooses from, and takes 16 lanes of the result apart into scalars.
 template <class V>
-TK_INLINE V opaque(V x) {
+TK_INLINE V opaque(const V& x) {
+  V y = x;
 #if defined(__x86_64__) && defined(__GNUC__)
-  asm("" : "+v"(x));
+  asm("" : "+v"(y));
 #endif
-  return x;
+  return y;
 }
 
 // The larger; the second where either is NaN.
