@@ -96,6 +96,17 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
         parse(["--config", str(tmp_path / "run.toml")])
 
 
+@pytest.mark.parametrize("name", ["config", "resume", "model", "out"])
+def test_an_empty_name_is_refused(name: str, tmp_path: Path) -> None:
+    """As of a variable that is not set: it would be the current folder, or a run from the beginning."""
+    for argv in ([f"--{name}", ""], [f"--{name}="]):
+        with pytest.raises(ValueError, match=f"^{name} must not be empty"):
+            parse(argv)
+    (tmp_path / "run.toml").write_text("out = ''")
+    with pytest.raises(ValueError, match="^out must not be empty"):
+        parse(["--config", str(tmp_path / "run.toml")])
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config must be a readable TOML file; .*none.toml"):
         parse(["--config", str(tmp_path / "none.toml")])

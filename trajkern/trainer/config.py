@@ -292,6 +292,9 @@ def parse(argv: list[str]) -> TrainConfig:
         early.add_argument(name)
     named, _ = early.parse_known_args(argv)
     file = read_toml(Path(named.config)) if named.config else {}
+    for name, value in (*vars(named).items(), ("out", file.get("out"))):
+        if value == "":  # of a variable that is not set: it would be the current folder, or no resuming
+            raise ValueError(f"{name} must not be empty, got ''")
     model = named.model or file.get("model", "tiny")
     base = TrainConfig() if model == "tiny" else dataclasses.replace(PRETRAINED, model=model)
     path = resumed(named.resume, named.out or file.get("out"))
