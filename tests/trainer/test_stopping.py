@@ -151,6 +151,23 @@ def test_a_file_that_fails_is_named_with_the_last_checkpoint(
     assert told.endswith(f"; {standing if stands else 'there is no checkpoint yet'}\n")
 
 
+def test_a_current_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli_main(["--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.startswith("trajkern train: [Errno 2] No such file or directory")
+
+
+def test_a_run_that_diverges_ends_in_a_line(tmp_path: Path, capsys: Any) -> None:
+    out, model = tmp_path / "run", "--tiny.layers 1 --tiny.width 16 --tiny.heads 2 --questions 100 --threads 1"
+    warm = "--warmup.steps 5 --warmup.batch 8 --warmup.demonstrations 16 --warmup.lr 1e30"
+    assert cli_main([*f"--task chain_sum --out {out} {model} {warm}".split()]) == 1
+    told = capsys.readouterr().err
+    assert "trajkern train: the gradient's norm must be finite to take a step, got" in told
+    assert told.endswith(f"; results go to {out}; there is no checkpoint yet\n")
+
+
 def test_a_terminal_that_closes_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     display, tried = Display(), []
 

@@ -9,16 +9,17 @@ from pathlib import Path
 
 def cli_main(argv: list[str]) -> int:
     """Run the trainer on command-line arguments; returns the exit status: 2 after a bad argument, 1 where a file or
-    another rank failed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    another rank failed or the run diverged, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
     from trajkern.trainer.config import parse
     from trajkern.trainer.folder import ResultsError
     from trajkern.trainer.ranks import RankError
     from trajkern.trainer.stopping import Interrupted
     from trajkern.trainer.train import train
 
-    folder = str(Path.cwd())
-    if not {"", folder} & set(sys.path):
-        sys.path.append(folder)  # where flags may name modules, as under python -m
+    with contextlib.suppress(OSError):  # of a current folder that is gone
+        folder = str(Path.cwd())
+        if not {"", folder} & set(sys.path):
+            sys.path.append(folder)  # where flags may name modules, as under python -m
     try:
         train(parse(argv))
     except Interrupted as stopped:

@@ -19,7 +19,7 @@ LOCK = "lock"
 
 
 class ResultsError(Exception):
-    """A file could not be read or written: which one and why, and from where the run can be continued."""
+    """A run cannot go on: which file failed or what diverged, why, and from where it can be continued."""
 
 
 class Folder:
@@ -102,10 +102,11 @@ def _locked(folder: Path) -> IO[str]:
     return file
 
 
-def failure(error: OSError, folder: Path | None, resumed: Path | None) -> ResultsError:
-    """What a failed file means to the run whose results go to ``folder`` and which continues ``resumed``."""
+def failure(error: Exception, folder: Path | None, resumed: Path | None) -> ResultsError:
+    """What a failed file, or a step that cannot be taken, means to the run whose results go to ``folder`` and which
+    continues ``resumed``."""
     what = str(error) or type(error).__name__
-    if error.filename is None and folder is not None:
+    if getattr(error, "filename", None) is None and folder is not None:
         what += f"; results go to {folder}"
     found = [folder / name for name in (CHECKPOINT, WARM)] if folder else []
     stands = [path for path in (*found, resumed) if path is not None and os.path.isfile(path)]

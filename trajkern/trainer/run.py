@@ -27,6 +27,10 @@ from trajkern.trainer.systems import System
 from trajkern.trainer.tasks import Question, Splits, Task
 
 
+class Diverged(RuntimeError):
+    """A step that cannot be taken: its gradient is not finite."""
+
+
 class Stage(NamedTuple):
     """A recipe at work: its settings, what plays, what credits the rollouts, and what the loop draws from."""
 
@@ -155,7 +159,7 @@ def optimise(run: Run, losses: Iterable[Tensor]) -> float:
     norms = [full(torch.nn.utils.get_total_norm(some)) for some in gradients]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():
-        raise RuntimeError(f"the gradient's norm must be finite to take a step, got {norm.item()}")
+        raise Diverged(f"the gradient's norm must be finite to take a step, got {norm.item()}")
     for some in groups:
         torch.nn.utils.clip_grads_with_norm_(some, 1.0, norm)
     run.optimizer.step()

@@ -21,7 +21,7 @@ from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import joined
 from trajkern.trainer.rounds import questions_of
-from trajkern.trainer.run import Run, deterministic
+from trajkern.trainer.run import Diverged, Run, deterministic
 from trajkern.trainer.setup import lags_of, load_credit, make_copies, make_optimizer, make_stage, set_up
 from trajkern.trainer.stopping import interruptible
 from trajkern.trainer.summary import Result, summary
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> Result:
     folder: list[Path] = []  # of the results, once it is known
     try:
         return trained(config, folder)
-    except OSError as error:
+    except (OSError, Diverged) as error:
         raise failure(error, folder[0] if folder else config.out, config.resume) from error
 
 
