@@ -74,6 +74,8 @@ def test_a_missing_package_is_one_line(name: str, package: str, monkeypatch: pyt
     for other in ("transformers", "gguf", "accelerate", "trl", "datasets"):
         if importlib.util.find_spec(other) is None:
             pytest.skip(f"{other} is not installed")
+    for loaded in [x for x in sys.modules if x.startswith(f"{package}.")]:  # which would be found without their parent
+        monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf"needs {package}[\w.]*: pip install "):
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
