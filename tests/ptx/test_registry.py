@@ -17,8 +17,6 @@ from trajkern._backends import OWNERS
 from trajkern.testing import SPECS, Case, OpSpec, compiled, run
 from trajkern.testing.numerics import Outcome, budget_shares
 
-# what a kernel still gets wrong: (op, case, dtype) -> why
-WRONG = {("token_stats", "one_row", "float16"): "sum_sq_probs takes 1.03 of its budget"}
 NARROW = ("common_offset", "margin_40")  # where 16 bits are hardest
 SEED = 0  # of the approximations' errors and of the random order
 
@@ -40,10 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if not every and number > 0 and not cheap and case.name not in NARROW:
                     continue
                 names = spec.name, case.name, str(dtype).removeprefix("torch.")
-                marks = [_needs(spec)]
-                if names in WRONG:
-                    marks.append(pytest.mark.xfail(reason=WRONG[names], strict=True))
-                rows.append(pytest.param(spec, case, dtype, id="-".join(names), marks=marks))
+                rows.append(pytest.param(spec, case, dtype, id="-".join(names), marks=_needs(spec)))
     metafunc.parametrize(("spec", "case", "dtype"), rows)
 
 
