@@ -19,12 +19,12 @@ from trajkern.integrations.transformers import log_probs
 from trajkern.testing.numerics import Outcome
 
 SIZES = {"vocab_size": 4_096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-PROMPTS, PROMPT, TURNS, TURN = 2, 256, 4, 32  # each prompt has a rollout behind every turn of one, and one at its end
+PROMPTS, PROMPT, TURNS, TURN = 2, 256, 4, 32
 CONFIG = tk.PolicyLoss("grpo", aggregate="token_mean")
 
 
 def _samples() -> list[dict[str, Any]]:
-    """Of an AsyncGRPOTrainer of TRL: at each turn of a rollout another branches off, 8 samples of 2 prompts in all."""
+    """Of an AsyncGRPOTrainer of TRL: of each prompt two rollouts of a turn, and behind the second two of another."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(count: int) -> list[int]:
