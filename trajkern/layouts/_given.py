@@ -17,6 +17,11 @@ T = TypeVar("T")
 MOST_TOKENS = 2**31 - 1  # of a layout: attention by segments counts them in int32
 
 
+def check_tokens(name: str, count: int) -> None:
+    if count > MOST_TOKENS:
+        raise ValueError(f"{name} must be at most {MOST_TOKENS} tokens, got {count}")
+
+
 def owned(x: Tensor) -> Tensor:
     """A contiguous copy that nobody else has."""
     return x.detach().clone(memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ from torch import Tensor
 from trajkern import _ext
 from trajkern._checks import resolved
 from trajkern.layouts import _plain
-from trajkern.layouts._given import MOST_TOKENS
+from trajkern.layouts._given import MOST_TOKENS, check_tokens
 
 
 class Nodes(NamedTuple):
@@ -124,6 +124,7 @@ def attention_segments(nodes: Nodes, lengths: Tensor) -> Segments:
     own = lengths.long()[some]
     path = nodes.position[some] + own
     bounds_q, bounds_k = offsets_of(own), offsets_of(path)
+    check_tokens("attention_segments, whose keys repeat what lies above each node,", int(bounds_k[-1]))
     keys = along_paths(nodes.parent, nodes.node_offsets, some, bounds_k)
     longest = (int(x.max()) if x.numel() else 0 for x in (own, path))
     return Segments(keys, bounds_q.int(), bounds_k.int(), *longest)

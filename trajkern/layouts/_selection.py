@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trajkern._checks import check_shape, check_tensor, check_valued, describe
 from trajkern._dtypes import INTEGERS
+from trajkern.layouts._given import check_tokens
 from trajkern.layouts._nodes import offsets_of
 
 LEGAL = "an int, a slice, or a list or tensor of ints or of one bool a trajectory"
@@ -34,6 +35,7 @@ def selection(index: Any, bounds: Tensor) -> Selection:
     begin, lengths = bounds[:-1].long()[rows], bounds.diff().long()[rows]
     cu_seqlens = offsets_of(lengths)
     total = int(cu_seqlens[-1])
+    check_tokens("index", total)
     shift = torch.repeat_interleave(begin - cu_seqlens[:-1], lengths, output_size=total)
     tokens = shift + torch.arange(total, device=bounds.device)
     return Selection(rows, tokens, fitting(cu_seqlens, total, bounds.dtype))

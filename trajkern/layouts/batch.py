@@ -27,7 +27,7 @@ from trajkern._checks import (
     suggesting,
 )
 from trajkern._dtypes import INTEGERS
-from trajkern.layouts._given import MOST_TOKENS, Given, owned
+from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, owned
 from trajkern.layouts._padding import flags, padding, real_tokens, same_shape
 from trajkern.layouts._selection import GROUPS, concatenated_bounds, concatenated_groups, selection
 
@@ -59,7 +59,7 @@ class PackedBatch:
     """A packed batch of N trajectories and T tokens.
 
     Args:
-        tokens: token ids, int64 or int32, ``[T]``.
+        tokens: token ids, int64 or int32, ``[T]``, at most 2^31 - 1.
         cu_seqlens: boundaries, int64 or int32, ``[N+1]``, from 0 to T, never decreasing. Empty trajectories are legal.
         loss_mask: bool ``[T]``; True where a token is scored. A trajectory's first token has nothing before it that
             could predict it, so True there is an error.
@@ -93,6 +93,7 @@ class PackedBatch:
         check_tensor("tokens", self.tokens, dtypes=INTEGERS, ndim=1)
         check_valued("tokens", self.tokens)
         device, length = self.tokens.device, self.tokens.numel()
+        check_tokens("tokens", length)
         check_boundaries("cu_seqlens", self.cu_seqlens, device)
         check_cu_seqlens(self.cu_seqlens, length)
         count = self.cu_seqlens.numel() - 1
@@ -193,6 +194,7 @@ class PackedBatch:
         """
         check_choice("groups", groups, (None, *GROUPS))
         parts = _several(batches)
+        check_tokens("batches", sum(x.num_tokens for x in batches))
         joined = {name: torch.cat([x[name] for x in parts]) for name, first in parts[0].items() if first is not None}
         index, counts = [x.group_index for x in batches], [x.num_groups for x in batches]
         joined["group_ids"] = concatenated_groups([x["group_ids"] for x in parts], index, counts, groups)

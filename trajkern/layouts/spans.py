@@ -22,7 +22,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import INTEGERS
 from trajkern.layouts import _plain
-from trajkern.layouts._given import MOST_TOKENS, Given, derived, owned
+from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, derived, owned
 from trajkern.layouts._selection import selection
 from trajkern.layouts.batch import PackedBatch, check_batch
 
@@ -163,6 +163,7 @@ class Spans:
         """
         check_tensor("loss_mask", loss_mask, dtypes=(torch.bool,), ndim=1)
         check_valued("loss_mask", loss_mask)
+        check_tokens("loss_mask", loss_mask.shape[0])
         check_boundaries("cu_seqlens", cu_seqlens, loss_mask.device)
         check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
         mask, bounds = loss_mask.cpu().contiguous(), resolved(cu_seqlens).cpu().long().contiguous()
