@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,10 @@ def run_arm(out: Path, config: TrainConfig, only_warm_up: bool, start: Path | No
     config = dataclasses.replace(config, out=out, resume=start)
     if only_warm_up:
         config = dataclasses.replace(config, steps=0, then=Then())
+    began = time.process_time()
     with contextlib.nullcontext() if show else contextlib.redirect_stdout(io.StringIO()):
         done = train(config)
+    processor = time.process_time() - began
     done.checkpoint.unlink()
     if not only_warm_up:
         (out / _END).unlink(missing_ok=True)
@@ -112,6 +115,7 @@ def run_arm(out: Path, config: TrainConfig, only_warm_up: bool, start: Path | No
         "seconds": clock.sampling + clock.training,
         "warm_up_seconds": 0.0 if start or not warm else warm[-1]["seconds"],
         "elapsed": done.seconds,
+        "processor": processor,
     }
 
 
