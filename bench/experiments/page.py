@@ -57,8 +57,15 @@ def differences(row: Row, test: Test) -> list[float]:
     return [x - y for x, y in pairs if x is not None and y is not None]
 
 
-def write(report: Path, rows: dict[str, Row], absent: Sequence[str] = ()) -> None:
-    """Write the page, and the picture beside it; ``absent`` are the rows that have no results."""
+def write(report: Path, rows: dict[str, Row], absent: Sequence[str] = (), again: dict[str, Row] | None = None) -> None:
+    """Write the page, and the picture beside it.
+
+    Args:
+        report: the page.
+        rows: with their results.
+        absent: rows that have no results.
+        again: rows that have run once more, on other seeds.
+    """
     found = findings_of(rows)
     verdicts = {name: verdict(some) for name, some in found.items()}
     picture = report.with_suffix(".png")
@@ -68,6 +75,7 @@ def write(report: Path, rows: dict[str, Row], absent: Sequence[str] = ()) -> Non
     lines = [*_head(rows, found), *_summary(rows, found, verdicts)]
     if absent:
         lines += [f"Rows without results, of which nothing is claimed: {', '.join(absent)}.", ""]
+    lines += _again(again) if again else []
     lines += [f"![a panel a row]({picture.name})", ""]
     lines += [_CAPTION, ""]
     lines += [notes.read_text()] if notes.exists() else []
@@ -90,11 +98,36 @@ def _head(rows: dict[str, Row], found: dict[str, list[Finding]]) -> list[str]:
 def _summary(rows: dict[str, Row], found: dict[str, list[Finding]], verdicts: dict[str, str]) -> list[str]:
     lines = ["| row | claim | tested | verdict |", "|---|---|---|---|"]
     for name, row in rows.items():
-        tested = "<br>".join(
-            f"{test.measure} against {test.against}: {_difference(f)}"
-            for test, f in zip(row.comparison.tests, found[name], strict=True)
-        )
+        tested = _tested(row, found[name])
         lines.append(f"| [{name}](#{name}) | {row.comparison.claim} | {tested} | **{verdicts[name]}** |")
+    return [*lines, ""]
+
+
+def _tested(row: Row, found: list[Finding]) -> str:
+    """A cell with a line a hypothesis."""
+    pairs = zip(row.comparison.tests, found, strict=True)
+    return "<br>".join(f"{test.measure} against {test.against}: {_difference(f)}" for test, f in pairs)
+
+
+def _again(rows: dict[str, Row]) -> list[str]:
+    """The same hypotheses on other seeds, p corrected over these rows'."""
+    found = findings_of(rows)
+    lines = [
+        "Run again on other seeds, with nothing changed but p, which is corrected over these rows' hypotheses"
+        " (`bench/reproduction/again/`):",
+        "",
+        "| row | seeds | tested | verdict | minutes of one thread |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = (
+            name,
+            f"{min(row.seeds)} to {max(row.seeds)}",
+            _tested(row, found[name]),
+            f"**{verdict(found[name])}**",
+            f"{_elapsed(row) / 60:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 

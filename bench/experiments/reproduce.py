@@ -4,6 +4,7 @@
 picture; ``ARGS="--only nsr"`` runs one row, ``ARGS=--page-only`` runs none. What has run is kept under runs/reproduce
 and not run again while its flags and sources are the same, so that a run that was stopped goes on where it was. Seeds
 of your own: ``ARGS="--seeds 30 31 32 33 --results runs/mine"``, whose page is runs/mine/reproduction.md.
+Results of other seeds in bench/reproduction/again/ have a table of their own on the page.
 ``ARGS="--page-only --best nsr rlcr srl"`` also draws the README's picture.
 """
 
@@ -91,7 +92,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"--results must hold results to make a page of; {options.results} has none")
     if absent := sorted({*(options.best or ())} - rows.keys()):
         parser.error(f"--best must be rows that have results; {', '.join(absent)} have none")
-    page.write(report, rows, [name for name in COMPARISONS if name not in rows])
+    again = stored.load(options.results / "again", COMPARISONS)
+    page.write(report, rows, [name for name in COMPARISONS if name not in rows], again)
     print(report)
     if options.best:
         page.draw_some(BEST, rows, options.best)

@@ -178,7 +178,10 @@ def test_the_page_is_worked_out_by_hand(tmp_path: Path) -> None:
     assert "| one | 0.700 ± 0.058 | 400.0 ± 0.0 | 5.000 ± 0.000 |" in text
     assert "No result: two (seed 3)." in text and ", on 2 of 3 seeds; not decided" in text and "Stale" not in text
     assert f"trajkern train {stored.COMMON} -f --seed 1 ARM" in text and "#   one: -x" in text
-    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and "Run again" not in text
+    page.write(report, kept, again={"a": kept["a"]})
+    alone = r"+0.200 [-0.048, +0.448], p = 0.0742"
+    assert f"| a | 1 to 3 | pass@1 against two: {alone} | **cannot be told** | 9 |" in report.read_text()
     page.draw_some(tmp_path / "some.png", kept, ["d"])
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     changed = Comparison("c", "n", "-f", {"one": "-y", "two": ""}, (test,))
