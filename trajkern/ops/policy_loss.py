@@ -297,7 +297,8 @@ def _selected(logprobs: Tensor, arguments: LossArguments) -> Tensor | None:
     if "cov_low" not in KINDS[config.kind].selects:
         return largest_covariances(advantages, new, mask, mask, config.cov_fraction)
     ratio = (new - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    clipped = ratio * advantages > ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages
+    above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low  # a graph would fix the bounds of a clamp
+    clipped = torch.where(advantages > 0, above, below & (advantages < 0))
     band = (config.cov_low, config.cov_high)
     return largest_covariances(advantages, new, mask, mask & ~clipped, config.cov_fraction, band)
 
