@@ -205,7 +205,15 @@ def test_one_name_per_family(family: str) -> None:
 
 def test_every_kernel_file_bears_a_family_name() -> None:
     helpers = {"__init__", "primitives", "configs"}
-    helpers |= {"_autograd", "_head_arguments", "_library", "_loss_arguments", "_rank_moments", "_temperature"}
+    helpers |= {
+        "_agreement",
+        "_autograd",
+        "_head_arguments",
+        "_library",
+        "_loss_arguments",
+        "_rank_moments",
+        "_temperature",
+    }
     folders = ("csrc/cpu", "csrc/cuda", "triton_kernels", "trajkern/ops")
     files = [p for folder in folders for p in (ROOT / folder).iterdir() if p.suffix in {".cpp", ".cu", ".py"}]
     stems = {p.stem.removeprefix("bind_") for p in files}

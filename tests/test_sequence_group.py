@@ -137,7 +137,8 @@ def test_errors(of_ranks: list[dict[Any, Any]]) -> None:
     assert texts[0] == "sequence_group must be a process group of torch.distributed, got 'cp' (str)"
     assert texts[1].startswith("sequence_group must be None for kind 'kl_cov' with ratio level 'token'")
     assert texts[2].startswith("advantages must have length 2")
-    assert texts[3].endswith("got [2, 3, 2] trajectories")
-    assert texts[4] == "per_token must be the same on every rank of sequence_group; got [False, True, False]"
-    differ = "must be the same on every rank of sequence_group; it differs"
-    assert texts[5:] == [f"{name} {differ}" for name in ("advantages", "normalizer", "config")]
+    differ = "must be the same on every rank of sequence_group; here it is"
+    assert texts[3] == f"the number of trajectories in cu_seqlens {differ} 2 (int), on rank 1 another"
+    assert texts[4] == f"per_token {differ} False (bool), on rank 1 another"
+    for text, name in zip(texts[5:], ("advantages", "normalizer", "config"), strict=True):
+        assert text.startswith(f"{name} {differ}") and text.endswith(", on rank 1 another")

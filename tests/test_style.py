@@ -42,11 +42,7 @@ HOST_READS = {"item", "tolist", "nonzero", "numpy", "cpu", "synchronize"}
 # file -> (function, read): the ones that may wait for the device, because they only run where that was asked for
 HOST_READS_ALLOWED: dict[str, set[tuple[str, str]]] = {
     "trajkern/ops/_library.py": {("_of_packed_numbers", "tolist"), ("launch_on", "tolist")},  # of a CPU tensor
-    "trajkern/ops/_rank_moments.py": {("_sizes", "tolist")},  # of other hosts' numbers; see group_advantages
-    "trajkern/ops/policy_loss_ranks.py": {
-        ("check_agreement", "tolist"),
-        ("_digest", "numpy"),
-    },  # likewise, on a CPU alone
+    "trajkern/ops/_agreement.py": {("agreed", "tolist"), ("_bytes", "numpy")},  # of other hosts' numbers; of the CPU's
 }
 
 

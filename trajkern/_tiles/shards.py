@@ -68,10 +68,14 @@ def _layout(ranks: dist.ProcessGroup, size: int, width: int, device: torch.devic
     """
     shapes = [torch.empty(2, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(ranks))]
     dist.all_gather(shapes, torch.tensor([size, width], device=device), group=ranks)
-    sizes, widths = zip(*(x.tolist() for x in shapes), strict=True)
+    return laid([x.tolist() for x in shapes], dist.get_rank(ranks))
+
+
+def laid(shapes: list[list[int]], rank: int) -> tuple[int, int, int]:
+    """(first token, vocabulary, widest shard) of a rank whose group has weights of these shapes."""
+    sizes, widths = zip(*shapes, strict=True)
     if len(set(widths)) > 1:
         raise ValueError(f"weight must have the same H on every rank of process_group; got {list(widths)}")
     if 0 in sizes:
         raise ValueError(f"weight must hold at least one row on every rank of process_group; got {list(sizes)}")
-    rank = dist.get_rank(ranks)
     return sum(sizes[:rank]), sum(sizes), max(sizes)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trajkern.ops._agreement import agreed
+
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
@@ -25,6 +27,7 @@ class Ranks:
         """Exchanges the counts, which waits for all ranks, and what must be alike on all of them."""
         if group is None:
             return cls()
+        agreed("credit.Rollouts", group, "process_group", {}, device=group_ids.device)
         every: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(every, (counts, dtypes, group_ids.unique().tolist()), group=group)
         for rank, theirs in enumerate(every):

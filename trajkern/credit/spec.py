@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from trajkern._checks import check_choice, check_instance, check_number, describ
 from trajkern.credit.part import Call, Function, Part, added, check_name, needs_of, resolved_function, written
 from trajkern.credit.result import Credit
 from trajkern.credit.rollouts import Rollouts
+from trajkern.ops._agreement import agreed
 from trajkern.ops.advantage import whiten
 from trajkern.ops.span import spread
 from trajkern.recipes.dro import GATES
@@ -42,6 +44,7 @@ class Spec(abc.ABC):
             ValueError: something that the expression needs is not among the rollouts, by the term that reads it.
         """
         check_instance("rollouts", rollouts, Rollouts)
+        self._agree(rollouts)
         self.check(rollouts.names)
         call = Call(rollouts)
         part = self.part(call, frozenset())
@@ -53,6 +56,13 @@ class Spec(abc.ABC):
         rows = torch.where(keep, part.rows, 0) if whole and part.rows is not None else None
         divergences = tuple((term, torch.where(mask, weight, 0)) for term, weight in part.divergences)
         return Credit(advantages, mask, keep, metrics, call.reached, divergences, rollouts, rows)
+
+    def _agree(self, rollouts: Rollouts) -> None:
+        """Raises on every rank where one has another expression, or lacks what it needs: they would part half-way."""
+        if rollouts.process_group is not None and rollouts.device.type == "cpu":  # elsewhere nothing here waits
+            written = re.sub(r" at 0x[0-9a-f]+", "", repr(self))  # of what has no name
+            shared = {"the expression": written, "what it reads of the rollouts": sorted(self.needs & rollouts.names)}
+            agreed("a credit", rollouts.process_group, "process_group", shared, device=rollouts.device)
 
     @abc.abstractmethod
     def part(self, call: Call, gates: GateSet) -> Part:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trajkern import _backends
 from trajkern._checks import (
     check_choice,
     check_flag,
@@ -22,8 +24,9 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
-from trajkern._tiles.shards import shard
+from trajkern._tiles.shards import Shard, laid, shard
 from trajkern._tiles.tiles import FIXED_ROWS
+from trajkern.ops._agreement import agreed
 from trajkern.ops._temperature import check_temperature
 
 
@@ -46,8 +49,17 @@ class HeadArguments(NamedTuple):
     batch_invariant: bool = False
 
 
-def check_head(arguments: HeadArguments) -> Head:
-    """Raises, or returns the arguments as the kernels read them."""
+_SHARED = (
+    *("targets", "rows", "temperature", "softcap", "logit_scale", "mask", "sampling_support", "logits_dtype"),
+    *("workspace_bytes", "batch_invariant"),  # which say how many blocks there are, each added up over the ranks
+)
+
+
+def check_head(arguments: HeadArguments, function: str, **others: Any) -> Head:
+    """Raises, or returns the arguments as the kernels read them.
+
+    ``others``: what ``function`` reads besides, alike on the ranks that share a vocabulary.
+    """
     hidden, weight, targets, rows, mask = (
         arguments.hidden,
         arguments.weight,
@@ -60,7 +72,7 @@ def check_head(arguments: HeadArguments) -> Head:
     logits_dtype = check_choice("logits_dtype", arguments.logits_dtype, {torch.float32, hidden.dtype})
     check_process_group("process_group", arguments.process_group)
     group = "" if arguments.process_group is None else arguments.process_group.group_name
-    of = shard("" if torch.compiler.is_compiling() else group, weight)  # a graph cannot ask the other ranks
+    of = _shard(arguments, function, others)
     invariant = check_flag("batch_invariant", arguments.batch_invariant)
     workspace = _check_workspace(arguments, invariant, of.widest)
     support = _check_support(arguments.sampling_support, targets)
@@ -80,6 +92,20 @@ def check_head(arguments: HeadArguments) -> Head:
         [int(logits_dtype != torch.float32), workspace, int(invariant), int(torch.compiler.is_compiling())],
         group,
     )
+
+
+def _shard(arguments: HeadArguments, function: str, others: dict[str, Any]) -> Shard:
+    """This rank's of the vocabulary, where all ranks make the same call."""
+    ranks, hidden, weight = arguments.process_group, arguments.hidden, arguments.weight
+    if ranks is None or torch.compiler.is_compiling():  # a graph cannot ask the other ranks
+        return shard("", weight)
+    shared = {"the number of rows of hidden": hidden.shape[0], "the dtype of hidden": hidden.dtype}
+    shared |= {name: getattr(arguments, name) for name in _SHARED} | others
+    shared["bias"] = None if arguments.bias is None else "a shard"
+    shared["requires_grad of hidden"] = torch.is_grad_enabled() and hidden.requires_grad  # whether d hidden travels
+    shared["use_backend"] = "reference" if _backends.wants_reference("head", hidden) else "the kernels"
+    shapes = agreed(function, ranks, "process_group", shared, weight.shape, device=weight.device)
+    return Shard(*laid(shapes, dist.get_rank(ranks)), ranks)
 
 
 ALIGNED = 16  # numbers

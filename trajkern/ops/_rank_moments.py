@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trajkern._checks import readable
 from trajkern._dtypes import accumulator
+from trajkern.ops._agreement import agreed
 
 
 def group_advantages(
@@ -32,7 +34,10 @@ def group_advantages(
         w = torch.where(gate, w, 0)
     counted = w != 0
     r = torch.where(counted, rewards.double(), 0)
-    groups, group = _numbered(group_ids, ranks)
+    options = {"baseline": baseline, "scale": scale, "ddof": ddof, "eps": eps, "singleton": singleton}
+    own = [group_ids.shape[0]]
+    told = agreed("group_advantages", ranks, "process_group", options, own, device=rewards.device)
+    groups, group = _numbered(group_ids, [size for (size,) in told], ranks)
 
     def added(*columns: Tensor) -> tuple[Tensor, ...]:
         # unlike index_add, index_put sorts on a GPU, so the order of a sum does not depend on the run
@@ -72,6 +77,9 @@ def whiten(
     ranks: dist.ProcessGroup,
 ) -> Tensor:
     """As :func:`trajkern.whiten` over the values of all ranks; this rank's, ``[T]``. float64 inside, in two passes."""
+    if readable(x):  # elsewhere nothing here waits
+        options = {"shift_mean": shift_mean, "ddof": ddof, "eps": eps}
+        agreed("whiten", ranks, "process_group", options, device=x.device)
     w = torch.ones_like(x, dtype=torch.float64) if mask is None else mask.double()
     wide = torch.where(w != 0, x.double(), 0)
 
@@ -88,25 +96,17 @@ def whiten(
     return torch.where(w != 0, out if shift_mean else out + mean, 0).to(accumulator(x))
 
 
-def _numbered(group_ids: Tensor, ranks: dist.ProcessGroup) -> tuple[int, Tensor]:
+def _numbered(group_ids: Tensor, sizes: list[int], ranks: dist.ProcessGroup) -> tuple[int, Tensor]:
     """A bound of the groups' numbers on all ranks, and the number of each trajectory's group, ``[N]``.
+
+    ``sizes``: how many trajectories each rank has.
 
     A group's number is its place among the sorted ids of all trajectories: how many groups there are, only a wait could
     tell.
     """
     ids = group_ids.long()
-    sizes = _sizes(ids, ranks)
     padded = torch.nn.functional.pad(ids, (0, max(sizes) - ids.shape[0]))
     of_ranks = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(of_ranks, padded, group=ranks)
     every = torch.cat([x[:size] for x, size in zip(of_ranks, sizes, strict=True)]).sort().values
     return every.shape[0], torch.searchsorted(every, ids)
-
-
-def _sizes(ids: Tensor, ranks: dist.ProcessGroup) -> list[int]:
-    """How many trajectories each rank has: from host to host where the group has a way, else by way of the GPU."""
-    device = "cpu" if "cpu:" in dist.get_backend_config(ranks) else ids.device
-    mine = torch.full((1,), ids.shape[0], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather(sizes, mine, group=ranks)
-    return torch.cat(sizes).tolist()

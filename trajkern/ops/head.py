@@ -178,7 +178,7 @@ def linear_logprobs(
         process_group,
         batch_invariant,
     )
-    return checked_token_stats(head, check_head(head), ()).logprobs
+    return checked_token_stats(head, check_head(head, "linear_logprobs"), ()).logprobs
 
 
 @recorded
@@ -231,7 +231,7 @@ def linear_token_stats(
         process_group,
         batch_invariant,
     )
-    return checked_token_stats(head, check_head(head), outputs)
+    return checked_token_stats(head, check_head(head, "linear_token_stats", outputs=sorted(set(outputs))), outputs)
 
 
 def _check_outputs(outputs: Sequence[str]) -> None:

@@ -166,13 +166,14 @@ def _linear_policy_loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     hidden, targets = head_arguments.hidden, head_arguments.targets
     with_entropy, with_logprobs = check_flag("with_entropy", with_entropy), check_flag("with_logprobs", with_logprobs)
-    head = check_head(head_arguments)
+    of_loss = loss_arguments._replace(mask=None, sequence_group=None)._asdict() | {"with_entropy": with_entropy}
+    head = check_head(head_arguments, "linear_policy_loss", **of_loss)
     logprobs = hidden.new_empty((), dtype=accumulator(hidden)).expand(targets.shape)  # as they will be
     loss_arguments = check_loss(logprobs, logprobs, loss_arguments, in_head=True)
     of_streams = loss_arguments.supervised_weights, loss_arguments.kl_weights
     if any(weights is not None for weights in of_streams):  # which have pairs of their own
         head_arguments = head_arguments._replace(mask=joined(loss_arguments.mask, *of_streams))
-        head = check_head(head_arguments)
+        head = check_head(head_arguments, "linear_policy_loss", **of_loss)
     if _backends.wants_reference("head", hidden):
         arguments = reference_arguments(head_arguments, head) | loss_arguments._asdict()
         return _backends.reference().linear_policy_loss(

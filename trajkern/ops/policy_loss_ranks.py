@@ -7,7 +7,6 @@ the rank's own tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from trajkern._results import Branch
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 from trajkern.ops import span
+from trajkern.ops._agreement import agreed
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops.tree_loss import leaf_weights, sampler_factor, scored, stacked, summed
 
@@ -61,33 +61,16 @@ def check_agreement(arguments: LossArguments) -> None:
 
     One exchange of a few numbers, which are read; of checked arguments.
     """
-    config, normalizer = arguments.config, arguments.normalizer
-    trajectories = arguments.cu_seqlens.shape[0] - 1
-    options = torch.tensor([*config.kernel_options, *config.kernel_params], dtype=torch.float64)
     shared = {
-        "config": _digest(options),
-        "normalizer": _digest(torch.tensor(-1.0 if normalizer is None else float(normalizer))),
-        "advantages": 0 if arguments.per_token else _digest(_given(arguments.advantages).detach()),
+        "the number of trajectories in cu_seqlens": arguments.cu_seqlens.shape[0] - 1,  # some of 0 tokens
+        "per_token": arguments.per_token,
+        "config": arguments.config,
+        "normalizer": arguments.normalizer,
+        "use_backend": "reference" if _backends.wants_reference("policy_loss", arguments.cu_seqlens) else "",
+        "advantages": None if arguments.per_token else arguments.advantages,
     }
-    mine = torch.tensor([trajectories, arguments.per_token, *shared.values()])
-    counts, flags, *digests = _of_ranks(mine, arguments.sequence_group).unbind(1)
-    if counts.min() != counts.max():
-        raise ValueError(
-            "cu_seqlens must bound the same trajectories on every rank of sequence_group, a share of 0 tokens for those"
-            f" that a rank holds nothing of; got {counts.tolist()} trajectories"
-        )
-    if flags.min() != flags.max():
-        raise ValueError(f"per_token must be the same on every rank of sequence_group; got {flags.bool().tolist()}")
-    for name, digest in zip(shared, digests, strict=True):
-        if digest.min() != digest.max():
-            raise ValueError(f"{name} must be the same on every rank of sequence_group; it differs")
-
-
-def _digest(values: Tensor) -> int:
-    """64 bits of the values; -0.0 and every NaN count as one."""
-    values = (values.double() + 0.0).masked_fill(values.isnan(), torch.nan)
-    digest = hashlib.blake2b(values.contiguous().numpy().tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    group, device = arguments.sequence_group, arguments.cu_seqlens.device
+    agreed("policy_loss", group, "sequence_group", shared, device=device)
 
 
 def _of_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -141,7 +141,7 @@ def linear_topk(
         process_group=process_group,
         batch_invariant=batch_invariant,
     )
-    head = check_head(arguments)
+    head = check_head(arguments, "linear_topk", k=k, **{"second size of targets": each})
     k = _check_k(k, head)
     if _backends.wants_reference("topk", hidden):
         named = reference_arguments(arguments, head) | {"rows": rows, "targets": targets, "mask": mask}
