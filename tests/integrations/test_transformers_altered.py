@@ -171,3 +171,27 @@ def test_an_attention_of_the_text_alone_is_the_one_that_counts() -> None:
     assert attention_of(model) == "eager"
     model.config.text_config._attn_implementation = "sdpa"
     assert attention_of(model) == "sdpa"
+
+
+def offloaded(part: str) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    model = model_of("Llama")
+    accelerate.cpu_offload(model.get_submodule(part), execution_device="cpu")
+    return model
+
+
+NOWHERE = {
+    "all offloaded": (lambda: offloaded(""), "offloaded by accelerate: load it without"),
+    "the body offloaded": (lambda: offloaded("model"), "offloaded by accelerate: load it without"),
+    "the head offloaded": (lambda: offloaded("lm_head"), r"lm_head\.weight .*offloaded by accelerate: load it without"),
+    "not loaded": (lambda: model_of("Llama").to("meta"), "holds no values: load its weights first"),
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("name", NOWHERE)
+def test_a_model_whose_parameters_lie_elsewhere_is_refused(name: str, check: bool) -> None:
+    model, says = NOWHERE[name][0](), NOWHERE[name][1]
+    for call in (lambda: log_probs(model, packed(), check=check), lambda: head_arguments(model, check=check)):
+        with pytest.raises(ValueError, match=f"model must have its parameters in memory; .*{says}"):
+            call()

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trajkern.integrations._adapted_head import has_dropout, head_tensors, is_adapted
+from trajkern.integrations._agreement import together
 from trajkern.integrations._model_run import Route
 from trajkern.integrations._own_forward import (
     Parts,
     check_backward_hooks,
+    check_loaded,
     explain,
     model_name,
     own_run,
@@ -29,6 +31,7 @@ from trajkern.integrations._own_forward import (
 )
 from trajkern.integrations._wrapped import unwrapped
 
+T = TypeVar("T")
 _MULTIPLY, _DIVIDE = ("logit_scale", "lm_head_multiplier", "output_multiplier"), ("logits_scaling",)
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SPREAD = 512  # columns of the vocabulary that are compared
@@ -58,6 +61,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDi
 
 def named_form(inner: Any) -> Form:
     """What the names in the model's config say, unconfirmed."""
+    check_loaded(inner)
     config = inner.config.get_text_config()
     scale = 1.0
     for name in _MULTIPLY:
@@ -75,23 +79,23 @@ def measured_form(parts: Parts) -> Form:
     Raises:
         ValueError: its logits are not of this form, with the values that disagree and what in the config could say why.
     """
-    inner, layer = parts.causal, parts.head
-    if _is_empty(layer):
-        return named_form(inner)
-    known, key = _known.setdefault(inner, {}), (*state_of(parts), "form")
+    known, key = _known.setdefault(parts.causal, {}), (*state_of(parts), "form")
     if key not in known:
-        if len(known) >= _STATES:
-            known.clear()
+        check_loaded(parts.causal)
         check_backward_hooks(parts)
-        parts.head_tensors()  # refused by its own name where it has none, before anything runs
-        with undisturbed(parts.whole):
-            form = _measure(parts)
-            _check_causal(parts)
-        inside = unwrapped(layer)
-        if is_adapted(inside) or type(inside).forward is not nn.Linear.forward or "forward" in vars(inside):
-            parts.inside_head(lambda: (_check_layer(inside), None))
-        known[key] = form
+        _remember(known, key, parts, "its head", lambda: _form(parts), lambda form: form.from_head)
     return known[key]
+
+
+def _form(parts: Parts) -> Form:
+    with undisturbed(parts.whole):
+        parts.head_tensors()  # refused by its own name where it has none, before anything runs
+        form = _measure(parts)
+        _check_causal(parts)
+    inside = unwrapped(parts.head)
+    if is_adapted(inside) or type(inside).forward is not nn.Linear.forward or "forward" in vars(inside):
+        parts.inside_head(lambda: (_check_layer(inside), None))
+    return form
 
 
 @torch.compiler.disable
@@ -100,28 +104,33 @@ def measured_route(parts: Parts, kind: str, form: Form, trial: Callable[[], Tria
 
     Raises as :func:`measured_form` does.
     """
-    route = Route(form.from_head)
-    if _is_empty(parts.head):
-        return route
     known, key = _known.setdefault(parts.causal, {}), (*state_of(parts), kind)
     if key not in known:
-        sequences, hidden = trial()
-        with undisturbed(parts.whole):
-            own = [own_run(parts, tokens).logits for tokens in sequences]
-            try:
-                _compare_layout(parts, kind, form, route, own, hidden)
-            except ValueError:
-                if kind != "rows":
-                    raise
-                route = route._replace(positions=False)
-                _compare_layout(parts, kind, form, route, own, hidden)
-        known[key] = route
+        _remember(known, key, parts, "a layout", lambda: _route(parts, kind, form, trial()), lambda route: route)
     return known[key]
 
 
-def _is_empty(layer: Any) -> bool:
-    """Whether there is nothing to measure, nor any number that could be wrong."""
-    return getattr(getattr(layer, "weight", None), "is_meta", False)
+def _route(parts: Parts, kind: str, form: Form, trial: Trial) -> Route:
+    route = Route(form.from_head)
+    with undisturbed(parts.whole):
+        own = [own_run(parts, tokens).logits for tokens in trial.sequences]
+        try:
+            _compare_layout(parts, kind, form, route, own, trial.hidden)
+        except ValueError:
+            if kind != "rows":
+                raise
+            route = route._replace(positions=False)
+            _compare_layout(parts, kind, form, route, own, trial.hidden)
+    return route
+
+
+def _remember(
+    known: dict[Any, Any], key: Any, parts: Parts, what: str, function: Callable[[], T], outcome: Callable[[T], Any]
+) -> None:
+    """``function()`` as what is known of a state: at first as its ranks happen to come, then together."""
+    while len(known) >= _STATES:
+        del known[next(iter(known))]
+    known[key] = together(parts.whole, model_name(parts.causal), what, function, outcome) if known else function()
 
 
 def _compare_layout(

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors
 from trajkern.integrations._model_run import Layout, Route, accepted, attention_of, first, run_layout, run_model
-from trajkern.integrations._wrapped import body_inside, head_inside, is_wrapped
+from trajkern.integrations._wrapped import apart, body_inside, head_inside, is_wrapped
 
 _EXPLAINS = re.compile(r"logit|soft_?cap|scal(e|ing)|multiplier|(^|_)cap($|_)|dim_model_base|unpadded|tie_word")
 _NUMBERS = (int, float, bool)
@@ -71,6 +71,8 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
     """What decides a model's form, but for the values of its parameters."""
     _, owner, inner = parts
     layer = parts.head
+    if parts.weight.is_meta:
+        check_loaded(inner)
     device = parts.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     numbers = tuple((k, v) for k, v in vars(inner.config.get_text_config()).items() if _says(k) and type(v) in _NUMBERS)
@@ -94,6 +96,21 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
         adapter_state(layer),
         tuple(map(_altered, _around_head(parts))),
     )
+
+
+def check_loaded(inner: Any) -> None:
+    """Refuses a model of which some lies elsewhere, or nowhere: what is read of it here is no part of its forward."""
+    name = next((name for name, x in inner.named_parameters() if x.is_meta), None)
+    if name is not None:
+        held = any(hasattr(module, "_hf_hook") for module in inner.modules())
+        raise ValueError(
+            f"model must have its parameters in memory; {name} of {type(inner).__name__} is on meta"
+            + (
+                ", offloaded by accelerate: load it without offloading, by a device_map of devices alone"
+                if held
+                else ", which holds no values: load its weights first"
+            )
+        )
 
 
 def check_backward_hooks(parts: Parts) -> None:
@@ -141,8 +158,11 @@ def _says(name: str) -> bool:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients and dropout, and leaving modes, random states and autocast's cache as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    compiled = [(module, module._compiled_call_impl) for module, _ in modes if module._compiled_call_impl is not None]
+    modules = list(model.modules())
+    changes = [(module, {"training": False}) for module in modules] + apart(modules)
+    # two sequences are not worth their graphs
+    changes += [(x, {"_compiled_call_impl": None}) for x in modules if x._compiled_call_impl is not None]
+    before = [(module, {name: getattr(module, name) for name in put}) for module, put in changes]
     devices = {x.device for x in model.parameters()}
     cuda = sorted({x.index or 0 for x in devices if x.type == "cuda"})
     with contextlib.ExitStack() as stack:
@@ -152,16 +172,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):  # a weight cast without gradients must not be found by the next forward
                 stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
         try:
-            for module, _ in modes:
-                module.training = False
-            for module, _ in compiled:
-                module._compiled_call_impl = None  # two sequences are not worth their graphs
+            _set(changes)
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            for module, implementation in compiled:
-                module._compiled_call_impl = implementation
+            _set(before)
+
+
+def _set(changes: Iterable[tuple[Any, dict[str, Any]]]) -> None:
+    for module, put in changes:
+        for name, value in put.items():
+            setattr(module, name, value)
 
 
 def some_tokens(inner: Any, count: int, start: int = 0) -> Tensor:

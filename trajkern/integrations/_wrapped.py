@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,16 @@ def _wrapped(module: Any) -> Any:
     if isinstance(module, nn.DataParallel) or _is(module, _DDP) or _is(module, _ENGINE):
         return module.module
     return None
+
+
+def is_fsdp1(module: Any) -> bool:
+    return _is(module, _FSDP1)
+
+
+def apart(modules: Iterable[Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """DistributedDataParallel among these, with what keeps their forward from exchanging anything."""
+    alone = {"require_forward_param_sync": False, "require_backward_grad_sync": False}
+    return [(x, alone) for x in modules if _is(x, _DDP)]
 
 
 def unwrapped(model: Any) -> Any:
