@@ -47,6 +47,62 @@ def test_a_weight_that_the_head_forms_in_its_call_is_formed_anew(name: str) -> N
     check_own(model)
 
 
+class Noisy(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 0.1 * torch.randn_like(weight) if self.training else weight
+
+
+class Shrinking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += self.training
+        return weight / (1 + self.calls)
+
+
+UNSTEADY = {
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "noise": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Noisy()),
+    "a count": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Shrinking()),
+}
+
+
+@pytest.mark.parametrize("name", UNSTEADY)
+def test_a_head_whose_weight_moves_at_each_reading_is_refused_in_training(name: str) -> None:
+    model = model_of("Llama")
+    UNSTEADY[name](model.lm_head)
+    check_own(model)
+    model.train()
+    before = {k: x.clone() for k, x in model.lm_head.named_buffers()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model must have a head whose weight is the same each time that it is re"):
+            log_probs(model, packed())
+    assert all(torch.equal(x, before[k]) for k, x in model.lm_head.named_buffers())
+    model.lm_head.eval()
+    check_own(model)
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "parametrized spectral_norm", "noise"])
+def test_an_embedding_whose_weight_moves_takes_one_step_a_call(name: str) -> None:
+    model = model_of("Llama").train()
+    UNSTEADY[name](model.model.embed_tokens)
+    batch, tokens = packed()[:1], packed().tokens[:6]
+    for seed in range(3):
+        state = {k: x.clone() for k, x in model.state_dict().items()}
+        torch.manual_seed(seed)
+        actual = log_probs(model, batch)
+        moved = {k: x.clone() for k, x in model.state_dict().items()}
+        model.load_state_dict(state)
+        torch.manual_seed(seed)
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        torch.testing.assert_close(actual[1:], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(dict(model.state_dict()), moved)
+
+
 def halved(layer: nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return output / 2

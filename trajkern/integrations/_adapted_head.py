@@ -41,9 +41,14 @@ def head_tensors(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 def _form_weight(layer: Any) -> None:
     """Lets a hook form the weight anew, as those of weight_norm, spectral_norm and pruning do in the layer's call."""
-    weight = vars(layer).get("weight")
-    if layer._forward_pre_hooks and isinstance(weight, Tensor):
-        layer(weight.new_empty(1, 0, weight.shape[1]))
+    if is_formed(layer) and "weight" in vars(layer):
+        layer(layer.weight.new_empty(1, 0, layer.weight.shape[1]))
+
+
+def is_formed(layer: Any) -> bool:
+    """Whether its weight is no parameter, but made of some when it is read or the layer is called."""
+    by_a_hook = bool(layer._forward_pre_hooks) and isinstance(vars(layer).get("weight"), Tensor)
+    return hasattr(layer, "parametrizations") or by_a_hook
 
 
 def is_adapted(layer: Any) -> bool:

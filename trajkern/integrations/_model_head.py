@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trajkern.integrations._adapted_head import has_dropout, head_tensors, is_adapted
+from trajkern.integrations._adapted_head import has_dropout, head_tensors, is_adapted, is_formed
 from trajkern.integrations._agreement import together
 from trajkern.integrations._model_run import Route
 from trajkern.integrations._own_forward import (
@@ -93,6 +93,8 @@ def _form(parts: Parts) -> Form:
         form = _measure(parts)
         _check_causal(parts)
     inside = unwrapped(parts.head)
+    if is_formed(inside):
+        parts.inside_head(lambda: _check_steady(inside))
     if is_adapted(inside) or type(inside).forward is not nn.Linear.forward or "forward" in vars(inside):
         parts.inside_head(lambda: (_check_layer(inside), None))
     return form
@@ -151,7 +153,7 @@ _WORDS = {"rows": "padded rows", "pack": "a pack over cu_seqlens", "tree": "a Tr
 
 def _measure(parts: Parts) -> Form:
     inner = parts.causal
-    tokens = some_tokens(inner, _TOKENS)
+    tokens = some_tokens(parts, _TOKENS)
     own = own_run(parts, tokens)
     if not own.into:  # a product with the layer's weight, without the layer
         if own.backbone is None:
@@ -175,9 +177,9 @@ def _measure(parts: Parts) -> Form:
 def _check_causal(parts: Parts) -> None:
     """A token must change no logits before its own: a masked language model or an encoder has read what it predicts."""
     seen, inner = _TOKENS // 2, parts.causal
-    tokens = some_tokens(inner, _TOKENS)
+    tokens = some_tokens(parts, _TOKENS)
     own = own_run(parts, tokens).logits
-    others = torch.cat((tokens[:seen], some_tokens(inner, len(tokens) - seen, start=len(tokens))))
+    others = torch.cat((tokens[:seen], some_tokens(parts, len(tokens) - seen, start=len(tokens))))
     first, again = (x[0, :seen].double() for x in (own, own_run(parts, others).logits))
     encoder = getattr(inner.config, "is_encoder_decoder", False)
     if torch.equal(first, again) and not encoder:
@@ -338,6 +340,28 @@ def _check_layer(layer: Any) -> Tensor:
                     f"model must have a head whose gradients are its own; {what}", f"has at {names[id(p)]}", a, b, close
                 )
     return out.detach()
+
+
+def _check_steady(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """A weight that is formed anew, training or not as it is now, must be the same each time; returns weight and bias.
+
+    Else the model's own forward and the kernels would have two: power iterations and noise move it at each reading.
+    """
+    buffers = {name: x.clone() for name, x in layer.named_buffers()}
+    device = next(layer.parameters()).device
+    with torch.random.fork_rng([device.index] if device.type == "cuda" else []), torch.no_grad():
+        (first, bias), (again, _) = head_tensors(layer), head_tensors(layer)
+        moved = [name for name, x in layer.named_buffers() if not torch.equal(x, buffers[name])]
+        for name in moved:
+            layer.get_buffer(name).copy_(buffers[name])
+    if moved or not torch.equal(first, again):
+        why = f"its buffer {moved[0]} is another" if moved else "two readings differ"
+        raise ValueError(
+            f"model must have a head whose weight is the same each time that it is read; of its "
+            f"{type(layer).__module__}.{type(layer).__name__} {why} after each: call eval() on the head, or take off "
+            f"what forms its weight"
+        )
+    return first, bias
 
 
 def _random_state(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors
+from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors, is_formed
 from trajkern.integrations._model_run import Layout, Route, accepted, attention_of, first, run_layout, run_model
 from trajkern.integrations._wrapped import apart, body_inside, head_inside, is_wrapped
 
@@ -34,8 +34,9 @@ class Parts(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The head's, as it lies there."""
-        weight = getattr(self.head, "weight", None)
+        """The head's, as it lies there: its dtype and its device are right, and what forms it is not asked."""
+        formed = getattr(self.head, "parametrizations", None)
+        weight = next(formed.parameters()) if formed is not None else getattr(self.head, "weight", None)
         return weight if isinstance(weight, Tensor) else self.head_tensors()[0]
 
     def head_tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -94,6 +95,7 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
         active,
         attention_of(inner),
         adapter_state(layer),
+        is_formed(layer) and layer.training,
         tuple(map(_altered, _around_head(parts))),
     )
 
@@ -184,14 +186,15 @@ def _set(changes: Iterable[tuple[Any, dict[str, Any]]]) -> None:
             setattr(module, name, value)
 
 
-def some_tokens(inner: Any, count: int, start: int = 0) -> Tensor:
+def some_tokens(parts: Parts, count: int, start: int = 0) -> Tensor:
     """Ids that stand for text: none that the config gives a meaning to."""
+    inner = parts.causal
     size = embedding_count(inner) or inner.get_output_embeddings().weight.shape[0]
     special = {v for k, v in vars(inner.config.get_text_config()).items() if "token" in k and isinstance(v, int)}
     special |= {v for k, v in vars(inner.config).items() if "token" in k and isinstance(v, int)}
     ordinary = [x for x in range(min(size, 4096)) if x not in special] or list(range(size))
     ids = [ordinary[(3 + 7 * (start + i)) % len(ordinary)] for i in range(count)]
-    return torch.tensor(ids, device=inner.get_output_embeddings().weight.device)
+    return torch.tensor(ids, device=parts.weight.device)
 
 
 def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | None = None) -> OwnRun:

@@ -202,7 +202,7 @@ def _route(parts: Parts, kind: str) -> Route:
 
 
 def _trial(parts: Parts, kind: str) -> Trial:
-    tokens = some_tokens(parts.causal, 7)
+    tokens = some_tokens(parts, 7)
     device = tokens.device
     layout: Layout
     if kind == "tree":
