@@ -190,6 +190,60 @@ def test_anomaly_mode_and_hooks(op: str) -> None:
     assert len(seen) == len(expected)
 
 
+def _apart(x: Tensor) -> Tensor:
+    """Equal numbers, whose neighbours in memory are others."""
+    return torch.stack((x, ~x if x.dtype == torch.bool else x + 1), -1)[..., 0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hooks_that_give_back_what_was_saved_elsewhere(op: str) -> None:
+    problem = Problem(op)
+    expected, hooks = problem.expected, torch.autograd.graph.saved_tensors_hooks
+    for context in (torch.autograd.graph.save_on_cpu(), hooks(lambda x: x, _apart), hooks(_apart, lambda x: x)):
+        with context:
+            loss = problem.loss()
+        assert same(problem.gradients(loss), expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hooks_that_give_back_something_else_are_refused(op: str) -> None:
+    problem, saved = Problem(op), []
+    expected = problem.expected
+
+    def narrower(x: Tensor) -> Tensor:
+        return x.to({torch.float32: torch.float16, torch.int64: torch.int32}.get(x.dtype, x.dtype))
+
+    for other in (narrower, lambda x: x.reshape(-1)[:0]):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, other):
+            results = problem.results()
+        loss = problem.weighted_sum(results)
+        if op in FORMED:
+            assert not saved and same(problem.gradients(loss), expected)
+            continue
+        with pytest.raises(RuntimeError, match=f"the backward of .*trajkern.{op}.* must be as it was saved, .* gave "):
+            problem.gradients(loss)
+    assert bool(saved) != (op in FORMED)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_no_bit(op: str, backend: str) -> None:
+    """Neither around the op nor around the backward: results and products have the dtypes that were given."""
+    problem = Problem(op)
+
+    def run(forward: bool, backward: bool) -> list[Tensor]:
+        with tk.use_backend(backend):
+            with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+                results = problem.results()
+            loss = problem.weighted_sum(results)
+            with torch.autocast("cpu", torch.bfloat16, enabled=backward and backend == "native"):
+                return [*results, *problem.gradients(loss)]
+
+    expected = run(False, False)
+    for forward, backward in ((True, False), (False, True), (True, True)):
+        assert same(run(forward, backward), expected)
+
+
 def _tensors(x: Any) -> list[Tensor]:
     if isinstance(x, tuple):
         return [t for part in x for t in _tensors(part)]

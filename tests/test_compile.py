@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -147,6 +148,28 @@ def test_changing_coefficients_compile_at_most_twice(name: str) -> None:
             results.append((out.detach(), torch.autograd.grad(out.sum(), leaf)[0]))
         torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
     assert counter.frame_count <= times
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])  # the former leaves autocast on around each op
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_graph_under_autocast_has_the_given_precision(inside: bool, backend: str) -> None:
+    """Whether autocast is part of the graph or around the call."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator) for n in (4, 32))
+
+    def loss(h: torch.Tensor, w: torch.Tensor, cast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return tk.linear_token_stats(h, w, TARGETS).entropy.sum()
+
+    def run(f: Callable[..., torch.Tensor], inside: bool, outside: bool) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            out = f(*leaves, inside)
+            return out.detach(), *torch.autograd.grad(out, leaves)
+
+    expected = run(loss, False, False)
+    for f in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        torch.testing.assert_close(run(f, inside, not inside), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_a_graph_cannot_read_is_refused_or_read_beside_it() -> None:

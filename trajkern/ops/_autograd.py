@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from trajkern._checks import check_tensor
+from trajkern._checks import check_tensor, describe
 
 Backward = Callable[..., Any]
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func or a level of forward-mode AD is active, neither of which the kernels have."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_autocasting() -> bool:
+    """Whether autocast would round the factors of some products: kernels compute in the dtypes that they are given."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+@contextlib.contextmanager
+def uncast() -> Iterator[None]:
+    """Without autocast."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class _NoBackward:
@@ -45,14 +62,43 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.forward(_NoBackward(len(args)), *args)
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves what :func:`kept` gives back to the backward."""
+    ctx.save_for_backward(*tensors)
+    hooked = not torch.compiler.is_compiling() and _saved_tensors_hooks(False) is not None
+    ctx.forms = [None if x is None else _form(x) for x in tensors] if hooked else None
+
+
 def kept(ctx: Any) -> tuple[Any, ...]:
-    """What the forward saved, which the backward takes the pointers of: its memory may have been freed in between."""
+    """What the forward saved, which the backward takes the pointers of.
+
+    Its memory may have been freed in between, and a hook of saved tensors gives back what it likes.
+    """
     tensors: tuple[Any, ...] = ctx.saved_tensors
-    if not torch.compiler.is_compiling():
-        for x in tensors:
-            if x is not None:
-                check_tensor(f"what the backward of {ctx.names} reads", x)
-    return tensors
+    if torch.compiler.is_compiling():
+        return tensors
+    name = f"what the backward of {ctx.names} reads"
+    for x in tensors:
+        if x is not None:
+            check_tensor(name, x)
+    if ctx.forms is None:
+        return tensors
+    return tuple(x if x is None else _as_saved(name, x, form) for x, form in zip(tensors, ctx.forms, strict=True))
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.device, x.stride()
+
+
+def _as_saved(name: str, x: Any, form: tuple[Any, ...]) -> Tensor:
+    given = _form(x)
+    if given == form:
+        return x
+    dtype, shape, device, strides = form
+    if given[:3] != form[:3]:
+        saved = f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+        raise RuntimeError(f"{name} must be as it was saved, {saved}; a hook of saved tensors gave {describe(x)}")
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(x)
 
 
 def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False) -> Callable[[Backward], Backward]:
@@ -69,6 +115,9 @@ def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False)
         def call(ctx: Any, *grads: Tensor | None) -> Any:
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
+            if is_autocasting():
+                with uncast():
+                    return call(ctx, *grads)
             ctx.names = names  # for errors
             _refuse_transformed(names, grads)
             for g in grads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from trajkern import _backends
 from trajkern._checks import PLAIN, refuse_unknown
-from trajkern.ops._autograd import is_transformed
+from trajkern.ops._autograd import is_autocasting, is_transformed, uncast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("trajkern", "DEF")
@@ -60,8 +61,18 @@ def _defined(schema: str, fake: Callable[..., Any], launchers: dict[str, Callabl
     name = schema[: schema.index("(")]
     torch.library.register_fake(f"trajkern::{name}", fake, lib=LIBRARY)
     for device, launch in launchers.items():
-        LIBRARY.impl(name, launch, device.upper())
+        LIBRARY.impl(name, _uncast(launch), device.upper())
     return getattr(torch.ops.trajkern, name).default
+
+
+def _uncast(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """For graphs, of which each op meets the autocast that surrounds the call."""
+
+    def call(*args: Any) -> Any:
+        with uncast() if is_autocasting() else contextlib.nullcontext():
+            return launch(*args)
+
+    return call
 
 
 def _kinds(op: Any) -> list[str]:
@@ -145,6 +156,9 @@ def recorded(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
+        if is_autocasting():
+            with uncast():
+                return call(*args, **kwargs)
         try:
             if is_transformed():
                 return _transformed(name, function, args, kwargs)

@@ -31,7 +31,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import GAE
 from trajkern.ops import _rank_moments
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 
 BASELINES = ("mean", "leave_one_out", "none")
@@ -82,7 +82,7 @@ _whiten_backward = define(
 class _GroupAdvantages(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards, rows, options):
-        ctx.save_for_backward(rewards, *rows)
+        keep(ctx, rewards, *rows)
         ctx.options = options
         return _group_advantages(rewards, *rows, *options)
 
@@ -95,7 +95,7 @@ class _GroupAdvantages(torch.autograd.Function):
 class _GAE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards, values, cu_seqlens, bootstrap, mask, gamma, lam):
-        ctx.save_for_backward(cu_seqlens, mask)
+        keep(ctx, cu_seqlens, mask)
         ctx.decay = (gamma, lam)
         return _gae(rewards, values, cu_seqlens, bootstrap, mask, gamma, lam)
 
@@ -112,7 +112,7 @@ class _Whiten(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, mask, shift_mean, ddof, eps):
         out, stats = _whiten(x, mask, shift_mean, ddof, eps)
-        ctx.save_for_backward(x, mask, stats)
+        keep(ctx, x, mask, stats)
         ctx.options = (shift_mean, ddof)
         return out
 

@@ -35,7 +35,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._head_arguments import check_logit_scales, check_projection, of_aligned_width
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
@@ -67,7 +67,7 @@ class _LinearDivergence(torch.autograd.Function):
         divergence, saved = _linear_divergence(*args)
         student, rest = Head.split(args)
         teacher, ctx.options = Head.split(rest)
-        ctx.save_for_backward(*student.tensors(), *teacher.tensors(), saved)
+        keep(ctx, *student.tensors(), *teacher.tensors(), saved)
         ctx.numbers = student.numbers(), teacher.numbers()
         return divergence
 

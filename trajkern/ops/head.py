@@ -19,7 +19,7 @@ from trajkern import _backends
 from trajkern._checks import check_choice, describe, readable
 from trajkern._results import TokenStats
 from trajkern._tiles.arguments import Head
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
 
@@ -69,9 +69,9 @@ class _LinearTokenStats(torch.autograd.Function):
         logprobs, norm, *rest = _linear_token_stats(*head, outputs, ctx.unit)
         if ctx.unit:
             *rest, unit = rest
-            ctx.save_for_backward(unit, head.rows)
+            keep(ctx, unit, head.rows)
         else:
-            ctx.save_for_backward(*head.tensors(), logprobs, norm, rest[0] if outputs & 1 else None)
+            keep(ctx, *head.tensors(), logprobs, norm, rest[0] if outputs & 1 else None)
         ctx.numbers, ctx.dtype = head.numbers(), head.hidden.dtype
         ctx.mark_non_differentiable(*rest[outputs & 1 :])
         ctx.set_materialize_grads(False)
@@ -125,7 +125,7 @@ def linear_logprobs(
     """Log-probs of the targets: log softmax(z / temperature)[target], z = softcap(logit_scale (h w^T + bias)).
 
     Args:
-        hidden: float32, bfloat16, float16 or float64 (CPU) ``[T, H]``.
+        hidden: float32, bfloat16, float16 or float64 (CPU) ``[T, H]``; its products keep this dtype under autocast.
         weight: ``[V, H]`` of the same dtype; with ``process_group`` this rank's rows of it.
         targets: int64 or int32 ``[P]``. One outside [0, V) on an unmasked pair is a ValueError on the CPU; on a GPU
             that pair's result is NaN.

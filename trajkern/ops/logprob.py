@@ -28,7 +28,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 from trajkern.ops._temperature import check_temperature
 
@@ -72,7 +72,7 @@ class _TokenStats(torch.autograd.Function):
         targets, temperatures, temperature, mask = rows
         logprobs, norm, *rest = _token_stats(logits, targets, temperatures, temperature, mask, outputs)
         entropy = rest[0] if outputs & 1 else None
-        ctx.save_for_backward(logits, targets, temperatures, mask, logprobs, norm, entropy)
+        keep(ctx, logits, targets, temperatures, mask, logprobs, norm, entropy)
         ctx.temperature, ctx.inplace = temperature, inplace
         if outputs & 6:
             ctx.mark_non_differentiable(*rest[outputs & 1 :])

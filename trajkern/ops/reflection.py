@@ -40,7 +40,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Reflection
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 
 
@@ -78,7 +78,7 @@ class _Reflection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs, baseline, grouped, *options):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logprobs, *grouped, baseline)
+        keep(ctx, logprobs, *grouped, baseline)
         ctx.options = options
         return tuple(_reflection_rewards(logprobs, *grouped, baseline, *options))
 

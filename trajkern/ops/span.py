@@ -21,7 +21,7 @@ from trajkern._results import Branch
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 
 # What a token has of its span's gradient: all of it, a length-th of it, all or nothing as a kernel chooses one token by
@@ -56,7 +56,7 @@ class SpanReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, start, end, op):
         out = _span_reduce(x, start, end, REDUCTIONS.index(op))
-        ctx.save_for_backward(start, end, *(() if GRADIENTS[op] in SPREAD else (x, out)))
+        keep(ctx, start, end, *(() if GRADIENTS[op] in SPREAD else (x, out)))
         ctx.op, ctx.tokens = op, x.shape[0]
         return out
 
@@ -75,7 +75,7 @@ class SpanReduce(torch.autograd.Function):
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values, start, end, tokens):
-        ctx.save_for_backward(start, end)
+        keep(ctx, start, end)
         return _spread(values, start, end, tokens)
 
     @staticmethod

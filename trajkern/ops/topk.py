@@ -23,7 +23,7 @@ from trajkern._dtypes import INTEGERS
 from trajkern._results import TopK
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.pairs import repeated
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._head_arguments import HeadArguments, check_head, check_projection, reference_arguments
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
@@ -54,7 +54,7 @@ class _LinearTopK(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, others, k, each, with_targets):
         head = Head(hidden, weight, bias, *others)
         logprobs, ids, tail, norm, *of_targets = _linear_topk(*head, k, each, with_targets)
-        ctx.save_for_backward(*head.tensors(), logprobs, ids, tail, norm, of_targets[0] if of_targets else None)
+        keep(ctx, *head.tensors(), logprobs, ids, tail, norm, of_targets[0] if of_targets else None)
         ctx.numbers, ctx.each = head.numbers(), each
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)

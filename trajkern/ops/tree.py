@@ -33,7 +33,7 @@ from trajkern._checks import (
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Branch
 from trajkern.layouts.tree import Tree
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 
 REDUCTIONS = ("sum", "mean", "max", "min", "var")
@@ -85,7 +85,7 @@ _branch_coefficients_backward = define(
 class _SubtreeReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf_values, op, tree):
-        ctx.save_for_backward(leaf_values, *tree)
+        keep(ctx, leaf_values, *tree)
         ctx.op = op
         return _subtree_reduce(leaf_values, tree, op)
 
@@ -99,7 +99,7 @@ class _SubtreeReduce(torch.autograd.Function):
 class _SiblingAdvantages(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, node_values, rule, tree):
-        ctx.save_for_backward(node_values, *tree)
+        keep(ctx, node_values, *tree)
         ctx.rule = rule
         return _sibling_advantages(node_values, tree, *rule)
 
@@ -114,7 +114,7 @@ class _BranchCoefficients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf_advantages, leaf_weights, tree):
         ctx.set_materialize_grads(False)  # four of the outputs have none
-        ctx.save_for_backward(leaf_advantages, leaf_weights, *tree)
+        keep(ctx, leaf_advantages, leaf_weights, *tree)
         out = _branch_coefficients(leaf_advantages, leaf_weights, tree)
         ctx.mark_non_differentiable(*out[2:])
         return out

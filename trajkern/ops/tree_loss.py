@@ -29,7 +29,7 @@ from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 from trajkern.ops import span
 from trajkern.ops import tree as ops
-from trajkern.ops._autograd import applied, differentiable_once, kept
+from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 
 _SUM = ops.REDUCTIONS.index("sum")
 
@@ -80,7 +80,7 @@ class _PathSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values, leaves, tree):
-        ctx.save_for_backward(*tree)
+        keep(ctx, *tree)
         return ops._subtree_reduce_backward(values, leaves, tree, _SUM)
 
     @staticmethod
