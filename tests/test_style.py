@@ -38,6 +38,14 @@ HOT = [
     if path.relative_to(ROOT).parts[:2] in {("trajkern", "ops"), ("trajkern", "_native")}
     or path.relative_to(ROOT).parts[0] == "triton_kernels"
 ]
+LIBRARY = [
+    path
+    for path in PYTHON
+    if (parts := path.relative_to(ROOT).parts)[0] in ("trajkern", "triton_kernels")
+    and parts[1] not in ("testing", "trainer")  # at their entrances the default device is the CPU
+]
+FLOAT_FACTORIES = {"zeros", "ones", "empty", "rand", "randn", "linspace", "eye", "empty_strided"}
+FACTORIES = {*FLOAT_FACTORIES, "full", "tensor", "as_tensor", "arange", "randint", "randperm"}
 HOST_READS = {"item", "tolist", "nonzero", "numpy", "cpu", "synchronize"}
 # file -> (function, read): the ones that may wait for the device, because they only run where that was asked for
 HOST_READS_ALLOWED: dict[str, set[tuple[str, str]]] = {
@@ -93,6 +101,19 @@ def test_no_environment_variables() -> None:
     """What a call does is decided by its arguments; the one knob is the build's TRAJKERN_CUDA."""
     reads = re.compile(r"\bos\.environ\b|\bgetenv\b|\bimport environ\b")
     assert not [_name(path) for path in SHIPPED if reads.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_new_tensors_heed_no_default(path: Path) -> None:
+    """``torch.set_default_device`` and ``set_default_dtype`` are a user's; a kernel's memory is where it runs."""
+    lacking = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+                named = {keyword.arg for keyword in node.keywords}
+                wanted = {"device", "dtype"} if node.func.attr in FLOAT_FACTORIES else {"device"}
+                lacking += [(node.lineno, node.func.attr, x) for x in sorted(wanted - named)]
+    assert not lacking, f"{_name(path)}: (line, factory, what it lacks): {lacking}"
 
 
 @pytest.mark.parametrize("path", HOT, ids=_name)

@@ -353,8 +353,10 @@ def check_pairs(
 def _check_support(ids: Tensor, offsets: Tensor, targets: Tensor, vocabulary: int, mask: Tensor | None) -> None:
     check_offsets("sampling_support offsets", offsets, ids.shape[0])
     check_targets(ids, vocabulary, None, name="sampling_support ids")
-    pair = torch.repeat_interleave(torch.arange(targets.shape[0]), offsets.diff(), output_size=ids.shape[0])
-    held = torch.zeros(targets.shape, dtype=torch.bool)
+    pair = torch.repeat_interleave(
+        torch.arange(targets.shape[0], device="cpu"), offsets.diff(), output_size=ids.shape[0]
+    )
+    held = torch.zeros(targets.shape, dtype=torch.bool, device="cpu")
     held[pair[ids == targets[pair]]] = True
     lacks = ~held if mask is None else ~held & mask
     if bool(lacks.any()):

@@ -22,11 +22,11 @@ def token_stats(
     x = as_rows(logits)
     dtype = accumulator(x)
     shape = targets.shape
-    stats = [torch.empty(shape, dtype=dtype), torch.empty((*shape, 2), dtype=dtype)]
+    stats = [torch.empty(shape, dtype=dtype, device="cpu"), torch.empty((*shape, 2), dtype=dtype, device="cpu")]
     pointers = [x.data_ptr() for x in stats] + [0, 0, 0]
     for i, kind in enumerate((dtype, dtype, torch.bool)):
         if outputs >> i & 1:
-            stats.append(torch.empty(shape, dtype=kind))
+            stats.append(torch.empty(shape, dtype=kind, device="cpu"))
             pointers[2 + i] = stats[-1].data_ptr()
     if _ext.cpu().token_stats(DTYPE[x.dtype], *_problem(x, targets, temperatures, temperature, mask), pointers) >= 0:
         check_targets(targets, x.shape[-1], mask)
@@ -75,7 +75,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 def token_stats_backward(grad_logprobs: Tensor, grad_entropy: Tensor | None, logits: Tensor, *saved) -> Tensor:
     x = as_rows(logits)
-    grad_logits = torch.empty(x.shape, dtype=x.dtype)
+    grad_logits = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     _backward(grad_logits, grad_logprobs, grad_entropy, x, *saved)
     return grad_logits.view(logits.shape)
 

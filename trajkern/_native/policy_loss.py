@@ -23,9 +23,9 @@ def policy_loss(
     x = LossInputs(*inputs)
     assert x.old_logprobs is not None
     tokens, dtype = logprobs.shape[0], logprobs.dtype
-    loss, metrics = torch.empty((), dtype=dtype), torch.empty(len(x.metrics), dtype=dtype)
-    grad_logprobs = torch.empty(tokens, dtype=dtype) if x.options[-2] else None
-    grad_entropy = torch.empty(tokens, dtype=dtype) if x.options[-1] else None
+    loss, metrics = torch.empty((), dtype=dtype, device="cpu"), torch.empty(len(x.metrics), dtype=dtype, device="cpu")
+    grad_logprobs = torch.empty(tokens, dtype=dtype, device="cpu") if x.options[-2] else None
+    grad_entropy = torch.empty(tokens, dtype=dtype, device="cpu") if x.options[-1] else None
     pointers = [
         logprobs.data_ptr(),
         x.old_logprobs.data_ptr(),

@@ -273,7 +273,7 @@ def _add_few(a: Tensor, b: Tensor, out: Tensor) -> None:
     ten times the error for sums as long as a vocabulary.
     """
     count, multiple = a.shape[0], 8 * torch.get_num_threads()
-    filled = torch.zeros(-(-count // multiple) * multiple, min(a.shape[1], FEW_COLUMNS), dtype=out.dtype)
+    filled = torch.zeros(-(-count // multiple) * multiple, min(a.shape[1], FEW_COLUMNS), dtype=out.dtype, device="cpu")
     for part in slices(a.shape[1], FEW_COLUMNS):
         rows = filled[:, : part.stop - part.start]
         rows[:count] = a[:, part]

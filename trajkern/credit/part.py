@@ -155,7 +155,11 @@ class Call:
         if part.rows is not None:
             kinds.append(to_tokens(part.rows, self.rollouts))
         total = reduce(added, (*kinds, part.tokens), None)
-        return torch.zeros(self.rollouts.batch.num_tokens, device=self.rollouts.device) if total is None else total
+        return (
+            torch.zeros(self.rollouts.batch.num_tokens, dtype=torch.float32, device=self.rollouts.device)
+            if total is None
+            else total
+        )
 
     def kept(self, part: Part) -> Tensor:
         """The rollouts that some term keeps, ``[N]``: one in which none scored anything leaves if one was to."""

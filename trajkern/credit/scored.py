@@ -239,7 +239,7 @@ def _unasked(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """A NaN for each belief that could be asked for, and the rollouts' bounds."""
     counts = spans_each(rollouts.spans["turn"].trajectory.long(), len(rollouts))
     bounds = torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0)))
-    return torch.full((int(bounds[-1]),), torch.nan, device=rollouts.device), bounds
+    return torch.full((int(bounds[-1]),), torch.nan, dtype=torch.float32, device=rollouts.device), bounds
 
 
 def _stops(rollouts: Rollouts, counts: list[int]) -> Iterator[list[int]]:

@@ -239,7 +239,7 @@ class Divergence(Term):
 
     def formed(self, call: Call, gates: GateSet) -> Part:
         keep = directed(call, self.where, gates)
-        every = torch.ones(len(call.rollouts), device=call.rollouts.device)
+        every = torch.ones(len(call.rollouts), dtype=torch.float32, device=call.rollouts.device)
         weight = to_tokens(every if keep is None else keep.float(), call.rollouts)
         return Part(learns=(Learns(keep),), divergences=((self, weight),))
 

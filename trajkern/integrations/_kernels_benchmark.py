@@ -15,7 +15,7 @@ class TokenStats(Benchmark):
         self.targets = torch.randint(vocabulary, (rows,), device=self.device)
         self.problem = self.targets, None, 1.0, None  # one temperature, no mask
         self.saved = self.kernel.logprob.token_stats(self.logits, *self.problem, 0)
-        self.grads = torch.randn(rows, device=self.device)
+        self.grads = torch.randn(rows, dtype=torch.float32, device=self.device)
 
     def benchmark_forward(self) -> None:
         self.out, *_ = self.kernel.logprob.token_stats(self.logits, *self.problem, 0)

@@ -264,7 +264,8 @@ def _compare(parts: Parts, form: Form, h: Tensor, logits: Tensor, *, loose: bool
     inner, layer = parts.causal, parts.head
     weight, bias = parts.head_tensors()
     own = logits[0].double()
-    columns = torch.linspace(0, own.shape[-1] - 1, min(_SPREAD, own.shape[-1]), device=own.device).long()
+    places = min(_SPREAD, own.shape[-1])
+    columns = torch.linspace(0, own.shape[-1] - 1, places, dtype=torch.float64, device=own.device).long()
     own = own[:, columns]
     if h.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -310,7 +311,7 @@ def _check_layer(layer: Any) -> Tensor:
     """
     base = layer.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, base.shape[1], generator=generator).to(base)
+    x = torch.randn(1, _TOKENS, base.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(base)
     trained = [p for p in layer.parameters() if p.requires_grad]
     what = f"{type(layer).__module__}.{type(layer).__name__}"
     cuda = [base.device.index] if base.device.type == "cuda" else []
@@ -331,7 +332,7 @@ def _check_layer(layer: Any) -> Tensor:
         close = _tolerance([base.dtype, out.dtype, *_ADAPTERS], base.device.type, loose=True)
         _same(f"model must have an affine head, in training without dropout; {what}", "gives", out, ours, close)
         if trained and out.requires_grad:
-            g = torch.randn(out.shape, generator=generator).to(out)
+            g = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(out)
             theirs, mine = (torch.autograd.grad(y, trained, g.to(y.dtype), allow_unused=True) for y in (out, ours))
             names = {id(p): name for name, p in layer.named_parameters()}
             for p, a, b in zip(trained, theirs, mine, strict=True):

@@ -90,7 +90,9 @@ class Estimator:
         if bool((found.mask != rows.batch.loss_mask).any()):
             _refuse(self.spec)
         self.last_metrics = metrics_of(found)
-        return torch.zeros(real.shape, device=mask.device).masked_scatter(real, found.advantages.float())
+        return torch.zeros(real.shape, dtype=torch.float32, device=mask.device).masked_scatter(
+            real, found.advantages.float()
+        )
 
 
 def _refuse(spec: Spec) -> None:

@@ -249,7 +249,9 @@ def reads_ahead(parts: Parts, tokens: Tensor, seen: int) -> bool:
         handle = parts.causal.get_input_embeddings().register_forward_hook(as_leaf)
         with torch.enable_grad():
             logits = own_run(parts, tokens).logits[0, :seen].float()
-            g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+            g = torch.randn(
+                logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+            ).to(logits.device)
             found = torch.autograd.grad(logits, embedded, g, allow_unused=True)
     except (NotImplementedError, RuntimeError):
         return False

@@ -107,19 +107,21 @@ def _scoring(spec: Spec, module: ModuleType) -> Callable[..., Any]:
 def _rollouts(traces: Sequence[Any], tokenizer: Any) -> credit.Rollouts:
     """A group of prime-rl's, a trace as a rollout."""
     nodes = [node for trace in traces for node in trace.nodes]
-    lengths = torch.tensor([sum(len(node.token_ids) for node in trace.nodes) for trace in traces])
-    tokens = torch.tensor([x for node in nodes for x in node.token_ids], dtype=torch.int64)
-    mask = torch.tensor([x for node in nodes for x in node.mask], dtype=torch.bool)
+    lengths = torch.tensor([sum(len(node.token_ids) for node in trace.nodes) for trace in traces], device="cpu")
+    tokens = torch.tensor([x for node in nodes for x in node.token_ids], dtype=torch.int64, device="cpu")
+    mask = torch.tensor([x for node in nodes for x in node.mask], dtype=torch.bool, device="cpu")
     if mask.shape != tokens.shape:
         raise ValueError(f"a trace must have a mask for each of its {tokens.shape[0]} tokens, got {mask.shape[0]}")
-    written = torch.tensor([x for node in nodes for x in node.logprobs], dtype=torch.float32)
+    written = torch.tensor([x for node in nodes for x in node.logprobs], dtype=torch.float32, device="cpu")
     sampled = int(mask.sum())
     batch = tk.PackedBatch(
         tokens,
         torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
         mask,
-        torch.zeros(len(traces), dtype=torch.int64),
-        sampler_logprobs=None if len(written) != sampled else torch.zeros(mask.shape).masked_scatter(mask, written),
+        torch.zeros(len(traces), dtype=torch.int64, device="cpu"),
+        sampler_logprobs=None
+        if len(written) != sampled
+        else torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_scatter(mask, written),
     )
     rewards, flags = _told(traces)
     return credit.Rollouts(
@@ -139,10 +141,14 @@ def _told(traces: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         scores = {name: None if x is None else x.score for name, x in trace.rewards.items()}
         for name, x in (trace.metrics | scores).items():
             columns.setdefault(name, [math.nan] * len(traces))[n] = math.nan if x is None else float(x)
-    named = {name: torch.tensor(x) for name, x in columns.items() if name not in RESERVED and ":" not in name}
+    named = {
+        name: torch.tensor(x, dtype=torch.float32, device="cpu")
+        for name, x in columns.items()
+        if name not in RESERVED and ":" not in name
+    }
     flags = {name: x != 0 for name, x in named.items() if bool(((x == 0) | (x == 1)).all())}
-    named["reward"] = torch.tensor([float(x.reward) for x in traces])
-    return named, flags | {"truncated": torch.tensor([bool(x.is_truncated) for x in traces])}
+    named["reward"] = torch.tensor([float(x.reward) for x in traces], dtype=torch.float32, device="cpu")
+    return named, flags | {"truncated": torch.tensor([bool(x.is_truncated) for x in traces], device="cpu")}
 
 
 def _turns(traces: Sequence[Any], cu_seqlens: Tensor) -> tk.Spans:
@@ -155,7 +161,7 @@ def _turns(traces: Sequence[Any], cu_seqlens: Tensor) -> tk.Spans:
                 found.append((at + places[0], at + places[-1] + 1, n, number))
                 number += 1
             at += len(node.token_ids)
-    start, end, owner, index = torch.tensor(found, dtype=torch.int64).view(-1, 4).unbind(1)
+    start, end, owner, index = torch.tensor(found, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
     return tk.Spans(start, end, owner, index, int(cu_seqlens[-1]), cu_seqlens)
 
 

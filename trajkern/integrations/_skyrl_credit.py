@@ -160,7 +160,7 @@ def _rollouts(trainer: Any, data: Any, rows: int) -> tuple[credit.Rollouts, Tens
         tokens,
         real,
         loss_mask=behind_prompts(data["loss_mask"]),
-        group_ids=torch.tensor(ids),
+        group_ids=torch.tensor(ids, device="cpu"),
         **{ours: behind_prompts(data[theirs]) for ours, theirs in names.items() if data.get(theirs) is not None},
     )
 

@@ -24,7 +24,7 @@ LOSSES: dict[str, Callable[..., Result]] = {}
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
 UNCLIPPED: dict[str, Any] = {
     "clip_low": 1.0,
-    "clip_high": torch.tensor(LOG_RATIO_BOUND).exp().item(),
+    "clip_high": torch.tensor(LOG_RATIO_BOUND, dtype=torch.float32, device="cpu").exp().item(),
 }  # a band that holds every ratio
 
 

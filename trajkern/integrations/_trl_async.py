@@ -114,7 +114,7 @@ def _log_means(
 
 def _log_extremes(self: Any, low: Tensor, high: Tensor, sample: Tensor, samples: int) -> None:
     """The least and the largest share of clipped terms that a sample has, of all ranks."""
-    sums = torch.zeros(3, samples, device=low.device).index_add(
+    sums = torch.zeros(3, samples, dtype=low.dtype, device=low.device).index_add(
         1, sample, torch.stack((torch.ones_like(low), low, high))
     )
     least, most = sums[1:] / sums[0]  # NaN for a sample without terms

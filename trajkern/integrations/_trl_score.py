@@ -101,7 +101,7 @@ class Score:
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         most = int(trainer.accelerator.gather(torch.tensor([len(chunks)], device=device)).max())
         filler = [([self._tokenizer.pad_token_id], [self._tokenizer.pad_token_id])]
-        logprobs = [torch.zeros(0, device=device)]
+        logprobs = [torch.zeros(0, dtype=torch.float32, device=device)]
         places = [torch.zeros(0, dtype=torch.int64, device=device)]
         with unrecorded(trainer):
             for chunk in chunks + [filler] * (most - len(chunks)):

@@ -39,15 +39,15 @@ def tree_rollouts(row: Any, device: torch.device | str = "cpu") -> TreeRollouts:
         raise ValueError("row must have at least one sample, got none")
     for n, sample in enumerate(samples):
         _check(n, sample)
-    lengths = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)])
+    lengths = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)], device="cpu")
     tokens, mask, old = (_joined(samples, name) for name in _FIELDS[:3])
     cu_seqlens = lengths.cumsum(0)
     mask = mask != 0
     mask[cu_seqlens[:-1]] = False
-    advantages = torch.tensor([float(sample["advantage"]) for sample in samples], dtype=torch.float32)
+    advantages = torch.tensor([float(sample["advantage"]) for sample in samples], dtype=torch.float32, device="cpu")
     check_finite("advantage of the samples", advantages)
     number: dict[Any, int] = {}
-    groups = torch.tensor([number.setdefault(sample["group_id"], len(number)) for sample in samples])
+    groups = torch.tensor([number.setdefault(sample["group_id"], len(number)) for sample in samples], device="cpu")
     batch = tk.PackedBatch(tokens.long(), cu_seqlens, mask, groups, old_logprobs=old.float())
     nothing = tk.PackedBatch(batch.tokens, cu_seqlens, torch.zeros_like(mask), torch.zeros_like(groups))
     tree = tk.Tree.from_trajectories(nothing)  # of tokens alone: masks and groups part nobody
@@ -68,4 +68,4 @@ def _check(n: int, sample: Any) -> None:
 
 
 def _joined(samples: list[Any], name: str) -> Tensor:
-    return torch.cat([torch.as_tensor(sample[name]) for sample in samples])
+    return torch.cat([torch.as_tensor(sample[name], device="cpu") for sample in samples])

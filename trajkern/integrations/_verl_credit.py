@@ -102,11 +102,11 @@ def _padded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows padded at their ends, and their lengths."""
     if x.is_nested:
         return x.to_padded_tensor(0), x.offsets().diff()  # type: ignore[attr-defined]
-    return x, torch.full((x.shape[0],), x.shape[1])
+    return x, torch.full((x.shape[0],), x.shape[1], device="cpu")
 
 
 def _within(lengths: Tensor, x: Tensor) -> Tensor:
-    return torch.arange(x.shape[1]) < lengths[:, None]
+    return torch.arange(x.shape[1], device="cpu") < lengths[:, None]
 
 
 def _of_tokens(x: Any, real: Tensor) -> Tensor:

@@ -273,13 +273,13 @@ def _dropped(call: _Call) -> Tensor:
     if mask.is_cpu:
         places = torch.nonzero(candidates)[:, 0]
         count = max(int(fraction * int(mask.sum())), 1)
-        return torch.zeros_like(mask).index_fill(0, places[torch.randperm(len(places))[:count]], True)
+        return torch.zeros_like(mask).index_fill(0, places[torch.randperm(len(places), device="cpu")[:count]], True)
     return _drawn(candidates, (fraction * mask.sum().double()).floor().clamp_min(1))
 
 
 def _drawn(candidates: Tensor, count: Tensor) -> Tensor:
     """``count`` of the candidates, or all if there are fewer, each choice as likely; nothing is read on the host."""
-    lots = torch.where(candidates, torch.rand(candidates.shape, device=candidates.device), 2.0)
+    lots = torch.where(candidates, torch.rand(candidates.shape, dtype=torch.float32, device=candidates.device), 2.0)
     place = torch.arange(lots.shape[0], device=lots.device)
     return torch.zeros_like(candidates).scatter(0, lots.argsort(), place < count) & candidates
 

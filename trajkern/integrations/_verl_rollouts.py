@@ -65,7 +65,7 @@ class Pack:
         """The rollout of each of them, int64, never decreasing."""
         number: dict[Any, int] = {}
         names = (self.rows.sessions[row][0] for row in self.order)
-        return torch.tensor([number.setdefault(name, len(number)) for name in names], dtype=torch.int64)
+        return torch.tensor([number.setdefault(name, len(number)) for name in names], dtype=torch.int64, device="cpu")
 
     @cached_property
     def last(self) -> list[int]:
@@ -77,8 +77,8 @@ class Pack:
     def index(self) -> Tensor:
         """Where each token stands in the flattened rows, int64 ``[T]``."""
         width = self.rows.tokens.shape[1]
-        places = torch.arange(self.rows.tokens.numel()).view(-1, width)
-        order = torch.tensor(self.order, dtype=torch.int64)
+        places = torch.arange(self.rows.tokens.numel(), device="cpu").view(-1, width)
+        order = torch.tensor(self.order, dtype=torch.int64, device="cpu")
         return places[order][self.rows.real[order]]
 
     @cached_property
@@ -88,8 +88,8 @@ class Pack:
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        lengths = self.rows.real.sum(1)[torch.tensor(self.order, dtype=torch.int64)]
-        of_rollout = torch.zeros(len(self.last), dtype=torch.int64).index_add(0, self.owner, lengths)
+        lengths = self.rows.real.sum(1)[torch.tensor(self.order, dtype=torch.int64, device="cpu")]
+        of_rollout = torch.zeros(len(self.last), dtype=torch.int64, device="cpu").index_add(0, self.owner, lengths)
         return torch.cat((lengths.new_zeros(1), of_rollout.cumsum(0)))
 
     def taken(self, x: Tensor) -> Tensor:  # [B, W, ...] or [B, L]
@@ -119,7 +119,7 @@ def rollouts_of(pack: Pack, groups: Sequence[Any], needs: Set[str]) -> Rollouts:
             f"prompts must have a token in every row, which predicts the response's first; row {row} has none"
         )
     number: dict[Any, int] = {}
-    ids = torch.tensor([number.setdefault(groups[row], len(number)) for row in last], dtype=torch.int64)
+    ids = torch.tensor([number.setdefault(groups[row], len(number)) for row in last], dtype=torch.int64, device="cpu")
     batch = tk.PackedBatch(
         pack.taken(rows.tokens),
         pack.cu_seqlens,
@@ -129,7 +129,7 @@ def rollouts_of(pack: Pack, groups: Sequence[Any], needs: Set[str]) -> Rollouts:
     )
     columns = {name: [x[row] for row in last] for name, x in rows.columns.items()}
     numbers = {name: x for name, values in columns.items() if (x := _numbers(values)) is not None}
-    numbers["reward"] = rows.rewards[torch.tensor(last, dtype=torch.int64)]
+    numbers["reward"] = rows.rewards[torch.tensor(last, dtype=torch.int64, device="cpu")]
     spans, span_rewards = _spans(pack, needs)
     return Rollouts(
         batch,
@@ -148,7 +148,7 @@ def _numbers(values: Sequence[Any]) -> Tensor | None:
     plain = [x.item() if _is_number(x) else x for x in values]
     if all(x is None for x in plain) or not all(x is None or isinstance(x, (bool, int, float)) for x in plain):
         return None
-    return torch.tensor([math.nan if x is None else float(x) for x in plain], dtype=torch.float32)
+    return torch.tensor([math.nan if x is None else float(x) for x in plain], dtype=torch.float32, device="cpu")
 
 
 def _is_number(x: Any) -> bool:
@@ -214,9 +214,9 @@ def _calls(pack: Pack, turns: tk.Spans) -> tk.Spans:
     of_turn, after = row[turns.end - 1], turns.end.clamp_max(row.shape[0] - 1)
     answered = (turns.end < row.shape[0]) & (row[after] == of_turn)
     count = pack.rows.tokens.shape[0]
-    seen = torch.zeros(count, dtype=torch.int64).index_add(0, of_turn, answered.long())
-    given = torch.tensor([len(_values(x)) for x in pack.rows.columns["tool_rewards"]], dtype=torch.int64)
-    is_last = torch.cat((of_turn[1:] != of_turn[:-1], torch.ones(1, dtype=torch.bool)))
+    seen = torch.zeros(count, dtype=torch.int64, device="cpu").index_add(0, of_turn, answered.long())
+    given = torch.tensor([len(_values(x)) for x in pack.rows.columns["tool_rewards"]], dtype=torch.int64, device="cpu")
+    is_last = torch.cat((of_turn[1:] != of_turn[:-1], torch.ones(1, dtype=torch.bool, device="cpu")))
     calls = answered | (is_last & (given == seen + 1)[of_turn])
     start, end, trajectory, index = (x[calls] for x in (turns.start, turns.end, turns.trajectory, turns.index))
     return tk.Spans(start, end, trajectory, index, turns.num_tokens)
@@ -224,15 +224,15 @@ def _calls(pack: Pack, turns: tk.Spans) -> tk.Spans:
 
 def _placed(pack: Pack, spans: tk.Spans, values: Sequence[Any], column: str, what: str) -> Tensor | str:
     """The numbers of the rows one after another, one a span; or why they cannot be placed."""
-    row = pack.row[(spans.end - 1).clamp_min(0)] if len(spans) else torch.zeros(0, dtype=torch.int64)
-    counts = torch.zeros(len(values), dtype=torch.int64).index_add(0, row, torch.ones_like(row)).tolist()
+    row = pack.row[(spans.end - 1).clamp_min(0)] if len(spans) else torch.zeros(0, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(len(values), dtype=torch.int64, device="cpu").index_add(0, row, torch.ones_like(row)).tolist()
     found: list[float] = []
     for n in pack.order:
         numbers = _values(values[n])
         if len(numbers) != counts[n]:
             return f"{column} must have a number for each of the {counts[n]} {what} of row {n}, got {len(numbers)}"
         found += [math.nan if x is None else float(x) for x in numbers]
-    return torch.tensor(found, dtype=torch.float32)
+    return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
 def _values(x: Any) -> list[Any]:
@@ -243,7 +243,7 @@ def _values(x: Any) -> list[Any]:
 def _own_spans(pack: Pack, name: str, column: Sequence[Any]) -> tk.Spans:
     """Spans that an agent loop wrote down, ``[start, end)`` in tokens of the response."""
     width, length = pack.rows.tokens.shape[1], pack.rows.written.shape[1]
-    order = torch.tensor(pack.order, dtype=torch.int64)
+    order = torch.tensor(pack.order, dtype=torch.int64, device="cpu")
     lengths = pack.rows.real[order].sum(1)
     begin = lengths.cumsum(0) - pack.rows.real[order][:, width - length :].sum(1)
     found: list[tuple[int, int, int, int]] = []
@@ -259,7 +259,7 @@ def _own_spans(pack: Pack, name: str, column: Sequence[Any]) -> tk.Spans:
                 )
             found.append((first + start, first + end, owner, index.setdefault(owner, 0)))
             index[owner] += 1
-    start, end, trajectory, number = torch.tensor(found, dtype=torch.int64).view(-1, 4).unbind(1)
+    start, end, trajectory, number = torch.tensor(found, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
     return tk.Spans(start, end, trajectory, number, int(pack.cu_seqlens[-1]), pack.cu_seqlens)
 
 
@@ -269,7 +269,7 @@ def _teacher(pack: Pack) -> Tensor | None:
         return None
     ids, logprobs = (pack.taken(x) for x in pack.rows.teacher)
     tokens, scored = pack.taken(pack.rows.tokens), pack.taken(pack.rows.learns)
-    before = torch.arange(tokens.shape[0]).sub(1).clamp_min(0)
+    before = torch.arange(tokens.shape[0], device="cpu").sub(1).clamp_min(0)
     here = ids[before] == tokens[:, None]
     if bool((scored & ~here.any(1)).any()):
         n = int(pack.row[(scored & ~here.any(1)).nonzero()[0, 0]])
@@ -277,4 +277,8 @@ def _teacher(pack: Pack) -> Tensor | None:
             "teacher_logprobs must have every token of the responses that is scored; one of row "
             f"{n} is not among the teacher's {ids.shape[1]} of its position"
         )
-    return torch.where(here, logprobs[before], -torch.inf).amax(1).where(scored, torch.zeros(()))
+    return (
+        torch.where(here, logprobs[before], -torch.inf)
+        .amax(1)
+        .where(scored, torch.zeros((), dtype=torch.float32, device="cpu"))
+    )

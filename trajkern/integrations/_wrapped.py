@@ -110,7 +110,9 @@ def _through(wrapper: Any, function: Callable[[], T]) -> Callable[[], T]:
     target = wrapper if held is None else held
 
     def run() -> T:
-        some = torch.empty(0)  # DistributedDataParallel fails to move no argument to its device
+        some = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # DistributedDataParallel fails to move no argument to its device
         for peer in _peers(wrapper):
             with _forward(peer, lambda: None):
                 peer(some)

@@ -236,12 +236,14 @@ def pack(
     _check_rollouts("rollouts", rollouts)
     check_instance("how", how, Sampling)
     lengths = [len(x.tokens) for x in rollouts]
-    mask = torch.tensor(list(chain.from_iterable(x.sampled for x in rollouts)), dtype=torch.bool)
-    logprobs = torch.zeros(sum(lengths))
-    logprobs[mask] = torch.tensor(list(chain.from_iterable(x.logprobs for x in rollouts)), dtype=torch.float32)
+    mask = torch.tensor(list(chain.from_iterable(x.sampled for x in rollouts)), dtype=torch.bool, device="cpu")
+    logprobs = torch.zeros(sum(lengths), dtype=torch.float32, device="cpu")
+    logprobs[mask] = torch.tensor(
+        list(chain.from_iterable(x.logprobs for x in rollouts)), dtype=torch.float32, device="cpu"
+    )
     batch = PackedBatch(
-        torch.tensor(list(chain.from_iterable(x.tokens for x in rollouts)), dtype=torch.int64),
-        torch.tensor([0, *accumulate(lengths)]),
+        torch.tensor(list(chain.from_iterable(x.tokens for x in rollouts)), dtype=torch.int64, device="cpu"),
+        torch.tensor([0, *accumulate(lengths)], device="cpu"),
         mask,
         group_ids,
         rewards,
@@ -338,9 +340,9 @@ def _over_masks(logprobs: Sequence[Any], masks: Sequence[Sequence[int]], tokens:
 
 
 def _flat(support: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> [E], [P+1]
-    offsets = torch.tensor([0, *accumulate(len(ids) for ids in support)])
-    ids = torch.tensor(list(chain.from_iterable(support)), dtype=torch.int64)
-    pair = torch.repeat_interleave(torch.arange(len(support)), offsets.diff())
+    offsets = torch.tensor([0, *accumulate(len(ids) for ids in support)], device="cpu")
+    ids = torch.tensor(list(chain.from_iterable(support)), dtype=torch.int64, device="cpu")
+    pair = torch.repeat_interleave(torch.arange(len(support), device="cpu"), offsets.diff())
     together = torch.stack((pair, ids), 1).unique(dim=0, return_counts=True)
     if bool((together[1] > 1).any()):
         at, token = together[0][together[1] > 1][0].tolist()

@@ -155,8 +155,9 @@ class ClippedPGLossFn:
         """
         o = self.options
         x = terms.batch_of(next_token_logprobs, data, o.force_on_policy_ratio)
-        tokens = x.rows.mask.sum() if global_valid_toks is None else torch.as_tensor(global_valid_toks)
-        rows = x.samples.sum() if global_valid_seqs is None else torch.as_tensor(global_valid_seqs)
+        device = x.rows.mask.device
+        tokens = x.rows.mask.sum() if global_valid_toks is None else torch.as_tensor(global_valid_toks, device=device)
+        rows = x.samples.sum() if global_valid_seqs is None else torch.as_tensor(global_valid_seqs, device=device)
         weights = terms.weights_of(x, o)
         guard = torch.where(x.legal, 1.0, torch.nan)
         a = x.advantages

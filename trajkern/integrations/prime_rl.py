@@ -198,8 +198,13 @@ def _computes(rl_loss_fn: Callable[..., Any], options: dict[str, Any]) -> bool:
 def _probed(loss_fn: Callable[..., Any], weighted: bool) -> dict[str, Tensor]:
     """What it makes of a sequence whose tokens moved by little and by much, under advantages of every sign, float64."""
     g, size = torch.Generator().manual_seed(0), 256
-    new, old, ref = (torch.rand(size, generator=g, dtype=torch.float64).clamp_min(1e-3).log() for _ in range(3))
-    advantages, kept = torch.randn(size, generator=g, dtype=torch.float64), torch.rand(2, size, generator=g) < 0.8
+    new, old, ref = (
+        torch.rand(size, generator=g, dtype=torch.float64, device="cpu").clamp_min(1e-3).log() for _ in range(3)
+    )
+    advantages, kept = (
+        torch.randn(size, generator=g, dtype=torch.float64, device="cpu"),
+        torch.rand(2, size, generator=g, dtype=torch.float32, device="cpu") < 0.8,
+    )
     made = getattr(sys.modules.get(LOSS), "LossInputs", SimpleNamespace)
     with torch.enable_grad():
         inputs = made(
@@ -214,7 +219,7 @@ def _probed(loss_fn: Callable[..., Any], weighted: bool) -> dict[str, Tensor]:
             found = loss_fn(inputs)
             (grad,) = torch.autograd.grad(found.loss, new)
         except Exception as error:  # of weights that a kind refuses, or of a function that wants something else
-            return {type(error).__name__: torch.zeros(())}
+            return {type(error).__name__: torch.zeros((), dtype=torch.float32, device="cpu")}
     loss = found.loss.detach()
     return {"": loss.double(), " gradient": grad} | {name: x.detach().double() for name, x in found.metrics.items()}
 

@@ -63,13 +63,13 @@ def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     if bad >= 0:
         _refuse_parent(up, bad)
     leaf = (arrays["child_begin"].diff() == 0).nonzero().squeeze(1)
-    order = torch.empty(leaves, dtype=torch.int32)
-    order[arrays["leaf_begin"][leaf].long()] = torch.arange(leaves, dtype=torch.int32)
+    order = torch.empty(leaves, dtype=torch.int32, device="cpu")
+    order[arrays["leaf_begin"][leaf].long()] = torch.arange(leaves, dtype=torch.int32, device="cpu")
     nodes = Nodes(
         order=order,
         leaves=leaf,
         node_offsets=offsets_of(lengths),
-        token_node=torch.repeat_interleave(torch.arange(m), lengths, output_size=total),
+        token_node=torch.repeat_interleave(torch.arange(m, device="cpu"), lengths, output_size=total),
         **arrays,
     )
     return Nodes(*(x.to(device) for x in nodes)), roots, levels
@@ -82,8 +82,8 @@ _INT64 = ("position", "previous")
 def _derived(parent: Tensor, lengths: Tensor) -> tuple[int, int, int, int, dict[str, Tensor]]:  # [M], [M]
     """The first illegal parent or -1, the numbers of leaves, roots and levels, and what the nodes imply by name."""
     m = parent.shape[0]
-    arrays = {name: torch.empty(m + (name == "child_begin"), dtype=torch.int32) for name in _INT32}
-    arrays |= {name: torch.empty(m, dtype=torch.int64) for name in _INT64}
+    arrays = {name: torch.empty(m + (name == "child_begin"), dtype=torch.int32, device="cpu") for name in _INT32}
+    arrays |= {name: torch.empty(m, dtype=torch.int64, device="cpu") for name in _INT64}
     pointers = [x.data_ptr() for x in arrays.values()]
     bad, leaves, roots, levels = _ext.cpu().tree_derive(parent.data_ptr(), lengths.data_ptr(), m, pointers)
     arrays["child"] = arrays["child"][: m - roots].clone()
@@ -96,7 +96,7 @@ def _plainly_derived(parent: Tensor, lengths: Tensor) -> tuple[int, int, int, in
     bad, leaves, roots, levels, arrays = _plain.derive(parent.tolist(), lengths.tolist())
     dtypes = [torch.int32] * len(_INT32) + [torch.int64] * len(_INT64)
     named = zip((*_INT32, *_INT64), arrays, dtypes, strict=False)  # there are none with an illegal parent
-    return bad, leaves, roots, levels, {name: torch.tensor(x, dtype=dtype) for name, x, dtype in named}
+    return bad, leaves, roots, levels, {name: torch.tensor(x, dtype=dtype, device="cpu") for name, x, dtype in named}
 
 
 def along_paths(
@@ -112,7 +112,7 @@ def along_paths(
     up, first, ends, places = (resolved(x).cpu().long().contiguous() for x in (parent, offsets, leaves, bounds))
     if not _ext.CPU_BUILT:
         return _plain.along_paths(up.tolist(), first.tolist(), ends.tolist()).to(parent.device)
-    index = torch.empty(int(places[-1]), dtype=torch.int64)
+    index = torch.empty(int(places[-1]), dtype=torch.int64, device="cpu")
     arrays = up.data_ptr(), first.data_ptr(), ends.data_ptr()
     _ext.cpu().tree_flat(*arrays, ends.shape[0], places.data_ptr(), index.data_ptr())
     return index.to(parent.device)

@@ -13,13 +13,13 @@ from torch import Tensor
 def turns(mask: Tensor, bounds: Tensor) -> Tensor:  # [T], [N+1] -> [4, S]
     """Start, end, trajectory and index of the runs of True in each trajectory."""
     tokens = mask.shape[0]
-    first = torch.zeros(tokens + 1, dtype=torch.bool)
+    first = torch.zeros(tokens + 1, dtype=torch.bool, device="cpu")
     first[bounds] = True
     off = mask.new_zeros(1)
     start = (mask & ~(torch.cat((off, mask[:-1])) & ~first[:-1])).nonzero().squeeze(1)
     end = (mask & ~(torch.cat((mask[1:], off)) & ~first[1:])).nonzero().squeeze(1) + 1
     trajectory = torch.searchsorted(bounds, start, right=True) - 1
-    index = torch.arange(start.shape[0]) - torch.searchsorted(trajectory, trajectory)
+    index = torch.arange(start.shape[0], device="cpu") - torch.searchsorted(trajectory, trajectory)
     return torch.stack((start, end, trajectory, index))
 
 
@@ -78,10 +78,10 @@ def along_paths(parent: list[int], offsets: list[int], leaves: list[int]) -> Ten
     for leaf in leaves:
         path, node = [], leaf
         while node >= 0:
-            path.append(torch.arange(offsets[node], offsets[node + 1]))
+            path.append(torch.arange(offsets[node], offsets[node + 1], device="cpu"))
             node = parent[node]
         found += reversed(path)
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class Parted(Exception):
@@ -142,7 +142,7 @@ class PrefixTree:
         def add(parent: int, begin: int, length: int, group: int) -> None:
             parents.append(number.get(parent, -1))
             lengths.append(length)
-            source.append(torch.arange(begin, begin + length))
+            source.append(torch.arange(begin, begin + length, device="cpu"))
             if parent < self._groups:
                 root_groups.append(group)
 
@@ -159,8 +159,10 @@ class PrefixTree:
                 add(node, 0, 0, group)
             else:
                 add(self._parent[node], self._begin[node], self._length[node], group)
-        empty = torch.empty(0, dtype=torch.int64)
-        parent, length, groups = (torch.tensor(x, dtype=torch.int64) for x in (parents, lengths, root_groups))
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
+        parent, length, groups = (
+            torch.tensor(x, dtype=torch.int64, device="cpu") for x in (parents, lengths, root_groups)
+        )
         return parent, length, torch.cat([empty, *source]), groups
 
     def _siblings(self, parent: int, at: int) -> list[int]:

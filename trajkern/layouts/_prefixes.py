@@ -53,7 +53,10 @@ def _native_prefixes(
     )
     if mismatch is not None:
         raise _plain.Parted(*mismatch)
-    return (torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64) for x in arrays)
+    return (
+        torch.frombuffer(x, dtype=torch.int64) if len(x) else torch.empty(0, dtype=torch.int64, device="cpu")
+        for x in arrays
+    )
 
 
 def _plain_prefixes(
@@ -77,7 +80,7 @@ def _check_sizes(batch: PackedBatch, tokens: int) -> None:
 
 def _refuse(field: tuple[str, Tensor], places: list[int], cu_seqlens: Tensor, tolerance: float) -> NoReturn:
     name, x = field
-    at = torch.searchsorted(cu_seqlens, torch.tensor(places), right=True) - 1
+    at = torch.searchsorted(cu_seqlens, torch.tensor(places, device="cpu"), right=True) - 1
     first, second = at.tolist()
     values = x[places].tolist()
     raise ValueError(
@@ -113,8 +116,8 @@ def segments(segment_ids: Tensor, parent_ids: Tensor) -> tuple[Tensor, Tensor]: 
     place = torch.searchsorted(known, up).clamp_max(max(len(known) - 1, 0))
     _refuse_parent(known[place] != up, up, begin, "an id that some token has")
     parent = torch.where(up == ids, -1, number[place])
-    _refuse_parent(parent > torch.arange(len(parent)), up, begin, "a segment that stands before")
-    return parent, torch.diff(begin, append=torch.tensor([len(own)]))
+    _refuse_parent(parent > torch.arange(len(parent), device="cpu"), up, begin, "a segment that stands before")
+    return parent, torch.diff(begin, append=torch.tensor([len(own)], device="cpu"))
 
 
 def _refuse_parent(bad: Tensor, up: Tensor, begin: Tensor, legal: str) -> None:

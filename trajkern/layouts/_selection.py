@@ -59,7 +59,7 @@ def _rows(index: Any, count: int, device: torch.device) -> slice | Tensor:
         index = _listed(index)
     elif not isinstance(index, Tensor) and hasattr(index, "__array__"):
         try:
-            index = torch.as_tensor(index)
+            index = torch.as_tensor(index, device="cpu")
         except TypeError:  # an array of what no tensor holds
             raise TypeError(f"index must be {LEGAL}; got {describe(index)}") from None
     if not isinstance(index, Tensor) or (index.ndim == 0 and index.dtype in INTEGERS):
@@ -83,7 +83,7 @@ def _listed(index: list[Any] | range) -> Tensor:
     if not all(flags) and not all(hasattr(x, "__index__") for x in index):
         raise TypeError(f"index must be {LEGAL}; got {describe(index)}")
     values = [*index] if any(flags) else [operator.index(x) for x in index]
-    return torch.tensor(values, dtype=torch.bool if any(flags) else torch.int64)
+    return torch.tensor(values, dtype=torch.bool if any(flags) else torch.int64, device="cpu")
 
 
 def _single(index: Any, count: int) -> slice:

@@ -169,9 +169,11 @@ class Spans:
         mask, bounds = loss_mask.cpu().contiguous(), resolved(cu_seqlens).cpu().long().contiguous()
         if not _ext.CPU_BUILT:
             return _trusted(*_plain.turns(mask, bounds).to(loss_mask.device), tokens)
-        before = torch.zeros(-(-tokens // _BLOCK) + 1, dtype=torch.int64)  # turns that begin before each block
+        before = torch.zeros(
+            -(-tokens // _BLOCK) + 1, dtype=torch.int64, device="cpu"
+        )  # turns that begin before each block
         pack = mask.data_ptr(), bounds.data_ptr(), bounds.shape[0] - 1, tokens, _BLOCK, before.data_ptr()
-        arrays = torch.empty(4, _ext.cpu().span_count_turns(*pack), dtype=torch.int64)
+        arrays = torch.empty(4, _ext.cpu().span_count_turns(*pack), dtype=torch.int64, device="cpu")
         _ext.cpu().span_turns(*pack, *(x.data_ptr() for x in arrays))
         return _trusted(*arrays.to(loss_mask.device), tokens)
 

@@ -42,7 +42,7 @@ def agreed(
         device: by way of which the numbers travel where the group has no way from host to host, which waits for it.
     """
     digests = [_digest(function), *map(_digest, shared.values())]
-    mine = torch.tensor([*digests, *own, *[0] * (WIDTH - len(digests) - len(own))])
+    mine = torch.tensor([*digests, *own, *[0] * (WIDTH - len(digests) - len(own))], device="cpu")
     mine = mine if has_host_way(ranks) else mine.to(device)
     of_ranks = [mine.clone() for _ in range(dist.get_world_size(ranks))]
     dist.all_gather(of_ranks, mine, group=ranks)

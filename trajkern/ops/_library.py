@@ -110,7 +110,7 @@ def _of_packed_numbers(op: Any, fake: Callable[..., Any], launchers: dict[str, C
         floats = [args[i] for i in places]
         sizes = [len(x) if isinstance(x, list) else -1 for x in floats]
         flat = [y for x in floats for y in (x if isinstance(x, list) else [x])]
-        one = torch.ones(1, dtype=torch.float64)
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
         numbers = torch.cat([one * y for y in flat])  # a product: torch.tensor would fix the value in the graph
         return packed(*(x for i, x in enumerate(args) if i not in places), numbers, sizes)
 

@@ -74,7 +74,11 @@ class Likeness:
         if not wordings:
             return []
         new = [text for text in dict.fromkeys((*wordings, prompt)) if text not in self._vectors]
-        found = torch.as_tensor(self.embed(new)) if new else torch.empty(0, 1)
+        found = (
+            torch.as_tensor(self.embed(new), device="cpu")
+            if new
+            else torch.empty(0, 1, dtype=torch.float32, device="cpu")
+        )
         if found.ndim != 2 or found.shape[0] != len(new) or not bool(found.isfinite().all()):
             raise ValueError(f"embed must return {len(new)} finite vectors, one a text; got {describe(found)}")
         unit = torch.nn.functional.normalize(found.detach().double().cpu(), dim=1)

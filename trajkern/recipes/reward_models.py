@@ -94,7 +94,7 @@ def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[st
     for text, label in zip(texts, labels, strict=True):
         check_choice("labels", label, VERDICTS)
         rewards.append(1.0 if verdict(text) == label else -1.0)
-    return torch.tensor(rewards, dtype=torch.float32)
+    return torch.tensor(rewards, dtype=torch.float32, device="cpu")
 
 
 def verdict(text: str) -> str | None:
@@ -219,7 +219,7 @@ def elo(
                 change = k * (table[i][j] / games - expected)
                 rating[i] += change
                 rating[j] -= change
-    return torch.tensor(rating, dtype=torch.float64)
+    return torch.tensor(rating, dtype=torch.float64, device="cpu")
 
 
 @suggesting
@@ -275,10 +275,10 @@ def round_robin(prefer: Prefer[Candidate], candidates: Sequence[Candidate], *, b
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     if both_orders:
         pairs += [(j, i) for i, j in pairs]
-    wins = torch.zeros(count, count, dtype=torch.float64)
+    wins = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     if pairs:
         votes = _votes(prefer, [candidates[i] for i, _ in pairs], [candidates[j] for _, j in pairs])
-        first, second = torch.tensor(pairs).unbind(1)
+        first, second = torch.tensor(pairs, device="cpu").unbind(1)
         wins = wins.index_put((first, second), votes.nansum(0), accumulate=True)
         wins = wins.index_put((second, first), (1 - votes).nansum(0), accumulate=True)
     return wins

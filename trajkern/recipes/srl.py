@@ -89,8 +89,10 @@ def _ratios(actions: tuple[str, ...], expert_actions: tuple[str, ...], autojunk:
     """float64 ``[N]``, NaN where a pair takes more steps."""
     if not _ext.CPU_BUILT:
         pairs = zip(actions, expert_actions, strict=True)
-        return torch.tensor([_Counting(a, b, autojunk, max_steps).bounded() for a, b in pairs], dtype=torch.float64)
-    ratios = torch.empty(len(actions), dtype=torch.float64)
+        return torch.tensor(
+            [_Counting(a, b, autojunk, max_steps).bounded() for a, b in pairs], dtype=torch.float64, device="cpu"
+        )
+    ratios = torch.empty(len(actions), dtype=torch.float64, device="cpu")
     _ext.cpu().similarity(actions, expert_actions, autojunk, max_steps, ratios.data_ptr())
     return ratios
 

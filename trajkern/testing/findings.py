@@ -81,7 +81,7 @@ def _worst(spec: OpSpec, name: str, share: float, actual: Tensor, high: Tensor, 
     if not actual.numel():
         return Difference(budget_share(spec, name, actual, high, low), (), "nothing", "nothing")
     flat = int(shares_of_numbers(spec, name, actual, high, low).argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), actual.shape))
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat, device="cpu"), actual.shape))
     got, expected = actual.flatten()[flat].item(), high.flatten()[flat].item()
     digits = DIGITS.get(actual.dtype, 6)
     return Difference(share, index, *(f"{x:.{digits}g}" if isinstance(x, float) else str(x) for x in (got, expected)))

@@ -44,7 +44,7 @@ def run(
     outcome = {k: v.detach() for k, v in outputs.items()}
     generator, loss = torch.Generator().manual_seed(upstream_seed), None
     for name, x in outputs.items():
-        upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+        upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x.device)
         if x.requires_grad and name not in spec.no_grad_outputs:
             term = (x * (scale * upstream).to(x.dtype)).sum()
             loss = term if loss is None else loss + term

@@ -62,7 +62,8 @@ class OpSpec:
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The case's arguments, its float tensors quantised to ``dtype``."""
-        arguments = case.make(torch.Generator().manual_seed(seed))
+        with torch.device("cpu"):  # whatever torch's default device is
+            arguments = case.make(torch.Generator().manual_seed(seed))
         return {k: _typed(v, dtype if k in self.typed else None, device) for k, v in arguments.items()}
 
 

@@ -176,7 +176,11 @@ CASES = (
     Case("equal", _edited(_head(8, 4, 60, 12), _equal), "many equal logits: the lower id goes first"),
     Case("impossible", _edited(_head(5, 16, 70, 9, bias=_bias), _impossible), "fewer possible tokens than k"),
     Case("batch_invariant", _head(5, 16, 130, 4, batch_invariant=True, bias=_bias), "blocks filled up"),
-    Case("very_negative", _edited(_head(4, 16, 300, 5), _common_offset(-1e4)), "all logits near -1e4, where float32 keeps three decimals"),
+    Case(
+        "very_negative",
+        _edited(_head(4, 16, 300, 5), _common_offset(-1e4)),
+        "all logits near -1e4, where float32 keeps three decimals",
+    ),
     Case("near_fp16_limit", _head(3, 16, 64, 3, 2e4), "logits that overflow fp16"),
 )
 

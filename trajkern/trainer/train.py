@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import trajkern as tk
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
@@ -45,8 +47,11 @@ def train(config: TrainConfig) -> Result:
         RankError: another rank failed or died; the last checkpoint stands.
     """
     folder: list[Path] = []  # of the results, once it is known
+    # a mode that torch asks at every call, so only where it is needed
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
-        return trained(config, folder)
+        with on_cpu:
+            return trained(config, folder)
     except (OSError, Diverged) as error:
         raise failure(error, folder[0] if folder else config.out, config.resume) from error
 
