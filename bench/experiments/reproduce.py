@@ -11,7 +11,10 @@ Results of other seeds in bench/reproduction/again/ have a table of their own on
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
+import threading
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,23 @@ def run(row: str, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
     return results, failures
 
 
+def end_with_parent() -> None:
+    """Ends this worker when the process that started it has ended, however: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_rows(seeds: dict[str, list[int]], jobs: int, folder: Path) -> list[str]:
     """Run these rows with their seeds and keep the results of each that is through; returns what failed."""
     results: dict[str, list[dict[str, Any]]] = {row: [] for row in seeds}
     failures: list[str] = []
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
         futures: dict[Future[Any], str] = {
             pool.submit(run, row, seed): row for row, some in seeds.items() for seed in some
         }

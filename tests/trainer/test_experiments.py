@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -215,6 +219,37 @@ def test_a_row_that_breaks_leaves_the_others(tmp_path: Path, monkeypatch: pytest
     assert reproduce.run_rows({"bad": [1, 2], "good": [1, 2]}, 2, tmp_path) == ["bad: RuntimeError: no"] * 2
     kept = stored.load(tmp_path, {"bad": row, "good": row})
     assert list(kept) == ["good"] and sorted(kept["good"].arms["one"]) == [1, 2]
+
+
+def test_workers_end_with_who_started_them() -> None:
+    code = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from trajkern._bench.experiments.reproduce import end_with_parent
+pool = ProcessPoolExecutor(2, initializer=end_with_parent)
+found = [pool.submit(function, 0.2) for function in (time.sleep,) * 2]
+[x.result() for x in found]
+print(*pool._processes, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        workers = [int(x) for x in starter.stdout.readline().split()]
+        starter.kill()
+    assert workers
+    end = time.monotonic() + 60
+    while left := [pid for pid in workers if _runs(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"  # ended, and nobody has asked how
 
 
 @pytest.mark.slow
