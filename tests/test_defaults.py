@@ -1,4 +1,4 @@
-"""torch's defaults of device and dtype are a user's own: no result depends on them."""
+"""torch's defaults and modes are a user's own: no result depends on them, and no random number is drawn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trajkern as tk
 from trajkern import credit
@@ -25,10 +27,33 @@ def _dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """New memory is filled with NaN, too."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class _Functions(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
 DEFAULTS: dict[str, Callable[[], Any]] = {
     "device": lambda: torch.device("meta"),  # any other than the tensors': memory there is none that a kernel has
     "float64": lambda: _dtype(torch.float64),
     "bfloat16": lambda: _dtype(torch.bfloat16),
+    "deterministic": _deterministic,
+    "functions": _Functions,
+    "dispatch": _Dispatch,
 }
 
 
@@ -40,8 +65,10 @@ def test_ops(op: OpSpec, backend: str, default: str) -> None:
         for case in [case for case in op.cases if not case.large][:6]:
             inputs = op.inputs(case, torch.float32)
             expected = run(op, getattr(tk, op.name), inputs)
+            state = torch.get_rng_state()
             with DEFAULTS[default]():
                 found = run(op, getattr(tk, op.name), inputs)
+            assert torch.equal(torch.get_rng_state(), state), case.name
             for name, x in expected.items():
                 assert found[name].device == x.device and found[name].dtype == x.dtype, (case.name, name)
                 assert torch.equal(found[name].nan_to_num(), x.nan_to_num()), (case.name, name)
