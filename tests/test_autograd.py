@@ -129,6 +129,15 @@ def test_transforms_are_refused_by_name(op: str, transform: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_a_trace_of_jit_is_refused_by_name(op: str) -> None:
+    """It would hold the memory of the results, and not what wrote it."""
+    problem = Problem(op)
+    name, x = next(iter(problem.leaves.items()))
+    with pytest.raises(RuntimeError, match=f"trajkern.{op} cannot be recorded by torch.jit.trace"):
+        torch.jit.trace(lambda x: tuple(problem.results(**{name: x})), x.detach(), check_trace=False)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_reference_has_what_torch_has(op: str) -> None:
     """Plain torch is refused nothing: the second derivative of one of its losses exists."""
     problem = Problem(op)

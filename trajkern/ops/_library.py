@@ -21,6 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("trajkern", "DEF")
 _dispatch_modes, _transforms_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _profiler_enabled = torch.autograd._profiler_enabled
+_is_traced = torch._C._is_tracing
 
 
 def define(family: str, schema: str, fake: Callable[..., Any]) -> Any:
@@ -156,6 +157,8 @@ def recorded(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
+        if _is_traced():  # the trace would hold the memory of the results, and not what wrote it
+            raise RuntimeError(f"{name} cannot be recorded by torch.jit.trace; torch.compile and torch.export can")
         if is_autocasting():
             with uncast():
                 return call(*args, **kwargs)
