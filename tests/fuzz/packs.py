@@ -116,10 +116,26 @@ def _reflection(spec: OpSpec, options: Options, seed: int) -> Problem:
             inputs["baseline"] = randn(g, sum(lengths)) + options["offset"]
         return inputs | {"ddof": options["ddof"], "normalize": options["normalize"] == "yes"}
 
+    inputs = of_case(spec, options, seed, make)
     # of a reference of one token the gradient is 0, of which sums in float64 leave their rounding
-    terms = {name: 1e-6 / options["spread"] for name in ("grad_logprobs", "grad_baseline")}
-    spec = dataclasses.replace(spec, term_scale=spec.term_scale | terms)
-    return Problem(spec, of_case(spec, options, seed, make))
+    size = max(1e-6 / options["spread"], _cancelling(inputs) if options["dtype"] == "float64" else 0.0)
+    terms = dict.fromkeys(("grad_logprobs", "grad_baseline"), size)
+    return Problem(dataclasses.replace(spec, term_scale=spec.term_scale | terms), inputs)
+
+
+def _cancelling(inputs: Inputs) -> float:
+    """How large the terms are whose sum a normalised deviation's gradient is: gains, and the weights' upstream of
+    about 1, by the deviations' total."""
+    if not inputs["normalize"]:
+        return 0.0
+    bounds_of, ids, largest = inputs["cu_seqlens"].tolist(), inputs["group_ids"], 0.0
+    gains = inputs["logprobs"] - inputs.get("baseline", 0)
+    for group in ids.unique():
+        tokens = [torch.arange(*bounds_of[n : n + 2]) for n in (ids == group).nonzero()[:, 0].tolist()]
+        total = float(inputs["logprobs"][torch.stack(tokens)].std(0, correction=0).sum())
+        if total > 0:
+            largest = max(largest, (1 + float(gains[torch.cat(tokens)].abs().max())) / total)
+    return largest
 
 
 _GROUPED: Factors = {
