@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from tests.integrations.test_transformers_heads import SMALL, V, model_of, own_log_probs, packed
 from trajkern.integrations._model_run import attention_of
+from trajkern.integrations._own_forward import Parts, _tangents_ahead, some_tokens, undisturbed
 from trajkern.integrations.transformers import head_arguments, log_probs
 
 transformers = pytest.importorskip("transformers")
@@ -208,6 +210,34 @@ def test_a_model_that_reads_what_it_predicts_is_refused(name: str, dtype: torch.
     for call in (lambda: log_probs(model, packed()), lambda: head_arguments(model)):
         with pytest.raises(ValueError, match=f"model must be causal; {name} gives token"):
             call()
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+@pytest.mark.parametrize("name", SEEING)
+def test_what_16_bits_hide_behind_a_wrapper_is_seen(name: str, wrap: Any, one_rank: None) -> None:
+    torch.manual_seed(0)
+    model = wrap(SEEING[name]().eval().to(torch.bfloat16))
+    with pytest.raises(ValueError, match=f"model must be causal; (FSDP)?{name} gives token"):
+        log_probs(model, packed())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mamba"])
+def test_a_causal_model_s_logits_have_no_tangents_of_later_tokens(name: str) -> None:
+    """Whether or not its values tell: this decides where rounding moves them."""
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SMALL))
+    parts = Parts(model, model, model)
+    with undisturbed(model):
+        assert not _tangents_ahead(parts, some_tokens(parts, 4), 2)
+    seeing = SEEING["BertForMaskedLM"]()
+    with undisturbed(seeing):
+        assert _tangents_ahead(Parts(seeing, seeing, seeing), some_tokens(parts, 4), 2)
 
 
 def test_tokens_that_stand_for_an_image_are_refused() -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors, is_formed
 from trajkern.integrations._model_run import Layout, Route, accepted, attention_of, first, run_layout, run_model
@@ -232,35 +234,64 @@ def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | 
 
 
 def reads_ahead(parts: Parts, tokens: Tensor, seen: int) -> bool:
-    """Whether the logits of the first ``seen`` tokens have a gradient in the embeddings of later ones.
+    """Whether the logits of the first ``seen`` tokens have a derivative in the embeddings of later ones.
 
-    It tells a little of another token from rounding. False also where there is no such gradient to ask for.
+    It tells a little of another token from rounding. False also where there is no such derivative to ask for.
     """
-    if is_wrapped(parts.whole, parts.causal):
+    try:
+        if is_wrapped(parts.whole, parts.causal):
+            return _tangents_ahead(parts, tokens, seen)
+        return _gradients_ahead(parts, tokens, seen)
+    except (NotImplementedError, RuntimeError, ValueError):
         return False
+
+
+def _gradients_ahead(parts: Parts, tokens: Tensor, seen: int) -> bool:
     embedded: list[Tensor] = []
 
     def as_leaf(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    handle = None
-    try:
-        handle = parts.causal.get_input_embeddings().register_forward_hook(as_leaf)
-        with torch.enable_grad():
-            logits = own_run(parts, tokens).logits[0, :seen].float()
-            g = torch.randn(
-                logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
-            ).to(logits.device)
-            found = torch.autograd.grad(logits, embedded, g, allow_unused=True)
-    except (NotImplementedError, RuntimeError):
-        return False
-    finally:
-        if handle is not None:
-            handle.remove()
+    with _embedding_hook(parts, as_leaf), torch.enable_grad():
+        logits = own_run(parts, tokens).logits[0, :seen].float()
+        g = _normal(logits.shape).to(logits.device)
+        found = torch.autograd.grad(logits, embedded, g, allow_unused=True)
     sizes = [x.double().abs().amax(-1).flatten() for x in found if x is not None]
     sizes = [x for x in sizes if len(x) == len(tokens)]
     return any(float(x[seen:].max()) > 1e-6 * float(x.max()) for x in sizes)
+
+
+def _tangents_ahead(parts: Parts, tokens: Tensor, seen: int) -> bool:
+    """Forward, as a wrapper would take a backward for a step of training."""
+
+    def moved(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        tangent = _normal(output.shape).to(output)
+        if output[..., 0].numel() != len(tokens):  # of positions, say
+            return output
+        later = torch.arange(len(tokens), device=output.device) >= seen
+        return make_dual(output, tangent * later.reshape(output.shape[:-1])[..., None])
+
+    # the math of attention alone has derivatives forward
+    with dual_level(), sdpa_kernel(SDPBackend.MATH), _embedding_hook(parts, moved):
+        found = unpack_dual(own_run(parts, tokens).logits[0]).tangent
+    if found is None:
+        return False
+    sizes = found.double().abs().amax(-1)
+    return float(sizes[:seen].max()) > 1e-6 * float(sizes.max())
+
+
+def _normal(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+@contextlib.contextmanager
+def _embedding_hook(parts: Parts, hook: Callable[..., Tensor]) -> Iterator[None]:
+    handle = parts.causal.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def model_name(inner: Any) -> str:
