@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import Namespace
 from types import ModuleType, SimpleNamespace
@@ -120,13 +121,40 @@ def _rank(rank: int) -> dict[Any, Any]:
         sys.modules.pop(module, None)
     sys.modules |= {key: x for key, x in _modules(rank).items() if key.startswith("slime")}
     found["masks"] = _corrected(rank)
-    args = Namespace(**(host.SLIME | {"context_parallel_size": 3}))
+    found["error"] = _refused({"context_parallel_size": 3})
+    for name, wrong in WRONG.items():
+        host_module: Any = sys.modules[_slime_batch.SPLITTERS[0]]
+        host_module.get_logits_and_tokens_offset_with_cp = functools.partial(wrong, rank=rank)
+        found[name] = _refused({"context_parallel_size": RANKS})
+    return found
+
+
+def _refused(changed: dict[str, Any]) -> str:
     batch, logits = host.micro_batch(1)
     try:
-        slime.policy_loss(args, batch, logits, host.reducer(batch, False))
+        slime.policy_loss(Namespace(**(host.SLIME | changed)), batch, logits, host.reducer(batch, False))
     except ValueError as error:
-        found["error"] = str(error)
-    return found
+        return str(error)
+    return "nothing"
+
+
+def _moved(total: int, response: int, rank: int) -> Any:
+    """One token too far, as if the offsets were those of the logits."""
+    *rest, tokens = offsets(total, response, rank)
+    return *rest, [(begin - 1, end - 1) for begin, end in tokens]
+
+
+def _twice(total: int, response: int, rank: int) -> Any:
+    return offsets(total, response, 0)
+
+
+def _in_two(total: int, response: int, rank: int) -> Any:
+    """Each rank a half, of whose tokens the first one's last is nobody's."""
+    half = total - response // 2
+    return None, [(total - response, half - 1) if rank == 0 else (half, total)]
+
+
+WRONG = {"moved": _moved, "twice": _twice, "in two": _in_two}
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +187,10 @@ def test_a_sequence_mask_is_of_whole_sequences(of_ranks: list[Any]) -> None:
         assert found["error"] == "context_parallel_size must be the 2 ranks of the host's group, got 3"
     kept = [bool(m.any()) for m in masks]
     assert any(kept) and sum(kept) < sum(bool(m.any()) for m in host.micro_batch(1)[0]["loss_masks"])
+
+
+def test_offsets_that_are_no_split_are_refused_by_all_ranks(of_ranks: list[Any]) -> None:
+    for name in WRONG:
+        for found in of_ranks:
+            assert found[name].startswith("get_logits_and_tokens_offset_with_cp must give each of the "), found[name]
+            assert found[name] == of_ranks[0][name]

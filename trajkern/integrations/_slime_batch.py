@@ -17,12 +17,13 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._checks import describe
+from trajkern.integrations._arguments import choosing
 from trajkern.layouts.spans import trajectories
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 
 SCORERS = ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss_hub.logit_processors")
 SPLITTERS = ("slime.backends.megatron_utils.cp_utils", "miles.backends.training_utils.cp_utils")
-_held: set[Any] = set()  # the hosts' reducers that were held against the weights here
+_held: set[Any] = set()  # the hosts' functions that were held against what is read here
 
 
 class Part(NamedTuple):
@@ -62,8 +63,7 @@ class Samples:
                     f"first of the response; sample {n} has {response} of {total}"
                 )
         masks = _joined("loss_masks", loss_masks, response_lengths)
-        if masks.is_cpu and bool(((masks != 0) & (masks != 1)).any()):
-            raise ValueError(f"loss_masks must be 0 or 1, got {masks[(masks != 0) & (masks != 1)][0].item()}")
+        choosing("loss_masks", masks)
         return cls(total_lengths, response_lengths, masks)
 
     def flat(self, name: str, parts: Any) -> Tensor:
@@ -184,6 +184,9 @@ def samples_of(batch: Mapping[str, Any]) -> Samples:
     return Samples.of(*(batch[name] for name in wanted))
 
 
+Piece = tuple[int, int]
+
+
 def this_ranks(args: Any, samples: Samples) -> Samples:
     """The samples, or where context parallelism splits sequences this rank's tokens of them.
 
@@ -206,15 +209,36 @@ def this_ranks(args: Any, samples: Samples) -> Samples:
         raise ValueError(
             f"context_parallel_size must be the {dist.get_world_size(ranks)} ranks of the host's group, got {size}"
         )
-    masks, of_samples = [], zip(samples.total_lengths, samples.response_lengths, strict=True)
-    for mask, (total, response) in zip(samples.split(samples.loss_masks), of_samples, strict=True):
-        *_, tokens = host.get_logits_and_tokens_offset_with_cp(total, response)
-        prompt = total - response
-        masks.append(
-            torch.cat([mask[begin - prompt : end - prompt] for begin, end in tokens if begin < end] or [mask[:0]])
-        )
+    splitter, pieces = host.get_logits_and_tokens_offset_with_cp, []
+    for total, response in zip(samples.total_lengths, samples.response_lengths, strict=True):
+        *_, tokens = splitter(total, response)
+        pieces.append([(begin - total + response, end - total + response) for begin, end in tokens if begin < end])
+    _check_pieces(splitter, pieces, samples.response_lengths, ranks)
+    whole = samples.split(samples.loss_masks)
+    masks = [torch.cat([mask[:0], *(mask[b:e] for b, e in held)]) for mask, held in zip(whole, pieces, strict=True)]
     part = Part([mask.shape[0] for mask in masks], samples.counts, ranks)
     return replace(samples, loss_masks=torch.cat(masks), part=part)
+
+
+def _check_pieces(splitter: Any, pieces: list[list[Piece]], lengths: Sequence[int], ranks: dist.ProcessGroup) -> None:
+    """ValueError where the host's stretches lie outside of a response, or all ranks' together are not the response.
+
+    The latter takes an exchange, once for a splitter's code.
+    """
+    code, once = getattr(splitter, "__code__", splitter), [pieces]
+    if code not in _held:
+        once = [[] for _ in range(dist.get_world_size(ranks))]
+        dist.all_gather_object(once, pieces, group=ranks)
+    for n, length in enumerate(lengths):
+        held = sorted(piece for of_rank in once for piece in of_rank[n])
+        bounds = [0, *(bound for piece in held for bound in piece), length]
+        gaps = [b - a for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+        if min(gaps) < 0 or (code not in _held and any(gaps)):
+            raise ValueError(
+                f"get_logits_and_tokens_offset_with_cp must give each of the {length} tokens of the response of sample "
+                f"{n} to one rank of the context parallel group; counted from its first, it gives {held}"
+            )
+    _held.add(code)
 
 
 def denominators_of(batch: Mapping[str, Any], samples: Samples) -> Tensor | None:
