@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
-from trajkern.integrations._adapter import Enabled, Patches, WhenImported, credited_by
+from trajkern.integrations._adapter import Enabled, Patches, WhenImported, credited_by, padded_rows
 from trajkern.integrations._handle import Registered
 
 
@@ -111,3 +112,23 @@ def test_registered_names_are_a_tuple_and_a_handle() -> None:
     with found as (estimators, losses):
         assert (estimators, losses) == (["a"], ["b"]) and stands
     assert not stands and not found.active
+
+
+DTYPES = [torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_of_any_dtype_chooses(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    rows = padded_rows("mask", mask.to(dtype))
+    assert torch.equal(rows.mask, mask.bool().reshape(-1)) and rows.cu_seqlens.tolist() == [0, 3, 6]
+    assert padded_rows("mask", mask.to(dtype)[:, 1:]).mask.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 2.0, torch.nan, torch.inf])
+def test_a_mask_that_weighs_is_refused(value: float) -> None:
+    mask = torch.tensor([[1.0, 0.0, value]])
+    with pytest.raises(ValueError, match=f"mask must hold 0 and 1 alone, which choose tokens; got {value:g}"):
+        padded_rows("mask", mask)
+    if value >= 0:
+        assert padded_rows("mask", mask, weighs=True).mask.tolist() == [True, False, True]

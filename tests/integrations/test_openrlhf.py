@@ -181,6 +181,8 @@ def test_bad_arguments(padded_batch) -> None:
         adapter.PolicyLoss(is_correction_level="token")(b.new, b.old, b.advantages, b.mask)
     with pytest.raises(ValueError, match="advantages must have the mask's shape"):
         adapter.PolicyLoss()(b.new, b.old, b.advantages[:, 0], b.mask)
+    with pytest.raises(ValueError, match="action_mask must hold 0 and 1 alone, which choose tokens; got 0.5"):
+        adapter.PolicyLoss()(b.new, b.old, b.advantages, b.mask * 0.5)
 
 
 def test_page(models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,9 @@ def test_a_mask_of_weights(name: str) -> None:
     compare(ours, results(lambda new, *_, **__: host.expected(name, b, config, new), b, config), b.loss_mask)
     with pytest.raises(ValueError, match="loss_mask must be 0 or 1 for kl_cov"):
         results(_skyrl_losses.kl_cov, b, config)
+    b.loss_mask = -b.loss_mask
+    with pytest.raises(ValueError, match="loss_mask must be at least 0, got -"):
+        results(_skyrl_losses.LOSSES[name], b, config)
 
 
 def test_workers_find_the_losses_by_name() -> None:

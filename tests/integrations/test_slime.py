@@ -317,7 +317,11 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ),
     ({"log_probs": [torch.zeros(2)]}, ValueError, "log_probs must have a tensor for each of the 6 samples, got 1"),
     ({"rollout_mask_sums": torch.ones(2)}, ValueError, "rollout_mask_sums must have a number for each of the 6"),
-    ({"loss_masks": [torch.full((n,), 0.5) for n in host.RESPONSES]}, ValueError, "loss_masks must be 0 or 1, got 0.5"),
+    (
+        {"loss_masks": [torch.full((n,), 0.5) for n in host.RESPONSES]},
+        ValueError,
+        "loss_masks must hold 0 and 1 alone, which choose tokens; got 0.5",
+    ),
     ({"unconcat_tokens": [torch.zeros(3).long()]}, ValueError, "unconcat_tokens must be the 34 tokens"),
 ]
 

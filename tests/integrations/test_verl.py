@@ -275,6 +275,10 @@ BAD = {
     r"response_mask must have shape \[B, L\]": {"response_mask": torch.ones(3)},
     "advantages must have the mask's shape": {"advantages": torch.ones(23)},
     "rollout_is_weights must be a tensor": {"rollout_is_weights": 1.0},
+    "rollout_is_weights must be at least 0, got -2": {"rollout_is_weights": torch.full((23, 19), -2.0)},
+    "response_mask must hold 0 and 1 alone, .*got 0.25": {"response_mask": torch.full((23, 19), 0.25)},
+    "response_mask must hold 0 and 1 alone, .*got nan": {"response_mask": torch.full((23, 19), torch.nan)},
+    "response_mask must hold 0 and 1 alone, .*got 2": {"response_mask": torch.full((23, 19), 2)},
     "must give the global count for token-mean where dp_size is 2": {"info": {"dp_size": 2}},
     r"not supported: \['extra'\]": {"info": {"extra": 2}},
 }
@@ -300,6 +304,11 @@ def test_unsupported_options_say_so(core, padded_batch) -> None:
     for name, config, message in (
         ("dro", _config(), "dro_beta must be positive"),
         ("dppo_tv", _config(clip_ratio_c=40.0), r"clip_ratio_c must lie in \[1, 20\]"),
+        ("vanilla", _config(clip_ratio_low=-0.5), "clip_ratio_low must be at least 0"),
+        ("vanilla", _config(clip_ratio_low=None, clip_ratio=-0.5), "clip_ratio must be at least 0"),
+        ("vanilla", _config(clip_ratio_c=0.5), "clip_ratio_c must be greater than 1"),
+        ("sapo", _config(tau_pos=-1.0), "tau_pos must be"),
+        ("vanilla", _config(global_batch_info={"batch_num_tokens": 0}), "config.global_batch_info must be greater"),
         ("bypass_mode", SimpleNamespace(policy_loss={}), "rollout_correction must be given"),
         ("bypass_mode", SimpleNamespace(policy_loss={"rollout_correction": {"loss_type": "x"}}), "loss_type must be"),
     ):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._checks import check_flag, check_tensor
-from trajkern.integrations._arguments import NUMBERS, renamed
+from trajkern.integrations._arguments import NUMBERS, choosing, renamed, weighing
 from trajkern.integrations._handle import Enabled
 
 _ABSENT = object()
@@ -253,14 +253,18 @@ class PaddedRows(NamedTuple):
         return taken.sum() / self.mask.sum().clamp_min(1)
 
 
-def padded_rows(name: str, mask: Tensor) -> PaddedRows:
-    """The rows of a padded mask ``[B, L]`` of any dtype, nonzero where a token takes part."""
+def padded_rows(name: str, mask: Tensor, *, weighs: bool = False) -> PaddedRows:
+    """The rows of a padded mask ``[B, L]`` of any dtype, nonzero where a token takes part.
+
+    It must choose, with 0 and 1, unless the caller takes what it weighs into account.
+    """
     check_tensor(name, mask, dtypes=NUMBERS)
+    chosen = weighing(name, mask) != 0 if weighs else choosing(name, mask)
     if mask.ndim != 2:
         raise ValueError(f"{name} must have shape [B, L], got {list(mask.shape)}")
     rows, length = mask.shape
     cu_seqlens = torch.arange(rows + 1, device=mask.device) * length
-    return PaddedRows((mask != 0).reshape(-1), cu_seqlens, mask.shape)
+    return PaddedRows(chosen.reshape(-1), cu_seqlens, mask.shape)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from trajkern import credit
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
 from trajkern.integrations._adapter import Patches, check_signature, held
+from trajkern.integrations._arguments import choosing
 from trajkern.integrations._credit_checks import check_given, metrics_of
 
 ACTOR = "areal.trainer.ppo.actor"
@@ -53,7 +54,7 @@ def _credited(theirs: Callable[..., Any], spec: Spec, module: ModuleType) -> Cal
     def compute_advantages(self: Any, data: Trajectories) -> Trajectories:
         _check_options(self.config, data)
         found = theirs(self, data)  # rewards as AReaL shapes them, and log-probs and masks of the column before
-        result, real = spec(_rollouts(self, found)), [x["attention_mask"] != 0 for x in found]
+        result, real = spec(_rollouts(self, found)), [choosing("attention_mask", x["attention_mask"]) for x in found]
         held(module, "stats_tracker").scalar(**metrics_of(result))
         sizes = [int(x.sum()) for x in real]
         anyone = _anyone(result)
@@ -83,7 +84,7 @@ def _check_options(config: Any, data: Trajectories) -> None:
 
 def _rollouts(actor: Any, found: Trajectories) -> credit.Rollouts:
     """The rollouts of a rank, a dictionary's rows as a group."""
-    real = [x["attention_mask"] != 0 for x in found]
+    real = [choosing("attention_mask", x["attention_mask"]) for x in found]
 
     def of_tokens(name: str, columns: int = 1) -> Tensor:
         return torch.cat([x[name].roll(columns, -1)[where] for x, where in zip(found, real, strict=True)])
@@ -99,7 +100,7 @@ def _rollouts(actor: Any, found: Trajectories) -> credit.Rollouts:
     batch = tk.PackedBatch(
         of_tokens("input_ids", 0),
         torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        of_tokens("loss_mask") != 0,
+        choosing("loss_mask", of_tokens("loss_mask")),
         numbers.repeat_interleave(sizes),
         **{ours: of_tokens(theirs) for ours, theirs in names.items() if found[0].get(theirs) is not None},
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import check_tensor, describe
-from trajkern.integrations._arguments import NUMBERS
+from trajkern.integrations._arguments import NUMBERS, choosing
 
 LEGAL = {
     "level": ("token", "sequence"),
@@ -81,7 +81,7 @@ def packed(logprobs: Any, loss_mask: Any, cu_seqlens: Any, by_sequence: bool) ->
         raise ValueError(
             f"loss_mask must have the log-probs' shape {list(logprobs.shape)}, got {list(loss_mask.shape)}"
         )
-    mask, tokens = (loss_mask != 0).reshape(-1), logprobs.numel()
+    mask, tokens = choosing("loss_mask", loss_mask).reshape(-1), logprobs.numel()
     if logprobs.ndim == 2:
         bounds = torch.arange(logprobs.shape[0] + 1, device=mask.device) * logprobs.shape[1]
         return Pack(logprobs.shape, mask, bounds, None)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_count, check_flag, check_number, check_tensor, describe
+from trajkern._checks import check_count, check_flag, check_number, check_tensor, describe, readable
 from trajkern._dtypes import FLOATS, INTEGERS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,6 +67,26 @@ def check_kind(name: str, value: Any, parts: tuple[str, ...], device: torch.devi
         _CHECKS[kind](name, value)
     elif not isinstance(value, _KINDS[kind][0]) or (kind == "Sequence" and isinstance(value, (str, bytes))):
         raise TypeError(f"{name} must be {_KINDS[kind][1]}, got {describe(value)}")
+
+
+def choosing(name: str, mask: Tensor) -> Tensor:
+    """A host's mask of any dtype as bool.
+
+    A number between 0 and 1 weighs a token in a host's sums, and here would count in full: on a CPU it is refused.
+    """
+    check_tensor(name, mask, dtypes=NUMBERS)
+    if mask.dtype != torch.bool and readable(mask):
+        illegal = (mask != 0) & (mask != 1)
+        if bool(illegal.any()):
+            raise ValueError(f"{name} must hold 0 and 1 alone, which choose tokens; got {mask[illegal][0].item():g}")
+    return mask != 0
+
+
+def weighing(name: str, weights: Tensor) -> Tensor:
+    """Weights as they are; negative ones, which change the sides of a clip, are refused on a CPU."""
+    if readable(weights) and bool((illegal := weights < 0).any()):
+        raise ValueError(f"{name} must be at least 0, got {weights[illegal][0].item():g}")
+    return weights
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from trajkern import credit
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
 from trajkern.integrations._adapter import Patches, check_signature, held
+from trajkern.integrations._arguments import choosing
 from trajkern.integrations._credit_checks import check_given, may_leave_out, metrics_of
 
 GRPO = "nemo_rl.algorithms.grpo"
@@ -115,7 +116,7 @@ def _rollouts(
     parts = [[message["token_ids"] for message in log] for log in logs]
     lengths = torch.tensor([sum(len(x) for x in part) for part in parts], device=mask.device)
     place = torch.arange(mask.shape[1], device=mask.device)
-    real, learns = place < lengths[:, None], mask != 0
+    real, learns = place < lengths[:, None], choosing("mask", mask)
     if len(logs) != len(mask) or bool((lengths > mask.shape[1]).any()) or bool((learns & ~real).any()):
         raise ValueError(
             f"message_log must have the tokens of the mask's {list(mask.shape)}, row by row and to their ends; "

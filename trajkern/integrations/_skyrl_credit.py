@@ -19,6 +19,7 @@ import trajkern as tk
 from trajkern import credit
 from trajkern.credit import Spec
 from trajkern.integrations._adapter import Patches, WhenImported, check_signature, held
+from trajkern.integrations._arguments import choosing
 from trajkern.integrations._credit_checks import may_leave_out
 
 TRAINER = "skyrl.train.trainer"
@@ -147,7 +148,7 @@ def _refuse_means(name: str, algorithm: Any, spec: Spec) -> None:
 
 def _rollouts(trainer: Any, data: Any, rows: int) -> tuple[credit.Rollouts, Tensor]:
     """The batch without the rows that only make up the number, and its real tokens, bool ``[rows, W]``."""
-    tokens, real = data["sequences"][:rows], data["attention_mask"][:rows] != 0
+    tokens, real = data["sequences"][:rows], choosing("attention_mask", data["attention_mask"][:rows])
     width = tokens.shape[1] - data["response_mask"].shape[1]
 
     def behind_prompts(x: Tensor) -> Tensor:  # [B, L]
@@ -159,13 +160,13 @@ def _rollouts(trainer: Any, data: Any, rows: int) -> tuple[credit.Rollouts, Tens
     batch = tk.PackedBatch.from_padded(
         tokens,
         real,
-        loss_mask=behind_prompts(data["loss_mask"]),
+        loss_mask=choosing("loss_mask", behind_prompts(data["loss_mask"])),
         group_ids=torch.tensor(ids, device="cpu"),
         **{ours: behind_prompts(data[theirs]) for ours, theirs in names.items() if data.get(theirs) is not None},
     )
 
     def decoded() -> list[str]:
-        responses = behind_prompts(data["response_mask"]) != 0
+        responses = choosing("response_mask", behind_prompts(data["response_mask"]))
         said = [row[kept].tolist() for row, kept in zip(tokens, responses, strict=True)]
         return trainer.tokenizer.batch_decode(said, skip_special_tokens=True)
 

@@ -38,7 +38,7 @@ class _Call:
             raise TypeError(f"log_probs must be a tensor, got {type(log_probs).__name__}")
         self.config = config
         self.loss_mask = torch.ones_like(log_probs, dtype=torch.float32) if loss_mask is None else loss_mask
-        self.rows: PaddedRows = padded_rows("loss_mask", self.loss_mask)
+        self.rows: PaddedRows = padded_rows("loss_mask", self.loss_mask, weighs=True)
         self.weights = self.loss_mask.reshape(-1).float()
         self.new, self.advantages = self._pack("log_probs", log_probs), self._pack("advantages", advantages).detach()
         self._old, self._rollout = old_log_probs, rollout_logprobs

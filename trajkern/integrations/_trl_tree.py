@@ -9,6 +9,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._checks import check_finite
+from trajkern.integrations._arguments import choosing
 from trajkern.integrations._host_tree import TreeRollouts
 
 _FIELDS = ("input_ids", "completion_mask", "old_log_probs", "advantage", "group_id")
@@ -42,7 +43,7 @@ def tree_rollouts(row: Any, device: torch.device | str = "cpu") -> TreeRollouts:
     lengths = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)], device="cpu")
     tokens, mask, old = (_joined(samples, name) for name in _FIELDS[:3])
     cu_seqlens = lengths.cumsum(0)
-    mask = mask != 0
+    mask = choosing("completion_mask", mask)
     mask[cu_seqlens[:-1]] = False
     advantages = torch.tensor([float(sample["advantage"]) for sample in samples], dtype=torch.float32, device="cpu")
     check_finite("advantage of the samples", advantages)

@@ -21,6 +21,7 @@ from torch import Tensor
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
 from trajkern.integrations._adapter import Patches, WhenImported, check_signature, held
+from trajkern.integrations._arguments import choosing
 from trajkern.integrations._credit_checks import may_leave_out
 from trajkern.integrations._verl_rollouts import LOGPROBS, Pack, Rows, rollouts_of
 
@@ -60,7 +61,7 @@ class _Batch:
         found = dict(self._fetched(fields).items())
         prompts, of_prompts = _padded(found.pop("prompts"))
         responses, self.lengths = _padded(found.pop("responses"))
-        self.written = _padded(found.pop("response_mask"))[0] != 0
+        self.written = choosing("response_mask", _padded(found.pop("response_mask"))[0])
         tokens = torch.cat((prompts, responses), 1)
         real = torch.cat((_within(of_prompts, prompts), _within(self.lengths, responses)), 1)
         pair = [found.pop(name, None) for name in ("teacher_ids", "teacher_logprobs")]
@@ -70,7 +71,7 @@ class _Batch:
             tokens,
             real,
             self.written,
-            data.batch["response_mask"] != 0,
+            choosing("response_mask", data.batch["response_mask"]),
             data.batch["token_level_rewards"].sum(-1),
             {name: data.batch[name] for name in LOGPROBS.values() if name in data.batch},
             columns | _flattened(columns.pop("reward_extra_info", ())),
@@ -145,13 +146,13 @@ def _rows_of(data: Any) -> Rows:
     batch, fields = data.batch, ("prompts", "responses", "attention_mask", "response_mask")
     if missing := [x for x in fields if x not in batch]:
         raise ValueError(f"the batch must have {', '.join(fields)} for a credit; it has no {', '.join(missing)}")
-    learns = batch["response_mask"] != 0
+    learns = choosing("response_mask", batch["response_mask"])
     columns = {name: list(x.tolist()) for name, x in data.non_tensor_batch.items()}
     columns |= _flattened(columns.pop("reward_extra_info", ()))
     teacher = ("teacher_ids", "teacher_logprobs")
     return Rows(
         torch.cat((batch["prompts"], batch["responses"]), 1),
-        batch["attention_mask"] != 0,
+        choosing("attention_mask", batch["attention_mask"]),
         learns,
         learns,
         batch["token_level_rewards"].sum(-1),

@@ -17,12 +17,25 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.integrations._adapter import PaddedRows, padded_rows
+from trajkern.integrations._arguments import renamed, weighing
 
 Result = tuple[Tensor, dict[str, Any]]
 LOSSES: dict[str, Callable[..., Result]] = {}
+WEIGHTS = "rollout_is_weights"
 AGGREGATES = {
     mode: mode.replace("-", "_")
     for mode in ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+}
+
+
+_OPTIONS = {  # what the op's are made of
+    "clip_dual": "clip_ratio_c",
+    "cov_coef": "policy_loss.ppo_kl_coef",
+    "cov_fraction": "policy_loss.kl_cov_ratio",
+    "max_length": "config.global_batch_info['loss_scale_factor']",
+    "normalizer": "config.global_batch_info",
+    "sapo_tau_neg": "tau_neg",
+    "sapo_tau_pos": "tau_pos",
 }
 
 
@@ -38,12 +51,18 @@ class _Call:
         self.old, self.new, self.advantages = (self.rows.pack(name, x) for name, x in tensors.items())
         self.old, self.advantages = self.old.detach(), self.advantages.detach()
         w = rollout_is_weights
-        self.weights = None if w is None else self.rows.pack("rollout_is_weights", w).detach()
+        self.weights = None if w is None else weighing(WEIGHTS, self.rows.pack(WEIGHTS, w).detach())
 
     @property
     def weighted(self) -> Tensor:
         """w A: every kind of loss but kl_cov has f(r, w A) = w f(r, A) for w >= 0."""
         return self.advantages if self.weights is None else self.weights * self.advantages
+
+    @property
+    def bounds(self) -> dict[str, str]:
+        """Which options give the clip's bounds."""
+        given = {x: getattr(self.config, f"clip_ratio_{x}", None) is not None for x in ("low", "high")}
+        return {f"clip_{x}": f"clip_ratio_{x}" if own else "clip_ratio" for x, own in given.items()}
 
     @property
     def clip(self) -> dict[str, Any]:
@@ -114,9 +133,9 @@ def _entered(function: Callable[[_Call], Result]) -> Callable[[_Call], Result]:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,  # [B, L]
     ) -> Result:
-        return function(
-            _Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        )
+        call = _Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+        with renamed(_OPTIONS | call.bounds):
+            return function(call)
 
     policy_loss.__name__, policy_loss.__doc__ = function.__name__, function.__doc__
     LOSSES[function.__name__] = policy_loss
