@@ -132,7 +132,8 @@ def _cancelling(inputs: Inputs) -> float:
     gains = inputs["logprobs"] - inputs.get("baseline", 0)
     for group in ids.unique():
         tokens = [torch.arange(*bounds_of[n : n + 2]) for n in (ids == group).nonzero()[:, 0].tolist()]
-        total = float(inputs["logprobs"][torch.stack(tokens)].std(0, correction=0).sum())
+        x = inputs["logprobs"][torch.stack(tokens)]
+        total = float((x - x.mean(0)).square().mean(0).sqrt().sum())
         if total > 0:
             largest = max(largest, (1 + float(gains[torch.cat(tokens)].abs().max())) / total)
     return largest
