@@ -33,6 +33,7 @@ class Part(NamedTuple):
 PARTS = {
     "ops": Part(("test_contract.py", "test_head.py", "test_numerics.py"), ("torch", "numpy")),
     "every op and gradient": Part(("test_contract.py",), ("torch", "numpy"), "dtype or no_gradient or every_op"),
+    "autograd, defaults, ranks": Part(("test_autograd.py", "test_defaults.py", "test_agreement.py"), ("torch",)),
     "compiled graphs": Part(("test_compile.py",), ("torch",)),
     "models": Part(
         ("integrations/test_transformers.py", "integrations/test_tree_attention.py"), ("torch", "transformers", "peft")
