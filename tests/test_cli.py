@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -115,3 +116,41 @@ def test_train_gets_its_arguments_as_they_stand(monkeypatch: pytest.MonkeyPatch)
 def test_info_does_not_load_the_trainer() -> None:
     code = "import sys; from trajkern.cli import main; main(['info']); sys.exit('trajkern.trainer' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+FAILING_OUTPUT = """
+import os, signal, sys
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer if sys.argv[1] == "pipe" else os.open("/dev/full", os.O_WRONLY), 1)
+os.execv(sys.executable, [sys.executable, "-m", "trajkern", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+@pytest.mark.parametrize(("output", "status"), [("pipe", 141), ("disk", 1)])
+@pytest.mark.parametrize("args", [["info"], ["validate", "--op", "gae", "--intensity", "0"]])
+def test_an_output_that_takes_nothing_ends_a_command_without_a_traceback(
+    args: list[str], output: str, status: int
+) -> None:
+    done = subprocess.run([sys.executable, "-c", FAILING_OUTPUT, output, *args], stderr=subprocess.PIPE, text=True)
+    said = "" if output == "pipe" else "trajkern: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_what_the_outputs_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli, "report", lambda: ["café \udcff"])
+    assert cli.main(["info"]) == 0
+    assert written.getvalue() == b"caf\\xe9 \\udcff\n"
+
+
+def test_ctrl_c_ends_a_command_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "report", stopped)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr() == ("", "trajkern: stopped by Ctrl-C\n")

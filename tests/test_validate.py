@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +171,14 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_run(tmp_path, cap
     assert validate.main(["--op", "whiten", "--json", str(tmp_path / "missing" / "out.json")]) == 2
     captured = capsys.readouterr()
     assert "existing folder" in captured.err and not captured.out
+
+
+def test_nothing_tried_is_no_success(capsys) -> None:
+    assert validate.main(["--op", "gae", "--dtype", "float16"]) == 2
+    assert capsys.readouterr().err.startswith("trajkern validate: no --op runs here in any of these --dtype")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+def test_a_disk_that_fills_up_during_the_run_is_told(capsys) -> None:
+    assert validate.main(["--op", "gae", "--intensity", "0", "--json", "/dev/full"]) == 1
+    assert capsys.readouterr().err == "trajkern validate: --json /dev/full: No space left on device\n"

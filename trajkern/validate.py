@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def main(argv: list[str]) -> int:
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         print(f"trajkern validate: --json must name a file in an existing folder; got {args.json}", file=sys.stderr)
         return 2
+    if args.json is not None and not os.access(
+        args.json if args.json.exists() else args.json.absolute().parent, os.W_OK
+    ):
+        print(f"trajkern validate: --json must name a file that can be written to; got {args.json}", file=sys.stderr)
+        return 2
     if args.compiled and (args.device or args.inputs):
         print("trajkern validate: --compiled goes with neither --device nor --inputs", file=sys.stderr)
         return 2
@@ -39,6 +45,11 @@ def main(argv: list[str]) -> int:
         results = _run_compiled(args) if args.compiled else _run(args)
     except RuntimeError as error:  # a compiler that is missing
         print(f"trajkern validate: {error}", file=sys.stderr)
+        return 2
+    if not sum(result.cases for result in results):
+        print(
+            "trajkern validate: no --op runs here in any of these --dtype, so that nothing was tried", file=sys.stderr
+        )
         return 2
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -52,7 +63,11 @@ def main(argv: list[str]) -> int:
         report: dict[str, Any] = {"version": tk.__version__, "torch": torch.__version__, "seed": args.seed}
         report |= {"seeds": args.seeds, "compiled": args.compiled, "intensity": _intensity(args)}
         report["results"] = [r.plain() for r in results]
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            print(f"trajkern validate: --json {args.json}: {error.strerror}", file=sys.stderr)
+            return 1
     return 1 if failed else 0
 
 

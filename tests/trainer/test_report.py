@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -69,3 +70,18 @@ def test_a_damaged_past_is_refused_and_left_alone(tmp_path: Path, line: bytes) -
     with pytest.raises(ValueError, match=f"^{path} must hold the metrics of the run to resume, .*; line 3 is damaged"):
         Metrics(path, history=path, size=10**6, tensorboard=None)
     assert path.read_bytes() == content
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_no_run() -> None:
+    """Of which the library would make the end of the process."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as pipe:
+        display = Display(file=pipe)
+        display.begin("grpo", 2, 0)
+        display.say("read")
+        assert os.read(reader, 100) == b"read\n"
+        os.close(reader)
+        for step in (1, 2):
+            display.say("unread")
+            display.step(step, VALUES)
+        display.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -93,6 +94,7 @@ class Display:
         """``console``: options of rich's Console, such as its file and width."""
         options: dict[str, Any] = {"soft_wrap": True, "highlight": False, "emoji": False, "quiet": quiet} | console
         self._console = require("rich.console").Console(**options)
+        self._console.on_broken_pipe = self._without  # the library's own ends the process
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0
@@ -100,8 +102,14 @@ class Display:
     def say(self, text: str) -> None:
         try:
             self._console.print(text, markup=False)
-        except OSError:  # the terminal has closed: the run goes on without
-            self._console.quiet = True
+        except OSError:  # a full disk, a terminal that has closed
+            self._without()
+
+    def _without(self) -> None:
+        """Nobody reads what is shown any more: the run goes on without."""
+        self._console.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # what was not written would be again, at the interpreter's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
 
     def begin(self, name: str, total: int, done: int) -> None:
         """Start the display of a phase of ``total`` steps, of which ``done`` are behind us."""
