@@ -19,10 +19,11 @@ What is wrong with a call is said before anything is computed:
 - Values are checked where reading them costs nothing: on the CPU, and where layouts and credits are built. What nobody
   may read, a target on a GPU, never reads out of bounds: its result is NaN.
 - The command line ends with exit status 2 and one line on stderr (of a training flag, a box with what is like it);
-  with 1 where a check or a file failed.
+  with 1 where a check or a file failed, 141 where who read its output has gone, 130 after Ctrl-C.
 
 Other errors come from elsewhere: ImportError where an optional package is missing, RuntimeError where a host's version
-lacks what an adapter replaces, ConnectionError from a server, ResultsError where a file of a run could not be written.
+lacks what an adapter replaces, ConnectionError from a server, ResultsError where a file of a run could not be written
+or the code that a flag names failed: a line says which flag, what and where, and `python -X dev -m trajkern` the rest.
 
 Each row below counts calls with one hostile argument (another kind, layout, device or memory; out of range, NaN or too
 large for a float; a name too many) and what they came to. A result is right where nothing was wrong: each function is

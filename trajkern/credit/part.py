@@ -253,7 +253,7 @@ def resolved_function(argument: str, value: str | Function) -> str | Function:
 
 
 def load(name: str) -> Any:
-    """What "package.module:name" says. Raises ValueError where there is no such thing."""
+    """What "package.module:name" says. Raises ValueError where there is no such thing, or where its module fails."""
     check_name("name", name)
     module, _, path = name.partition(":")
     try:
@@ -262,6 +262,9 @@ def load(name: str) -> Any:
             found = getattr(found, step)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'"package.module:name" is expected, got {name!r}: {error}') from None
+    except (Exception, SystemExit) as error:  # of the module's own code
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f'"package.module:name" is expected, got {name!r}: to import it raised {what}') from error
     return found
 
 

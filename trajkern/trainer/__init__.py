@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from pathlib import Path
 
 
 def cli_main(argv: list[str]) -> int:
-    """Run the trainer on command-line arguments; returns the exit status: 2 after a bad argument, 1 where a file or
-    another rank failed or the run diverged, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    """Run the trainer on command-line arguments; returns the exit status: 2 after a bad argument, 1 where a file,
+    another rank or a task's or a credit's code failed or the run diverged, 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP. Python's development mode (``python -X dev -m trajkern train``) shows the traceback of a failure."""
     from trajkern.trainer.config import parse
     from trajkern.trainer.folder import ResultsError
     from trajkern.trainer.ranks import RankError
     from trajkern.trainer.stopping import Interrupted
+    from trajkern.trainer.theirs import is_refusal
     from trajkern.trainer.train import train
 
     with contextlib.suppress(OSError):  # of a current folder that is gone
@@ -28,10 +31,14 @@ def cli_main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say("stopped at once; the last regular checkpoint stands")
         return 130
-    except (ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError) as error:
+        if isinstance(error, TypeError) and not is_refusal(error):
+            raise
         _say(f"trajkern train: {error}")
         return 2
     except ResultsError as error:
+        if sys.flags.dev_mode:
+            traceback.print_exception(error)
         _say(f"trajkern train: {error}")
         return 1
     except RankError as error:

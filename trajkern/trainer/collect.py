@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trajkern import credit
 from trajkern.recipes.dro import gate
-from trajkern.trainer.compose import load_rubric
+from trajkern.trainer.compose import flags_of, load_rubric
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.divergence import HINTED
 from trajkern.trainer.evaluate import each
@@ -140,7 +140,7 @@ def judged(run: Run, played: Played, values: Local) -> tuple[Tensor, Tensor] | N
     check = load_rubric(compose.rubric, run.system.task)
     if check is None:
         return None
-    passed = torch.tensor([bool(x) for x in check(played.questions, played.texts)])
+    passed = torch.tensor(flags_of(compose.rubric, check(played.questions, played.texts), len(played.texts)))
     keep = gate(passed, groups, mode=compose.gate or run.system.gate, threshold=compose.threshold)
     values["gated_rollouts"] = int((~keep).sum())
     values["emptied_groups"] = len(groups.unique()) - len(groups[keep].unique())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trajkern import credit
 from trajkern.trainer.schema import Finite, Share
 from trajkern.trainer.tasks.base import Question, Task
+from trajkern.trainer.tasks.checked import as_finite
 
 Gate = Literal["drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate"]
 Rubric = Callable[[Sequence[Question], Sequence[str]], Sequence[bool]]
@@ -45,6 +46,18 @@ def load_rubric(name: str | None, task: Task) -> Rubric | None:
         return credit.load(name)
     except ValueError as error:
         raise ValueError(f'compose.rubric must be "well_formed" or {error}') from None
+
+
+def flags_of(rubric: str | None, returned: Any, count: int) -> list[bool]:
+    """What a rubric returned, a flag for each of ``count`` rollouts. Raises TypeError or ValueError for all else."""
+    name = f"compose.rubric {rubric}"
+    try:
+        flags = list(returned)
+    except TypeError:
+        raise TypeError(f"{name} must return a flag for each rollout, got {returned!r:.200}") from None
+    if len(flags) != count:
+        raise ValueError(f"{name} must return a flag for each of {count} rollouts, got {len(flags)}")
+    return [as_finite(f"{name}, of rollout {n}: it", x) != 0 for n, x in enumerate(flags)]
 
 
 def composed(spec: credit.Spec, compose: Compose, gate: Gate) -> credit.Spec:

@@ -19,7 +19,7 @@ LOCK = "lock"
 
 
 class ResultsError(Exception):
-    """A run cannot go on: which file failed or what diverged, why, and from where it can be continued."""
+    """A run cannot go on: which file or whose code failed or what diverged, why, and from where it can be continued."""
 
 
 class Folder:
@@ -102,11 +102,11 @@ def _locked(folder: Path) -> IO[str]:
     return file
 
 
-def failure(error: Exception, folder: Path | None, resumed: Path | None) -> ResultsError:
-    """What a failed file, or a step that cannot be taken, means to the run whose results go to ``folder`` and which
-    continues ``resumed``."""
-    what = str(error) or type(error).__name__
-    if getattr(error, "filename", None) is None and folder is not None:
+def failure(error: BaseException, folder: Path | None, resumed: Path | None, theirs: str | None = None) -> ResultsError:
+    """What a failed file, a step that cannot be taken, or an error of one's own code (``theirs``) means to the run
+    whose results go to ``folder`` and which continues ``resumed``."""
+    what = theirs or str(error) or type(error).__name__
+    if theirs is None and getattr(error, "filename", None) is None and folder is not None:
         what += f"; results go to {folder}"
     found = [folder / name for name in (CHECKPOINT, WARM)] if folder else []
     stands = [path for path in (*found, resumed) if path is not None and os.path.isfile(path)]

@@ -21,15 +21,16 @@ from trajkern.trainer.lagging import follow
 from trajkern.trainer.packing import Piece, token_count
 from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.plot import plot
-from trajkern.trainer.ranks import joined
+from trajkern.trainer.ranks import RankError, joined
 from trajkern.trainer.rounds import questions_of
 from trajkern.trainer.run import Diverged, Run, deterministic
 from trajkern.trainer.setup import lags_of, load_credit, make_copies, make_optimizer, make_stage, set_up
-from trajkern.trainer.stopping import interruptible
+from trajkern.trainer.stopping import Interrupted, interruptible
 from trajkern.trainer.summary import Result, summary
 from trajkern.trainer.systems.base import Values
 from trajkern.trainer.systems.plain import PlainTrees
 from trajkern.trainer.tasks.base import Question
+from trajkern.trainer.theirs import blamed
 from trajkern.trainer.update import imitate, update
 
 RAMP = 20  # warm-up steps over which the learning rate rises
@@ -42,8 +43,8 @@ def train(config: TrainConfig) -> Result:
         ValueError: an unknown task, model, recipe or device; a checkpoint that is truncated or of another model; an
             ``out`` that holds another run; more ranks than can share the work.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
-        ResultsError: a file could not be read or written (a full disk, a folder that is gone); the message has it and
-            the last checkpoint.
+        ResultsError: a file could not be read or written (a full disk, a folder that is gone), or the code of a task, a
+            credit or a rubric of one's own failed; the message has it and the last checkpoint.
         RankError: another rank failed or died; the last checkpoint stands.
     """
     folder: list[Path] = []  # of the results, once it is known
@@ -52,8 +53,14 @@ def train(config: TrainConfig) -> Result:
     try:
         with on_cpu:
             return trained(config, folder)
-    except (OSError, Diverged) as error:
-        raise failure(error, folder[0] if folder else config.out, config.resume) from error
+    except (Interrupted, RankError):
+        raise
+    except (Exception, SystemExit) as error:
+        theirs, known = blamed(error, config), isinstance(error, (OSError, Diverged))
+        said = not folder and isinstance(error, (ValueError, ImportError))  # what a task says of its own argument
+        if not known and (theirs is None or said):
+            raise
+        raise failure(error, folder[0] if folder else config.out, config.resume, theirs) from error
 
 
 def trained(config: TrainConfig, folder: list[Path]) -> Result:

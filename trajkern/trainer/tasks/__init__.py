@@ -24,6 +24,7 @@ from trajkern.trainer.tasks.capabilities import (
     family_of,
     reasoning_of,
 )
+from trajkern.trainer.tasks.checked import checked
 from trajkern.trainer.tasks.gym import SPECS, GymTask
 from trajkern.trainer.tasks.jsonl import JsonlTask
 from trajkern.trainer.tasks.tools import TOOLS, ToolTask
@@ -52,7 +53,7 @@ def load_task(name: str, seed: int = 0) -> Task:
     if name.endswith(".jsonl"):
         return JsonlTask(name, seed)
     if ":" in name:
-        return _task_class(name)(name, seed)
+        return checked(_task_class(name)(name, seed))
     choices, near = ", ".join(task_names()), did_you_mean(name, task_names())
     raise ValueError(f"task must be one of {choices}, a .jsonl file or package.module:Class; got {name!r}{near}")
 
