@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fuzz.problem import Factors, Options, Problem, Target, of_case, randn
+from tests.fuzz.problem import Factors, Options, Problem, Target, of_case, randn, terms_of
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans
 from trajkern.layouts.tree import Tree
@@ -98,9 +98,11 @@ def _of_tree(spec: OpSpec, value: str, options: Options, seed: int) -> Problem:
             inputs["leaf_weights"] = torch.rand(count, generator=g, dtype=torch.float64).sub(0.3).relu()
         return inputs
 
-    if options.get("eps"):  # siblings that are equal have a gradient of 0 whose terms are 1 / eps
-        spec = dataclasses.replace(spec, oracle_term=1 / options["eps"])
-    return Problem(spec, of_case(spec, options, seed, make))
+    inputs = of_case(spec, options, seed, make)
+    if options.get("scale") == "std":
+        parent = inputs["tree"].parent.long()
+        spec = dataclasses.replace(spec, oracle_term=terms_of(inputs, inputs["node_values"], parent, parent >= 0))
+    return Problem(spec, inputs)
 
 
 _LAYOUT: Factors = {"layout": ("whole", "strided", "offset")}

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fuzz.problem import LAID_OUT, Factors, Options, Problem, Target, bounds, given, of_case, randn, some
+from tests.fuzz.problem import (
+    LAID_OUT,
+    Factors,
+    Options,
+    Problem,
+    Target,
+    bounds,
+    given,
+    of_case,
+    randn,
+    some,
+    terms_of,
+)
 from trajkern.testing.advantage import DISCOUNTED_RETURNS, GAE, GROUP_ADVANTAGES, WHITEN
 from trajkern.testing.reflection import REFLECTION_REWARDS, VARIANCE_WEIGHTS
 from trajkern.testing.registry import Inputs, OpSpec, Variant
@@ -40,9 +52,12 @@ def _group_advantages(options: Options, seed: int) -> Problem:
         chosen = {name: options[name] for name in ("baseline", "scale", "ddof", "eps", "singleton")}
         return {"rewards": rewards, "group_ids": ids} | chosen | given(gate=gate, weights=weights)
 
-    # rows that are equal have a gradient of 0 whose terms are 1 / eps
-    spec = dataclasses.replace(GROUP_ADVANTAGES, oracle_term=1 / options["eps"] if options["eps"] else 8.0)
-    return Problem(spec, of_case(spec, options, seed, make))
+    inputs, spec = of_case(GROUP_ADVANTAGES, options, seed, make), GROUP_ADVANTAGES
+    if options["scale"] == "std":
+        rewards, gate = inputs["rewards"], inputs.get("gate")
+        counted = torch.ones_like(rewards, dtype=torch.bool) if gate is None else gate
+        spec = dataclasses.replace(spec, oracle_term=terms_of(inputs, rewards, inputs["group_ids"], counted))
+    return Problem(spec, inputs)
 
 
 def _packed(spec: OpSpec, options: Options, seed: int) -> Problem:

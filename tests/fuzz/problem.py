@@ -64,6 +64,24 @@ def laid_out(x: Any, options: Mapping[str, Any]) -> Any:
     return x
 
 
+def terms_of(inputs: Inputs, values: Tensor, group: Tensor, counted: Tensor) -> Any:  # [N] each
+    """The size of what the gradient in each of the ``values``, divided by its group's standard deviation, is the
+    difference of, ``[N]``: where it is 0, it is found to that size's rounding.
+
+    A deviation of s about values as large as x makes terms of 1 / s, each known to x / s roundings, as the distances
+    from the mean are; values that are equal have terms of 1 / eps.
+    """
+    x, eps = values.detach().double(), inputs["eps"]
+    terms = torch.full_like(x, max(8.0, 1 / eps if eps else 0.0))
+    times = counted.long() if inputs.get("weights") is None else counted.long() * inputs["weights"].long()
+    for number in group[counted].unique().tolist():
+        members = (group == number) & counted
+        every = x[members].repeat_interleave(times[members])
+        if len(every) > 1 and (deviation := float(every.std(correction=inputs["ddof"])) + eps) > 0:
+            terms[members] = max(8.0, float(every.abs().max()) / deviation**2)
+    return terms
+
+
 def bounds(lengths: Iterable[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
