@@ -15,8 +15,9 @@ import pytest
 
 from trajkern.trainer import cli_main, idle
 from trajkern.trainer import train as training
+from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.folder import CHECKPOINT, WARM, Folder
+from trajkern.trainer.folder import CHECKPOINT, WARM, Folder, ResultsError
 from trajkern.trainer.report import Display
 from trajkern.trainer.stopping import Interrupted, interruptible
 
@@ -208,3 +209,23 @@ def test_a_step_that_trains_begins_the_count_again() -> None:
     assert not any(watch.after(values) for values in steps) and watch.ended() is None
     assert watch.after(IDLE) is not None
     assert idle.Idle().ended() is None
+
+
+def test_a_folder_that_was_replaced_is_left_alone(
+    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By its path alone the run would write into what another one may lock."""
+    right, steps = training.policy_step, []
+
+    def moved(run: Any) -> Any:
+        steps.append(run.step)
+        if len(steps) == 3:  # behind the first regular checkpoint
+            run.out.rename(tmp_path / "moved")
+            run.out.mkdir()
+        return right(run)
+
+    monkeypatch.setattr(training, "policy_step", moved)
+    with pytest.raises(ResultsError, match="run is another folder than the run began in: it was moved or replaced"):
+        training.train(config())
+    assert len(steps) == 4 and not any((tmp_path / "run").iterdir())
+    assert load(tmp_path / "moved" / CHECKPOINT).place["step"] == 2

@@ -27,6 +27,7 @@ class Folder:
 
     def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
         self.path, self._lock = path, lock
+        self._found = _identity(path) if lock else None
 
     @classmethod
     def of(cls, config: TrainConfig) -> Folder:
@@ -54,10 +55,20 @@ class Folder:
         (path / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
         return folder
 
+    def check(self) -> None:
+        """Raise OSError where the path leads to another folder by now, which nobody has locked, or to none."""
+        if self._found is not None and _identity(self.path) != self._found:
+            raise OSError(f"{self.path} is another folder than the run began in: it was moved or replaced")
+
     def close(self) -> None:
         """Let others work in it."""
         if self._lock:
             self._lock.close()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def check_free(out: Path) -> None:

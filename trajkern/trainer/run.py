@@ -119,6 +119,7 @@ class Run:
             "metrics": self.metrics.size,
         }
         models = {"policy": self.policy, **self.system.copies}
+        self.folder.check()
         path = self.out / name if self.ranks.number == 0 else None
         checkpoint.save(path, models=models, optimizer=self.optimizer, generator=self.generator, place=place)
         return self.out / name
