@@ -45,6 +45,7 @@ def test_a_sample(target: str) -> None:
 CANCELLED = (
     ("sibling_advantages", 63600, {"tree": "comb", "ddof": 0}),
     ("group_advantages", 561, {"rows": 60, "groups": 400, "baseline": "leave_one_out"}),
+    ("whiten", 1544, {"rows": 2, "ddof": 0, "eps": 1e-8, "offset": 1e4}),
 )
 
 
@@ -54,6 +55,7 @@ def test_a_gradient_of_zero_between_large_values_is_their_rounding(
 ) -> None:
     """Two at 1e4 a little apart: whatever the other's rounding is; and no more than that passes."""
     options = {"dtype": "float64", "values": "large", "eps": 0.0} | options
+    options = {name: x for name, x in options.items() if name in TARGETS[target].factors}
     assert faults(target, seed, **options) == {}
     right = getattr(tk, target)
     monkeypatch.setattr(tk, target, lambda *x, **given: right(*x, **given) * (1 + 1e-5))

@@ -98,7 +98,11 @@ def _whiten(options: Options, seed: int) -> Problem:
         chosen = {"shift_mean": options["shift_mean"] == "yes", "ddof": options["ddof"], "eps": options["eps"]}
         return {"x": x} | chosen | given(mask=some(g, (n,), options["mask"]))
 
-    return Problem(WHITEN, of_case(WHITEN, options, seed, make))
+    inputs = of_case(WHITEN, options, seed, make)
+    x, mask = inputs["x"], inputs.get("mask")
+    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    terms = terms_of(inputs, x, torch.zeros_like(x).long(), counted, of_variance=True)
+    return Problem(dataclasses.replace(WHITEN, oracle_term=terms), inputs)
 
 
 GROUPS = {

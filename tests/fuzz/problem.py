@@ -64,12 +64,14 @@ def laid_out(x: Any, options: Mapping[str, Any]) -> Any:
     return x
 
 
-def terms_of(inputs: Inputs, values: Tensor, group: Tensor, counted: Tensor) -> Any:  # [N] each
+def terms_of(
+    inputs: Inputs, values: Tensor, group: Tensor, counted: Tensor, of_variance: bool = False
+) -> Any:  # [N] each
     """The size of what the gradient in each of the ``values``, divided by its group's standard deviation, is the
     difference of, ``[N]``: where it is 0, it is found to that size's rounding.
 
     A deviation of s about values as large as x makes terms of 1 / s, each known to x / s roundings, as the distances
-    from the mean are; values that are equal have terms of 1 / eps.
+    from the mean are; values that are equal have terms of 1 / eps. Where eps is ``of_variance``, s is sqrt(var + eps).
     """
     x, eps = values.detach().double(), inputs["eps"]
     terms = torch.full_like(x, max(8.0, 1 / eps if eps else 0.0))
@@ -77,8 +79,11 @@ def terms_of(inputs: Inputs, values: Tensor, group: Tensor, counted: Tensor) -> 
     for number in group[counted].unique().tolist():
         members = (group == number) & counted
         every = x[members].repeat_interleave(times[members])
-        if len(every) > 1 and (deviation := float(every.std(correction=inputs["ddof"])) + eps) > 0:
-            terms[members] = max(8.0, float(every.abs().max()) / deviation**2)
+        if len(every) > 1:
+            variance = float(every.var(correction=inputs["ddof"]))
+            squared = variance + eps if of_variance else (variance**0.5 + eps) ** 2
+            if squared > 0:
+                terms[members] = max(8.0, float(every.abs().max()) / squared)
     return terms
 
 
