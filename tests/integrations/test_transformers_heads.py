@@ -63,6 +63,12 @@ def model_of(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return model.eval().to(dtype)
 
 
+@pytest.mark.parametrize("name", ["hidden", "rows", "targets"])
+def test_what_the_layout_says_is_not_taken(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must not be given: the model and the layout say which they are"):
+        log_probs(model_of("Llama"), packed(), **{name: torch.zeros(12, dtype=torch.long)})
+
+
 def packed() -> tk.PackedBatch:
     bounds = torch.tensor([0, 6, 6, 15])
     tokens = torch.randint(5, V, (15,), generator=torch.Generator().manual_seed(1))

@@ -80,6 +80,8 @@ def token_stats(
 ) -> TokenStats:
     """:func:`log_probs` with :func:`trajkern.linear_token_stats`' other statistics, ``[T]``, 0 where not scored."""
     tokens, loss_mask = _tokens(layout, tokens, loss_mask)
+    if theirs := sorted({"hidden", "rows", "targets"} & head.keys()):
+        raise TypeError(f"{theirs[0]} must not be given: the model and the layout say which they are")
     pairs = layout.pairs(tokens, loss_mask) if isinstance(layout, Tree) else layout.head_inputs()
     hidden = hidden_states(model, layout, tokens, check=check)
     arguments: dict[str, Any] = {**head_arguments(model, check=check), **head, "rows": pairs.rows, "outputs": outputs}
