@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.integrations.test_transformers_heads import SMALL, V, model_of, own_log_probs, packed
 from trajkern.integrations._model_run import attention_of
 from trajkern.integrations._own_forward import Parts, _tangents_ahead, some_tokens, undisturbed
-from trajkern.integrations.transformers import head_arguments, log_probs
+from trajkern.integrations.transformers import head_arguments, hidden_states, log_probs
 
 transformers = pytest.importorskip("transformers")
 
@@ -178,6 +179,68 @@ def test_what_a_class_was_given_after_it_was_measured(monkeypatch: pytest.Monkey
     for scale in (2, 3, 0.5):
         model.logit_scale = scale
         assert head_arguments(model)["logit_scale"] == scale
+
+
+class Divided(transformers.LlamaForCausalLM):
+    """A model that divides its logits by something of its own."""
+
+    def divisor(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        output.logits = output.logits / self.divisor()
+        return output
+
+
+OWN = {
+    "an integer": (lambda m: m.by, lambda m, x: setattr(m, "by", x)),
+    "a number of numpy's": (lambda m: m.by, lambda m, x: setattr(m, "by", np.float32(x))),
+    "a tensor": (lambda m: m.by, lambda m, x: setattr(m, "by", torch.tensor(float(x)))),
+    "a tensor in place": (lambda m: m.by, lambda m, x: m.by.fill_(x) if hasattr(m, "by") else _put(m, x)),
+    "an entry": (lambda m: m.model.how["by"], lambda m, x: setattr(m.model, "how", {"by": x})),
+    "another module's": (lambda m: m.after.by, lambda m, x: setattr(m.after, "by", x)),
+    "the config's": (lambda m: m.config.by, lambda m, x: setattr(m.config, "by", x)),
+    "a mode": (lambda m: 1 + m.training, lambda m, x: m.train(x == 2)),
+}
+
+
+def _put(model: Any, x: float) -> None:
+    model.by = torch.tensor(float(x))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_model_divides_by_is_read_again_where_it_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    divisor, change = OWN[name]
+    model = model_of("Llama")
+    model.__class__, model.after = Divided, nn.Identity()
+    monkeypatch.setattr(Divided, "divisor", divisor)
+    for x in (1, 2, 3, 2):
+        change(model, x)
+        check_own(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_that_a_model_enters_by_itself(dtype: torch.dtype) -> None:
+    """As that which accelerate puts around a forward."""
+    model = model_of("Llama").float()
+    forward = model.forward
+
+    def cast(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", dtype):
+            output = forward(*args, **options)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = cast
+    actual, expected = log_probs(model, packed()), own_log_probs(model, packed())
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+    exact = own_log_probs(model_of("Llama").float(), packed())
+    assert 1e-6 < float((actual - exact).abs().max())
+    head = head_arguments(model)["weight"]
+    assert head.dtype == hidden_states(model, packed()).dtype == dtype
+    actual.sum().backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32 and model.lm_head.weight.grad.any()
 
 
 def bart() -> Any:

@@ -47,6 +47,7 @@ class Form(NamedTuple):
     logit_scale: float
     vocabulary: int | None  # None: all of them
     from_head: bool  # h is what the model hands to its head layer; else the backbone's last hidden state
+    autocast: torch.dtype | None = None  # in which its forward multiplies by itself
 
 
 class Trial(NamedTuple):
@@ -88,10 +89,15 @@ def measured_form(parts: Parts) -> Form:
 
 
 def _form(parts: Parts) -> Form:
+    training = parts.causal.training  # what it does to logits by itself may depend on it
     with undisturbed(parts.whole):
         parts.head_tensors()  # refused by its own name where it has none, before anything runs
-        form = _measure(parts)
-        _check_causal(parts)
+        parts.causal.training, here = training, parts.causal.training
+        try:
+            form = _measure(parts)
+        finally:
+            parts.causal.training = here
+        _check_causal(parts, form)
     inside = unwrapped(parts.head)
     if is_formed(inside):
         parts.inside_head(lambda: _check_steady(inside))
@@ -113,8 +119,9 @@ def measured_route(parts: Parts, kind: str, form: Form, trial: Callable[[], Tria
 
 
 def _route(parts: Parts, kind: str, form: Form, trial: Trial) -> Route:
-    route = Route(form.from_head)
+    route, training = Route(form.from_head), parts.causal.training
     with undisturbed(parts.whole):
+        form = _measure(parts) if training else form  # of logits without dropout, as what stands beside them
         own = [own_run(parts, tokens).logits for tokens in trial.sequences]
         try:
             _compare_layout(parts, kind, form, route, own, trial.hidden)
@@ -169,12 +176,14 @@ def _measure(parts: Parts) -> Form:
     if into.numel() != _TOKENS * into.shape[-1]:
         raise ValueError(f"model must apply its head to every token; {model_name(inner)} gives it {list(into.shape)}")
     softcap, scale, size = _behind(parts, tokens)
-    form = Form(softcap, scale, None if size == own.out[0].shape[-1] else size, not _same_memory(own.backbone, into))
+    vocabulary = None if size == own.out[0].shape[-1] else size
+    from_head = own.autocast is not None or not _same_memory(own.backbone, into)
+    form = Form(softcap, scale, vocabulary, from_head, own.autocast)
     _compare(parts, form, into.reshape(_TOKENS, -1), own.logits)
     return form
 
 
-def _check_causal(parts: Parts) -> None:
+def _check_causal(parts: Parts, form: Form) -> None:
     """A token must change no logits before its own: a masked language model or an encoder has read what it predicts."""
     seen, inner = _TOKENS // 2, parts.causal
     tokens = some_tokens(parts, _TOKENS)
@@ -184,7 +193,7 @@ def _check_causal(parts: Parts) -> None:
     encoder = getattr(inner.config, "is_encoder_decoder", False)
     if torch.equal(first, again) and not encoder:
         return
-    dtypes = [own.dtype, parts.weight.dtype, *_ADAPTERS]
+    dtypes = [own.dtype, parts.weight.dtype, form.autocast or own.dtype, *_ADAPTERS]
     worst = (first - again).abs().nan_to_num(nan=torch.inf)
     rounding = _tolerance(dtypes, own.device.type, loose=False) * float(own.abs().max())
     if encoder or float(worst.max()) > rounding or reads_ahead(parts, tokens, seen):
@@ -278,7 +287,7 @@ def _compare(parts: Parts, form: Form, h: Tensor, logits: Tensor, *, loose: bool
     if form.softcap is not None:
         z = form.softcap * (z / form.softcap).tanh()
     device = own.device.type
-    dtypes = [h.dtype, weight.dtype, logits.dtype, *_ADAPTERS * is_adapted(layer)]
+    dtypes = [h.dtype, weight.dtype, logits.dtype, form.autocast or logits.dtype, *_ADAPTERS * is_adapted(layer)]
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
     if not own.isfinite().all():

@@ -7,6 +7,7 @@ import functools
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from trajkern.integrations._wrapped import apart, body_inside, head_inside, is_w
 
 _EXPLAINS = re.compile(r"logit|soft_?cap|scal(e|ing)|multiplier|(^|_)cap($|_)|dim_model_base|unpadded|tie_word")
 _NUMBERS = (int, float, bool)
+_FEW = 16
 
 
 class Parts(NamedTuple):
@@ -68,6 +70,7 @@ class OwnRun(NamedTuple):
     into: list[Tensor]  # what reached the head layer, a tensor a call
     out: list[Tensor]  # what it gave
     backbone: Tensor | None  # [1, n, H]
+    autocast: torch.dtype | None  # what its forward enters by itself, as accelerate's does
 
 
 def state_of(parts: Parts) -> tuple[Any, ...]:
@@ -76,15 +79,10 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
     layer = parts.head
     if parts.weight.is_meta:
         check_loaded(inner)
-    device = parts.weight.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    numbers = tuple((k, v) for k, v in vars(inner.config.get_text_config()).items() if _says(k) and type(v) in _NUMBERS)
-    own = tuple(
-        v
-        for part in (inner, inner.base_model)
-        for k, v in vars(part).items()
-        if type(v) is float or (type(v) in _NUMBERS and _says(k))
-    )
+    device, autocast = parts.weight.device.type, _autocast(parts)
+    others = [x for x in inner.children() if x is not layer and x is not inner.base_model]
+    held = [inner.config.get_text_config(), inner, inner.base_model, *others]
+    numbers = tuple((k, x) for part in held for k, v in vars(part).items() if (x := _number(v)) is not None)
     adapters = getattr(owner, "active_adapters", None) if owner is not inner else None
     active = tuple(adapters) if isinstance(adapters, list | tuple) else adapters
     return (
@@ -93,13 +91,29 @@ def state_of(parts: Parts) -> tuple[Any, ...]:
         device,
         autocast,
         numbers,
-        own,
         active,
         attention_of(inner),
         adapter_state(layer),
         is_formed(layer) and layer.training,
         tuple(map(_altered, _around_head(parts))),
     )
+
+
+def _autocast(parts: Parts) -> torch.dtype | None:
+    device = parts.weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _number(value: Any, depth: int = 1) -> Any:
+    """What stands for a number, or a few of them, among others; None of anything else."""
+    if isinstance(value, Number):
+        return value if value == value else "nan"
+    if isinstance(value, Tensor):
+        return (id(value), _version(value)) if value.ndim == 0 else None
+    if depth and isinstance(value, (dict, list, tuple)) and len(value) <= _FEW:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return tuple((k, x) for k, v in items if (x := _number(v, depth - 1)) is not None) or None
+    return None
 
 
 def check_loaded(inner: Any) -> None:
@@ -205,10 +219,12 @@ def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | 
     into: list[Tensor] = []
     out: list[Tensor] = []
     backbone: list[Any] = []
+    within: list[torch.dtype | None] = []
 
     def at_head(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         into.append(inputs[0])
         out.append(output)
+        within.append(_autocast(parts))
         return None if instead is None else instead(output)
 
     handles = [parts.head.register_forward_hook(at_head)]
@@ -230,7 +246,8 @@ def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | 
             f"model must give logits of shape [1, {len(tokens)}, V] for one sequence; {model_name(inner)} gives {shape}"
         )
     last = first(backbone[-1], "last_hidden_state") if backbone else None
-    return OwnRun(logits, into, out, last if isinstance(last, Tensor) else None)
+    autocast = next((x for x in within if x != _autocast(parts)), None)
+    return OwnRun(logits, into, out, last if isinstance(last, Tensor) else None, autocast)
 
 
 def reads_ahead(parts: Parts, tokens: Tensor, seen: int) -> bool:

@@ -115,7 +115,9 @@ def hidden_states(
         )
     _check_placeholders(inner, tokens)
     route = _route(parts, layout_kind(inner, layout)) if check else Route(named_form(inner).from_head)
-    return parts.states(layout, tokens, route)
+    states = parts.states(layout, tokens, route)
+    autocast = measured_form(parts).autocast if check else None
+    return states if autocast is None else states.to(autocast)
 
 
 def _check_placeholders(inner: Any, tokens: Tensor) -> None:
@@ -138,6 +140,8 @@ def head_arguments(model: nn.Module, *, check: bool = True) -> dict[str, Any]:
     weight, bias = parts.head_tensors()
     if form.vocabulary is not None:
         weight, bias = weight[: form.vocabulary], None if bias is None else bias[: form.vocabulary]
+    if form.autocast is not None:
+        weight, bias = weight.to(form.autocast), None if bias is None else bias.to(form.autocast)
     return Head(weight, bias, form.softcap, form.logit_scale)._asdict()
 
 
