@@ -317,3 +317,13 @@ def test_log_ratios_beyond_twenty_are_clamped(kind: str) -> None:
     assert loss.item() == pytest.approx(definition(b, c)["loss"], rel=1e-11)
     loss.backward()
     assert new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo", "gmpo"])
+def test_a_ratio_on_its_bound_has_its_whole_gradient(kind: str) -> None:
+    """Of two trajectories of two tokens each, -A / 4; ``torch.clamp`` has none at its ends since 2.14."""
+    new = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64, requires_grad=True)
+    advantages, bounds = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([0, 2, 4])
+    config = PolicyLoss(kind, clip_low=0, clip_high=0)
+    reference.policy_loss(new, new.detach(), advantages, bounds, config=config)[0].backward()
+    assert new.grad.tolist() == [-0.25, -0.25, 0.25, 0.25]

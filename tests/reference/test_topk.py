@@ -165,3 +165,14 @@ def test_no_tail_has_no_gradient() -> None:
     logits = torch.tensor([[0.5], [0.25]], dtype=torch.float64, requires_grad=True)
     reference.linear_topk(torch.ones(1, 1, dtype=torch.float64), logits, 2).tail.sum().backward()
     assert logits.grad is not None and logits.grad.tolist() == [[0], [0]]
+
+
+def test_a_tail_of_one_token_has_its_gradient() -> None:
+    """d log p(3) / dz of z = (0, 1, 2, -1): -p, and 1 more at the token left out."""
+    z = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
+    weight = torch.eye(4, dtype=torch.float64)
+    hidden = z[None].clone().requires_grad_()
+    reference.linear_topk(hidden, weight, 3).tail.sum().backward()
+    p = [math.exp(x) / sum(map(math.exp, z.tolist())) for x in z.tolist()]
+    expected = [-p[0], -p[1], -p[2], 1 - p[3]]
+    assert hidden.grad[0].tolist() == pytest.approx(expected, rel=1e-13)

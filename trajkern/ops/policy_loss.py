@@ -18,6 +18,7 @@ from trajkern._checks import laid_out
 from trajkern._dtypes import accumulator
 from trajkern._results import Branch
 from trajkern.losses.arguments import LossArguments
+from trajkern.losses.clamped import clamped
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.inputs import LossInputs
@@ -312,7 +313,7 @@ def _sequence_loss(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgu
     counts = leaf_counts(arguments, gate)
     weights = leaf_weights(arguments, counts)
     config = replace(summed(arguments.config), ratio_level="token")
-    log_ratio = scored(logprobs - old, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    log_ratio = clamped(scored(logprobs - old, mask), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     log_ratio = path_sums(log_ratio, cu_seqlens, paths.tree) / counts.clamp_min(1)
     terms = counts
     if config.sampler_correction != "none":

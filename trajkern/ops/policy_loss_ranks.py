@@ -19,6 +19,7 @@ from trajkern import _backends
 from trajkern._checks import describe
 from trajkern._results import Branch
 from trajkern.losses.arguments import LossArguments
+from trajkern.losses.clamped import clamped
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 from trajkern.ops import span
 from trajkern.ops._agreement import agreed
@@ -206,7 +207,7 @@ def _geometric(logprobs: Tensor, entropy: Tensor | None, arguments: LossArgument
     a = _given(arguments.advantages)
     a = a if arguments.per_token else _of_tokens(a, arguments, logprobs)
     sign, log_ratio = scored(a, mask).sign(), _log_ratio(logprobs, arguments)
-    inside = log_ratio.clamp(-config.clip_low, config.clip_high)
+    inside = clamped(log_ratio, -config.clip_low, config.clip_high)
     bounded = torch.minimum(sign * log_ratio, sign * inside) * sign
     columns = {"log_ratio": bounded, "advantage": scored(a, mask)} | _factor(arguments)
     sums = _totals(columns, arguments, logprobs)
@@ -304,7 +305,7 @@ def _log_ratio(logprobs: Tensor, arguments: LossArguments) -> Tensor:
 
 
 def _bounded(x: Tensor, y: Tensor | None, mask: Tensor | None) -> Tensor:
-    return scored(x - _given(y), mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return clamped(scored(x - _given(y), mask), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def _factor(arguments: LossArguments) -> dict[str, Tensor]:

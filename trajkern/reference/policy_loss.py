@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trajkern._dtypes import accumulator
 from trajkern._results import Branch
+from trajkern.losses.clamped import clamped
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND
@@ -79,7 +80,7 @@ class _Term(NamedTuple):
 
 
 def _clamp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return clamped(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
@@ -307,7 +308,7 @@ def _kl(estimator: str, d: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _clip(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
-    bounded = x.ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    bounded = clamped(x.ratio, 1 - c.clip_low, 1 + c.clip_high)
     loss, beyond = torch.maximum(-x.ratio * a, -bounded * a), x.ratio * a > bounded * a
     clipped = beyond
     if c.ranks_tokens:
@@ -357,7 +358,7 @@ def _kl_cov(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
 
 
 def _gmpo(c: PolicyLoss, a: Tensor, x: _Tokens) -> _Term:
-    sign, inside = a.sign(), x.log_ratio.clamp(-c.clip_low, c.clip_high)
+    sign, inside = a.sign(), clamped(x.log_ratio, -c.clip_low, c.clip_high)
     bounded = torch.minimum(sign * x.log_ratio, sign * inside) * sign
     mean_ratio = x.segments.mean(torch.where(x.mask, bounded, 0), x.counts).exp()
     mean_advantage = x.segments.mean(torch.where(x.mask, a, 0), x.counts)

@@ -64,7 +64,8 @@ def _log_tail(u: Tensor, ids: Tensor) -> Tensor:
     peak = others.detach().amax(1, keepdim=True)
     some = peak > -torch.inf  # not of a NaN, which reaches the result by log_inside
     peak = torch.where(some, peak, 0)
-    log_outside = peak + torch.where(inside, -torch.inf, u - peak).exp().sum(1, keepdim=True).clamp_min(1).log()
+    outside = torch.where(inside, -torch.inf, u - peak).exp().sum(1, keepdim=True)
+    log_outside = peak + torch.where(some, outside, 1).log()
     log_inside = torch.where(inside & ~first, u, -torch.inf).exp().sum(1, keepdim=True).log1p()
     tail = -torch.logaddexp(torch.zeros_like(log_inside), log_inside - log_outside)
     return torch.where(some | log_inside.isnan(), tail, -torch.inf).squeeze(1)

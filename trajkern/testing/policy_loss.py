@@ -211,6 +211,10 @@ CASES = (
     Case("masked_rubbish", _edited(_packed(_DAPO), _rubbish), "NaN under the mask"),
     Case("masked_rubbish_gmpo", _edited(_packed(_full("gmpo")), _rubbish), "NaN under the mask, trajectory means"),
     Case("on_policy", _edited(_packed(PolicyLoss()), _on_policy), "ratio exactly 1: every clip is a tie"),
+    *(
+        Case(f"no_room_{kind}", _edited(_packed(PolicyLoss(kind, clip_low=0, clip_high=0)), _on_policy), "on the clip")
+        for kind in ("grpo", "gspo", "gmpo")
+    ),
     Case("far", _edited(_packed(_DAPO), _far), "log-ratios beyond 20 are clamped, 0 * inf cannot arise"),
     Case("zero_advantages", _edited(_packed(_DAPO), _zero_advantages), "half the advantages zero"),
     Case("few_inputs", _edited(_packed(PolicyLoss()), _few), "metrics that are not computed"),
