@@ -41,10 +41,15 @@ class LossInputs(NamedTuple):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics, in their order."""
-        return tuple(METRICS) if self.supervised_weights is None else WITH_SUPERVISED
+        return metric_names(self.supervised_weights)
 
     def parameter(self, name: str) -> float:
         return self.params[PARAMETERS.index(name)]
+
+
+def metric_names(supervised_weights: Tensor | None) -> tuple[str, ...]:
+    """As ``LossInputs.metrics``: torch 2.10 traces no property of a tuple."""
+    return tuple(METRICS) if supervised_weights is None else WITH_SUPERVISED
 
 
 def joined(mask: Tensor | None, *of_streams: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from trajkern._results import Branch
 from trajkern._tiles.arguments import Head
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
-from trajkern.losses.inputs import LossInputs, joined
+from trajkern.losses.inputs import LossInputs, joined, metric_names
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._head_arguments import HeadArguments, check_head, reference_arguments
 from trajkern.ops._library import define, recorded
@@ -215,9 +215,9 @@ def _one_pass(
     else:
         loss_arguments = read_branch(loss_arguments, dtype)
     inputs = loss_arguments.inputs()
-    if not inputs.has_streams:
+    if inputs.supervised_weights is None and inputs.kl_weights is None:
         inputs = inputs._replace(mask=None)  # a graph takes no tensor twice, and the head has it
     others = (*head[3:], *inputs, int(with_entropy))
     loss, metrics, logprobs = applied(_LinearPolicyLoss, *head[:3], others)
-    result = loss, dict(zip(inputs.metrics, metrics.unbind(), strict=True))
+    result = loss, dict(zip(metric_names(inputs.supervised_weights), metrics.unbind(), strict=True))
     return *(over_ranks(result, loss_arguments, logprobs) if split else result), logprobs

@@ -21,7 +21,7 @@ from trajkern.losses.arguments import LossArguments
 from trajkern.losses.clamped import clamped
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.covariance import largest_covariances
-from trajkern.losses.inputs import LossInputs
+from trajkern.losses.inputs import LossInputs, metric_names
 from trajkern.losses.kinds import KINDS, LOG_RATIO_BOUND, METRICS
 from trajkern.ops._autograd import applied, differentiable_once
 from trajkern.ops._library import define, recorded
@@ -281,7 +281,7 @@ def checked_policy_loss(logprobs: Tensor, entropy: Tensor | None, arguments: Los
 def _formed(logprobs: Tensor, entropy: Tensor | None, selected: Tensor | None, arguments: LossArguments) -> Result:
     inputs = arguments.inputs()
     loss, metrics = applied(_PolicyLoss, logprobs, entropy, selected, inputs)
-    return loss, dict(zip(inputs.metrics, metrics.unbind(), strict=True))
+    return loss, dict(zip(metric_names(inputs.supervised_weights), metrics.unbind(), strict=True))
 
 
 def _selected(logprobs: Tensor, arguments: LossArguments) -> Tensor | None:
