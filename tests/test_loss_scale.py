@@ -94,4 +94,5 @@ def test_the_registry_scales_float16() -> None:
         for case in (c for c in spec.cases if not c.large):
             outcome = run(spec, getattr(reference, spec.name), spec.inputs(case, torch.float16))
             gradients = [x for name, x in outcome.items() if name.startswith("grad_") and x.numel()]
-            assert all(x.isfinite().all() for x in gradients) or "limit" in case.name, case.name
+            without = "limit" in case.name or case.name.startswith("nan")  # whose own logits have none
+            assert all(x.isfinite().all() for x in gradients) or without, case.name

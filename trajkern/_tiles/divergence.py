@@ -94,9 +94,16 @@ def linear_divergence(kernels: Kernels, *args: Any) -> list[Tensor]:
         results = divergence.new_empty(count), saved.new_empty(count, SAVED)
         kernels.rows(z[:count], z_teacher[:count], student.scale(block.tokens), of.beta, *results)
         divergence[block.tokens], saved[block.tokens] = results
+    divergence += _marks(saved)
     if mask is not None:
         divergence.masked_fill_(~mask, 0)
     return [divergence, saved]
+
+
+def _marks(saved: Tensor) -> Tensor:
+    """NaN for a row whose softmaxes have none of its maxima and sums finite, else 0, ``[T]``: terms choose sides by
+    comparisons, which a NaN passes."""
+    return (0 * saved[:, :4]).sum(1)
 
 
 def linear_divergence_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
@@ -105,6 +112,7 @@ def linear_divergence_backward(kernels: Kernels, *args: Any) -> list[Tensor]:
     student, teacher = of.tiles(kernels)
     if of.student.mask is not None:
         grad = torch.where(of.student.mask, grad, 0)
+    grad = grad + _marks(saved).to(grad.dtype)
     tokens = _tokens(of, grad != 0, student.host)
     rows, columns = student.fold_shape(tokens.shape[0], writes_weight=needs[1])
     tiles = tuple(student.empty(rows, columns) for _ in range(2))

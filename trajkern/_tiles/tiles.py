@@ -201,7 +201,8 @@ class Tiles:
         if not self.narrows:
             return None
         if weight.dtype == torch.float16:
-            largest = torch.stack([x.abs().amax() for x in upstream if x is not None]).amax()
+            sizes = [x.abs().nan_to_num(0.0).amax() for x in upstream if x is not None]  # a NaN is its own row's alone
+            largest = torch.stack(sizes).amax()
             if offsets is not None:
                 largest = largest * offsets.diff().amax()
             gain = _power_of_two(largest * scale.amax() * abs(self.logit_scale))

@@ -95,6 +95,6 @@ def _divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """sum p (log p - log q) of log-probs; a p of 0 adds 0."""
-    some = p > -math.inf
-    p, q = (torch.where(some, x, -1e4) for x in (p, q))
+    none = p == -math.inf  # a NaN is not: it reaches the sum
+    p, q = (torch.where(none, -1e4, x) for x in (p, q))
     return (p.exp() * (p - q)).sum(-1)

@@ -101,6 +101,10 @@ def _rubbish_behind(x: Inputs) -> None:
         x[name][x["vocabulary"] :] = torch.nan
 
 
+def _without_numbers(x: Inputs) -> None:
+    x["hidden"][1, 2] = x["teacher_hidden"][3, 1] = torch.nan
+
+
 def _impossible(x: Inputs) -> None:
     """Tokens that neither can sample, some that only the teacher cannot, some that only the student cannot."""
     x["bias"][20:30] = x["teacher_bias"][20:30] = -torch.inf
@@ -156,6 +160,7 @@ CASES = (
     *_grid(
         "impossible", lambda **o: _heads(5, 16, 70, bias=_biases, **o), "a bias of -inf, on both sides", _impossible
     ),
+    *_grid("nan", lambda **o: _heads(5, 16, 70, **o), "a row of NaN on either side", _without_numbers),
     Case("batch_invariant", _heads(5, 16, 130, batch_invariant=True, bias=_biases), "blocks filled up"),
     Case("very_negative", _edited(_heads(4, 16, 300), _common_offset(-1e4)), "the student's logits near -1e4"),
     Case("common_offset", _edited(_heads(4, 16, 300, beta=0.5), _common_offset(1e4)), "an offset of 1e4"),
