@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from trajkern.integrations import engines
+from trajkern.integrations._engine_http import _Timed
 
 Write = Callable[[bytes], Any]
 
@@ -147,6 +148,34 @@ def test_what_is_given_up_before_a_body(answer: Callable[[Write], Any], message:
     assert time.monotonic() - began < 10
 
 
+def test_what_is_there_already_is_not_read_behind_the_deadline() -> None:
+    """A server that never pauses never lets a read wait."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(0.05)
+        timed = _Timed(ours)
+        theirs.sendall(b"xy")
+        assert timed.readinto(bytearray(1)) == 1
+        time.sleep(0.1)
+        with pytest.raises(TimeoutError, match="0.05 s after its beginning it was not at its end"):
+            timed.readinto(bytearray(1))
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    for _ in range(depth):
+        body = {"a": body}
+    return body
+
+
+@pytest.mark.parametrize(
+    "body", [{"a": float("nan")}, {"a": [float("inf")]}, _nested(100_000)], ids=["nan", "inf", "deep"]
+)
+def test_what_json_does_not_hold(body: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="^body must be what JSON holds"):
+        engines.post("http://127.0.0.1:9/", body)
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirection_is_followed(status: int) -> None:
     asked: list[bytes] = []
@@ -158,7 +187,7 @@ def test_no_redirection_is_followed(status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http:///x", "http://[::x", "http://h:x/", "http://h:99999/", "http://h/ x"]
+    "url", ["http://", "http:///x", "http://[::x", "http://h:x/", "http://h:99999/", "http://h/ x", "http://a..b/"]
 )
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(ValueError, match="^url must begin with http"):

@@ -322,3 +322,16 @@ def test_the_pages_blocks_run(page: str, local: ModuleType, monkeypatch: pytest.
     torch.testing.assert_close(logprobs.detach(), batch.sampler_logprobs[batch.head_inputs().tokens], atol=2e-5, rtol=0)
     assert model.head.weight.grad is not None and bool((model.head.weight.grad != 0).any())
     assert stand_ins.calls[0][0] in ("reload_weights", "update_weights_from_tensor")
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        (engines.Rollout([1, 2, 3], [False, True, True], [0.0, -0.5, -0.2], None, "stop"), "3 tokens, 3 flags, 2 of"),
+        (engines.Rollout([1, 2], [False, True, True], [-0.5, -0.2], None, "stop"), "2 tokens, 3 flags"),
+        (engines.Rollout([1], [True], None, None, "stop"), r"rollouts\[0\].logprobs must be a list, got None"),
+    ],
+)
+def test_a_rollout_that_disagrees_with_itself(rollout: engines.Rollout, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        engines.pack([rollout], engines.sampling(CUT, **PROCESSED), torch.tensor([0]))

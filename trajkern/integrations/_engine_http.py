@@ -40,8 +40,8 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
     timeout = check_number("timeout", timeout, above=0, high=MOST_SECONDS)
     check_count("max_bytes", max_bytes, low=1, high=MOST_BYTES)
     try:
-        encoded = json.dumps(body).encode()
-    except (TypeError, ValueError) as error:
+        encoded = json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"body must be what JSON holds: {error}") from None
     request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
     try:
@@ -61,6 +61,7 @@ def _check_url(url: Any) -> None:
     try:
         parts = urlsplit(url) if isinstance(url, str) else None
         legal = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna") if legal and parts is not None else None  # as the socket will
     except ValueError:  # of a port that is no number, or an address that is none
         legal = False
     if not legal or not url.isascii() or not url.isprintable() or " " in url:
@@ -83,6 +84,8 @@ class _Timed(io.RawIOBase):
             count = self._stream.readinto(buffer)
             self._until = time.monotonic() + (self._seconds or math.inf)
             return count
+        if time.monotonic() > self._until:  # a server that sends without an end never lets a read wait
+            raise TimeoutError(f"{self._seconds} s after its beginning it was not at its end")
         try:
             self._connection.settimeout(max(self._until - time.monotonic(), 1e-6))
             return self._stream.readinto(buffer)

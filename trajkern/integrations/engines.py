@@ -305,6 +305,15 @@ def _check_rollouts(name: str, rollouts: Any) -> None:
         raise TypeError(f"{name} must be a sequence of rollouts, got {describe(rollouts)}")
     for i, x in enumerate(rollouts):
         check_instance(f"{name}[{i}]", x, Rollout)
+        for field in ("tokens", "sampled", "logprobs"):
+            if not isinstance(getattr(x, field), (list, tuple)):
+                raise TypeError(f"{name}[{i}].{field} must be a list, got {describe(getattr(x, field))}")
+        written = sum(map(bool, x.sampled))
+        if len(x.sampled) != len(x.tokens) or len(x.logprobs) != written:
+            raise ValueError(
+                f"{name}[{i}] must have a flag a token and a log-prob each sampled one; got {len(x.tokens)} tokens, "
+                f"{len(x.sampled)} flags, {written} of them True, and {len(x.logprobs)} log-probs"
+            )
 
 
 def _check_count(name: str, count: int, how: Sampling) -> None:

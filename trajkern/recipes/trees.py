@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, subtree_reduce, whiten
+from trajkern._checks import check_instance
 from trajkern.recipes import gigpo, spo, tree_grpo, treepo, treerl, treerpo, vineppo
 
 DISCOUNT = 0.95  # a step, in gigpo's returns
@@ -32,6 +33,7 @@ class TreeRecipe(NamedTuple):
 
 def path_nodes(tree: Tree) -> tuple[Tensor, Tensor]:
     """(leaf, node) of every step of every rollout, rollout after rollout from its root down, ``[S]`` each."""
+    check_instance("tree", tree, Tree)
     return tree.path_nodes
 
 
