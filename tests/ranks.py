@@ -25,4 +25,5 @@ def _rank(rank: int, ranks: int, work: Callable[..., Any], folder: str, *args: A
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.save(work(rank, *args), f"{folder}/{rank}.pt")
+    dist.barrier()  # who is through first would close its connections while others still read
     dist.destroy_process_group()
