@@ -101,8 +101,10 @@ def linear_divergence(kernels: Kernels, *args: Any) -> list[Tensor]:
 
 
 def _marks(saved: Tensor) -> Tensor:
-    """NaN for a row whose softmaxes have none of its maxima and sums finite, else 0, ``[T]``: terms choose sides by
-    comparisons, which a NaN passes."""
+    """NaN for a row of which a maximum or a sum of the two softmaxes is not finite, else 0, ``[T]``.
+
+    The terms choose sides by comparisons, which a NaN passes.
+    """
     return (0 * saved[:, :4]).sum(1)
 
 

@@ -61,7 +61,8 @@ def _check_url(url: Any) -> None:
     try:
         parts = urlsplit(url) if isinstance(url, str) else None
         legal = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        (parts.hostname or "").encode("idna") if legal and parts is not None else None  # as the socket will
+        if parts is not None and parts.hostname:
+            parts.hostname.encode("idna")  # as the socket will
     except ValueError:  # of a port that is no number, or an address that is none
         legal = False
     if not legal or not url.isascii() or not url.isprintable() or " " in url:
