@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -156,6 +157,24 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return choices[choices.index(value)]
 
 
+def check_sequence(name: str, value: Any, what: str) -> None:
+    """A list, a tuple or their like; a text or a mapping is none, nor is a tensor."""
+    if isinstance(value, (str, bytes, memoryview)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of {what}, got {describe(value)}")
+
+
+def check_callable(name: str, value: Any, what: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be {what}, got {describe(value)}")
+
+
+def check_names(name: str, value: Any, choices: Iterable[str]) -> None:
+    """A sequence of some of the choices."""
+    check_sequence(name, value, "names")
+    for x in value:
+        check_choice(name, x, choices)
+
+
 def as_number(name: str, value: Any) -> float:
     """A Python number: of Python's own, of numpy's, or of an array or a CPU tensor without dimensions."""
     if type(value) is float or type(value) is int:
@@ -202,14 +221,17 @@ def check_number(
         raise ValueError(f"{name} must be greater than {above}, got {shown(value)}")
     if value != value:
         raise ValueError(f"{name} must be a number, got NaN")
-    if abs(value) > sys.float_info.max:  # or an integer that no float holds
-        raise ValueError(f"{name} must be finite, got {shown(value)}")
+    if abs(value) >= 2.0**63:
+        if abs(value) > sys.float_info.max:  # or an integer that no float holds
+            raise ValueError(f"{name} must be finite, got {shown(value)}")
+        if isinstance(value, int):  # torch takes no larger one
+            raise ValueError(f"{name} must be a float, or an integer of at most 64 bits; got {shown(value)}")
     if high is not None and not value <= high:
         raise ValueError(f"{name} must be at most {high}, got {shown(value)}")
     if dtype is not None and value != 0:
         least, most = REPRESENTABLE[dtype]
         if not least <= abs(value) <= most:
-            raise ValueError(f"{name} must be {_range(dtype)}; got {shown(value)}")
+            raise ValueError(f"{name} must be {representable(dtype)}; got {shown(value)}")
     return value
 
 
@@ -244,7 +266,7 @@ def _process_groups() -> tuple[type, ...]:
 REPRESENTABLE = {torch.float32: (2.0**-126, 2.0**126), torch.float64: (2.0**-1022, 2.0**1022)}
 
 
-def _range(dtype: torch.dtype) -> str:
+def representable(dtype: torch.dtype) -> str:
     least, most = REPRESENTABLE[dtype]
     kind = "float64" if dtype == torch.float64 else "float32"
     return f"of a magnitude between {least:.3g} and {most:.3g}, which {kind} and its reciprocals hold"
@@ -255,146 +277,14 @@ def largest_value(dtype: torch.dtype) -> float:
     return 2.0 ** (480 if dtype == torch.float64 else 126)  # as kLargest in csrc/common/dtype.h
 
 
-def check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
-    """Reads device values."""
-    _refuse_where(name, x, "finite", ~torch.isfinite(x), where)
-
-
-def check_squarable(name: str, x: Tensor, where: Tensor | None = None) -> None:
-    """Finite, and of a magnitude whose squares add up without an overflow. Reads device values."""
-    check_finite(name, x, where)
-    if x.dtype in (torch.float32, torch.float64):
-        most = largest_value(x.dtype)
-        _refuse_where(
-            name, x, f"of a magnitude of at most {most:.3g}, so that no square overflows", x.abs() > most, where
-        )
-
-
-def _refuse_where(name: str, x: Tensor, what: str, bad: Tensor, where: Tensor | None) -> None:
-    if where is not None:
-        bad &= where
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{name} must be {what}; it is {float(x[at])} at index {at}")
-
-
-def check_values(name: str, x: Tensor, low: float, where: Tensor | None = None) -> None:
-    """Finite and at least ``low``. Reads device values."""
-    check_finite(name, x, where)
-    read = x if where is None else x[where]
-    if bool((read < low).any()):
-        raise ValueError(f"{name} must be at least {low:g}; the smallest is {float(read.min())}")
-
-
-def check_rewards(rewards: Tensor, gate: Tensor | None, weights: Tensor | None) -> None:
-    """Those that the gate lets through and that weigh something, and the weights. Reads device values."""
-    where = gate
-    if weights is not None:
-        check_values("weights", weights, 0, where)
-        where = weights != 0 if gate is None else gate & (weights != 0)
-    check_squarable("rewards", rewards, where)
-
-
-def check_leaves(leaf_advantages: Tensor, leaf_weights: Tensor | None) -> None:
-    """The weights, and the advantages of what weighs something. Reads device values."""
-    if leaf_weights is not None:
-        check_values("leaf_weights", leaf_weights, 0)
-    check_finite("leaf_advantages", leaf_advantages, None if leaf_weights is None else leaf_weights != 0)
-
-
-def check_temperatures(x: Tensor, dtype: torch.dtype) -> None:
-    """Reads device values."""
-    check_finite("temperature", x.flatten())
-    if not bool((x > 0).all()):
-        raise ValueError(f"temperature must be positive; its smallest value is {float(x.min())}")
-    least, most = REPRESENTABLE[dtype]
-    bad = (x < least) | (x > most)
-    if bool(bad.any()):
-        raise ValueError(f"temperature must be {_range(dtype)}; it is {float(x[bad][0])}")
-
-
-def check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None, name: str = "targets") -> None:
-    """Reads device values."""
-    bad = (targets < 0) | (targets >= vocabulary)
-    if mask is not None:
-        bad &= mask
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0, 0])
-        value = int(targets.flatten()[row])
-        hint = "; rows that are not to be scored are False in mask=" if mask is None and name == "targets" else ""
-        raise ValueError(
-            f"{name} must lie in [0, {vocabulary}) on every unmasked row; {name} is {value} at row {row}{hint}"
-        )
-
-
-def check_pairs(
-    targets: Tensor,  # [P]
-    vocabulary: int,
-    rows: Tensor | None,  # [P]
-    tokens: int,
-    mask: Tensor | None,  # [P]
-    support: tuple[Tensor, Tensor] | None,  # [E], [P+1]
-) -> None:
-    """Whether the rows, targets and supports of a head exist. Reads device values."""
-    check_targets(targets, vocabulary, mask)
-    if rows is not None:
-        bad = (rows < 0) | (rows >= tokens)
-        if mask is not None:
-            bad &= mask
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0, 0])
-            raise ValueError(
-                f"rows must lie in [0, {tokens}) on every unmasked pair; rows is {int(rows[at])} at pair {at}"
-            )
-    if support is not None:
-        _check_support(*support, targets, vocabulary, mask)
-
-
-def _check_support(ids: Tensor, offsets: Tensor, targets: Tensor, vocabulary: int, mask: Tensor | None) -> None:
-    check_offsets("sampling_support offsets", offsets, ids.shape[0])
-    check_targets(ids, vocabulary, None, name="sampling_support ids")
-    pair = torch.repeat_interleave(
-        torch.arange(targets.shape[0], device="cpu"), offsets.diff(), output_size=ids.shape[0]
-    )
-    held = torch.zeros(targets.shape, dtype=torch.bool, device="cpu")
-    held[pair[ids == targets[pair]]] = True
-    lacks = ~held if mask is None else ~held & mask
-    if bool(lacks.any()):
-        at = int(lacks.nonzero()[0, 0])
-        target = int(targets[at])
-        raise ValueError(f"sampling_support must hold every unmasked target; it lacks {target} at pair {at}")
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
-    """Reads device values."""
-    check_offsets("cu_seqlens", cu_seqlens, length, "tokens")
-
-
-def check_equal_lengths(cu_seqlens: Tensor, group_ids: Tensor) -> None:
-    """The rollouts of each group score the same reference. Reads device values."""
-    lengths, (ids, group) = cu_seqlens.diff(), torch.unique(group_ids, return_inverse=True)
-    least, most = (
-        lengths.new_zeros(ids.shape).scatter_reduce(0, group, lengths, to, include_self=False)
-        for to in ("amin", "amax")
-    )
-    uneven = (least != most).nonzero()
-    if uneven.numel():
-        at = int(uneven[0, 0])
-        raise ValueError(
-            "cu_seqlens must give all rollouts of a group references of equal length; "
-            f"group {int(ids[at])} has lengths {lengths[group == at].unique().tolist()}"
-        )
-
-
-def check_offsets(name: str, offsets: Tensor, length: int, what: str = "entries") -> None:
-    """Reads device values."""
-    if offsets.numel() == 0:
-        raise ValueError(f"{name} must hold at least its first 0; it is empty")
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != length:
-        raise ValueError(f"{name} must run from 0 to the {length} {what}; it runs from {first} to {last}")
-    falls = (offsets[1:] < offsets[:-1]).nonzero()  # a difference could overflow
-    if falls.numel():
-        at = int(falls[0, 0])
-        pair = offsets[at : at + 2].tolist()
-        raise ValueError(f"{name} must never decrease; it goes from {pair[0]} to {pair[1]} at index {at + 1}")
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """An error that begins with the name of an argument here begins with the caller's."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in names:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{names[name]} {rest}") from None

@@ -7,6 +7,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS)  # of a padded batch
+LAID_OUT = (*MASKS, torch.complex32, torch.complex64, torch.complex128)  # what torch can copy by index
 
 
 def accumulator(x: Tensor) -> torch.dtype:

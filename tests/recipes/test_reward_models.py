@@ -230,7 +230,7 @@ def test_majority_feeds_the_knockout() -> None:
 )
 def test_bad_votes(votes, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        round_robin(lambda firsts, seconds: votes, "ab", both_orders=False)
+        round_robin(lambda firsts, seconds: votes, ["a", "b"], both_orders=False)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_bad_votes(votes, error: type, message: str) -> None:
             ValueError,
             "weights must be at least 0",
         ),
-        (lambda: round_robin(None, [1, 2], both_orders=1), TypeError, "both_orders must be True or False"),
+        (lambda: round_robin(print, [1, 2], both_orders=1), TypeError, "both_orders must be True or False"),
     ],
 )
 def test_refuses_in_training(call, error: type, message: str) -> None:

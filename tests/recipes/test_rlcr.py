@@ -160,7 +160,7 @@ def test_a_weighted_vote_beats_the_majority_where_confidences_tell() -> None:
     ("answers", "confidences", "method", "error", "message"),
     [
         (["a"], [0.5], "mean", ValueError, "method must be one of 'weighted', 'max', 'majority'"),
-        ("ab", [0.5, 0.5], "max", TypeError, "answers must be a sequence, one answer a sample"),
+        ("ab", [0.5, 0.5], "max", TypeError, "answers must be a sequence of answers, one a sample"),
         (["a"], [0.5, 0.5], "max", ValueError, "confidences must have one entry for each of the 1 answers, got 2"),
         (["a", "b"], [0.5, 1.5], "weighted", ValueError, r"confidences must lie in \[0, 1\]; it is 1.5 at index 1"),
         ([None, "b"], [-1.0, 0.5], "weighted", ValueError, r"confidences must lie in \[0, 1\]; it is -1.0 at index 0"),

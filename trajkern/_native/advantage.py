@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_cu_seqlens, check_rewards
 from trajkern._native._args import call, pointer
+from trajkern._values import check_cu_seqlens, check_rewards
 
 
 def _rows(

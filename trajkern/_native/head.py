@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_cu_seqlens, check_pairs, check_temperatures
 from trajkern._native._args import DTYPE, pointer
 from trajkern._native.policy_loss import policy_loss
 from trajkern._tiles import head as tiles
@@ -19,6 +18,7 @@ from trajkern._tiles.head import Folded, Stats
 from trajkern._tiles.pairs import Pairs
 from trajkern._tiles.shards import shard
 from trajkern._tiles.tiles import Block, BlockTerms, Kernels, Narrowing
+from trajkern._values import check_cu_seqlens, check_pairs, check_temperatures
 
 
 def gather(

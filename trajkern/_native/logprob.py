@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_targets
 from trajkern._dtypes import accumulator
 from trajkern._native._args import DTYPE, as_rows, pointer, rows
+from trajkern._values import check_targets
 
 
 def token_stats(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trajkern import _ext
-from trajkern._checks import check_cu_seqlens
 from trajkern._native._args import DTYPE, pointer
+from trajkern._values import check_cu_seqlens
 from trajkern.losses.inputs import LossInputs, fill_without_tokens
 
 

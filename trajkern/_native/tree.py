@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_leaves, check_squarable
 from trajkern._native._args import call, pointer
+from trajkern._values import check_leaves, check_squarable
 
 
 def _sizes(tree: list[Tensor]) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from trajkern._checks import (
     check_device,
-    check_finite,
     check_flag,
     check_instance,
     check_process_group,
@@ -22,6 +21,7 @@ from trajkern._checks import (
     suggesting,
 )
 from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern._values import check_finite
 from trajkern.credit._ranks import Ranks
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans, trajectories

@@ -16,12 +16,12 @@ from trajkern._checks import (
     check_flag,
     check_instance,
     check_number,
-    check_offsets,
     check_shape,
     check_tensor,
     describe,
 )
 from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern._values import check_offsets
 from trajkern.credit.part import Value, check_name
 from trajkern.credit.rollouts import Rollouts, spans_each, widened
 from trajkern.ops.reflection import reflection_rewards

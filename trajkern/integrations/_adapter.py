@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_flag, check_tensor
-from trajkern.integrations._arguments import NUMBERS, choosing, renamed, weighing
+from trajkern._checks import check_flag, check_tensor, renamed
+from trajkern.integrations._arguments import NUMBERS, choosing, weighing
 from trajkern.integrations._handle import Enabled
 
 _ABSENT = object()

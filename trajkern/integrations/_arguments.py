@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -87,16 +86,3 @@ def weighing(name: str, weights: Tensor) -> Tensor:
     if readable(weights) and bool((illegal := weights < 0).any()):
         raise ValueError(f"{name} must be at least 0, got {weights[illegal][0].item():g}")
     return weights
-
-
-@contextlib.contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """An error that begins with the name of an argument here begins with the host's."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        name, _, rest = str(error).partition(" ")
-        if name not in names:
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{names[name]} {rest}") from None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_finite
+from trajkern._values import check_finite
 from trajkern.integrations._arguments import choosing
 from trajkern.integrations._host_tree import TreeRollouts
 

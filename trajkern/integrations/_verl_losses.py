@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import renamed
 from trajkern.integrations._adapter import PaddedRows, padded_rows
-from trajkern.integrations._arguments import renamed, weighing
+from trajkern.integrations._arguments import weighing
 
 Result = tuple[Tensor, dict[str, Any]]
 LOSSES: dict[str, Callable[..., Result]] = {}

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import suggesting
+from trajkern._checks import renamed, suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _areal_credit
 from trajkern.integrations import _areal_terms as terms
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._areal_terms import Pack, Rejected, packed
-from trajkern.integrations._arguments import by_annotation, renamed
+from trajkern.integrations._arguments import by_annotation
 from trajkern.integrations._credit_checks import spec_of
 
 TESTED = ("1.0.4",)

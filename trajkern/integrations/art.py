@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_count, check_finite, check_shape, check_tensor, check_values, describe
+from trajkern._checks import check_count, check_shape, check_tensor, describe
+from trajkern._values import check_finite, check_values
 from trajkern.integrations._host_tree import TreeRollouts
 
 __all__ = ["TreeRollouts", "tree_rollouts"]

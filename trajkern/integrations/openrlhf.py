@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_count, check_divisor, suggesting
+from trajkern._checks import check_count, check_divisor, renamed, suggesting
 from trajkern.integrations._adapter import (
     Enabled,
     PaddedRows,
@@ -29,7 +29,7 @@ from trajkern.integrations._adapter import (
     held,
     padded_rows,
 )
-from trajkern.integrations._arguments import by_annotation, renamed
+from trajkern.integrations._arguments import by_annotation
 
 TESTED = ("0.11.2",)
 HOLDERS = {  # who holds the name from its import on; the last only if it is loaded already

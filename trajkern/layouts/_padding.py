@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import as_number, check_shape, check_tensor, describe
+from trajkern._checks import as_number, check_dtype, check_shape, check_tensor, describe
+from trajkern._dtypes import MASKS
 
 
 def real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:
@@ -22,8 +23,7 @@ def real_tokens(attention_mask: Tensor, tokens: Tensor) -> Tensor:
 
 def flags(name: str, mask: Tensor, tokens: Tensor) -> Tensor:
     same_shape(name, mask, tokens)
-    if mask.is_complex():
-        raise TypeError(f"{name} must be of a real dtype; got {describe(mask)}")
+    check_dtype(name, mask, MASKS)
     bad = ~torch.isfinite(mask) | (mask < 0)
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
@@ -41,8 +41,6 @@ def same_shape(name: str, x: Tensor, tokens: Tensor) -> Tensor:
 def padding(value: Any, x: Tensor) -> float:
     """The number that stands where ``x`` has none, which its dtype must hold: NaN and infinity too, if it has them."""
     number = value if isinstance(value, bool) else as_number("value", value)
-    if x.is_quantized:
-        raise TypeError(f"x must not be quantised; got {describe(x)}")
     if x.is_floating_point() or x.is_complex():
         legal = number != number or abs(number) == math.inf or abs(number) <= torch.finfo(x.dtype).max
     elif x.dtype == torch.bool:

@@ -17,16 +17,15 @@ from trajkern._checks import (
     check_boundaries,
     check_choice,
     check_count,
-    check_cu_seqlens,
     check_device,
-    check_finite,
     check_shape,
     check_tensor,
     check_valued,
     describe,
     suggesting,
 )
-from trajkern._dtypes import INTEGERS
+from trajkern._dtypes import INTEGERS, LAID_OUT
+from trajkern._values import check_cu_seqlens, check_finite
 from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, owned
 from trajkern.layouts._padding import flags, padding, real_tokens, same_shape
 from trajkern.layouts._selection import GROUPS, concatenated_bounds, concatenated_groups, selection
@@ -281,9 +280,9 @@ class PackedBatch:
         """Pack a left- or right-padded batch.
 
         ``attention_mask`` is positive on real tokens and zero on padding, and real tokens must be contiguous in each
-        row; rows may be padded on either side. ``loss_mask`` (any real dtype, positive = scored) must be zero on
-        padding. NaN, infinity or a negative number (a mask that is to be added to scores) in either is an error. Reads
-        values on the host, as construction does.
+        row; rows may be padded on either side. ``loss_mask`` (positive = scored) must be zero on padding. Both are
+        bool, uint8, of signed integers or of floats of 16 to 64 bits; NaN, infinity or a negative number (a mask that
+        is to be added to scores) in either is an error. Reads values on the host, as construction does.
         """
         check_tensor("tokens", tokens, dtypes=INTEGERS, ndim=2)
         check_valued("tokens", tokens)
@@ -304,7 +303,7 @@ class PackedBatch:
 
         ``length`` defaults to :attr:`max_length`. The inverse of :meth:`from_padded`, bit for bit.
         """
-        check_tensor("x", x, device=self.device)
+        check_tensor("x", x, dtypes=LAID_OUT, device=self.device)
         if x.ndim == 0 or x.shape[0] != self.num_tokens:
             raise ValueError(f"x must have {self.num_tokens} rows, one a token; got {describe(x)}")
         length = self.max_length if length is None else length

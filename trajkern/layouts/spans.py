@@ -12,7 +12,6 @@ from trajkern import _ext
 from trajkern._checks import (
     check_boundaries,
     check_count,
-    check_cu_seqlens,
     check_device,
     check_shape,
     check_tensor,
@@ -21,6 +20,7 @@ from trajkern._checks import (
     suggesting,
 )
 from trajkern._dtypes import INTEGERS
+from trajkern._values import check_cu_seqlens
 from trajkern.layouts import _plain
 from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, derived, owned
 from trajkern.layouts._selection import selection

@@ -13,17 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_shape,
-    check_tensor,
-    check_valued,
-    check_values,
-    suggesting,
-)
+from trajkern._checks import check_choice, check_count, check_flag, check_shape, check_tensor, check_valued, suggesting
 from trajkern._dtypes import INTEGERS
+from trajkern._values import check_values
 from trajkern.layouts._block_mask import path_mask
 from trajkern.layouts._given import Given, derived, moved, owned
 from trajkern.layouts._leaf_weights import aggregate_weights

@@ -14,7 +14,6 @@ from trajkern._checks import (
     check_choice,
     check_flag,
     check_number,
-    check_pairs,
     check_process_group,
     check_shape,
     check_tensor,
@@ -26,6 +25,7 @@ from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.shards import Shard, laid, shard
 from trajkern._tiles.tiles import FIXED_ROWS
+from trajkern._values import check_pairs
 from trajkern.ops._agreement import agreed
 from trajkern.ops._temperature import check_temperature
 

@@ -12,7 +12,6 @@ from trajkern import _backends
 from trajkern._checks import (
     as_number,
     check_boundaries,
-    check_cu_seqlens,
     check_flag,
     check_instance,
     check_number,
@@ -23,6 +22,7 @@ from trajkern._checks import (
     readable,
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
+from trajkern._values import check_cu_seqlens
 from trajkern.losses.arguments import LossArguments
 from trajkern.losses.config import PolicyLoss
 from trajkern.ops.policy_loss_ranks import check_agreement, check_parts

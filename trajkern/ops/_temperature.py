@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trajkern._checks import check_number, check_shape, check_temperatures, check_tensor, laid_out, readable
+from trajkern._checks import check_number, check_shape, check_tensor, laid_out, readable
 from trajkern._dtypes import FLOATS, accumulator
+from trajkern._values import check_temperatures
 
 
 def check_temperature(

@@ -18,11 +18,9 @@ from trajkern import _backends
 from trajkern._checks import (
     check_boundaries,
     check_choice,
-    check_cu_seqlens,
     check_flag,
     check_number,
     check_process_group,
-    check_rewards,
     check_shape,
     check_tensor,
     laid_out,
@@ -30,6 +28,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import GAE
+from trajkern._values import check_cu_seqlens, check_rewards
 from trajkern.ops import _rank_moments
 from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import check_choice, describe, readable
+from trajkern._checks import check_names, readable
 from trajkern._results import TokenStats
 from trajkern._tiles.arguments import Head
 from trajkern.ops._autograd import applied, differentiable_once, keep, kept
@@ -214,7 +214,7 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    _check_outputs(outputs)
+    check_names("outputs", outputs, OUTPUTS)
     head = HeadArguments(
         hidden,
         weight,
@@ -232,13 +232,6 @@ def linear_token_stats(
         batch_invariant,
     )
     return checked_token_stats(head, check_head(head, "linear_token_stats", outputs=sorted(set(outputs))), outputs)
-
-
-def _check_outputs(outputs: Sequence[str]) -> None:
-    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
-        raise TypeError(f"outputs must be a sequence of names, got {describe(outputs)}")
-    for name in outputs:
-        check_choice("outputs", name, OUTPUTS)
 
 
 def checked_token_stats(arguments: HeadArguments, head: Head, outputs: Sequence[str]) -> TokenStats:

@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import (
-    check_choice,
-    check_flag,
-    check_shape,
-    check_targets,
-    check_tensor,
-    describe,
-    is_fake,
-    laid_out,
-)
+from trajkern._checks import check_flag, check_names, check_shape, check_tensor, describe, is_fake, laid_out
 from trajkern._dtypes import accumulator
 from trajkern._results import TokenStats
+from trajkern._values import check_targets
 from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 from trajkern.ops._temperature import check_temperature
@@ -156,10 +148,7 @@ def token_stats(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
-        raise TypeError(f"outputs must be a sequence of names, got {describe(outputs)}")
-    for name in outputs:
-        check_choice("outputs", name, OUTPUTS)
+    check_names("outputs", outputs, OUTPUTS)
     results = iter(_stats(logits, targets, outputs, temperature, mask, inplace_backward))
     return TokenStats(next(results), *(next(results) if name in outputs else None for name in OUTPUTS))
 

@@ -28,11 +28,8 @@ from trajkern._checks import (
     check_boundaries,
     check_choice,
     check_count,
-    check_cu_seqlens,
-    check_equal_lengths,
     check_flag,
     check_shape,
-    check_squarable,
     check_tensor,
     is_fake,
     laid_out,
@@ -40,6 +37,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Reflection
+from trajkern._values import check_cu_seqlens, check_equal_lengths, check_squarable
 from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded
 

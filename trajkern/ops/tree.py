@@ -20,18 +20,10 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import (
-    check_choice,
-    check_leaves,
-    check_number,
-    check_shape,
-    check_squarable,
-    check_tensor,
-    laid_out,
-    readable,
-)
+from trajkern._checks import check_choice, check_number, check_shape, check_tensor, laid_out, readable
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._results import Branch
+from trajkern._values import check_leaves, check_squarable
 from trajkern.layouts.tree import Tree
 from trajkern.ops._autograd import applied, differentiable_once, keep, kept
 from trajkern.ops._library import define, recorded

@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from trajkern import _backends
-from trajkern._checks import (
-    check_device,
-    check_finite,
-    check_shape,
-    check_tensor,
-    describe,
-    readable,
-    resolved,
-    suggesting,
-)
+from trajkern._checks import check_device, check_shape, check_tensor, describe, readable, resolved, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern._results import Branch
+from trajkern._values import check_finite
 from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import offsets_of
 from trajkern.layouts.tree import Tree

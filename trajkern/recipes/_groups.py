@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, spread, subtree_reduce
-from trajkern._checks import (
-    check_boundaries,
-    check_cu_seqlens,
-    check_finite,
-    check_shape,
-    check_tensor,
-    check_values,
-    readable,
-)
+from trajkern._checks import check_boundaries, check_shape, check_tensor, readable
+from trajkern._values import check_cu_seqlens, check_squarable, check_values
 from trajkern.layouts.spans import trajectories
 from trajkern.ops.advantage import FLOATS, INTEGERS
 
@@ -31,12 +24,13 @@ def check_vector(
     *,
     finite: bool = True,
 ) -> None:
-    """``x`` is a vector of ``count`` values (any number for None); floats are finite, where reading them is free."""
+    """``x`` is a vector of ``count`` values (any number for None); floats are finite, and of squares that are, where
+    reading them is free."""
     check_tensor(name, x, dtypes=dtypes, ndim=1, device=device)
     if count is not None:
         check_shape(name, x, (count,), meaning)
     if finite and x.is_floating_point() and readable(x):
-        check_finite(name, x)
+        check_squarable(name, x)
 
 
 def check_ids(name: str, x: Any, count: int, meaning: str, device: torch.device) -> None:

@@ -11,12 +11,12 @@ from trajkern._checks import (
     check_choice,
     check_flag,
     check_number,
-    check_offsets,
     check_tensor,
     readable,
     suggesting,
 )
 from trajkern._dtypes import accumulator
+from trajkern._values import check_offsets
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_index, check_order, check_vector, group_sum, pair_ids, taken, widened
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_choice, check_count, check_number, check_values, describe, readable, suggesting
+from trajkern._checks import check_choice, check_count, check_number, describe, readable, suggesting
 from trajkern._dtypes import accumulator
+from trajkern._values import check_values
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, widened
 

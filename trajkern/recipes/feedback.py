@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from trajkern import group_advantages
-from trajkern._checks import check_finite, check_number, check_tensor, describe, readable, suggesting
+from trajkern._checks import check_count, check_number, check_sequence, check_tensor, describe, readable, suggesting
 from trajkern._dtypes import accumulator
+from trajkern._values import check_finite
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import (
     check_ids,
@@ -63,10 +64,13 @@ def select_hint(scores: Sequence[int | None], hints: Sequence[str | None], *, mi
     Returns:
         None where no hint is left: such a sample has no directive term.
     """
+    check_sequence("scores", scores, "votes")
+    check_sequence("hints", hints, "texts")
+    min_length = check_count("min_length", min_length, low=0)
     if len(scores) != len(hints):
         raise ValueError(f"hints must have one entry for each of the {len(scores)} scores, got {len(hints)}")
     for at, score in enumerate(scores):
-        if score not in (1, 0, -1, None):
+        if score is not None and (type(score) is not int or score not in (1, 0, -1)):
             raise ValueError(f"scores must be 1, 0, -1 or None; it is {score!r} at index {at}")
     for hint in hints:
         if not isinstance(hint, (str, type(None))):

@@ -13,24 +13,27 @@ import torch
 from torch import Tensor
 
 from trajkern._checks import (
+    check_callable,
     check_choice,
     check_count,
-    check_finite,
     check_flag,
     check_number,
+    check_sequence,
     check_shape,
     check_tensor,
-    check_values,
+    check_valued,
     describe,
     readable,
     suggesting,
 )
+from trajkern._values import check_finite, check_values
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_index, check_vector, widened
 
 RULES = ("deepseek_grm", "rm_r1", "rrm")
 VERDICTS = ("A", "B")
 SCORES = (*FLOATS, *INTEGERS)
+JUDGE = "a function of the firsts and the seconds of pairs"
 TAIL = 80  # characters at the end of a judgement in which its verdict must stand
 Candidate = TypeVar("Candidate")
 Prefer = Callable[[Sequence[Candidate], Sequence[Candidate]], Tensor]
@@ -86,7 +89,7 @@ def _best(scores: Tensor, labels: Tensor | Sequence[str]) -> Tensor:
 
 def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[str]) -> Tensor:
     for name, x in (("judgements", texts), ("labels", labels)):
-        if isinstance(x, (str, Tensor)) or not all(isinstance(text, str) for text in x):
+        if not isinstance(x, Sequence) or isinstance(x, str) or not all(isinstance(text, str) for text in x):
             raise TypeError(f"{name} must be a sequence of strings for rule 'rm_r1', got {describe(x)}")
     if len(texts) != len(labels):
         raise ValueError(f"labels must have one entry for each of the {len(texts)} judgements, got {len(labels)}")
@@ -100,6 +103,8 @@ def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[st
 def verdict(text: str) -> str | None:
     """ "A" or "B" where ``<answer>[[A]]</answer>``, or that of B, stands in the text's last 80 characters; None where
     neither does, or both do."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a text, got {describe(text)}")
     said = [x for x in VERDICTS if f"<answer>[[{x}]]</answer>" in text[-TAIL:]]
     return said[0] if len(said) == 1 else None
 
@@ -204,6 +209,7 @@ def elo(
         base: everyone's first rating.
     """
     check_tensor("wins", wins, dtypes=SCORES, ndim=2)
+    check_valued("wins", wins)
     if wins.shape[0] != wins.shape[1]:
         raise ValueError(f"wins must be square; got {describe(wins)}")
     k, base = check_number("k", k, above=0), check_number("base", base)
@@ -237,6 +243,9 @@ def knockout(
         candidates: at least one.
         seed: of the draw, made anew every round.
     """
+    check_callable("compare", compare, "a function of two candidates")
+    check_sequence("candidates", candidates, "candidates")
+    seed = check_count("seed", seed)
     if len(candidates) == 0:
         raise ValueError("candidates must hold at least one, got none")
     draw, left = random.Random(seed), list(candidates)
@@ -270,6 +279,8 @@ def round_robin(prefer: Prefer[Candidate], candidates: Sequence[Candidate], *, b
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
+    check_callable("prefer", prefer, JUDGE)
+    check_sequence("candidates", candidates, "candidates")
     both_orders = check_flag("both_orders", both_orders)
     count = len(candidates)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
@@ -297,6 +308,7 @@ def majority(prefer: Prefer[Candidate], *, both_orders: bool = False) -> Callabl
     Returns:
         A function that raises ValueError where every vote is missing: that is no comparison.
     """
+    check_callable("prefer", prefer, JUDGE)
     both_orders = check_flag("both_orders", both_orders)
 
     def compare(first: Candidate, second: Candidate) -> bool:

@@ -9,11 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._checks import as_number, check_choice, check_count, check_tensor, describe, readable, suggesting
+from trajkern._checks import (
+    as_number,
+    check_choice,
+    check_count,
+    check_sequence,
+    check_tensor,
+    check_valued,
+    readable,
+    suggesting,
+)
 from trajkern.ops.advantage import FLOATS, INTEGERS
 from trajkern.recipes._groups import check_vector
 
 FORMS = ("paper", "code")
+MOST_BINS = 10_000
 VOTES = ("weighted", "max", "majority")
 TRUTHS = (torch.bool, *INTEGERS, *FLOATS)
 
@@ -109,13 +119,13 @@ def calibration(
     Args:
         correct: bool, integer or float ``[N]``, 0 or 1 (checked on the CPU).
         confidence: float ``[N]``, in [0, 1] (checked on the CPU; elsewhere NaN makes ECE and Brier NaN).
-        bins: B, at least 1.
+        bins: B, 1 to 10,000.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     c, q = _checked(correct, confidence)
-    bins = check_count("bins", bins, low=1)
+    bins = check_count("bins", bins, low=1, high=MOST_BINS)
     place = torch.arange(bins + 1, dtype=torch.float64, device=q.device)
     edges = torch.where(place == bins, 1.0, place * (1 / bins))  # as linspace multiplies, on the device
     owner = torch.bucketize(q, edges[1:-1].contiguous(), right=True)
@@ -172,11 +182,12 @@ def vote(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     check_choice("method", method, VOTES)
-    if isinstance(answers, (str, Tensor)):
-        raise TypeError(f"answers must be a sequence, one answer a sample; got {describe(answers)}")
+    check_sequence("answers", answers, "answers, one a sample")
     if isinstance(confidences, Tensor):
         check_tensor("confidences", confidences, dtypes=FLOATS, ndim=1)
+        check_valued("confidences", confidences)
         confidences = confidences.tolist()
+    check_sequence("confidences", confidences, "numbers, one a sample")
     if len(confidences) != len(answers):
         raise ValueError(
             f"confidences must have one entry for each of the {len(answers)} answers, got {len(confidences)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from trajkern import topk_divergence
 from trajkern._checks import (
     check_count,
-    check_finite,
+    check_divisor,
     check_flag,
     check_number,
     check_shape,
     check_tensor,
     describe,
     readable,
+    renamed,
     suggesting,
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
+from trajkern._values import check_finite
 from trajkern.recipes._groups import check_ids, check_vector, pair_ids
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -179,33 +181,42 @@ def divergence_loss(
         check_vector("mask", mask, count, "one flag a token", logits.device, (torch.bool,))
         tokens = torch.where(mask, tokens, 0)
     _check_places("tokens", tokens, vocabulary)
+    tail = check_flag("tail", tail)
     if isinstance(teacher, TopK):
         check_tensor("teacher.ids", teacher.ids, dtypes=INTEGERS, ndim=2, device=logits.device)
         check_shape("teacher.ids", teacher.ids, (count, teacher.ids.shape[1]), "a row for each of logits")
         _check_places("teacher.ids", teacher.ids, vocabulary)
         ids, theirs = teacher.ids.long(), teacher.logprobs
-        tail = check_flag("tail", tail) and ids.shape[1] < vocabulary  # nothing is left, but for rounding
+        tail = tail and ids.shape[1] < vocabulary  # nothing is left, but for rounding
     else:
         check_tensor("teacher", teacher, dtypes=FLOATS, device=logits.device)
         check_shape("teacher", teacher, (count, vocabulary), "log p of every token of the vocabulary, or a TopK")
         ids, theirs, tail = torch.arange(vocabulary, device=logits.device).expand(count, -1), teacher, False
+    divisor = _divisor(normalizer, mask, logits)
     both = _logprobs(logits, torch.cat((ids, tokens.long()[:, None]), 1), temperature)
-    losses = token_losses(
-        both[:, :-1],
-        theirs,
-        beta=beta,
-        tail=tail,
-        weights=weights,
-        mask=mask,
-        logprobs=both[:, -1].detach(),
-        old_logprobs=old_logprobs,
-        max_ratio=max_ratio,
-    )
+    with renamed({"student_logprobs": "logits", "teacher_logprobs": "teacher", "logprobs": "logits"}):
+        losses = token_losses(
+            both[:, :-1],
+            theirs,
+            beta=beta,
+            tail=tail,
+            weights=weights,
+            mask=mask,
+            logprobs=both[:, -1].detach(),
+            old_logprobs=old_logprobs,
+            max_ratio=max_ratio,
+        )
+    return losses.sum() / divisor
+
+
+def _divisor(normalizer: float | Tensor | None, mask: Tensor | None, logits: Tensor) -> float | Tensor:
+    """What is given, else the number of tokens that the mask counts, at least 1."""
     if normalizer is None:
-        normalizer = max(count, 1) if mask is None else mask.sum().clamp_min(1)
-    elif not isinstance(normalizer, Tensor):
-        normalizer = check_number("normalizer", normalizer, above=0)
-    return losses.sum() / normalizer
+        return max(logits.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
+    check_divisor("normalizer", normalizer, logits.device)
+    if isinstance(normalizer, Tensor):
+        return normalizer.reshape(())
+    return check_number("normalizer", normalizer, above=0)
 
 
 def _check_places(name: str, ids: Tensor, vocabulary: int) -> None:
@@ -249,8 +260,7 @@ def peers(
 
 def frozen_teacher(student: Model) -> Model:
     """A copy of the student that does not learn: a static teacher, or the beginning of :func:`update_teacher`'s."""
-    if not isinstance(student, nn.Module):
-        raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}")
+    _check_module("student", student)
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
@@ -266,6 +276,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, rate: float = 0.05) -
     Raises:
         ValueError: the names or shapes of the parameters differ; nothing has changed then.
     """
+    for name, model in (("teacher", teacher), ("student", student)):
+        _check_module(name, model)
     rate = check_number("rate", rate, low=0, high=1)
     ours, theirs = (dict(x.named_parameters()) for x in (teacher, student))
     if differ := sorted(ours.keys() ^ theirs.keys()):
@@ -278,3 +290,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, rate: float = 0.05) -
             if x is theirs[name]:
                 raise ValueError(f"teacher must have parameters of its own; {name} is the student's")
             x.lerp_(theirs[name].to(x.device, x.dtype), rate)
+
+
+def _check_module(name: str, value: Any) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {describe(value)}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from trajkern import Spans, group_advantages
-from trajkern._checks import check_number, check_values, describe, readable, suggesting
+from trajkern._checks import check_number, describe, readable, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
+from trajkern._values import check_values
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, to_tokens, widened
 
 COUNTS = (torch.bool, *FLOATS, *INTEGERS)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from trajkern import Tree, group_advantages, sibling_advantages
-from trajkern._checks import check_choice, check_flag, check_number, check_values, readable, suggesting
+from trajkern._checks import check_choice, check_flag, check_number, readable, suggesting
 from trajkern._dtypes import accumulator
+from trajkern._values import check_squarable, check_values
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_tree, check_vector, leaf_means, widened
 
@@ -96,6 +97,7 @@ def token_advantages(
     check_ids("group_ids", group_ids, count, "one id a token", device)
     check_vector("counted", counted, count, "one flag a token", device, (torch.bool,))
     if readable(tree_ids) and count:
+        check_squarable("token_rewards", token_rewards, counted)
         _check_trees(tree_ids, group_ids)
     across, inside = (_pooled(token_rewards, ids, gate=counted) for ids in (group_ids, tree_ids))
     return across + inside
