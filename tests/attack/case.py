@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from tests.attack.values import hostile
+
+GOOD = "as it should be"
 
 
 class Case(NamedTuple):
@@ -56,15 +60,17 @@ def of_function(
 
     ``kinds``: annotations of arguments that the signature does not say; ``aliases``: what messages may call them.
     """
-    yield Case(name, "as it should be", partial(function, **arguments), (), may_pass=True, heavy=heavy)
+    yield Case(name, GOOD, partial(function, **arguments), (), may_pass=True, heavy=heavy)
     parameters = inspect.signature(function).parameters.values()
     free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     known = {x.name: str(x.annotation) for x in parameters if x.kind not in free} | dict(kinds or {})
     defaults = {x.name: x.default for x in parameters}
+    alone = sum(isinstance(x, Tensor) for x in arguments.values()) == 1
     for argument, kind in known.items():
         value = arguments.get(argument, defaults.get(argument))
         named = (argument, *(aliases or {}).get(argument, ()))
         for label, x in hostile(argument, kind, value):
             changed = {**arguments, argument: x}
-            yield Case(name, f"{argument}: {label}", partial(function, **changed), named, heavy=heavy)
+            shape_alone = alone and label == "meta"  # a result of that shape, where no other says a device
+            yield Case(name, f"{argument}: {label}", partial(function, **changed), named, shape_alone, heavy)
     yield Case(name, "foo", partial(function, **arguments, foo=1), ("foo",), heavy=heavy)

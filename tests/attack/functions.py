@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from tests.attack import recipes
 from tests.attack.case import Case, of_function
-from trajkern.recipes import delta_belief, dro, gigpo, grpo, sdpo, srl, toolpo, tree_grpo
 
 
 def _batch(**changed: Any) -> tk.PackedBatch:
@@ -22,10 +22,6 @@ def _batch_fields() -> dict[str, Any]:
     flags = torch.tensor([False, True, False, True])
     fields = {"tokens": torch.arange(4), "cu_seqlens": torch.tensor([0, 2, 4]), "loss_mask": flags}
     return fields | {"group_ids": torch.zeros(2, dtype=torch.int64), "rewards": torch.tensor([1.0, 0.0])}
-
-
-def _tree() -> tk.Tree:
-    return tk.Tree(torch.tensor([-1, 0, 0]), torch.tensor([2, 1, 1]))
 
 
 def _spans() -> tk.Spans:
@@ -61,11 +57,11 @@ def good() -> dict[Callable[..., Any], dict[str, Any]]:
         tk.reflection_rewards: {"logprobs": x, "cu_seqlens": cu_seqlens, "group_ids": ids, "baseline": x},
         tk.span_reduce: {"x": x, "spans": _spans()},
         tk.spread: {"values": advantages, "layout": _spans()},
-        tk.subtree_reduce: {"leaf_values": advantages, "tree": _tree()},
-        tk.sibling_advantages: {"node_values": x[:3].clone(), "tree": _tree()},
-        tk.branch_coefficients: {"leaf_advantages": advantages, "tree": _tree(), "leaf_weights": torch.ones(2)},
+        tk.subtree_reduce: {"leaf_values": advantages, "tree": recipes.tree()},
+        tk.sibling_advantages: {"node_values": x[:3].clone(), "tree": recipes.tree()},
+        tk.branch_coefficients: {"leaf_advantages": advantages, "tree": recipes.tree(), "leaf_weights": torch.ones(2)},
         **_layouts(mask),
-        **_recipes(x, cu_seqlens, ids),
+        **recipes.good(_batch()),
     }
 
 
@@ -83,32 +79,13 @@ def _layouts(mask: Tensor) -> dict[Callable[..., Any], dict[str, Any]]:
         tk.Tree: tree | {"group_ids": torch.tensor([3]), "source": torch.arange(4)},
         tk.Tree.from_segments: {"segment_ids": torch.tensor([1, 1, 2, 3]), "parent_ids": torch.tensor([1, 1, 1, 1])},
         tk.Tree.from_trajectories: {"batch": _batch()},
-        tk.Paths: {"tree": _tree(), "advantages": torch.ones(2), "gate": torch.ones(2, dtype=torch.bool)},
+        tk.Paths: {"tree": recipes.tree(), "advantages": torch.ones(2), "gate": torch.ones(2, dtype=torch.bool)},
         tk.PolicyLoss: {},
-    }
-
-
-def _recipes(x: Tensor, cu_seqlens: Tensor, ids: Tensor) -> dict[Callable[..., Any], dict[str, Any]]:
-    """Of each shape that a recipe's arguments have, one."""
-    turns = {"log_beliefs": x, "cu_beliefs": cu_seqlens, "penalty": torch.zeros(2)}
-    top = torch.full((4, 2), math.log(0.25))
-    least = {"worst_fraction": 0.5, "top_k": 1}
-    steps = {"trajectory": torch.tensor([0, 1]), "anchor": torch.tensor([0, 0]), "group": ids}
-    return {
-        grpo: {"batch": _batch()},
-        delta_belief.turn_rewards: turns | {"won": torch.ones(2, dtype=torch.bool)},
-        dro.rank_filter: {"ranks": torch.tensor([1, 2, 1, 2]), "cu_seqlens": cu_seqlens, "group_ids": ids} | least,
-        gigpo.step_advantages: {"returns": torch.ones(2), **steps, "episode_rewards": torch.ones(2)},
-        sdpo.token_losses: {"student_logprobs": top, "teacher_logprobs": top, "logprobs": x, "old_logprobs": x},
-        sdpo.peers: {"rewards": torch.ones(2), "group_ids": ids},
-        srl.similarity: {"actions": ["a"], "expert_actions": ["b"]},
-        toolpo.group_preference: {"lengths": torch.ones(2), "folded": torch.tensor([True, False]), "group_ids": ids},
-        tree_grpo.node_rewards: {"leaf_rewards": torch.ones(2), "tree": _tree()},
     }
 
 
 def cases() -> Iterator[Case]:
     for function, arguments in good().items():
         yield from of_function(function.__qualname__, function, arguments)
-    for layout in (_batch(), _spans(), _tree()):
+    for layout in (_batch(), _spans(), recipes.tree()):
         yield from of_function(f"{type(layout).__name__}.to", layout.to, {"device": "cpu"}, {"device": "device"})

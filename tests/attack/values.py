@@ -103,5 +103,16 @@ def _is_legal(name: str, kind: str, x: Any) -> bool:
         return False
     if name == "chunk_size":  # says nothing to us
         return x in (-1, 2**62)
-    large = ("workspace_bytes", "max_length", "top_k", "k", "max_completion_length", "dp_size", "max_steps")
+    if name == "seed":
+        return x in (-1, 2**62)
+    large = (
+        "min_length",
+        "workspace_bytes",
+        "max_length",
+        "top_k",
+        "k",
+        "max_completion_length",
+        "dp_size",
+        "max_steps",
+    )
     return (x == 3 and "float" in kind) or (x == 2**62 and name in large)
