@@ -7,6 +7,8 @@ from torch import Tensor
 
 from trajkern._checks import REPRESENTABLE, largest_value, representable
 
+MOST_WEIGHT = 2.0**64  # of a rollout in its group
+
 
 def check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
     """Reads device values."""
@@ -41,6 +43,7 @@ def check_rewards(rewards: Tensor, gate: Tensor | None, weights: Tensor | None) 
     where = gate
     if weights is not None:
         check_values("weights", weights, 0, where)
+        _refuse_where("weights", weights, f"at most {MOST_WEIGHT:.3g}, so that sums hold", weights > MOST_WEIGHT, where)
         where = weights != 0 if gate is None else gate & (weights != 0)
     check_squarable("rewards", rewards, where)
 

@@ -183,12 +183,16 @@ def _check_workspace(arguments: HeadArguments, invariant: bool, vocabulary: int)
         return 0
     dtype = arguments.logits_dtype if hidden.dtype != torch.float64 else torch.float64
     rows = FIXED_ROWS[hidden.is_cpu] if invariant else 1
-    least = rows * vocabulary * dtype.itemsize
-    workspace_bytes = check_number("workspace_bytes", arguments.workspace_bytes)
-    if workspace_bytes < least:
-        what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
-        raise ValueError(f"workspace_bytes must hold {what} of logits, {least} bytes; got {workspace_bytes}")
-    return int(workspace_bytes)
+    return checked_workspace(arguments.workspace_bytes, rows * vocabulary * dtype.itemsize, rows, "logits")
+
+
+def checked_workspace(given: Any, least: int, rows: int, what: str) -> int:
+    """The bytes that an operator is told, which holds no more than 64 bits of them."""
+    workspace = check_number("workspace_bytes", given)
+    if workspace < least:
+        block = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
+        raise ValueError(f"workspace_bytes must hold {block} of {what}, {least} bytes; got {workspace}")
+    return int(min(workspace, 2**62))
 
 
 def _check_support(support: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -155,7 +155,7 @@ def group_advantages(
         gate: bool ``[N]``; a False trajectory gets 0, enters no statistic, and its reward is not read: it may be the
             NaN of what could not be scored. Applied before the singleton rule.
         weights: float or integer ``[N]``, at least 0: frequencies, as if trajectory i stood w_i times. 0 acts like a
-            False gate.
+            False gate; above 2**64 none is taken.
         process_group: of torch.distributed, over whose ranks the groups' trajectories are spread, any number or none of
             them on a rank; equal ids are one group on all ranks. Every rank must make the call. Each group's count,
             largest reward, sum and sum of squares travel, and the ids; no gradient. A group with a backend for the CPU

@@ -36,7 +36,7 @@ from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
 from trajkern._tiles.tiles import FIXED_ROWS, WORKSPACE
 from trajkern.ops._autograd import applied, differentiable_once, keep, kept
-from trajkern.ops._head_arguments import check_logit_scales, check_projection, of_aligned_width
+from trajkern.ops._head_arguments import check_logit_scales, check_projection, checked_workspace, of_aligned_width
 from trajkern.ops._library import define, recorded
 from trajkern.ops.head import HEAD, grads_fake
 
@@ -230,11 +230,8 @@ def _check_options(
     rows = FIXED_ROWS[hidden.is_cpu] if batch_invariant else 1
     least = rows * 2 * (vocabulary or student.weight.shape[0]) * accumulator(hidden).itemsize
     default = max(least, WORKSPACE[hidden.is_cpu])
-    workspace = default if workspace_bytes is None else check_number("workspace_bytes", workspace_bytes)
-    if workspace < least:
-        what = "one row" if rows == 1 else f"the {rows} rows of a batch-invariant block"
-        raise ValueError(f"workspace_bytes must hold {what} of both logits, {least} bytes; got {workspace}")
-    return [0, int(workspace) // 2, int(batch_invariant)]
+    workspace = checked_workspace(default if workspace_bytes is None else workspace_bytes, least, rows, "both logits")
+    return [0, workspace // 2, int(batch_invariant)]
 
 
 def _checked_beta(beta: float) -> float:
@@ -303,4 +300,6 @@ def _check_sums(name: str, logprobs: Tensor, mask: Tensor | None) -> None:
         bad &= mask
     if bool(bad.any()):
         row = int(bad.int().argmax())
-        raise ValueError(f"{name} must be log p of distinct ids, of sum p at most 1; it is {total[row]:g} in row {row}")
+        raise ValueError(
+            f"{name} must be log p of distinct ids, of sum p at most 1; it is {float(total[row]):g} in row {row}"
+        )
