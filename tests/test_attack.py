@@ -10,7 +10,7 @@ from tests.attack.__main__ import SURFACES, attacked
 from tests.attack.case import Case, outcome
 from tests.attack.page import text
 
-STEPS = {"functions": 23, "odd": 97, "credit": 11, "adapters": 17, "command": 29}
+STEPS = {"functions": 23, "odd": 97, "pairs": 97, "credit": 11, "adapters": 17, "command": 29}
 
 
 @pytest.mark.parametrize("surface", SURFACES)

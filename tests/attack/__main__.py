@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import inspect
 import json
 import signal
 import subprocess
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SURFACES = {
     "functions": "ops, layouts and recipes",
     "odd": "odd arguments of these, by both backends",
+    "pairs": "several odd arguments of these",
     "credit": "credit",
     "adapters": "adapters",
     "command": "the command line",
@@ -45,13 +47,14 @@ class Found(NamedTuple):
     fault: str
 
 
-def worker(surface: str, first: int, step: int, heavy: bool) -> None:
+def worker(surface: str, seed: int, first: int, step: int, heavy: bool) -> None:
     """Every ``step``-th call from the ``first`` on, and all that are right; a line before each and one behind."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _late)
     show = sys.stdout
-    cases: Iterator[Case] = import_module(f"tests.attack.{surface}").cases()
+    make = import_module(f"tests.attack.{surface}").cases
+    cases: Iterator[Case] = make(seed) if "seed" in inspect.signature(make).parameters else make()
     for i, case in enumerate(cases):
         if i < first or (case.heavy and not heavy) or not (i % step == 0 or case.label == GOOD):
             continue
@@ -66,11 +69,12 @@ def _late(*_: Any) -> None:
     raise KeyboardInterrupt("no answer")  # which no handler of errors takes for one
 
 
-def attacked(surface: str, step: int = 1, heavy: bool = True) -> list[Found]:
+def attacked(surface: str, step: int = 1, heavy: bool = True, seed: int = 0) -> list[Found]:
     """What came of a surface's calls; a process that died is begun again behind the call that killed it."""
     found, first = [], 0
     while True:
-        command = [sys.executable, "-m", "tests.attack", "--worker", surface, str(first), str(step), str(int(heavy))]
+        numbers = map(str, (seed, first, step, int(heavy)))
+        command = [sys.executable, "-m", "tests.attack", "--worker", surface, *numbers]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         found += [Found(surface, *line[1:]) for line in lines if len(line) == 5]
@@ -99,16 +103,18 @@ def records(found: list[Found]) -> list[dict[str, Any]]:
 def main(argv: list[str]) -> int:
     """Run the command; the exit status is 1 where a call ended badly."""
     if argv[:1] == ["--worker"]:
-        surface, first, step, heavy = argv[1:]
-        worker(surface, int(first), int(step), heavy == "1")
+        surface, *numbers = argv[1:]
+        seed, first, step, heavy = map(int, numbers)
+        worker(surface, seed, first, step, bool(heavy))
         return 0
     parser = argparse.ArgumentParser(prog="make attack ARGS=...", description="Hostile calls of everything public.")
     parser.add_argument("--only", choices=SURFACES, nargs="+", help="some of it, and write nothing")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what was tried and what fell short there")
     args = parser.parse_args(argv)
     found: list[Found] = []
     for surface in args.only or SURFACES:
-        part = attacked(surface)
+        part = attacked(surface, seed=args.seed)
         bad = [x for x in part if x.fault]
         print(f"{SURFACES[surface]:<28}{len(part):>7,} calls{len(bad):>6} bad", flush=True)
         for x in bad:
