@@ -187,7 +187,7 @@ def test_one_dtype_is_a_list_of_one() -> None:
 
 
 def test_unknown_names_get_the_list() -> None:
-    with pytest.raises(ValueError, match="op must be one of .*'token_logprobs'.*; got 'tokens'"):
+    with pytest.raises(ValueError, match="like must be one of .*'token_logprobs'.*; got 'tokens'"):
         check(tk.whiten, like="tokens")
     with pytest.raises(ValueError, match="intensity must be one of 0, 1, 2, 3; got 4"):
         check(tk.whiten, like="whiten", intensity=4)

@@ -57,6 +57,7 @@ ARROWS = {
         *PUBLIC,
     },
     "testing": {
+        "_dtypes",
         "_backends",
         "_checks",
         "_lazy",

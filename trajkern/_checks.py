@@ -87,9 +87,13 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device} like the other tensors; got {describe(x)}")
 
 
+# of what is not found in trajkern itself, by its part
+HOMES = {"credit": "trajkern.credit.", "integrations": "", "testing": "trajkern.testing."}
+
+
 def check_instance(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
-        home = {"credit": "trajkern.credit.", "integrations": ""}.get(kind.__module__.split(".")[1], "trajkern.")
+        home = HOMES.get(kind.__module__.split(".")[1], "trajkern.")
         raise TypeError(f"{name} must be a {home}{kind.__name__}, got {describe(value)}")
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trajkern._checks import check_choice, check_count, check_flag, check_number, describe, suggesting
+from trajkern._checks import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_sequence,
+    describe,
+    suggesting,
+)
 from trajkern.recipes._skills import (
     Attempt,
     Embed,
@@ -87,8 +96,8 @@ class SkillBank:
         self.lesson_length = check_count("lesson_length", lesson_length, low=4)
         self.search = check_choice("search", search, SEARCH)
         for name, function in (("embed", embed), ("teacher", teacher), ("distiller", distiller)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be callable or None, got {describe(function)}")
+            if function is not None:
+                check_callable(name, function, "callable or None")
         self.teacher, self.distiller = teacher, distiller
         self._likeness = Likeness(embed)
         self._shelves: dict[str | None, list[Skill]] = {}  # of each family, oldest first
@@ -201,6 +210,10 @@ class SkillBank:
         Without skills it is the prompt itself.
         """
         check_text("prompt", prompt)
+        check_sequence("skills", skills, "skills")
+        for i, skill in enumerate(skills):
+            if not isinstance(skill, Skill):
+                raise TypeError(f"skills[{i}] must be a Skill, got {describe(skill)}")
         head = ""
         for kind, title in (("pattern", "What has worked before:"), ("lesson", "Lessons from earlier attempts:")):
             lines = [listed(skill) for skill in skills if skill.kind == kind]

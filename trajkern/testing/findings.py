@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import check_flag
 from trajkern.testing.numerics import Outcome, budget_share, budget_shares, oracle, run, shares_of_numbers
 from trajkern.testing.own import Function, called, held, kept, written
-from trajkern.testing.registry import Inputs, OpSpec
+from trajkern.testing.registry import Inputs, OpSpec, check_parts
 
 WIDTH = 80
 NAMES = 6  # of cases, before "and 9 more"
@@ -58,6 +59,8 @@ def differences(spec: OpSpec, function: Function, inputs: Inputs, backward: bool
         inputs: the arguments, such as ``spec.inputs(spec.case("typical"), torch.float32)``.
         backward: compare its gradients, too.
     """
+    check_parts(spec, function, inputs)
+    backward = check_flag("backward", backward)
     if function is not getattr(tk, spec.name) or not backward:
         spec, function = held(spec, function, backward), called(spec, function)
     before = kept(inputs)

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from trajkern import reference
-from trajkern.testing.registry import Inputs, OpSpec
+from trajkern._checks import (
+    check_count,
+    check_instance,
+    check_number,
+    check_shape,
+    check_tensor,
+    check_valued,
+    describe,
+)
+from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern.testing.registry import MOST_SEED, Inputs, OpSpec, check_parts
 
 Outcome = dict[str, Tensor]
 LARGEST_LOSS_SCALE = 2.0**16  # that torch's GradScaler begins with
@@ -37,8 +47,9 @@ def run(
 
     Without one it is what ``loss_scale`` says.
     """
-    if scale is None:
-        scale = loss_scale(spec, inputs, upstream_seed)
+    check_parts(spec, function, inputs)
+    upstream_seed = check_count("upstream_seed", upstream_seed, low=0, high=MOST_SEED)
+    scale = loss_scale(spec, inputs, upstream_seed) if scale is None else check_number("scale", scale)
     inputs = {k: _leaf(v) if k in spec.differentiable and v is not None else v for k, v in inputs.items()}
     outputs = spec.outputs(function(**inputs))
     outcome = {k: v.detach() for k, v in outputs.items()}
@@ -82,6 +93,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def oracle(spec: OpSpec, inputs: Inputs) -> tuple[Outcome, Outcome]:
     """(the reference in float64, the worst of its results at the inputs' precision, float32 for float64)."""
+    check_parts(spec, run, inputs)
     scale = loss_scale(spec, inputs)
     high, result = _two_precisions(spec, inputs, scale)
     low = _lower(spec, inputs)
@@ -136,6 +148,13 @@ def _turned_back(spec: OpSpec, order: Callable[[Inputs], Inputs], inputs: Inputs
 
 def budget_share(spec: OpSpec, name: str, actual: Tensor, high: Tensor, low: Tensor) -> float:
     """The worst error as a share of its budget: at most 1 passes. NaN and infinity must stand in the same places."""
+    check_instance("spec", spec, OpSpec)
+    if not isinstance(name, str):
+        raise TypeError(f"name must be that of an output, got {describe(name)}")
+    for label, x in {"actual": actual, "high": high, "low": low}.items():
+        check_tensor(label, x, dtypes=(torch.bool, *INTEGERS, *FLOATS))
+        check_valued(label, x)
+    check_shape("low", low, tuple(high.shape), "that of high")
     if actual.shape != high.shape or actual.is_floating_point() != high.is_floating_point():
         return math.inf
     return float(shares_of_numbers(spec, name, actual, high, low).max()) if actual.numel() else 0.0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice
+from trajkern import reference
+from trajkern._checks import check_callable, check_choice, check_count, check_device, check_instance, describe
 
 Inputs = dict[str, Any]
+MOST_SEED = 2**63 - 1  # that a generator takes
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,30 @@ class OpSpec:
 
     def case(self, name: str) -> Case:
         """The case of that name. Raises ValueError with the list of names where there is none."""
-        check_choice(f"a case of {self.name}", name, [case.name for case in self.cases])
+        name = check_choice("name", name, [case.name for case in self.cases])
         return next(case for case in self.cases if case.name == name)
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The case's arguments, its float tensors quantised to ``dtype``."""
+        check_instance("case", case, Case)
+        check_choice("dtype", dtype, self.dtypes)
+        check_device("device", device)
+        seed = check_count("seed", seed, low=0, high=MOST_SEED)
         with torch.device("cpu"):  # whatever torch's default device is
             arguments = case.make(torch.Generator().manual_seed(seed))
         return {k: _typed(v, dtype if k in self.typed else None, device) for k, v in arguments.items()}
+
+
+def check_parts(spec: Any, function: Any, inputs: Any) -> None:
+    """An op's description, a function and arguments of both."""
+    check_instance("spec", spec, OpSpec)
+    check_callable("function", function, "a function of the op's arguments")
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of {spec.name}'s arguments, got {describe(inputs)}")
+    try:
+        inspect.signature(getattr(reference, spec.name)).bind(**inputs)
+    except TypeError as error:
+        raise TypeError(f"inputs must be arguments of {spec.name}: {error}") from None
 
 
 def _typed(x: Any, dtype: torch.dtype | None, device: str) -> Any:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._backends import OWNERS
-from trajkern._checks import check_choice, check_count
+from trajkern._checks import check_choice, check_count, check_device, check_flag, check_sequence, renamed
 from trajkern.testing.findings import Difference, Failure, Result, Results, compared
 from trajkern.testing.numerics import Outcome, budget_shares, run
 from trajkern.testing.own import Function, called, check_arguments, held, kept, name_of, sorted_out, written
-from trajkern.testing.registry import Case, Inputs, OpSpec
+from trajkern.testing.registry import MOST_SEED, Case, Inputs, OpSpec
 
 FRESH = {0: 0, 1: 1, 2: 4, 3: 20}  # intensity -> draws of each small case besides the registry's own
 
@@ -62,12 +62,16 @@ def check(
         TypeError: ``function`` does not take the op's own arguments by name, or returns names that it does not have.
         ValueError: there is no such op, case, dtype, device or intensity.
     """
-    check_choice("intensity", intensity, FRESH)
-    seed = check_count("seed", seed, low=0)
+    intensity = check_choice("intensity", intensity, FRESH)
+    seed = check_count("seed", seed, low=0, high=MOST_SEED)
+    ignore_options, backward = check_flag("ignore_options", ignore_options), check_flag("backward", backward)
+    check_device("device", device)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that torch {torch.__version__} has; got {device!r}, and it sees no GPU")
-    spec = spec_of(like)
+    with renamed({"name": "like"}):
+        spec = spec_of(like)
     precisions = [dtypes] if isinstance(dtypes, torch.dtype) else spec.dtypes if dtypes is None else dtypes
+    check_sequence("dtypes", precisions, "dtypes")
     for dtype in precisions:
         check_choice("dtypes", dtype, spec.dtypes)
     check_arguments(spec, function)
@@ -88,9 +92,12 @@ def check(
 
 def _chosen(spec: OpSpec, cases: str | Sequence[str] | None) -> list[Case]:
     """The cases that a name or a pattern fits, each of which fits one."""
-    patterns = [cases] if isinstance(cases, str) else ["*"] if cases is None else list(cases)
+    patterns = [cases] if isinstance(cases, str) else ["*"] if cases is None else cases
+    check_sequence("cases", patterns, "names")
+    if not patterns:
+        raise ValueError("cases must name at least one, got none")
     for pattern in patterns:
-        if not any(fnmatchcase(case.name, pattern) for case in spec.cases):
+        if not isinstance(pattern, str) or not any(fnmatchcase(case.name, pattern) for case in spec.cases):
             check_choice("cases", pattern, [case.name for case in spec.cases])
     return [case for case in spec.cases if any(fnmatchcase(case.name, pattern) for pattern in patterns)]
 
@@ -99,7 +106,7 @@ def spec_of(name: str) -> OpSpec:
     """The op called ``name``. Raises ValueError with the list of names where there is none."""
     from trajkern.testing import SPECS
 
-    check_choice("op", name, [spec.name for spec in SPECS])
+    name = check_choice("name", name, [spec.name for spec in SPECS])
     return next(spec for spec in SPECS if spec.name == name)
 
 
