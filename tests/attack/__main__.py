@@ -30,6 +30,7 @@ SURFACES = {
     "functions": "ops, layouts and recipes",
     "odd": "odd arguments of these, by both backends",
     "pairs": "several odd arguments of these",
+    "methods": "methods of layouts and of recipes, and testing",
     "credit": "credit",
     "adapters": "adapters",
     "command": "the command line",

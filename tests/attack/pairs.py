@@ -1,4 +1,4 @@
-"""Several odd arguments at once, drawn by a seed from those that a function may take: :mod:`tests.attack.odd`'s rule."""
+"""Several odd arguments at once, drawn by a seed from what a function may take, by the rule of ``odd``."""
 
 from __future__ import annotations
 
