@@ -240,7 +240,11 @@ def resolved_function(argument: str, value: str | Function) -> str | Function:
     if isinstance(value, str):
         if ":" not in value:
             return value
-        name, value = value, load(value)
+        name = value
+        try:
+            value = load(name)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from None
         if not callable(value):
             raise TypeError(f"{argument} must be a function of the rollouts; at {name} is {describe(value)}")
     if not callable(value):

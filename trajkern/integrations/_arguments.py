@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_count, check_flag, check_number, check_tensor, describe, readable
+from trajkern._checks import check_count, check_flag, check_number, check_tensor, describe, readable, renamed
 from trajkern._dtypes import FLOATS, INTEGERS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,25 +24,35 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {"float": check_number, "int": check_count, "bool": check_flag}
 
 
-def by_annotation(function: F) -> F:
-    """The function, that raises TypeError or ValueError where an argument is none of what its annotation says.
+def by_annotation(names: Mapping[str, str] | None = None) -> Callable[[F], F]:
+    """A function that raises TypeError or ValueError where an argument is none of what its annotation says.
 
-    Numbers must be finite, flags True or False, tensors dense, in memory, and on one device.
+    Numbers must be finite, flags True or False, tensors dense, in memory, and on one device; what another library
+    says a number with arrives as Python's.
+
+    Args:
+        names: what the host calls the arguments that an error from inside begins with.
     """
-    signature = inspect.signature(function)
-    kinds = {name: _parts(x.annotation) for name, x in signature.parameters.items()}
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        device: torch.device | None = None
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if kinds[name]:
-                check_kind(name, value, kinds[name], device)
-            if device is None and isinstance(value, Tensor) and value.ndim:
-                device = value.device
-        return function(*args, **kwargs)
+    def decorated(function: F) -> F:
+        signature = inspect.signature(function)
+        kinds = {name: _parts(x.annotation) for name, x in signature.parameters.items()}
 
-    return checked  # type: ignore[return-value]
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            device: torch.device | None = None
+            bound = signature.bind(*args, **kwargs)
+            for name, value in bound.arguments.items():
+                if kinds[name]:
+                    bound.arguments[name] = check_kind(name, value, kinds[name], device)
+                if device is None and isinstance(value, Tensor) and value.ndim:
+                    device = value.device
+            with renamed(names or {}):
+                return function(*bound.args, **bound.kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorated
 
 
 def _parts(annotation: Any) -> tuple[str, ...]:
@@ -51,10 +61,10 @@ def _parts(annotation: Any) -> tuple[str, ...]:
     return parts if all(x in ("Tensor", "None", *_KINDS, *_CHECKS) for x in parts) else ()
 
 
-def check_kind(name: str, value: Any, parts: tuple[str, ...], device: torch.device | None) -> None:
-    """That the value is of one of the kinds, a tensor on the device."""
+def check_kind(name: str, value: Any, parts: tuple[str, ...], device: torch.device | None) -> Any:
+    """The value, a number as Python's: it is of one of the kinds, and a tensor on the device."""
     if value is None and "None" in parts:
-        return
+        return value
     kinds = [x for x in parts if x != "None"]
     if len(kinds) > 1:  # what a value looks like decides which of them it is to be
         looks = "Tensor" if isinstance(value, Tensor) else "float" if isinstance(value, Real) else kinds[0]
@@ -63,9 +73,10 @@ def check_kind(name: str, value: Any, parts: tuple[str, ...], device: torch.devi
     if kind == "Tensor":
         check_tensor(name, value, dtypes=NUMBERS, device=device)
     elif kind in _CHECKS:
-        _CHECKS[kind](name, value)
+        return _CHECKS[kind](name, value)
     elif not isinstance(value, _KINDS[kind][0]) or (kind == "Sequence" and isinstance(value, (str, bytes))):
         raise TypeError(f"{name} must be {_KINDS[kind][1]}, got {describe(value)}")
+    return value
 
 
 def choosing(name: str, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_divisor, check_number, suggesting
+from trajkern._checks import check_divisor, check_number, renamed, suggesting
 from trajkern.integrations._adapter import (
     GRPO_AGGREGATES,
     Enabled,
@@ -64,6 +64,18 @@ def disable() -> None:
     _patches.undo()
 
 
+# what forward calls the arguments of trajkern.linear_policy_loss
+INNER = {
+    "hidden": "_input",
+    "weight": "lin_weight",
+    "targets": "selected_token_ids",
+    "old_logprobs": "old_per_token_logps",
+    "ref_logprobs": "ref_per_token_logps",
+    "normalizer": "num_items_in_batch",
+}
+REFERENCE = {"hidden": "ref_input", "weight": "ref_weight", "bias": "ref_bias"}
+
+
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """Liger's class of that name: GRPO and its relatives from hidden states, without the logits.
 
@@ -76,7 +88,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     ``vllm_is_ratio``.
     """
 
-    @by_annotation
+    @by_annotation()
     def __init__(
         self,
         # Liger's arguments in Liger's order. The reference and how Liger computes:
@@ -132,7 +144,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.beta, self.use_ref_model, self.temperature = beta, use_ref_model, temperature
         self.loss_type, self.clips, self.config = loss_type, options.clips, options.policy_loss()
 
-    @by_annotation
+    @by_annotation(INNER)
     def forward(
         self,
         # Liger's arguments in Liger's order. The policy:
@@ -203,7 +215,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 "ref_per_token_logps, or ref_input and ref_weight, must be given where use_ref_model is True"
             )
         flat = self._hidden(rows, "ref_input", hidden)
-        with torch.no_grad():
+        with torch.no_grad(), renamed(REFERENCE):
             return tk.linear_logprobs(
                 flat,
                 weight.to(flat.dtype),

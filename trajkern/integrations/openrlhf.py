@@ -72,7 +72,7 @@ def disable() -> None:
     _patches.undo()
 
 
-@by_annotation
+@by_annotation({"targets": "labels"})
 def log_probs_from_logits(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...]
@@ -94,7 +94,7 @@ class PolicyLoss(torch.nn.Module):
     batch), the results are 0; gspo's log-ratio is bounded at 20 either way for each token.
     """
 
-    @by_annotation
+    @by_annotation()
     def __init__(
         self,
         clip_eps_low: float = 0.2,
@@ -141,7 +141,7 @@ class PolicyLoss(torch.nn.Module):
                 aggregate="token_mean" if self.token_level_loss else "seq_mean_token_mean",
             )
 
-    @by_annotation
+    @by_annotation({"logprobs": "log_probs", "old_logprobs": "old_log_probs"})
     def forward(
         self,
         log_probs: Tensor,  # [B, L]

@@ -28,6 +28,7 @@ from trajkern import credit as credits
 from trajkern._checks import describe, did_you_mean, suggesting
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, held
+from trajkern.integrations._credit_checks import spec_of
 from trajkern.integrations._host_tree import TreeRollouts
 from trajkern.integrations._trl_async import async_grpo_loss
 from trajkern.integrations._trl_credit import ByCredit, Generation, check_advantages, hooks, with_penalty
@@ -319,12 +320,8 @@ def _crediting(
         feeds["teacher_logprobs"] = _function("teacher_logprobs", teacher)
     if isinstance(recipe, str):
         spec = _named(recipe)
-    if isinstance(spec, str):
-        spec = credits.load(spec)
     if spec is not None:
-        if not isinstance(spec, credits.Spec):
-            raise TypeError(f"credit must be an expression of trajkern.credit, got {describe(spec)}")
-        return ByCredit(spec, **feeds)
+        return ByCredit(spec_of("credit", spec), **feeds)
     if feeds:
         raise ValueError(f"{next(iter(feeds))} must be given with a credit or the name of a recipe, which read it")
     return None if recipe is None else ByFunction(_function("recipe", recipe, "a name, a function or None"))

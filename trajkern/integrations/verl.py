@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_choice, check_flag, check_process_group, check_tensor, suggesting
+from trajkern._checks import check_choice, check_flag, check_process_group, check_tensor, renamed, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit import PRESETS, Spec
 from trajkern.integrations import _verl_advantages, _verl_credit
@@ -202,14 +202,15 @@ def linear_cross_entropy(
     check_process_group("dist_process_group", dist_process_group)
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, one a row; got {list(labels.shape)}")
-    hidden, weight = autocasted(hidden.reshape(-1, hidden.shape[-1]), _gathered(weight))
+    hidden, weight = autocasted(hidden.reshape(labels.numel(), hidden.shape[-1]), _gathered(weight))
     group = dist_process_group
     ranks = 1 if group is None else torch.distributed.get_world_size(group)
     if ranks > 1:
         hidden = _PartOfGradient.apply(hidden, ranks)
-    stats = tk.linear_token_stats(
-        hidden, weight, labels.reshape(-1), temperature=temperature, process_group=group if ranks > 1 else None
-    )
+    with renamed({"targets": "labels"}):
+        stats = tk.linear_token_stats(
+            hidden, weight, labels.reshape(-1), temperature=temperature, process_group=group if ranks > 1 else None
+        )
     assert stats.entropy is not None
     return stats.logprobs, stats.entropy
 
