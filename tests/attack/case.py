@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tests.attack.odd_values import odd
 from tests.attack.values import hostile
 
 GOOD = "as it should be"
@@ -55,8 +56,9 @@ def of_function(
     kinds: Mapping[str, str] | None = None,
     aliases: Mapping[str, tuple[str, ...]] | None = None,
     heavy: bool = False,
+    with_odd: bool = True,
 ) -> Iterator[Case]:
-    """A function's good call, and calls of which one argument is hostile, or has a name that there is not.
+    """A function's good call, and calls of which one argument is hostile or odd, or has a name that there is not.
 
     ``kinds``: annotations of arguments that the signature does not say; ``aliases``: what messages may call them.
     """
@@ -73,4 +75,8 @@ def of_function(
             changed = {**arguments, argument: x}
             shape_alone = alone and label == "meta"  # a result of that shape, where no other says a device
             yield Case(name, f"{argument}: {label}", partial(function, **changed), named, shape_alone, heavy)
+        for label, x in odd(kind, value) if with_odd else ():
+            every = (*known, *(x for names in (aliases or {}).values() for x in names))
+            call = partial(function, **{**arguments, argument: x})
+            yield Case(name, f"{argument}: {label}", call, every, may_pass=True, heavy=heavy)
     yield Case(name, "foo", partial(function, **arguments, foo=1), ("foo",), heavy=heavy)

@@ -130,7 +130,8 @@ def _of_algebra() -> Iterator[Case]:
         "check": {"names": {"reward"}},
     }
     for name, arguments in given.items():
-        yield from of_function(f"Spec.{name}", getattr(spec, name), arguments)
+        lacking = {"names": ("rollouts",)}  # which do not have what the expression needs
+        yield from of_function(f"Spec.{name}", getattr(spec, name), arguments, aliases=lacking)
     for x in NUMBERS:
         yield Case("Spec.__mul__", f"factor: {shown(x)}", partial(_times, spec, x), ("factor", "unsupported"))
     for x in (3, "x", None, [spec], torch.ones(2)):

@@ -13,7 +13,6 @@ import trajkern as tk
 from tests.attack import recipes
 from tests.attack.case import GOOD, Case, of_function
 from tests.attack.functions import _batch, _spans
-from tests.attack.odd import _odd
 from trajkern import testing
 from trajkern.recipes import dro, skillrl, toolpo
 
@@ -143,8 +142,3 @@ def _of(
 
     call.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
     yield from of_function(name, call, arguments)
-    parameters = inspect.signature(like).parameters
-    for argument, parameter in parameters.items():
-        for label, x in _odd(str(parameter.annotation), arguments.get(argument, parameter.default)):
-            changed = {**arguments, argument: x}
-            yield Case(name, f"odd {argument}: {label}", partial(call, **changed), tuple(parameters), may_pass=True)

@@ -9,7 +9,8 @@ from functools import partial
 
 from tests.attack.case import Case
 from tests.attack.functions import good
-from tests.attack.odd import agreed, mild
+from tests.attack.odd import agreed
+from tests.attack.odd_values import mild
 
 COUNT = 20_000
 
