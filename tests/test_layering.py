@@ -69,7 +69,7 @@ ARROWS = {
         "reference",
         *PUBLIC,
     },
-    "trainer": {"_extras", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
+    "trainer": {"_checks", "_extras", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
     "bench": {"_bench"},
     "cli": {"_backends", "_bench", "_ext", "_parser", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"_parser", "testing", *PUBLIC},

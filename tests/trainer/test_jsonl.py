@@ -88,7 +88,7 @@ def test_a_verifier_of_one_s_own(write: Callable[..., str]) -> None:
     short, other = sorted((q for split in range(3) for q in task.questions(split)), key=lambda q: -len(q.prompt))
     assert (task.reward(short, "ab"), task.reward(short, "abc")) == (1.0, 0.0)
     assert task.read(other, "") == Answer(True, 0.5) and short.answer == ""
-    with pytest.raises(TypeError, match=r"verifier .*:lukewarm must return a bool or an Answer, got 0.5"):
+    with pytest.raises(ValueError, match=r"verifier .*:lukewarm must return a bool or an Answer, got 0.5"):
         load_verifier(f"{__name__}:lukewarm")({}, "text")
 
 

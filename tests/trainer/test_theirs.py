@@ -127,9 +127,11 @@ def test_what_a_credits_function_returns_is_refused_in_a_line(
 ) -> None:
     made = config(credit="own_credits:of_none", steps=1)
     monkeypatch.setattr("trajkern.trainer.config.parse", lambda argv: made)
-    assert cli_main([]) == 2
+    assert cli_main([]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "trajkern train: the result of own_credits:none must be a tensor, got None (NoneType)"
+    words = "trajkern train: the result of own_credits:none must be a tensor, got None (NoneType)"
+    stands = f"the last checkpoint stands: continue with --resume {own / 'run' / 'warmup.safetensors'}"
+    assert line == f"{words}; {stands}"
 
 
 @pytest.mark.parametrize(

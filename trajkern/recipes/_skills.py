@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_count, check_number, describe
+from trajkern._checks import check_choice, check_count, check_number, check_tensor, describe
 from trajkern.recipes.srl import similarity
 
 KINDS = ("demonstration", "pattern", "lesson")
@@ -74,17 +74,28 @@ class Likeness:
         if not wordings:
             return []
         new = [text for text in dict.fromkeys((*wordings, prompt)) if text not in self._vectors]
-        found = (
-            torch.as_tensor(self.embed(new), device="cpu")
-            if new
-            else torch.empty(0, 1, dtype=torch.float32, device="cpu")
-        )
-        if found.ndim != 2 or found.shape[0] != len(new) or not bool(found.isfinite().all()):
-            raise ValueError(f"embed must return {len(new)} finite vectors, one a text; got {describe(found)}")
-        unit = torch.nn.functional.normalize(found.detach().double().cpu(), dim=1)
+        unit = self._embedded(new) if new else ()
         vectors = self._vectors | dict(zip(new, unit, strict=True))
         self._vectors |= {text: vectors[text] for text in wordings}  # prompts pass by, skills stay
         return [float(vectors[text] @ vectors[prompt]) for text in wordings]
+
+    def _embedded(self, texts: list[str]) -> Tensor:  # [n, d]
+        """Vectors of length 1, float64."""
+        assert self.embed is not None
+        returned = self.embed(list(texts))
+        try:
+            found = torch.as_tensor(returned, device="cpu")
+            check_tensor("the result of embed", found)
+        except Exception:  # whatever torch says of what it cannot read
+            raise TypeError(f"embed must return {len(texts)} vectors, one a text; got {describe(returned)}") from None
+        legal = found.ndim == 2 and len(found) == len(texts) and not (found.is_meta or found.is_complex())
+        if not legal or not bool(found.isfinite().all()):
+            raise ValueError(f"embed must return {len(texts)} finite vectors, one a text; got {describe(found)}")
+        for known in self._vectors.values():
+            if found.shape[1] != len(known):
+                raise ValueError(f"embed must return vectors of {len(known)} numbers, as before; got {describe(found)}")
+            break
+        return torch.nn.functional.normalize(found.detach().double().cpu(), dim=1)
 
     def forget(self, wording: str) -> None:
         """A skill has left."""

@@ -16,6 +16,7 @@ from trajkern.trainer.divergence import HINTED
 from trajkern.trainer.evaluate import each
 from trajkern.trainer.forest import Lesson
 from trajkern.trainer.ranks import Moments, Ranks, Rows
+from trajkern.trainer.returned import unchanged
 from trajkern.trainer.run import Run
 from trajkern.trainer.sampling import environment, sample
 from trajkern.trainer.systems.actions import action_spans, actions_of
@@ -113,7 +114,7 @@ def known(
         rewards={name: x for name, x in signals.items() if name not in flags},
         flags=flags,
         tree=None if played.forest is None else played.forest.tree,
-        texts=played.texts,
+        texts=list(played.texts),
         rows=[{**row, HINTED: prompt} for row, prompt in zip(rows, prompts, strict=True)],
         score=system.score,
         teacher_logprobs=hinted_logprobs(system, played, prompts) if "teacher_logprobs" in needs else None,
@@ -149,7 +150,9 @@ def judged(run: Run, played: Played, values: Local) -> tuple[Tensor, Tensor] | N
 
 def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local) -> Lesson | None:
     """The rollouts that are kept, of the groups that have an advantage: the others have nothing to learn from."""
-    found, batch, ranks = run.spec(rollouts), played.batch, run.ranks
+    batch, ranks = played.batch, run.ranks
+    with unchanged(f"credit {run.config.credit or run.config.recipe}", *tensors_of(rollouts)):
+        found = run.spec(rollouts)
     values |= moments_of(found)
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), batch.lengths)
     moves = torch.stack([found.advantages != 0, *(weight != 0 for _, weight in found.divergences)]).any(0)
@@ -163,6 +166,13 @@ def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local)
     if not found.mask[keep[owner]].any():
         return None
     return Lesson.of(found, keep, played.forest)
+
+
+def tensors_of(rollouts: credit.Rollouts) -> list[Tensor]:
+    """What a function of an expression could change for all others."""
+    fields = (*vars(rollouts.batch).values(), rollouts.teacher_logprobs)
+    named = (rollouts.rewards or {}, rollouts.span_rewards, rollouts.flags)
+    return [x for x in (*fields, *(x for some in named for x in some.values())) if isinstance(x, Tensor)]
 
 
 def moments_of(found: credit.Credit) -> Local:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from trajkern import credit
+from trajkern.trainer.returned import as_flag, as_list, ask
 from trajkern.trainer.schema import Finite, Share
 from trajkern.trainer.tasks.base import Question, Task
-from trajkern.trainer.tasks.checked import as_finite
 
 Gate = Literal["drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate"]
 Rubric = Callable[[Sequence[Question], Sequence[str]], Sequence[bool]]
@@ -43,21 +44,19 @@ def load_rubric(name: str | None, task: Task) -> Rubric | None:
     if name == "well_formed":
         return lambda questions, texts: [task.read(q, x).well_formed for q, x in zip(questions, texts, strict=True)]
     try:
-        return credit.load(name)
+        function = credit.load(name)
     except ValueError as error:
         raise ValueError(f'compose.rubric must be "well_formed" or {error}') from None
+    if not callable(function):
+        raise ValueError(f'compose.rubric must be "well_formed" or package.module:function; {name!r} is {function!r}')
+    return partial(ask, f"compose.rubric {name}", function)
 
 
 def flags_of(rubric: str | None, returned: Any, count: int) -> list[bool]:
     """What a rubric returned, a flag for each of ``count`` rollouts. Raises TypeError or ValueError for all else."""
-    name = f"compose.rubric {rubric}"
-    try:
-        flags = list(returned)
-    except TypeError:
-        raise TypeError(f"{name} must return a flag for each rollout, got {returned!r:.200}") from None
-    if len(flags) != count:
-        raise ValueError(f"{name} must return a flag for each of {count} rollouts, got {len(flags)}")
-    return [as_finite(f"{name}, of rollout {n}: it", x) != 0 for n, x in enumerate(flags)]
+    name, expected = f"compose.rubric {rubric}", "a flag for each rollout"
+    flags = as_list(name, returned, expected, count)
+    return [as_flag(name, x, expected, part=f"that of rollout {n}") for n, x in enumerate(flags)]
 
 
 def composed(spec: credit.Spec, compose: Compose, gate: Gate) -> credit.Spec:

@@ -17,6 +17,7 @@ from trajkern.trainer.tasks.base import Answer, Question, Task
 from trajkern.trainer.tasks.capabilities import FamilyTask
 from trajkern.trainer.votes import votes
 
+FIGURES = ("pass", "greedy", "distinct", "vote", "weighted_vote", "meta_vote")  # an evaluation's, up to an @
 _SEED = 20_260_101  # every evaluation draws the same random numbers, apart from training's
 
 
@@ -121,7 +122,11 @@ def evaluate(
     by_k, powers = pass_at(rewards), [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     details: dict[str, float | None] = {f"pass@{k}": by_k[k - 1] for k in powers}
     details |= votes(task, asked, texts, rewards, rate(asked, texts) if rate else None)
-    details |= calibration(task, asked, texts) | task.statistics(asked, texts)
+    details |= calibration(task, asked, texts)
+    own = task.statistics(asked, texts)
+    if taken := [name for name in own if name in details or name.partition("@")[0] in FIGURES]:
+        raise ValueError(f"statistics of task {task.name} must not have the names of an evaluation, got {taken[0]!r}")
+    details |= own
     return Accuracy(
         rewards.mean().item(),
         rewards.amax(1).mean().item(),

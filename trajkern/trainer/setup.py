@@ -27,6 +27,7 @@ from trajkern.trainer.systems import System, system_type
 from trajkern.trainer.systems.base import GIVES_HINTS
 from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.tasks import JsonlTask, Splits, Task, load_task
+from trajkern.trainer.tasks.checked import spelling_in
 
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
@@ -239,8 +240,10 @@ def check_task(config: TrainConfig, task: Task) -> None:
     system_type(config.recipe).check(config.recipe, settings_of(config), task)
     if config.compose.hint_weight and not GIVES_HINTS.met(task):
         raise ValueError(f"task must be {GIVES_HINTS.meaning}, for compose.hint_weight; got {task.name!r}")
-    if isinstance(task, JsonlTask) and config.model == "tiny":
-        task.check_characters(ALPHABET)
+    if config.model == "tiny":
+        spelling_in(task, ALPHABET)
+        if isinstance(task, JsonlTask):
+            task.check_characters(ALPHABET)
 
 
 def check_splits(config: TrainConfig, splits: Splits) -> None:

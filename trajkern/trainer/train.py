@@ -30,7 +30,7 @@ from trajkern.trainer.summary import Result, summary
 from trajkern.trainer.systems.base import Values
 from trajkern.trainer.systems.plain import PlainTrees
 from trajkern.trainer.tasks.base import Question
-from trajkern.trainer.theirs import blamed
+from trajkern.trainer.theirs import said
 from trajkern.trainer.update import imitate, update
 
 RAMP = 20  # warm-up steps over which the learning rate rises
@@ -43,8 +43,10 @@ def train(config: TrainConfig) -> Result:
         ValueError: an unknown task, model, recipe or device; a checkpoint that is truncated or of another model; an
             ``out`` that holds another run; more ranks than can share the work.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
-        ResultsError: a file could not be read or written (a full disk, a folder that is gone), or the code of a task, a
-            credit or a rubric of one's own failed; the message has it and the last checkpoint.
+        TypeError: before the run begins, a task whose attributes or methods are of another kind.
+        ResultsError: a file could not be read or written (a full disk, a folder that is gone), the code of a task, a
+            credit or a rubric of one's own failed or returned what is refused, or another setting cannot be met in the
+            middle of the run; the message has it and the last checkpoint.
         RankError: another rank failed or died; the last checkpoint stands.
     """
     folder: list[Path] = []  # of the results, once it is known
@@ -53,14 +55,15 @@ def train(config: TrainConfig) -> Result:
     try:
         with on_cpu:
             return trained(config, folder)
-    except (Interrupted, RankError):
+    except (Interrupted, KeyboardInterrupt, RankError):
         raise
-    except (Exception, SystemExit) as error:
-        theirs, known = blamed(error, config), isinstance(error, (OSError, Diverged))
-        said = not folder and isinstance(error, (ValueError, ImportError))  # what a task says of its own argument
-        if not known and (theirs is None or said):
+    except BaseException as error:  # whatever a task may raise
+        words = said(error, config, begun=bool(folder))
+        if words is None and not isinstance(error, (OSError, Diverged)):
             raise
-        raise failure(error, folder[0] if folder else config.out, config.resume, theirs) from error
+        if words and not folder and isinstance(error, (ValueError, ImportError)):
+            raise ValueError(words) from error
+        raise failure(error, folder[0] if folder else config.out, config.resume, words) from error
 
 
 def trained(config: TrainConfig, folder: list[Path]) -> Result:

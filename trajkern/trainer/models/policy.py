@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Policy(nn.Module, abc.ABC):
     """
 
     eos: int
+    alphabet: Collection[str] | None = None  # what it can spell, where that is not everything
 
     @abc.abstractmethod
     def forward(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:  # [T], _, [P] -> [P, V]
@@ -114,6 +115,7 @@ class CharacterModel(Transformer, Policy):
     """The built-in transformer over characters; it reads a question's short prompt."""
 
     eos = tokenizer.EOS
+    alphabet = frozenset(tokenizer.ALPHABET)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, tokenizer.VOCABULARY)

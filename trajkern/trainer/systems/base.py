@@ -17,6 +17,7 @@ from trajkern.trainer.lagging import SCORER, TEACHER, Lag
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Moments, Ranks
+from trajkern.trainer.returned import ask
 from trajkern.trainer.sampling import Rollouts
 from trajkern.trainer.systems.scoring import score
 from trajkern.trainer.tasks.base import Question, Splits, Task
@@ -41,15 +42,18 @@ SHOWS_WORK = Requirement("one with `reference`, a worked solution", lambda task:
 GIVES_HINTS = Requirement("one with `hint`", lambda task: isinstance(task, HintTask))
 
 
-def load_function(setting: str, name: str) -> Callable[..., Any]:
-    """The function "package.module:function" that a setting names. Raises ValueError where there is none."""
+def load_function(
+    setting: str, name: str, check: Callable[[str, Any], Any] = lambda name, value: value
+) -> Callable[..., Any]:
+    """The function "package.module:function" that a setting names; its results pass ``check``. Raises ValueError where
+    there is none."""
     try:
         found = credit.load(name)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
     if not callable(found):
         raise ValueError(f"{setting} must be package.module:function; {name!r} is {found!r}")
-    return found
+    return lambda *args: check(f"{setting} {name}", ask(f"{setting} {name}", found, *args))
 
 
 class Rounds(NamedTuple):

@@ -107,7 +107,7 @@ class Reflection(GroupSystem):
             return {"reward": played.rewards}
         settings, rollouts = self.settings, self.asked(played)
         kept = torch.ones(len(rollouts), dtype=torch.bool) if self.rounds else self.filter(rollouts)
-        reference = torch.tensor([len(self.reference(q)) for q in played.questions])
+        reference = torch.tensor([len(text) for text in self.references(played)])
         written = torch.tensor(
             [len(self.answer(q, text)) for q, text in zip(played.questions, played.texts, strict=True)]
         )
@@ -119,7 +119,7 @@ class Reflection(GroupSystem):
         """The rollouts with their references and who scores these."""
         return credit.Rollouts(
             played.batch,
-            rows=[{"reference": self.policy.answer(self.reference(q))} for q in played.questions],
+            rows=[{"reference": self.policy.answer(text)} for text in self.references(played)],
             score=self.score,
             process_group=self.ranks.data,
             spans={"reasoning": self.reasoning(played)},
@@ -161,6 +161,12 @@ class Reflection(GroupSystem):
         filtered = int((~rollouts.flags["in_reach"]).sum())
         in_round = {"round_prompts": float(len(self.curriculum.last))} if self.rounds else {}
         return {**in_round, "reflection": reflection, "filtered": filtered, "right_minus_wrong": gaps[~gaps.isnan()]}
+
+    def references(self, played: Played) -> list[str]:
+        """What each rollout is to lead to, the same for all of a question: a task may say it in more ways than one."""
+        found = {id(question): question for question in played.questions}
+        texts = {key: self.reference(question) for key, question in found.items()}
+        return [texts[id(question)] for question in played.questions]
 
     def reference(self, question: Question) -> str:
         """The answer that ends the task's own solution."""

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from trajkern import credit
 from trajkern.integrations.sentence_transformers import embeddings
-from trajkern.recipes.skillrl import Skill, SkillBank
+from trajkern.recipes.skillrl import Sketch, Skill, SkillBank
 from trajkern.trainer.packing import Piece, demonstration
+from trajkern.trainer.returned import as_list, as_text
 from trajkern.trainer.schema import Count, Finite, Range, Share, Size, check_fields
 from trajkern.trainer.systems.base import GroupSystem, Local, load_function
 from trajkern.trainer.tasks.base import Question, Splits
@@ -173,11 +174,19 @@ class SkillBased(GroupSystem):
         others = [other for other in self.bank.families if other != family]
         return others[int(draw(prompt) * len(others))] if others else None
 
+    def _sketches(self, name: str, value: Any) -> list[str | Sketch]:
+        """What a teacher or a distiller returned, in words that a prompt can show."""
+        expected, found = "a list of texts or Sketches", as_list(name, value, "a list of texts or Sketches")
+        for each in found:
+            for words in each if isinstance(each, Sketch) else (each,):
+                as_text(name, words, expected, self.policy.alphabet, "an entry")
+        return found
+
     def _once(self, name: str, function: str | None) -> Callable[..., Any] | None:
         """The function, called on rank 0: what it says, which may be another thing each time, is told to all."""
         if function is None:
             return None
-        found = load_function(f"skillrl.{name}", function)
+        found = load_function(f"skillrl.{name}", function, self._sketches)
         return lambda *of: self.ranks.told(found(*of) if self.ranks.number == 0 else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from trajkern import credit
 from trajkern.recipes import toolpo
+from trajkern.trainer.returned import as_text
 from trajkern.trainer.schema import Finite
 from trajkern.trainer.systems.actions import action_spans, actions_of, completions
 from trajkern.trainer.systems.base import GroupSystem, Local, Played, Requirement, load_function
@@ -50,7 +52,8 @@ class ToolRewards(GroupSystem):
     def __post_init__(self) -> None:
         if self.settings.simulate is not None:
             assert isinstance(self.task, SimulatedTask)
-            self.task = self.task.simulated(load_function("toolpo.simulate", self.settings.simulate))
+            check = partial(as_text, alphabet=self.policy.alphabet)
+            self.task = self.task.simulated(load_function("toolpo.simulate", self.settings.simulate, check))
 
     @classmethod
     def expression(cls, recipe: str, settings: ToolPO) -> credit.Spec:

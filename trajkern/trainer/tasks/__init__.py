@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trajkern._suggest import did_you_mean
 from trajkern.credit import load
+from trajkern.trainer.returned import ask
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 from trajkern.trainer.tasks.capabilities import (
     Action,
@@ -53,7 +54,7 @@ def load_task(name: str, seed: int = 0) -> Task:
     if name.endswith(".jsonl"):
         return JsonlTask(name, seed)
     if ":" in name:
-        return checked(_task_class(name)(name, seed))
+        return checked(ask(f"task {name}", _task_class(name), name, seed))
     choices, near = ", ".join(task_names()), did_you_mean(name, task_names())
     raise ValueError(f"task must be one of {choices}, a .jsonl file or package.module:Class; got {name!r}{near}")
 

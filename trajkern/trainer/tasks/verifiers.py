@@ -8,7 +8,9 @@ from decimal import Decimal
 from typing import Any
 
 from trajkern.credit import load
+from trajkern.trainer.returned import as_flag, ask
 from trajkern.trainer.tasks.base import Answer
+from trajkern.trainer.tasks.checked import as_answer
 
 Row = dict[str, Any]
 Verifier = Callable[[Row, str], Answer]
@@ -73,10 +75,10 @@ def load_verifier(name: str) -> Verifier:
         raise ValueError(f"{expected} package.module:function; {name!r} is {function!r}")
 
     def checked(row: Row, text: str) -> Answer:
-        found = function(row, text)
-        if not isinstance(found, (bool, Answer)):
-            raise TypeError(f"verifier {name} must return a bool or an Answer, got {found!r}")
-        return Answer(found) if isinstance(found, bool) else found
+        found = ask(f"verifier {name}", function, row, text)
+        if isinstance(found, Answer):
+            return as_answer(f"verifier {name}", found)
+        return Answer(as_flag(f"verifier {name}", found, "a bool or an Answer"))
 
     return checked
 
