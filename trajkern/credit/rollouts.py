@@ -15,6 +15,7 @@ from trajkern._checks import (
     check_instance,
     check_process_group,
     check_shape,
+    check_squarable,
     check_tensor,
     describe,
     readable,
@@ -315,6 +316,6 @@ def spans_each(owner: Tensor, count: int, weights: Tensor | None = None) -> Tens
 
 
 def check_counted(name: str, x: Tensor, where: Tensor) -> None:
-    """What a statistic counts is finite, where reading it is free."""
+    """What a statistic counts has squares that add up, where reading it is free."""
     if readable(x):
-        check_finite(name, x, where=where)
+        check_squarable(name, x, where)

@@ -88,8 +88,8 @@ class Likeness:
             check_tensor("the result of embed", found)
         except Exception:  # whatever torch says of what it cannot read
             raise TypeError(f"embed must return {len(texts)} vectors, one a text; got {describe(returned)}") from None
-        legal = found.ndim == 2 and len(found) == len(texts) and not (found.is_meta or found.is_complex())
-        if not legal or not bool(found.isfinite().all()):
+        legal = found.ndim == 2 and len(found) == len(texts) and not found.is_complex()
+        if not legal or not bool(found.double().norm(dim=1).isfinite().all()):
             raise ValueError(f"embed must return {len(texts)} finite vectors, one a text; got {describe(found)}")
         for known in self._vectors.values():
             if found.shape[1] != len(known):

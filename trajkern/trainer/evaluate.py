@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,12 +57,12 @@ def each(items: Sequence, copies: int) -> list:
 
 
 def pass_at(rewards: Tensor) -> list[float]:  # [Q, n]
-    """The chance that k of the n samples of a question, drawn without replacement, hold a right one; the means for
-    k = 1, ..., n."""
+    """The best reward among k of the n samples of a question, drawn without replacement, as is to be expected: where
+    rewards are 0 or 1, the chance that they hold a right one. The means for k = 1, ..., n."""
     n = rewards.shape[1]
-    drawn = torch.arange(n)
-    wrong = (n - rewards.sum(1, dtype=torch.float64))[:, None] - drawn
-    return (1 - (wrong.clamp_min(0) / (n - drawn)).cumprod(1).mean(0)).tolist()
+    ordered = rewards.double().sort(1).values.mean(0).tolist()
+    chances = [[math.comb(at, k - 1) / math.comb(n, k) for at in range(n)] for k in range(1, n + 1)]
+    return [sum(chance * x for chance, x in zip(some, ordered, strict=True)) for some in chances]
 
 
 def distinct_right(rewards: Tensor, texts: Sequence[str]) -> float:  # [Q, n], Q n texts

@@ -146,6 +146,7 @@ def as_text(
     """A string that UTF-8 can hold, and ``alphabet`` can spell where there is one."""
     if not isinstance(value, str):
         raise refuse(TypeError, name, expected, value, part)
+    value = str.__str__(value)  # of a class of one's own, the characters alone
     if not value.isascii():
         try:
             value.encode()
@@ -155,7 +156,7 @@ def as_text(
         character = next(x for x in value if x not in alphabet)
         what = f"{expected} that the model can spell"
         raise refuse(ValueError, name, what, character, f"U+{ord(character):04X}{f' in {part}' if part else ''}")
-    return str(value)
+    return value
 
 
 def as_list(name: str, value: Any, expected: str, count: int | None = None) -> list[Any]:

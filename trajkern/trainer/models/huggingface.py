@@ -121,6 +121,7 @@ class HuggingFacePolicy(Policy):
         return self.model.get_output_embeddings(), self.model.get_input_embeddings()
 
     def start(self, count: int, room: int) -> HuggingFaceCache:
+        self._check_room(room)
         # transformers' cache grows as needed
         cache = require("transformers").DynamicCache(config=self.model.config)
         return HuggingFaceCache(cache, torch.zeros(count, 0, dtype=torch.bool))
@@ -135,6 +136,14 @@ class HuggingFacePolicy(Policy):
             past_key_values=cache.cache,
             logits_to_keep=1,
         ).logits[:, -1]
+
+    def _check_room(self, length: int) -> None:
+        """Raise ValueError beyond the positions that the model has learned."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and length > most:
+            raise ValueError(
+                f"prompts and max_new must fit the model's context of {most} tokens; together the longest has {length}"
+            )
 
     def prompt(self, question: Question) -> list[int]:
         if self._tokenizer.chat_template is None:

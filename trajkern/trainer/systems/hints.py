@@ -22,8 +22,8 @@ def hinted_prompts(system: System, played: Played) -> list[list[int] | None]:
     """Each rollout's prompt with the task's hint before it; None where there is no hint, as for what was right."""
     assert isinstance(system.task, HintTask)
     prompts: list[list[int] | None] = []
-    for question, text, right in zip(played.questions, played.texts, played.rewards.tolist(), strict=True):
-        hint = None if right else system.task.hint(question, text)
+    for question, text, reward in zip(played.questions, played.texts, played.rewards.tolist(), strict=True):
+        hint = None if reward > 0 else system.task.hint(question, text)
         prompts.append(None if hint is None else system.policy.prompt(hinted(question, hint)))
     return prompts
 

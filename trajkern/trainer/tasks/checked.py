@@ -174,14 +174,14 @@ def _drawn(name: str, drawn: Iterator[Any], spelt: Spelt) -> Iterator[Question]:
 
 
 def _question(name: str, value: Any, spelt: Spelt) -> Question:
+    expected = "Question(prompt, text, answer, entry), three texts and a dict"
     if not isinstance(value, Question) or not isinstance(value.entry, Mapping):
-        expected = "Question(prompt, text, answer, entry), three texts and a dict"
         raise refuse(TypeError, name, expected, value)
-    for part in ("prompt", "text", "answer"):
-        as_text(name, getattr(value, part), "Question(prompt, text, answer, entry), three texts and a dict", part=part)
+    texts = {part: as_text(name, getattr(value, part), expected, part=part) for part in ("prompt", "text", "answer")}
     if spelt is not None and not value.prompt:
         raise refuse(ValueError, name, "a Question with a prompt that is not empty", value.prompt, "prompt")
-    return value
+    entry = value.entry if isinstance(value.entry, dict) else ask(name, dict, value.entry)
+    return value._replace(**texts, entry=entry)
 
 
 def _some_questions(name: str, value: Any, spelt: Spelt, args: Any) -> list[Question]:
