@@ -34,6 +34,7 @@ SURFACES = {
     "credit": "credit",
     "adapters": "adapters",
     "command": "the command line",
+    "returned": "what users' code returns",
 }
 SECONDS = 120  # after which a call hangs
 

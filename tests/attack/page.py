@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+COMMANDS = ("command", "returned")  # surfaces of which a call is a whole command
 RULES = """# Errors
 
 What is wrong with a call is said before anything is computed:
@@ -22,12 +23,16 @@ What is wrong with a call is said before anything is computed:
   with 1 where a check or a file failed, 141 where who read its output has gone, 130 after Ctrl-C.
 
 Other errors come from elsewhere: ImportError where an optional package is missing, RuntimeError where a host's version
-lacks what an adapter replaces, ConnectionError from a server, ResultsError where a file of a run could not be written
-or the code that a flag names failed: a line says which flag, what and where, and `python -X dev -m trajkern` the rest.
+lacks what an adapter replaces, ConnectionError from a server, ResultsError where a run cannot go on: a file could not
+be written, or code that a flag names (a task's, a credit's, a rubric's, a verifier's) failed or returned what is
+refused. A line says whose it is, what and where, and from which checkpoint to go on; `python -X dev -m trajkern` shows
+the rest.
 
 Each row below counts calls with one hostile argument (another kind, layout, device or memory; out of range, NaN or too
 large for a float; a name too many) and what they came to. A result is right where nothing was wrong: each function is
-also called as it should be. `make attack` makes the calls and this page.
+also called as it should be. Of users' code each method and function, by the run in which it is asked, gives back or
+raises something hostile at one of its calls; a result is right where the run goes on to its end, its files whole.
+`make attack` makes the calls and this page.
 """
 
 
@@ -38,11 +43,12 @@ def text(found: Iterable[Any], surfaces: Mapping[str, str]) -> str:
     for surface, title in surfaces.items():
         of_surface = [x for x in found if x.surface == surface]
         lines += [f"## {title[0].upper()}{title[1:]}", ""]
-        refused = "status 2 or 1" if surface == "command" else "TypeError | ValueError"
+        is_command = surface in COMMANDS
+        refused = "status 2 or 1" if is_command else "TypeError | ValueError"
         lines.append(f"| called | calls | {refused} | result | bad |")
-        lines.append("|---|--:|" + "--:|" * (3 if surface == "command" else 4))
+        lines.append("|---|--:|" + "--:|" * (3 if is_command else 4))
         for name in dict.fromkeys(x.name for x in of_surface):
-            lines.append(_row(name, [x for x in of_surface if x.name == name], surface == "command"))
+            lines.append(_row(name, [x for x in of_surface if x.name == name], is_command))
         lines.append("")
     bad = sum(bool(x.fault) for x in found)
     return "\n".join([*lines, f"{len(found):,} calls, {bad} bad.", ""])
