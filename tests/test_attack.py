@@ -16,7 +16,16 @@ from tests.attack.case import Case, outcome
 from tests.attack.page import text
 from trajkern import credit, recipes, testing
 
-STEPS = {"functions": 23, "odd": 97, "pairs": 97, "methods": 29, "credit": 11, "adapters": 17, "command": 29, "returned": 71}
+STEPS = {
+    "functions": 23,
+    "odd": 97,
+    "pairs": 97,
+    "methods": 29,
+    "credit": 11,
+    "adapters": 17,
+    "command": 29,
+    "returned": 71,
+}
 
 
 @pytest.mark.parametrize("surface", SURFACES)

@@ -151,7 +151,7 @@ def run(label: str, method: str, at: int, give: Callable[..., Any], status: int 
     try:
         hostile_task.tell(method, at, give)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), _light(made):
-            came = cli_main([])
+            came = _ended()
         if before != (signal.getsignal(signal.SIGINT), torch.get_num_threads(), Path.cwd()):
             raise Misbehaved("signals, threads or folder are not as they were")
         words = err.getvalue()
@@ -172,6 +172,14 @@ def run(label: str, method: str, at: int, give: Callable[..., Any], status: int 
         torch.set_default_dtype(torch.float32)
         os.chdir(before[-1])
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ended() -> int:
+    """The status of the command. Raises Misbehaved where it raises."""
+    try:
+        return cli_main([])
+    except BaseException as error:
+        raise Misbehaved(f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
 @contextlib.contextmanager

@@ -15,14 +15,13 @@ from trajkern._checks import (
     check_instance,
     check_process_group,
     check_shape,
-    check_squarable,
     check_tensor,
     describe,
     readable,
     suggesting,
 )
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern._values import check_finite
+from trajkern._values import check_finite, check_squarable
 from trajkern.credit._ranks import Ranks
 from trajkern.layouts.batch import PackedBatch
 from trajkern.layouts.spans import Spans, trajectories

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from trajkern.trainer import returned
 from trajkern.trainer.config import TrainConfig
 
 RETURNED = ("returned", "checked", "compose")  # modules of the package that look at what somebody's code returns
-CHECKS = ("_checks", *RETURNED)
+RAISE = dis.opmap["RAISE_VARARGS"]
 ASK = returned.ask.__code__  # of the frame from which all code of a user's own is called, but for a credit's
 
 
@@ -87,18 +88,30 @@ def refused(error: BaseException) -> str | None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a check of the package raised it, of what a function of one's own has returned; else it is a mistake."""
-    return _raised_in(error, CHECKS)
+    """Whether a line of the package says ``raise``, of what was given or returned; else it is a mistake."""
+    end = _innermost(error)
+    return (
+        end is not None and _module(end).startswith("trajkern.") and end.tb_frame.f_code.co_code[end.tb_lasti] == RAISE
+    )
 
 
 def _raised_in(error: BaseException, modules: tuple[str, ...]) -> bool:
+    end = _innermost(error)
+    if end is None or end.tb_frame.f_code is ASK:
+        return False
+    package, _, module = _module(end).rpartition(".")
+    return package.startswith("trajkern") and module in modules
+
+
+def _innermost(error: BaseException) -> TracebackType | None:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    name = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    package, _, module = name.rpartition(".")
-    asks = traceback is not None and traceback.tb_frame.f_code is ASK
-    return package.startswith("trajkern") and module in modules and not asks
+    return traceback
+
+
+def _module(traceback: TracebackType) -> str:
+    return traceback.tb_frame.f_globals.get("__name__", "")
 
 
 def _words(error: BaseException) -> str:
