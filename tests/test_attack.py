@@ -23,6 +23,7 @@ STEPS = {
     "methods": 29,
     "credit": 11,
     "adapters": 17,
+    "structures": 197,
     "command": 29,
     "returned": 71,
 }

@@ -33,6 +33,7 @@ SURFACES = {
     "methods": "methods of layouts and of recipes, and testing",
     "credit": "credit",
     "adapters": "adapters",
+    "structures": "structures from outside",
     "command": "the command line",
     "returned": "what users' code returns",
 }

@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trajkern._checks import as_number, check_choice, check_count, check_flag, check_number
+from trajkern._checks import (
+    as_number,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_number,
+    describe,
+    shown,
+)
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
+MOST_COMPLETIONS = 2**31 - 1  # of a prompt
 LEAST_TEMPERATURE = 0.01  # vLLM raises what is lower to it
 
 # option -> what it is where it does nothing; None always does nothing
@@ -73,6 +83,16 @@ class Sampling(NamedTuple):
     cuts: tuple[str, ...]  # the options that left out tokens
 
 
+def check_sampling(name: str, how: Any) -> None:
+    """That :func:`sampling` made it, or could have."""
+    check_instance(name, how, Sampling)
+    check_number(f"{name}.temperature", how.temperature, low=LEAST_TEMPERATURE)
+    check_count(f"{name}.n", how.n, low=1, high=MOST_COMPLETIONS)
+    check_flag(f"{name}.replay", how.replay)
+    if not isinstance(how.cuts, tuple) or not all(isinstance(x, str) and x in _CUTS for x in how.cuts):
+        raise ValueError(f"{name}.cuts must be a tuple of options that cut, got {describe(how.cuts)}")
+
+
 def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampling:
     """What the ops need to know of a request's sampling options; refuses those that no op computes.
 
@@ -101,24 +121,26 @@ def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampli
     given = _stated(options)
     unknown = given.keys() - {"temperature"} - _CUTS.keys() - _MOVES.keys() - _REFUSED.keys() - _INDIFFERENT
     if unknown:
-        raise ValueError(
-            f"options must be known sampling options, to know what they sample from; got {sorted(unknown)}"
-        )
+        names = shown(sorted(map(str, unknown)))
+        raise ValueError(f"options must be known sampling options, to know what they sample from; got {names}")
     for name in (*_FROM_MODEL, "n"):
         if given.get(name) is not None:
-            check_number(name, given[name])
+            (check_count if name in ("top_k", "n") else check_number)(name, given[name])
     temperature = as_number("temperature", given["temperature"])
     if not LEAST_TEMPERATURE <= temperature < float("inf"):
         raise ValueError(
             f"temperature must be at least {LEAST_TEMPERATURE}, a greedy token has no log-prob; got {temperature}"
         )
     for name in _active(given, _REFUSED):
-        raise ValueError(f"{name} must be left out: what it does to the distribution is not known; got {given[name]!r}")
+        raise ValueError(
+            f"{name} must be left out: what it does to the distribution is not known; got {shown(given[name])}"
+        )
     for name in _active(given, _MOVES):
         if replay or raw:
             raise ValueError(
                 f"{name} must be left at what does nothing: it moves logits by what stands before a token, which no op "
-                f"computes (replay=False and processed log-probs allow it, off the model's policy); got {given[name]!r}"
+                "computes (replay=False and processed log-probs allow it, off the model's policy); got "
+                f"{shown(given[name])}"
             )
     cuts = tuple(_active(given, _CUTS))
     if raw and temperature != 1:
@@ -131,7 +153,12 @@ def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampli
             f"logprobs_mode must be 'processed_logprobs' with {', '.join(cuts)}: raw log-probs are those of the whole "
             "vocabulary, and the replayed ones are not"
         )
-    return Sampling(temperature, check_count("n", given.get("n") or 1, low=1), replay, cuts)
+    return Sampling(
+        temperature,
+        1 if given.get("n") is None else check_count("n", given["n"], low=1, high=MOST_COMPLETIONS),
+        replay,
+        cuts,
+    )
 
 
 def _stated(options: Any) -> dict[str, Any]:
@@ -153,4 +180,11 @@ def _stated(options: Any) -> dict[str, Any]:
 
 
 def _active(given: Mapping[str, Any], options: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    return [name for name, idle in options.items() if (x := given.get(name)) is not None and x not in idle]
+    return [name for name, idle in options.items() if (x := given.get(name)) is not None and not _is_one_of(x, idle)]
+
+
+def _is_one_of(x: Any, idle: tuple[Any, ...]) -> bool:
+    try:
+        return x in idle
+    except (TypeError, ValueError, RuntimeError):  # of what does not compare, as arrays and tensors
+        return False

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from trajkern import PackedBatch
-from trajkern._checks import check_count, check_instance, describe
-from trajkern.integrations._arguments import check_kind
+from trajkern._checks import describe, shown
 from trajkern.integrations._engine_http import post
 from trajkern.integrations._engine_requests import EngineFailure, collect
-from trajkern.integrations._engine_sampling import Sampling, sampling
+from trajkern.integrations._engine_rollouts import Rollout, check_logprobs, check_rollouts, rollout_of
+from trajkern.integrations._engine_sampling import Sampling, check_sampling, sampling
+from trajkern.integrations._outside import Outside, is_list
 
 __all__ = [
     "EngineFailure",
@@ -40,20 +41,6 @@ __all__ = [
     "post",
     "sampling",
 ]
-
-MINUS_INFINITY = -9999.0  # what vLLM's server writes for it
-ROUNDING = 1e-3  # by which a log-prob in bfloat16 may exceed 0
-CUT_SHORT = (None, "abort", "error")  # a finish reason of what the policy did not end
-
-
-class Rollout(NamedTuple):
-    """One completion after its prompt; or several turns of them, see :func:`continued`."""
-
-    tokens: list[int]  # the prompt and all that follows
-    sampled: list[bool]  # of each token, whether the engine drew it
-    logprobs: list[float]  # of the sampled tokens, in their order
-    support: list[list[int]] | None  # of each sampled token, the ids that it was drawn from
-    finish: str  # why it ended: "stop", "length", ...
 
 
 class Packed(NamedTuple):
@@ -75,26 +62,33 @@ def from_vllm(outputs: Any, how: Sampling) -> list[Rollout]:
     as released, or with ``offsets`` into one list, as first proposed.
 
     Raises:
-        ValueError: naming the request and the completion: one that the policy did not end (still running, aborted, an
-            error), fewer completions than asked for, fewer log-probs or masks than tokens, a log-prob that is missing,
-            not finite or positive, a sampled token outside its mask, no mask where tokens were cut.
+        TypeError, ValueError: naming the request and the completion: what is of another kind, a completion that the
+            policy did not end (still running, aborted, an error), other completions than asked for, fewer log-probs or
+            masks than tokens, a log-prob that is missing, not finite or positive, a sampled token outside its mask, no
+            mask where tokens were cut.
     """
-    check_instance("how", how, Sampling)
+    check_sampling("how", how)
+    given = Outside("outputs", outputs)
+    if not is_list(outputs) and given.get("outputs") is None:
+        raise given.refuse("a RequestOutput of vLLM, which has outputs, or a list of them")
     rollouts = []
-    for output in [outputs] if hasattr(outputs, "outputs") else outputs:
-        name = f"request {output.request_id}"
-        completions = sorted(output.outputs, key=lambda x: x.index)
-        _check_count(name, len(completions), how)
-        for x in completions:
-            where = f"{name}, completion {x.index}"
-            tokens = list(x.token_ids)
-            if x.logprobs is None:
-                raise ValueError(f"{where} must have log-probs, which SamplingParams(logprobs=0) asks for; it has none")
-            found = [_of_token(step, token) for step, token in zip(x.logprobs, tokens, strict=False)]
-            found += [None] * (len(x.logprobs) - len(tokens))  # their number is checked with the others'
-            mask = getattr(x, "sampling_mask", None)
-            lists = None if mask is None else _lists(mask.token_ids, getattr(mask, "offsets", None))
-            rollouts.append(_rollout(where, output.prompt_token_ids, tokens, found, lists, x.finish_reason, how))
+    for i, output in enumerate(given.sequence() if is_list(outputs) else [outputs]):
+        name = getattr(output, "request_id", i)
+        request = Outside(f"request {name if isinstance(name, str) else shown(name)}", output)
+        prompt = request.at("prompt_token_ids")
+        completions = _by_index(request.whose, request.at("outputs").each())
+        if len(completions) != how.n:
+            raise ValueError(f"{request.name} must have {how.n} completions, as n asks; {len(completions)} came")
+        for index, found in completions:
+            x = Outside(f"{request.whose}, completion {index}", found.value)
+            tokens = x.at("token_ids")
+            logprobs = _of_steps(x.at("logprobs", "which SamplingParams(logprobs=0) asks for"), tokens.ids())
+            mask = x.get("sampling_mask") if how.replay else None
+            rollouts.append(
+                rollout_of(x.whose, prompt, tokens, logprobs, mask and _lists(mask), x.get("finish_reason"), how)
+            )
+    if not rollouts:
+        raise ValueError("outputs must hold at least one request, got none")
     return rollouts
 
 
@@ -111,30 +105,27 @@ def from_openai(response: Mapping[str, Any], how: Sampling, prompt: Sequence[int
         prompt: the prompt's token ids where the response has no ``prompt_token_ids``.
 
     Raises:
-        ValueError: as :func:`from_vllm`, naming the choice; and a response that has an error, or no token ids.
+        TypeError, ValueError: as :func:`from_vllm`, naming the choice; and a response that has an error, or no token
+            ids.
     """
-    check_instance("how", how, Sampling)
+    check_sampling("how", how)
     if not isinstance(response, Mapping):
         raise TypeError(f"response must be the decoded JSON of a response, got {describe(response)}")
     choices = response.get("choices")
-    if not isinstance(choices, Sequence) or not all(isinstance(x, Mapping) for x in choices) or not choices:
-        raise ValueError(f"response must have choices; got {_shortened(response)}")
+    if not is_list(choices) or not all(isinstance(x, Mapping) for x in choices) or not choices:
+        raise ValueError(f"response must have choices; got {shown(response)}")
     _check_count("response", len(choices), how)
-    rollouts = []
-    if prompt is not None:
-        check_kind("prompt", prompt, ("Sequence",), None)
-    for i, x in enumerate(choices):
-        check_count(f"index of choice {i}", x.get("index", i))
-    for i, x in enumerate(sorted(choices, key=lambda x: x.get("index", 0))):
-        where = f"choice {x.get('index', i)}"
-        asked: Any = x.get("prompt_token_ids") or response.get("prompt_token_ids") or prompt
-        for name, ids in (("token_ids", x.get("token_ids")), ("prompt_token_ids", asked)):
-            if ids is None:
-                raise ValueError(f"{where} must have {name}, which return_token_ids asks for; it has {sorted(x)}")
-        found = _openai_logprobs(where, x.get("logprobs"))
-        rollouts.append(
-            _rollout(where, asked, x["token_ids"], found, x.get("sampling_mask"), x.get("finish_reason"), how)
-        )
+    given, rollouts = None if prompt is None else Outside("prompt", prompt), []
+    if given is not None:
+        given.ids()
+    whole = Outside("response", response)
+    for index, found in _by_index(whole.whose, whole.at("choices").each()):
+        x = Outside(f"choice {index}", found.value)
+        why = "which return_token_ids asks for"
+        asked = x.get("prompt_token_ids") or whole.get("prompt_token_ids") or given or x.at("prompt_token_ids", why)
+        tokens, logprobs = x.at("token_ids", why), _openai_logprobs(x)
+        masks, finish = x.get("sampling_mask"), x.get("finish_reason")
+        rollouts.append(rollout_of(x.whose, asked, tokens, logprobs, masks, finish, how))
     return rollouts
 
 
@@ -150,33 +141,37 @@ def from_sglang(response: Any, how: Sampling, prompt: Sequence[int] | None = Non
         prompt: the prompt's token ids where ``return_prompt_token_ids`` was not set.
 
     Raises:
-        ValueError: as :func:`from_vllm`, naming the response's number.
+        TypeError, ValueError: as :func:`from_vllm`, naming the response's number.
     """
-    check_instance("how", how, Sampling)
-    responses = [response] if isinstance(response, Mapping) else list(response)
+    check_sampling("how", how)
+    if not isinstance(response, Mapping) and not is_list(response):
+        raise TypeError(f"response must be a response of SGLang, or a list of them; got {describe(response)}")
+    responses = [response] if isinstance(response, Mapping) else response
     _check_count("response", len(responses), how)
-    rollouts = []
-    for i, x in enumerate(responses):
-        where, meta = f"response {i}", x.get("meta_info")
-        if meta is None or "output_token_logprobs" not in meta:
+    given, rollouts = None if prompt is None else Outside("prompt", prompt), []
+    if given is not None:
+        given.ids()
+    for i, value in enumerate(responses):
+        x = Outside(f"response {i}", value)
+        x.mapping()
+        meta = x.get("meta_info")
+        entries = None if meta is None else meta.get("output_token_logprobs")
+        if meta is None or entries is None:
             raise ValueError(
-                f"{where} must have output_token_logprobs, which return_logprob asks for; got {_shortened(x)}"
+                f"{x.whose} must have output_token_logprobs, which return_logprob asks for; got {shown(value)}"
             )
-        drawn = [entry[1] for entry in meta["output_token_logprobs"]]
-        tokens = list(x.get("output_ids", drawn))
-        if any(a != b for a, b in zip(drawn, tokens, strict=False)):
-            raise ValueError(
-                f"{where} must have log-probs of its output_ids {tokens[:8]}...; they are of {drawn[:8]}..."
-            )
-        asked = x.get("prompt_token_ids", prompt)
+        tokens, found = _drawn(x, entries)
+        asked = x.get("prompt_token_ids") or given
         if asked is None:
-            raise ValueError(f"{where} must have prompt_token_ids, or the call its prompt; it has {sorted(x)}")
+            raise ValueError(
+                f"{x.whose} must have prompt_token_ids, or the call its prompt; it has {shown(set(value))}"
+            )
         masks = meta.get("output_token_sampling_mask") if how.replay else None
-        found = [entry[0] for entry in meta["output_token_logprobs"]]
         if masks is not None:
-            found = _over_masks(meta.get("output_token_sampling_logprobs") or [], masks, tokens)
-        finish = (meta.get("finish_reason") or {}).get("type")
-        rollouts.append(_rollout(where, asked, tokens, found, masks, finish, how))
+            found = _over_masks(meta.get("output_token_sampling_logprobs"), masks.each(), tokens.ids())
+        reason = meta.get("finish_reason")
+        finish = None if reason is None else reason.at("type")
+        rollouts.append(rollout_of(x.whose, asked, tokens, found, masks, finish, how))
     return rollouts
 
 
@@ -190,7 +185,7 @@ def continued(turns: Sequence[Rollout]) -> Rollout:
         ValueError: a prompt that begins otherwise, as one does that was tokenised again, with the first place where it
             differs; turns of which only some have a support.
     """
-    _check_rollouts("turns", turns)
+    check_rollouts("turns", turns)
     if not turns:
         raise ValueError("turns must hold at least one rollout, got none")
     whole = turns[0]
@@ -231,10 +226,11 @@ def pack(
         the batch's pairs. Both on the CPU; ``.to(device)`` moves them.
 
     Raises:
-        TypeError, ValueError: rollouts of which only some have a support, an id twice in one; else as the batch does.
+        TypeError, ValueError: rollouts of which only some have a support, what is of another kind in one or
+            disagrees with the rest of it; else as the batch does.
     """
-    _check_rollouts("rollouts", rollouts)
-    check_instance("how", how, Sampling)
+    check_rollouts("rollouts", rollouts)
+    check_sampling("how", how)
     lengths = [len(x.tokens) for x in rollouts]
     mask = torch.tensor(list(chain.from_iterable(x.sampled for x in rollouts)), dtype=torch.bool, device="cpu")
     logprobs = torch.zeros(sum(lengths), dtype=torch.float32, device="cpu")
@@ -259,106 +255,90 @@ def pack(
     return Packed(batch, head)
 
 
-def _rollout(
-    where: str,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    logprobs: Sequence[Any],
-    masks: Sequence[Sequence[int]] | None,
-    finish: str | None,
-    how: Sampling,
-) -> Rollout:
-    """What came, checked against itself."""
-    for name, ids in (("token_ids", tokens), ("prompt_token_ids", prompt)):
-        if not isinstance(ids, Sequence) or not all(type(x) is int and x >= 0 for x in ids):
-            raise ValueError(f"{where} must have {name} that are integers of at least 0; got {_shortened(ids)}")
-    if finish in CUT_SHORT:
-        raise ValueError(f"{where} must have been ended by the policy or its length; its finish reason is {finish!r}")
-    if not prompt:
-        raise ValueError(f"{where} must have a prompt of at least one token, which predicts the first; it has none")
-    if len(logprobs) != len(tokens):
-        raise ValueError(f"{where} must have a log-prob a token; it has {len(logprobs)} for {len(tokens)} tokens")
-    for i, x in enumerate(logprobs):
-        if not isinstance(x, (int, float)) or not math.isfinite(x) or not MINUS_INFINITY < x <= ROUNDING:
-            hint = ": are they logits?" if isinstance(x, (int, float)) and x > 0 else ""
-            raise ValueError(f"{where} must have finite log-probs; that of token {i} of {len(tokens)} is {x}{hint}")
-    if how.replay and how.cuts and masks is None:
-        raise ValueError(
-            f"{where} must have a sampling mask, as {', '.join(how.cuts)} cut the distribution; it has none "
-            "(return_sampling_mask asks the engine for it, and replay=False does without)"
-        )
-    support = [list(x) for x in masks] if how.replay and masks is not None else None
-    if support is not None:
-        if len(support) != len(tokens):
-            raise ValueError(f"{where} must have a sampling mask a token; it has {len(support)} for {len(tokens)}")
-        for i, (token, ids) in enumerate(zip(tokens, support, strict=True)):
-            if token not in ids:
-                raise ValueError(
-                    f"{where} must have drawn each token from its mask; token {i} is {token}, not in {ids[:8]}"
-                )
-    sampled = [False] * len(prompt) + [True] * len(tokens)
-    return Rollout([*prompt, *tokens], sampled, list(logprobs), support, str(finish))
-
-
-def _check_rollouts(name: str, rollouts: Any) -> None:
-    if not isinstance(rollouts, Sequence):
-        raise TypeError(f"{name} must be a sequence of rollouts, got {describe(rollouts)}")
-    for i, x in enumerate(rollouts):
-        check_instance(f"{name}[{i}]", x, Rollout)
-        for field in ("tokens", "sampled", "logprobs"):
-            if not isinstance(getattr(x, field), (list, tuple)):
-                raise TypeError(f"{name}[{i}].{field} must be a list, got {describe(getattr(x, field))}")
-        written = sum(map(bool, x.sampled))
-        if len(x.sampled) != len(x.tokens) or len(x.logprobs) != written:
-            raise ValueError(
-                f"{name}[{i}] must have a flag a token and a log-prob each sampled one; got {len(x.tokens)} tokens, "
-                f"{len(x.sampled)} flags, {written} of them True, and {len(x.logprobs)} log-probs"
-            )
-
-
 def _check_count(name: str, count: int, how: Sampling) -> None:
     if count == 0 or count % how.n:
         raise ValueError(f"{name} must have {how.n} completions a prompt, as n asks; {count} came")
 
 
-def _of_token(step: Mapping[int, Any] | None, token: int) -> Any:
-    entry = (step or {}).get(token)
-    return None if entry is None else entry.logprob
+def _by_index(whose: str, completions: Sequence[Outside]) -> list[tuple[int, Outside]]:
+    """Each with its index, or its place where none has one, in their order."""
+    found = dict[int, Outside]()
+    for i, x in enumerate(completions):
+        index = x.get("index")
+        number = i if index is None else index.count()
+        if number in found or number >= len(completions):
+            raise ValueError(
+                f"{x.name} must have an index of its own below {len(completions)} in {whose}; got {number}"
+            )
+        found[number] = x
+    return sorted(found.items())
 
 
-def _lists(ids: Sequence[Any], offsets: Sequence[int] | None) -> Sequence[Sequence[int]]:
+def _of_steps(steps: Outside, tokens: Sequence[int]) -> list[Any]:
+    """vLLM's log-probs of the sampled tokens, None where a step has none of its own."""
+    found: list[Any] = []
+    for i, step in enumerate(steps.each()):
+        entry = step.mapping().get(tokens[i]) if i < len(tokens) and step.value is not None else None
+        found.append(None if entry is None else step._replace(value=entry).at("logprob").value)
+    return found
+
+
+def _lists(mask: Outside) -> Outside:
+    """vLLM's masks, a list of ids a token; of ``offsets`` into one list, its parts."""
+    ids, offsets = mask.at("token_ids"), mask.get("offsets")
     if offsets is None:
         return ids
-    return [ids[begin:end] for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    bounds, flat = offsets.ids(), ids.ids()
+    if bounds[:1] != [0] or bounds[-1] != len(flat) or bounds != sorted(bounds):
+        raise ValueError(f"{offsets.name} must rise from 0 to the {len(flat)} token_ids; got {shown(bounds)}")
+    return ids._replace(value=[flat[begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)])
 
 
-def _openai_logprobs(where: str, logprobs: Mapping[str, Any] | None) -> list[Any]:
+def _openai_logprobs(choice: Outside) -> list[Any]:
     """Of completions' lists, or of chat's entries."""
-    found = logprobs.get("token_logprobs", logprobs.get("content")) if isinstance(logprobs, Mapping) else None
-    if not isinstance(found, Sequence):
-        raise ValueError(f"{where} must have log-probs, which logprobs asks for; it has {logprobs}")
-    return [x["logprob"] if isinstance(x, Mapping) else x for x in found]
+    found = choice.get("logprobs")
+    if found is None or not isinstance(found.value, Mapping):
+        raise ValueError(
+            f"{choice.whose} must have log-probs, which logprobs asks for; its logprobs are "
+            f"{shown(found and found.value)}"
+        )
+    if (numbers := found.get("token_logprobs")) is not None:
+        return list(numbers.sequence())
+    return [x.at("logprob").value for x in found.at("content").each()]
 
 
-def _over_masks(logprobs: Sequence[Any], masks: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Any]:
+def _drawn(response: Outside, entries: Outside) -> tuple[Outside, list[Any]]:
+    """SGLang's tokens, and their log-probs: entries of a log-prob, an id and a text."""
+    drawn, found = [], []
+    for x in entries.each():
+        if len(x.sequence()) < 2:
+            raise ValueError(f"{x.name} must have a log-prob and a token id, got {shown(x.value)}")
+        found.append(x.value[0])
+        drawn.append(x.value[1])
+    ids = entries._replace(value=drawn)
+    tokens = response.get("output_ids") or ids
+    if ids.ids() != tokens.ids():
+        raise ValueError(
+            f"{response.whose} must have log-probs of its output_ids {shown(tokens.value[:8])}; output_token_logprobs "
+            f"are of {shown(drawn[:8])}"
+        )
+    return tokens, found
+
+
+def _over_masks(logprobs: Outside | None, masks: Sequence[Outside], tokens: Sequence[int]) -> list[Any]:
     """SGLang's log-probs over the masks, of the sampled token or of the whole of each."""
-    if not logprobs or not isinstance(logprobs[0], Sequence):
-        return list(logprobs)
-    entries = zip(logprobs, masks, tokens, strict=False)
-    return [dict(zip(ids, values, strict=False)).get(token) for values, ids, token in entries]
+    values = [] if logprobs is None else logprobs.each()
+    whole = any(is_list(x.value) for x in values)
+    if not whole or not len(values) == len(masks) == len(tokens):
+        return [x.value for x in values]  # their number is checked with the others'
+    found = []
+    for x, mask, token in zip(values, masks, tokens, strict=True):
+        check_logprobs(x.name, x.sequence(), len(mask.ids()), low=-math.inf)
+        found.append(dict(zip(mask.value, x.value, strict=True)).get(token))
+    return found
 
 
 def _flat(support: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> [E], [P+1]
     offsets = torch.tensor([0, *accumulate(len(ids) for ids in support)], device="cpu")
     ids = torch.tensor(list(chain.from_iterable(support)), dtype=torch.int64, device="cpu")
-    pair = torch.repeat_interleave(torch.arange(len(support), device="cpu"), offsets.diff())
-    together = torch.stack((pair, ids), 1).unique(dim=0, return_counts=True)
-    if bool((together[1] > 1).any()):
-        at, token = together[0][together[1] > 1][0].tolist()
-        raise ValueError(f"a support must hold each id once; that of sampled token {at} holds {token} more often")
     return ids, offsets
-
-
-def _shortened(x: Any) -> str:
-    text = repr(x)
-    return text if len(text) <= 300 else f"{text[:300]}... ({len(text)} characters)"

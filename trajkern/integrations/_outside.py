@@ -1,0 +1,96 @@
+"""Nested values from outside, read along a path that an error names, each node held against what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+from torch import Tensor
+
+from trajkern._checks import check_count, check_number, describe, shown
+
+MOST_ID = 2**63 - 1  # what int64 holds
+
+
+class Outside(NamedTuple):
+    """A value and its place: ``path`` in ``whose``, "logprobs[2]" in "choice 0"."""
+
+    whose: str
+    value: Any
+    path: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} of {self.whose}" if self.path else self.whose
+
+    def refuse(self, what: str) -> TypeError:
+        return TypeError(f"{self.name} must be {what}, got {describe(self.value)}")
+
+    def get(self, key: str) -> Outside | None:
+        """A mapping's entry, or an object's attribute; None where there is none or it is None."""
+        if isinstance(self.value, Mapping):
+            found = self.value.get(key)
+        elif _is_leaf(self.value):
+            raise self.refuse(f"a mapping or an object with {key}")
+        else:
+            found = getattr(self.value, key, None)
+        return None if found is None else Outside(self.whose, found, f"{self.path}.{key}" if self.path else key)
+
+    def at(self, key: str, why: str = "") -> Outside:
+        """Likewise; ValueError where there is none."""
+        found = self.get(key)
+        if found is None:
+            has = sorted(map(str, self.value)) if isinstance(self.value, Mapping) else describe(self.value)
+            raise ValueError(f"{self.name} must have {key}{', ' * bool(why)}{why}; it has {shown(has)}")
+        return found
+
+    def each(self) -> list[Outside]:
+        return [Outside(self.whose, x, f"{self.path}[{i}]") for i, x in enumerate(self.sequence())]
+
+    def sequence(self) -> Sequence[Any]:
+        if not is_list(self.value):
+            raise self.refuse("a list")
+        return self.value
+
+    def mapping(self) -> Mapping[Any, Any]:
+        if not isinstance(self.value, Mapping):
+            raise self.refuse("a mapping")
+        return self.value
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            raise self.refuse("a text")
+        return self.value
+
+    def count(self, low: int | None = 0) -> int:
+        return check_count(self.name, self.value, low=low, high=MOST_ID)
+
+    def number(self) -> float:
+        return check_number(self.name, self.value)
+
+    def ids(self) -> list[int]:
+        """Token ids."""
+        return self._all(lambda x: type(x) is int and 0 <= x <= MOST_ID, "integers of at least 0 that int64 holds")
+
+    def flags(self) -> list[bool]:
+        return self._all(lambda x: type(x) is bool, "True or False each")
+
+    def _all(self, legal: Callable[[Any], bool], what: str) -> list[Any]:
+        values = list(self.sequence())
+        if (bad := first_not(legal, values)) is not None:
+            kind = ValueError if type(values[bad]) is int else TypeError
+            raise kind(f"{self.name} must be {what}; entry {bad} of {len(values)} is {describe(values[bad])}")
+        return values
+
+
+def is_list(x: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray, memoryview))
+
+
+def first_not(legal: Callable[[Any], bool], values: Iterable[Any]) -> int | None:
+    """Where the first value stands that is not legal."""
+    return next((i for i, x in enumerate(values) if not legal(x)), None)
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or isinstance(x, (str, bytes, int, float, complex, Tensor)) or is_list(x)
