@@ -10,7 +10,7 @@ import torch
 
 from tests.attack.case import outcome
 from tests.attack.mutated import GONE, mutations
-from tests.attack.structures import Target, same, target_cases
+from tests.attack.target import Target, same, target_cases
 
 GIVEN = {"a": [SimpleNamespace(b=1, c=(torch.ones(2), "x"))], "d": {"e": 0.5}}
 

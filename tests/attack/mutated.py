@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from types import SimpleNamespace
@@ -99,7 +100,7 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
         return list(value._asdict().items())
     if isinstance(value, (list, tuple)):
         return [(i, value[i]) for i in sorted({0, len(value) - 1} & set(range(len(value))))]
-    if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+    if isinstance(value, (SimpleNamespace, Namespace)) or (is_dataclass(value) and not isinstance(value, type)):
         return list(vars(value).items())
     return []
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor
 
-from trajkern._checks import check_count, check_number, describe, shown
+from trajkern._checks import check_count, check_tensor, check_valued, describe, is_fake, shown
+from trajkern.integrations._arguments import NUMBERS
 
 MOST_ID = 2**63 - 1  # what int64 holds
+MOST_REAL = torch.finfo(torch.float32).max
 
 
 class Outside(NamedTuple):
@@ -47,9 +51,9 @@ class Outside(NamedTuple):
     def each(self) -> list[Outside]:
         return [Outside(self.whose, x, f"{self.path}[{i}]") for i, x in enumerate(self.sequence())]
 
-    def sequence(self) -> Sequence[Any]:
+    def sequence(self, what: str = "a list") -> Sequence[Any]:
         if not is_list(self.value):
-            raise self.refuse("a list")
+            raise self.refuse(what)
         return self.value
 
     def mapping(self) -> Mapping[Any, Any]:
@@ -65,12 +69,44 @@ class Outside(NamedTuple):
     def count(self, low: int | None = 0) -> int:
         return check_count(self.name, self.value, low=low, high=MOST_ID)
 
-    def number(self) -> float:
-        return check_number(self.name, self.value)
-
     def ids(self) -> list[int]:
-        """Token ids."""
+        """Whole numbers, of tokens and the like."""
         return self._all(lambda x: type(x) is int and 0 <= x <= MOST_ID, "integers of at least 0 that int64 holds")
+
+    def tensors(self, dtypes: tuple[torch.dtype, ...] = NUMBERS, device: torch.device | None = None) -> list[Tensor]:
+        """Of one dimension each, on one device."""
+        found = list(self.sequence("a list of tensors"))
+        for i, x in enumerate(found):
+            check_tensor(f"{self.name}[{i}]", x, dtypes=dtypes, ndim=1, device=device)
+            device = x.device
+        return found
+
+    def values(self) -> list[Any]:
+        """Of a list, or of a tensor or array of one dimension; Python's own in place of their scalars."""
+        x: Any = self.value
+        if isinstance(x, Tensor):
+            check_tensor(self.name, x, dtypes=NUMBERS, ndim=1)
+            check_valued(self.name, x)
+        elif not is_list(x) and getattr(x, "ndim", None) != 1:
+            raise self.refuse("a list of a value each")
+        found = x.tolist() if hasattr(x, "tolist") else list(x)
+        return [y.item() if getattr(y, "ndim", None) == 0 and not is_shape_alone(y) else y for y in found]
+
+    def reals(self, *, missing: bool = False, flags: bool = False) -> list[float]:
+        """Finite numbers, that float32 holds; NaN and None, as NaN, where they may be ``missing``."""
+
+        def legal(x: Any) -> bool:
+            if x is None or (type(x) is float and x != x):
+                return missing
+            return (flags or type(x) is not bool) and isinstance(x, (int, float)) and abs(x) <= MOST_REAL
+
+        values = self._replace(value=self.values())._all(legal, "finite numbers")
+        return [math.nan if x is None else float(x) for x in values]
+
+    def choices(self) -> list[bool]:
+        """True and False, or 1 and 0."""
+        values = self._replace(value=self.values())
+        return [bool(x) for x in values._all(lambda x: isinstance(x, (int, float)) and x in (0, 1), "True or False")]
 
     def flags(self) -> list[bool]:
         return self._all(lambda x: type(x) is bool, "True or False each")
@@ -78,13 +114,17 @@ class Outside(NamedTuple):
     def _all(self, legal: Callable[[Any], bool], what: str) -> list[Any]:
         values = list(self.sequence())
         if (bad := first_not(legal, values)) is not None:
-            kind = ValueError if type(values[bad]) is int else TypeError
+            kind = ValueError if type(values[bad]) in (int, float) else TypeError
             raise kind(f"{self.name} must be {what}; entry {bad} of {len(values)} is {describe(values[bad])}")
         return values
 
 
 def is_list(x: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray, memoryview))
+
+
+def is_shape_alone(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_meta or is_fake(x))
 
 
 def first_not(legal: Callable[[Any], bool], values: Iterable[Any]) -> int | None:

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import describe
-from trajkern.integrations._arguments import choosing
+from trajkern._checks import check_finite, check_tensor, describe, readable, shown
+from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern.integrations._arguments import NUMBERS, choosing, renamed
+from trajkern.integrations._outside import Outside
+from trajkern.integrations._slime_options import is_miles, option
 from trajkern.layouts.spans import trajectories
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 
@@ -48,9 +51,8 @@ class Samples:
 
     @classmethod
     def of(cls, total_lengths: Any, response_lengths: Any, loss_masks: Any) -> Samples:
-        for name, x in (("total_lengths", total_lengths), ("response_lengths", response_lengths)):
-            if not isinstance(x, Sequence) or not all(isinstance(n, int) for n in x):
-                raise TypeError(f"{name} must be a list of a whole number a sample, got {describe(x)}")
+        total_lengths = Outside("total_lengths", total_lengths).ids()
+        response_lengths = Outside("response_lengths", response_lengths).ids()
         if len(total_lengths) != len(response_lengths) or not total_lengths:
             raise ValueError(
                 f"total_lengths must have a number for each of the samples of response_lengths, at least 1; "
@@ -62,7 +64,7 @@ class Samples:
                     "response_lengths must be from 0 to less than total_lengths, as a token of the prompt predicts the "
                     f"first of the response; sample {n} has {response} of {total}"
                 )
-        masks = _joined("loss_masks", loss_masks, response_lengths)
+        masks = _joined("loss_masks", loss_masks, response_lengths, " by response_lengths")
         choosing("loss_masks", masks)
         return cls(total_lengths, response_lengths, masks)
 
@@ -72,7 +74,10 @@ class Samples:
 
     def joined(self, name: str, parts: Any) -> Tensor:
         """Likewise with its gradient."""
-        return _joined(name, parts, self.lengths, "" if self.part is None else " that this rank holds")
+        x = _joined(name, parts, self.lengths, "" if self.part is None else " that this rank holds")
+        if x.shape == self.mask.shape and readable(x) and readable(self.mask):
+            check_finite(name, x, self.mask)
+        return x
 
     def split(self, x: Tensor) -> list[Tensor]:  # [R]
         """A view a sample."""
@@ -144,43 +149,32 @@ class Samples:
 
 
 def _joined(name: str, parts: Any, lengths: Sequence[int], whose: str = "") -> Tensor:
-    if not isinstance(parts, Sequence) or not all(isinstance(x, Tensor) for x in parts):
-        raise TypeError(f"{name} must be a list of a tensor a sample, got {describe(parts)}")
+    parts = Outside(name, parts).tensors()
     if len(parts) != len(lengths):
         raise ValueError(f"{name} must have a tensor for each of the {len(lengths)} samples, got {len(parts)}")
     for n, (x, length) in enumerate(zip(parts, lengths, strict=True)):
-        if x.ndim != 1 or x.shape[0] != length:
+        if x.shape[0] != length:
             raise ValueError(
                 f"{name} must have the {length} tokens{whose} of the response of sample {n}; got {describe(x)}"
             )
-    return torch.cat(list(parts))
+    return torch.cat(parts)
 
 
-def is_miles(args: Any) -> bool:
-    """Whether these are options of miles, which alone has a choice of layouts."""
-    return hasattr(args, "qkv_format")
+def entry(data: Mapping[str, Any], name: str) -> Any:
+    """A list of a batch; None where there is none or it is empty."""
+    found = data.get(name)
+    if found is None:
+        return None
+    return found if len(Outside(name, found).sequence()) else None
 
 
-def check_layout(args: Any, what: str, **more: Any) -> None:
-    """ValueError where options lay the tokens out as nothing here reads them, or are none of ``more``."""
-    legal = {"qkv_format": "thd", "true_on_policy_mode": False} | more
-    for name, value in legal.items():
-        if (found := getattr(args, name, value)) != value:
-            raise ValueError(f"{name} must be {value!r} for trajkern's {what}, got {found!r}")
-
-
-def option(args: Any, name: str) -> Any:
-    """An option of the host's; AttributeError that says who reads it where there is none."""
-    if not hasattr(args, name):
-        raise AttributeError(f"args must have {name}, which slime and miles have and trajkern reads; it has none")
-    return getattr(args, name)
-
-
-def samples_of(batch: Mapping[str, Any]) -> Samples:
+def samples_of(batch: Mapping[str, Any], whose: str = "the batch") -> Samples:
     """Of a micro-batch, or of a rank's whole rollout."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{whose} must be a mapping, got {describe(batch)}")
     wanted = ("total_lengths", "response_lengths", "loss_masks")
     if missing := [name for name in wanted if batch.get(name) is None]:
-        raise ValueError(f"the batch must have {', '.join(wanted)}; it has no {', '.join(missing)}")
+        raise ValueError(f"{whose} must have {', '.join(wanted)}; it has no {', '.join(missing)}")
     return Samples.of(*(batch[name] for name in wanted))
 
 
@@ -194,7 +188,7 @@ def this_ranks(args: Any, samples: Samples) -> Samples:
         RuntimeError: neither host is loaded, whose functions say what a rank holds.
         ValueError: a group of another size than ``context_parallel_size``.
     """
-    size = getattr(args, "context_parallel_size", 1)
+    size = option(args, "context_parallel_size", 1)
     if size == 1:
         return samples
     there = [sys.modules[name] for name in SPLITTERS if name in sys.modules]
@@ -246,11 +240,29 @@ def denominators_of(batch: Mapping[str, Any], samples: Samples) -> Tensor | None
     found = batch.get("rollout_mask_sums")
     if found is None:
         return None
-    found = found if isinstance(found, Tensor) else torch.stack(list(found))
     count = len(samples.response_lengths)
+    if not isinstance(found, Tensor):
+        parts = [_scalar(x, samples.loss_masks.device) for x in Outside("rollout_mask_sums", found).each()]
+        found = torch.stack(parts) if parts else torch.zeros(0, dtype=torch.float32, device="cpu")
+    check_tensor("rollout_mask_sums", found, dtypes=NUMBERS)
     if found.shape != (count,):
         raise ValueError(f"rollout_mask_sums must have a number for each of the {count} samples; got {describe(found)}")
     return found.to(samples.loss_masks.device)
+
+
+def _scalar(x: Outside, device: torch.device) -> Tensor:
+    check_tensor(x.name, x.value, dtypes=NUMBERS, ndim=0)
+    if x.value.is_meta:
+        check_tensor(x.name, x.value, device=device)
+    return x.value
+
+
+def tokens_of(batch: Mapping[str, Any], name: str) -> Tensor:
+    """The tokens of all samples, ``[T]``."""
+    found = entry(batch, name)
+    if found is None:
+        raise ValueError(f"the batch must have {name}, a tensor a sample; it has none")
+    return torch.cat(Outside(name, found).tensors(INTEGERS))
 
 
 def check_reducer(reducer: Callable[[Tensor], Any], samples: Samples, weights: Tensor) -> None:
@@ -276,15 +288,16 @@ def scored(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples
     """(log-probs, entropy or None) of the response tokens, ``[R]`` each, differentiable in the logits ``[1, T, V]``."""
     if samples.part is not None:
         return _scored_by_host(args, batch, logits, samples, entropy)
+    check_tensor("logits", logits, dtypes=FLOATS)
     if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] < sum(samples.total_lengths):
         raise ValueError(
             f"logits must have shape [1, T, V] with T at least the {sum(samples.total_lengths)} tokens of the samples; "
             f"got {describe(logits)}"
         )
-    replays = not is_miles(args) and getattr(args, "rollout_top_p", 1.0) != 1.0
-    if replays or getattr(args, "tensor_model_parallel_size", 1) > 1:
+    replays = not is_miles(args) and option(args, "rollout_top_p", 1.0) != 1.0
+    if replays or option(args, "tensor_model_parallel_size", 1) > 1:
         return _scored_by_host(args, batch, logits, samples, entropy)
-    tokens = torch.cat(list(batch["unconcat_tokens"]))
+    tokens = tokens_of(batch, "unconcat_tokens")
     if tokens.shape[0] != sum(samples.total_lengths):
         raise ValueError(
             f"unconcat_tokens must be the {sum(samples.total_lengths)} tokens of total_lengths, got {tokens.shape[0]}"
@@ -293,9 +306,10 @@ def scored(args: Any, batch: Mapping[str, Any], logits: Tensor, samples: Samples
     targets = tokens.new_zeros(logits.shape[1]).index_copy(0, rows, tokens[samples.places])
     mask = torch.zeros_like(targets, dtype=torch.bool).index_copy(0, rows, samples.mask)
     outputs = ("entropy",) if entropy else ()
-    stats = tk.token_stats(
-        logits[0], targets, outputs=outputs, temperature=option(args, "rollout_temperature"), mask=mask
-    )
+    with renamed({"temperature": "rollout_temperature", "targets": "unconcat_tokens"}):
+        stats = tk.token_stats(
+            logits[0], targets, outputs=outputs, temperature=option(args, "rollout_temperature"), mask=mask
+        )
     return stats.logprobs[rows], None if stats.entropy is None else stats.entropy[rows]
 
 
@@ -330,7 +344,10 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def loaded(path: str) -> Any:
+def loaded(flag: str, path: str) -> Any:
     """What a host's ``module.function`` path names."""
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{flag} must name a module's function, got {shown(path)}: {error}") from error

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import describe
-from trajkern.integrations._slime_batch import Samples, check_layout, option, ratio_of, this_ranks
+from trajkern._checks import check_tensor, describe
+from trajkern._dtypes import FLOATS
+from trajkern.integrations._outside import Outside
+from trajkern.integrations._slime_batch import Samples, ratio_of, this_ranks
+from trajkern.integrations._slime_options import check_layout, option
 
 CORRECTIONS = {f"trajkern.integrations.slime.{kind}": kind for kind in ("tis", "icepop", "sequence_mask")} | {
     f"{module}.{name}": kind
@@ -52,11 +55,12 @@ def correction(args: Any, kind: str, log_ratio: Tensor, samples: Samples | None)
 
 
 def _of_loss(args: Any, kind: str, pg_loss: Tensor, train: Any, rollout: Any, samples: Samples | None) -> Correction:
+    check_tensor("pg_loss", pg_loss, dtypes=FLOATS, ndim=1)
     parts = []
     for name, x in (("train_log_probs", train), ("rollout_log_probs", rollout)):
-        if not isinstance(x, Sequence) or not x or not all(isinstance(y, Tensor) for y in x):
-            raise TypeError(f"{name} must be a list of a tensor a sample, got {describe(x)}")
-        parts.append(torch.cat(list(x)).detach())
+        if not (found := Outside(name, x).tensors(device=pg_loss.device)):
+            raise ValueError(f"{name} must have a tensor for at least one sample, got {describe(x)}")
+        parts.append(torch.cat(found).detach())
         if parts[-1].shape != pg_loss.shape:
             raise ValueError(f"{name} must have the {list(pg_loss.shape)} tokens of pg_loss, got {describe(parts[-1])}")
     return correction(args, kind, parts[0] - parts[1], samples)

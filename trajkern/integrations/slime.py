@@ -22,14 +22,13 @@ from torch import Tensor
 import trajkern as tk
 from trajkern._checks import check_number, describe
 from trajkern.integrations._adapter import clipped
+from trajkern.integrations._arguments import renamed
 from trajkern.integrations._slime_batch import (
     Samples,
-    check_layout,
     check_reducer,
     denominators_of,
-    is_miles,
+    entry,
     loaded,
-    option,
     ratio_of,
     samples_of,
     scored,
@@ -44,6 +43,7 @@ from trajkern.integrations._slime_corrections import (
     tis,
 )
 from trajkern.integrations._slime_credit import advantages
+from trajkern.integrations._slime_options import check_layout, is_miles, option
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 
 KINDS = {"gspo": "gspo", "cispo": "cispo"} | dict.fromkeys(
@@ -90,13 +90,13 @@ def policy_loss(
         micro-batch without a response token has loss 0.
 
     Raises:
-        ValueError, TypeError, AttributeError: naming what the batch or the options lack, or an option that is refused:
+        TypeError, ValueError: naming what the batch or the options lack, or an option that is refused:
             ``qkv_format`` bshd, ``true_on_policy_mode``, a correction or a reducer
             that is not of this module (nor one of the hosts' own corrections).
     """
     call = _Call.of(args, batch)
     check_reducer(sum_of_sample_mean, call.samples, call.weights)
-    wants_entropy = option(args, "entropy_coef") != 0 or getattr(args, "observe_training_entropy", True)
+    wants_entropy = option(args, "entropy_coef") != 0 or option(args, "observe_training_entropy", True)
     new, entropy = scored(args, batch, logits, call.samples, wants_entropy)
     old, train = call.old_log_probs(new.detach())
     moved = call.samples.taken(new.detach() - old)
@@ -119,13 +119,13 @@ def policy_loss(
     if entropy is not None:
         entropy_loss = call.samples.taken(entropy) @ weights
         metrics["entropy_loss"] = entropy_loss.detach()
-        if args.entropy_coef != 0:
-            loss = loss - args.entropy_coef * entropy_loss
+        if option(args, "entropy_coef") != 0:
+            loss = loss - option(args, "entropy_coef") * entropy_loss
     if option(args, "use_kl_loss"):
         kl_loss = call.kl(new, old) @ weights
         metrics["kl_loss"] = kl_loss.detach()
-        if args.kl_loss_coef != 0:
-            loss = loss + args.kl_loss_coef * kl_loss
+        if option(args, "kl_loss_coef") != 0:
+            loss = loss + option(args, "kl_loss_coef") * kl_loss
     metrics |= masked | call.metrics(new.detach(), old, moved, weights)
     if corrected is not None:
         ratio = ratio_of(call.of_ratio(moved))
@@ -156,13 +156,15 @@ class _Call:
         if estimator not in KINDS:
             raise ValueError(f"advantage_estimator must be one of {', '.join(KINDS)}, got {estimator!r}")
         high = option(args, "eps_clip_high")
-        config = tk.PolicyLoss(
-            KINDS[estimator],
-            clip_low=option(args, "eps_clip"),
-            clip_high=args.eps_clip if high is None else high,
-            clip_dual=None if estimator == "cispo" else getattr(args, "eps_clip_c", None),
-            aggregate="token_sum",
-        )
+        name = "eps_clip" if high is None else "eps_clip_high"
+        with renamed({"clip_low": "eps_clip", "clip_high": name, "clip_dual": "eps_clip_c"}):
+            config = tk.PolicyLoss(
+                KINDS[estimator],
+                clip_low=option(args, "eps_clip"),
+                clip_high=option(args, name),
+                clip_dual=None if estimator == "cispo" else option(args, "eps_clip_c", None),
+                aggregate="token_sum",
+            )
         weights = samples.weights(denominators_of(batch, samples), option(args, "calculate_per_token_loss"))
         return cls(args, batch, samples, config, samples.flat("advantages", batch["advantages"]), weights)
 
@@ -174,13 +176,14 @@ class _Call:
 
     def field(self, name: str, why: str) -> Tensor:
         """A list of the batch as ``[R]``; ValueError where there is none."""
-        if not self.batch.get(name):
+        found = entry(self.batch, name)
+        if found is None:
             raise ValueError(f"the batch must have {name} where {why}; it has none")
-        return self.samples.flat(name, self.batch[name])
+        return self.samples.flat(name, found)
 
     def old_log_probs(self, new: Tensor) -> tuple[Tensor, Tensor | None]:
         """(what the ratio is taken to, what the trainer scored, if anything), ``[R]`` each."""
-        stored = self.batch.get("log_probs")
+        stored = entry(self.batch, "log_probs")
         anew = option(self.args, "skip_actor_forward_only") if is_miles(self.args) else not stored
         train = new if anew else None
         if stored and not anew:
@@ -193,7 +196,7 @@ class _Call:
     def correction(self, train: Tensor | None) -> Correction | None:
         if not (option(self.args, "use_tis") or option(self.args, "get_mismatch_metrics")):
             return None
-        path = self.args.custom_tis_function_path
+        path = option(self.args, "custom_tis_function_path")
         kind = "tis" if path is None else CORRECTIONS.get(path)
         if kind is None:
             raise ValueError(
@@ -210,30 +213,30 @@ class _Call:
         if not option(self.args, "use_opsm"):
             return factor, {}
         apart = tk.spread(-self.samples.means(moved), self.samples.whole)
-        out = (self.advantages < 0) & (apart > self.args.opsm_delta)
+        out = (self.advantages < 0) & (apart > option(self.args, "opsm_delta"))
         of_sample = tk.span_reduce(out.float(), self.samples.whole, "sum")
         fraction = (of_sample / self.samples.counts.clamp_min(1)).sum()
         return torch.where(out, 0, factor), {"opsm_clipfrac": fraction}
 
     def pg_weights(self, weights: Tensor, kept: Tensor | None) -> Tensor:
         """What each token's policy term is summed with, ``[R]``: as the other terms, but for a reducer."""
-        path = getattr(self.args, "custom_pg_loss_reducer_function_path", None)
+        path = option(self.args, "custom_pg_loss_reducer_function_path", None)
         if path is None:
             return weights
-        reducer = loaded(path)
+        reducer = loaded("custom_pg_loss_reducer_function_path", path)
         if not isinstance(reducer, Reducer):
             raise ValueError(
                 "custom_pg_loss_reducer_function_path must be None or name trajkern.integrations.slime's "
                 "pg_loss_reducer or a fixed_length(...) beside its policy_loss, which has no loss per token to hand "
                 f"to another; got {path!r}"
             )
-        of_tokens = reducer.weights(self.samples, self.args.calculate_per_token_loss)
+        of_tokens = reducer.weights(self.samples, option(self.args, "calculate_per_token_loss"))
         return of_tokens if kept is None else torch.where(kept, of_tokens, 0)
 
     def kl(self, new: Tensor, old: Tensor) -> Tensor:
         """The estimate of KL(policy || reference) of each token, ``[R]``, 0 under the mask."""
         ref = self.field("ref_log_probs", "use_kl_loss is True")
-        ratio = ratio_of(self.samples.taken(new - old)) if self.args.use_unbiased_kl else None
+        ratio = ratio_of(self.samples.taken(new - old)) if option(self.args, "use_unbiased_kl") else None
         return _kl(option(self.args, "kl_loss_type"), self.samples.taken(new - ref), ratio)
 
     def of_ratio(self, moved: Tensor) -> Tensor:
@@ -252,17 +255,17 @@ class _Call:
             below, above = clipped(ratio, self.advantages, self.config)
             outside = below | above
         found = {"pg_clipfrac": outside.float() @ weights, "ppo_kl": -log_ratio @ weights}
-        if self.batch.get("rollout_log_probs"):
-            rollout = self.samples.flat("rollout_log_probs", self.batch["rollout_log_probs"])
-            base = new if self.args.use_rollout_logprobs and not is_miles(self.args) else old
+        if (found_rollout := entry(self.batch, "rollout_log_probs")) is not None:
+            rollout = self.samples.flat("rollout_log_probs", found_rollout)
+            base = new if option(self.args, "use_rollout_logprobs") and not is_miles(self.args) else old
             apart = self.samples.taken(rollout - base)
             found["train_rollout_logprob_abs_diff"] = apart.abs() @ weights
             if is_miles(self.args):
                 found["train_rollout_kl"] = _kl("low_var_kl", apart) @ weights
         if is_miles(self.args):
             found["ess_ratio"] = self._effective_share(ratio)
-        if self.batch.get("opd_reverse_kl"):
-            apart = self.samples.flat("opd_reverse_kl", self.batch["opd_reverse_kl"])
+        if (reverse := entry(self.batch, "opd_reverse_kl")) is not None:
+            apart = self.samples.flat("opd_reverse_kl", reverse)
             found["opd_reverse_kl"] = self.samples.taken(apart) @ weights
         return found
 
@@ -273,7 +276,7 @@ class _Call:
         """
         tokens = self.samples.counts.clamp_min(1)
         of_sample = self.samples.sums(ratio).square() / self.samples.sums(ratio.square()).clamp_min(1e-8)
-        share = (of_sample if self.args.calculate_per_token_loss else of_sample / tokens).sum()
+        share = (of_sample if option(self.args, "calculate_per_token_loss") else of_sample / tokens).sum()
         return share if self.samples.ranks is None or dist.get_rank(self.samples.ranks) == 0 else 0 * share
 
 
