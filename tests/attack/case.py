@@ -38,7 +38,6 @@ def outcome(case: Case) -> Outcome:
     """What a call came to: a TypeError or ValueError with a public name or, where that is right, a result."""
     try:
         result = case.call()
-        return Outcome("result", "" if case.may_pass else case.wrong(result))
     except REFUSALS as error:
         came, message = next(x.__name__ for x in REFUSALS if isinstance(error, x)), str(error)
         other = " on meta like the other tensors" in message  # of which the first has set the device
@@ -48,6 +47,7 @@ def outcome(case: Case) -> Outcome:
         return Outcome(came, f"{came} without the name {' or '.join(case.named)}: {message[:200]}")
     except BaseException as error:
         return Outcome(type(error).__name__, f"{type(error).__name__}: {str(error)[:200]}")
+    return Outcome("result", "" if case.may_pass else case.wrong(result))
 
 
 def of_function(

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_finite, check_tensor, describe, readable, shown
+from trajkern._checks import check_tensor, describe, readable, renamed, shown
 from trajkern._dtypes import FLOATS, INTEGERS
-from trajkern.integrations._arguments import NUMBERS, choosing, renamed
+from trajkern._values import check_finite
+from trajkern.integrations._arguments import NUMBERS, choosing
 from trajkern.integrations._outside import Outside
 from trajkern.integrations._slime_options import is_miles, option
 from trajkern.layouts.spans import trajectories

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
-from trajkern._checks import shown
+from trajkern._checks import renamed, shown
 from trajkern.credit import Spec
-from trajkern.integrations._arguments import renamed
 from trajkern.integrations._credit_checks import may_leave_out, spec_of
 from trajkern.integrations._outside import Outside
 from trajkern.integrations._slime_batch import Samples, entry, samples_of, tokens_of

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_number, describe
+from trajkern._checks import check_number, describe, renamed
 from trajkern.integrations._adapter import clipped
-from trajkern.integrations._arguments import renamed
 from trajkern.integrations._slime_batch import (
     Samples,
     check_reducer,
