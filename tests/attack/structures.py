@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.attack import hosts
+from tests.attack import answers, hosts
 from tests.attack.case import Case
 from tests.attack.mutated import GONE, Mutation
 from tests.attack.target import Target, same, target_cases
@@ -20,6 +20,7 @@ from trajkern.integrations import engines
 def cases() -> Iterator[Case]:
     for target in (*_of_engines(), *hosts.targets()):
         yield from target_cases(target)
+    yield from answers.cases()
 
 
 SECOND = {**CHOICE, "index": 1, "token_ids": [4, 8], "sampling_mask": [[4], [8, 1]], "finish_reason": "length"}

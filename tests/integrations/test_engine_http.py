@@ -192,3 +192,10 @@ def test_no_redirection_is_followed(status: int) -> None:
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(ValueError, match="^url must begin with http"):
         engines.post(url, {})
+
+
+def test_a_key_twice_is_no_answer(serve: Callable[..., str]) -> None:
+    """Which of the two is meant nobody can say."""
+    url = serve(lambda write: write(b'{"choices": [{"token_ids": [1], "token_ids": [2]}]}'))
+    with pytest.raises(ConnectionError, match="must answer in JSON; got .*'token_ids' stands twice in an object"):
+        engines.post(url, {}, timeout=10)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from types import NoneType
 from typing import Any
+
+ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # what servers call it that the model stopped
 
 
 class Refused(ValueError):
@@ -35,14 +39,24 @@ def counted(most: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
     return limit
 
 
-def reply(completion: Any) -> tuple[str, bool]:
-    """The text of a chat completion, and whether it came to its own end."""
-    try:
-        choice = completion.choices[0]
-        content, finish = choice.message.content, choice.finish_reason
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"the server's answer is no chat completion: {str(completion)[:200]!r}") from error
-    if not isinstance(content, (str, NoneType)) or not isinstance(finish, (str, NoneType)):
-        wrong = finish if isinstance(content, (str, NoneType)) else content
+def reply(content: bytes) -> tuple[str, bool]:
+    """The text of a chat completion, and whether the server says that it came to its own end."""
+    answer = json.loads(content, object_pairs_hook=_once)
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise ValueError(f"the server's answer is no chat completion: {str(answer)[:200]!r}")
+    text, finish = message.get("content"), choice.get("finish_reason")
+    if not isinstance(text, (str, NoneType)) or not isinstance(finish, (str, NoneType)):
+        wrong = finish if isinstance(text, (str, NoneType)) else text
         raise ValueError(f"the server's answer is no chat completion: its text is {str(wrong)[:200]!r}")
-    return content or "", finish != "length"  # None: all went into reasoning, or a refusal
+    return text or "", finish in ENDED  # None: all went into reasoning, or a refusal
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the server's answer is no chat completion: it has {twice[:200]!r} twice")
+    return found

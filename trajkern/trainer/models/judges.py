@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from trajkern._extras import pip_install
 from trajkern.trainer.models.answers import Refused, counted, reply
 from trajkern.trainer.models.huggingface import HuggingFacePolicy
+from trajkern.trainer.models.judge_settings import (
+    check_count,
+    check_positive,
+    check_seed,
+    check_server,
+    check_text,
+    side_by_side,
+)
 from trajkern.trainer.models.verdicts import RUBRIC, question, read_score
 from trajkern.trainer.sampling import left_padded
 from trajkern.trainer.tasks.base import Question
@@ -82,11 +90,11 @@ class _Local:
         batch: int = 1,
         seed: int = 0,
     ) -> None:
-        _check_text("rubric", rubric)
+        check_text("rubric", rubric)
         for name, value in {"max_new_tokens": max_new_tokens, "samples": samples, "batch": batch}.items():
-            _check_count(name, value, 1)
-        _check_positive("temperature", temperature, zero=True)
-        _check_count("seed", seed, None)
+            check_count(name, value, 1)
+        check_positive("temperature", temperature, zero=True)
+        check_seed(seed)
         if temperature == 0 and samples > 1:
             raise ValueError(f"samples must be 1 where temperature is 0: all would be the same; got {samples}")
         self._model: Any = model.eval()
@@ -197,7 +205,7 @@ class LocalJudge(_Local):
     """
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
-        return self.judged(_items(prompts=prompts, responses=responses))
+        return self.judged(side_by_side(prompts=prompts, responses=responses))
 
 
 class _Server:
@@ -219,18 +227,15 @@ class _Server:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         for name, text in {"base_url": base_url, "model": model, "rubric": rubric}.items():
-            _check_text(name, text)
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url must start with http:// or https://; got {base_url!r}")
-        _check_positive("timeout", timeout)
-        _check_positive("deadline", deadline)
-        _check_count("retries", retries, 0)
-        _check_count("concurrency", concurrency, 1)
-        _check_count("samples", samples, 1)
+            check_text(name, text)
+        check_positive("timeout", timeout)
+        check_positive("deadline", deadline)
+        check_count("retries", retries, 0)
+        check_count("concurrency", concurrency, 1)
+        check_count("samples", samples, 1)
         if seed is not None:
-            _check_count("seed", seed, None)
-        if reserved := sorted(_RESERVED & set(options or {})):
-            raise ValueError(f"options must not hold {', '.join(reserved)}: the judge sets these itself")
+            check_seed(seed)
+        check_server(base_url, api_key, options, _RESERVED)
         try:
             import openai
         except ImportError as error:
@@ -277,29 +282,29 @@ class _Server:
         """The reply, and whether it came to its own end."""
         seed = {} if self._seed is None else {"seed": self._seed + sample}
         async with gate:
-            call = client.chat.completions.create(
+            call = client.chat.completions.with_raw_response.create(
                 model=self._model,
                 messages=[{"role": "user", "content": text}],
                 extra_body={**self._options, **seed},
             )
             try:
-                completion = await asyncio.wait_for(call, self._deadline)
+                answer = await asyncio.wait_for(call, self._deadline)
             except asyncio.TimeoutError:
                 raise TimeoutError(f"no whole reply within the deadline of {self._deadline} s") from None
             except Exception as error:
                 if isinstance(error.__cause__, Refused):  # as the client's error of a connection
                     raise error.__cause__ from None
                 raise
-        return reply(completion)
+        return reply(answer.content)
 
 
 class ServerJudge(_Server):
     """A model behind any server that speaks OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama.
 
     A call that fails (a refusal to connect, an error status, silence, an answer of more than 4 MiB, a compressed one or
-    one that is no completion, such as one whose content is no text) is no score: the
+    one that is no completion, such as one whose content is no text, of two choices or of a key twice) is no score: the
     others are waited for, then :class:`JudgeError` says how many failed and why the first did. A reply that has no
-    score in it, or was cut off before it, is a missing vote.
+    score in it, or in its last line where the server does not say that the model stopped, is a missing vote.
 
     Args:
         base_url: such as "http://localhost:8000/v1".
@@ -322,7 +327,7 @@ class ServerJudge(_Server):
     """
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgements:
-        return self.judged(_items(prompts=prompts, responses=responses))
+        return self.judged(side_by_side(prompts=prompts, responses=responses))
 
 
 def _judgements(scores: list[list[float]], replies: list[list[str]], samples: int) -> Judgements:
@@ -337,35 +342,3 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()
-
-
-def _items(**named: Sequence[str]) -> list[tuple[str, ...]]:
-    first, *others = named
-    for name, texts in named.items():
-        wrong = texts if isinstance(texts, str) else next((x for x in texts if not isinstance(x, str)), None)
-        if wrong is not None:
-            raise TypeError(f"{name} must be a sequence of strings, got {wrong!r} ({type(wrong).__name__})")
-    for name in others:
-        if len(named[name]) != len(named[first]):
-            count = len(named[first])
-            raise ValueError(f"{name} must have one for each of the {count} {first}, got {len(named[name])}")
-    return list(zip(*named.values(), strict=True))
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise TypeError(f"{name} must be a string that is not empty, got {value!r} ({type(value).__name__})")
-
-
-def _check_count(name: str, value: Any, low: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-    if low is not None and value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-
-
-def _check_positive(name: str, value: Any, zero: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not (0 < value < float("inf") or zero and value == 0):
-        raise ValueError(f"{name} must be finite and {'at least' if zero else 'above'} 0, got {value}")

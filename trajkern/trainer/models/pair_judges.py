@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trajkern.trainer.models.judges import Judgements, _items, _Local, _Server
+from trajkern.trainer.models.judge_settings import side_by_side
+from trajkern.trainer.models.judges import Judgements, _Local, _Server
 from trajkern.trainer.models.verdicts import pair_question, read_verdict
 
 _OPENING = "\n<answer>[["
@@ -45,7 +46,7 @@ class LocalPairJudge(_Local):
         return read_verdict(text, ended)
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> Judgements:
-        return self.judged(_items(prompts=prompts, firsts=firsts, seconds=seconds))
+        return self.judged(side_by_side(prompts=prompts, firsts=firsts, seconds=seconds))
 
 
 class ServerPairJudge(_Server):
@@ -59,4 +60,4 @@ class ServerPairJudge(_Server):
         return read_verdict(text, ended)
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> Judgements:
-        return self.judged(_items(prompts=prompts, firsts=firsts, seconds=seconds))
+        return self.judged(side_by_side(prompts=prompts, firsts=firsts, seconds=seconds))
