@@ -138,11 +138,19 @@ def test_a_row_s_first_token_is_never_learnt() -> None:
     [
         (3, TypeError, "row must be a TreeRow of TRL, .*; got int"),
         (SimpleNamespace(samples=[]), ValueError, "row must have at least one sample, got none"),
-        ({"advantage": torch.nan}, ValueError, "advantage of the samples must be finite; it is nan at index 0"),
-        ({"old_log_probs": torch.full((8,), torch.inf)}, ValueError, "old_logprobs must be finite; it is inf at index"),
-        ({"completion_mask": [1]}, ValueError, "completion_mask must have one entry a token, 8 in sample 0; got 1"),
-        ({"input_ids": []}, ValueError, "input_ids must have at least one token; sample 0 has none"),
-        ({"group_id": None}, ValueError, "samples must have .*; sample 0 has no group_id"),
+        ({"advantage": torch.nan}, ValueError, "advantage of row must be finite numbers; entry 0 of 1 is nan"),
+        (
+            {"old_log_probs": torch.full((8,), torch.inf)},
+            ValueError,
+            "old_log_probs of row must be finite numbers; entry 0 of 8 is inf",
+        ),
+        (
+            {"completion_mask": [1]},
+            ValueError,
+            "completion_mask must have one entry a token, 8 in samples\\[0\\]; got 1",
+        ),
+        ({"input_ids": []}, ValueError, "input_ids must have at least one token; samples\\[0\\] has none"),
+        ({"group_id": None}, ValueError, "samples must have .*; samples\\[0\\] has no group_id"),
     ],
 )
 def test_rows_that_are_none(row: Any, error: type, message: str) -> None:

@@ -103,6 +103,27 @@ class Outside(NamedTuple):
         values = self._replace(value=self.values())._all(legal, "finite numbers")
         return [math.nan if x is None else float(x) for x in values]
 
+    def real(self, *, missing: bool = False) -> float:
+        """A number, True and False included."""
+        return self._replace(value=[self.value]).reals(missing=missing, flags=True)[0]
+
+    def choice(self) -> bool:
+        return self._replace(value=[self.value]).choices()[0]
+
+    def tensor(
+        self,
+        shape: Sequence[int] | None = None,
+        dtypes: tuple[torch.dtype, ...] = NUMBERS,
+        device: torch.device | None = None,
+        ndim: int | None = None,
+    ) -> Tensor:
+        """Of values that can be read, where they lie."""
+        check_tensor(self.name, self.value, dtypes=dtypes, ndim=ndim, device=device)
+        check_valued(self.name, self.value)
+        if shape is not None and tuple(self.value.shape) != tuple(shape):
+            raise ValueError(f"{self.name} must have shape {list(shape)}; got {describe(self.value)}")
+        return self.value
+
     def choices(self) -> list[bool]:
         """True and False, or 1 and 0."""
         values = self._replace(value=self.values())

@@ -12,19 +12,21 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
+from trajkern._checks import renamed
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
 from trajkern.credit.spec import Whitened
 from trajkern.credit.terms import Outcome
 from trajkern.integrations._adapter import Patches, check_signature, held
 from trajkern.integrations._credit_checks import check_given
+from trajkern.integrations._outside import Outside
 
 GRPO = "prime_rl.orchestrator.algo.grpo"
 SINK = "prime_rl.orchestrator.train_sink"
@@ -104,63 +106,96 @@ def _scoring(spec: Spec, module: ModuleType) -> Callable[..., Any]:
     return score_group
 
 
+class _Node(NamedTuple):
+    """A message of a trace."""
+
+    tokens: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+
+    @classmethod
+    def of(cls, node: Outside) -> _Node:
+        tokens, mask = node.at("token_ids").ids(), node.at("mask").choices()
+        if len(mask) != len(tokens):
+            raise ValueError(f"{node.name} must have a mask for each of its {len(tokens)} token_ids, got {len(mask)}")
+        logprobs = node.at("logprobs").reals()
+        if len(logprobs) not in (0, sum(mask)):
+            raise ValueError(
+                f"{node.name} must have logprobs for each of the {sum(mask)} tokens of its mask, or none; got "
+                f"{len(logprobs)}"
+            )
+        return cls(tokens, mask, logprobs)
+
+
 def _rollouts(traces: Sequence[Any], tokenizer: Any) -> credit.Rollouts:
     """A group of prime-rl's, a trace as a rollout."""
-    nodes = [node for trace in traces for node in trace.nodes]
-    lengths = torch.tensor([sum(len(node.token_ids) for node in trace.nodes) for trace in traces], device="cpu")
-    tokens = torch.tensor([x for node in nodes for x in node.token_ids], dtype=torch.int64, device="cpu")
+    given = Outside("traces", traces).each()
+    if not given:
+        raise ValueError("traces must hold at least one, got none")
+    of_traces = [[_Node.of(node) for node in trace.at("nodes").each()] for trace in given]
+    nodes = [node for own in of_traces for node in own]
+    lengths = torch.tensor([sum(len(node.tokens) for node in own) for own in of_traces], device="cpu")
+    tokens = torch.tensor([x for node in nodes for x in node.tokens], dtype=torch.int64, device="cpu")
     mask = torch.tensor([x for node in nodes for x in node.mask], dtype=torch.bool, device="cpu")
-    if mask.shape != tokens.shape:
-        raise ValueError(f"a trace must have a mask for each of its {tokens.shape[0]} tokens, got {mask.shape[0]}")
     written = torch.tensor([x for node in nodes for x in node.logprobs], dtype=torch.float32, device="cpu")
-    sampled = int(mask.sum())
-    batch = tk.PackedBatch(
-        tokens,
-        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        mask,
-        torch.zeros(len(traces), dtype=torch.int64, device="cpu"),
-        sampler_logprobs=None
-        if len(written) != sampled
-        else torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_scatter(mask, written),
-    )
-    rewards, flags = _told(traces)
+    whole = len(written) == int(mask.sum())
+    if not whole and len(written):
+        raise ValueError("traces must all have logprobs of what was sampled, or none; some nodes have none")
+    placed = torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_scatter(mask, written) if whole else None
+    with renamed({"loss_mask": "a trace's mask", "sampler_logprobs": "a trace's logprobs"}):
+        batch = tk.PackedBatch(
+            tokens,
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            mask,
+            torch.zeros(len(given), dtype=torch.int64, device="cpu"),
+            sampler_logprobs=placed,
+        )
+    rewards, flags = _told(given)
     return credit.Rollouts(
         batch,
         rewards=rewards,
-        spans={"turn": _turns(traces, batch.cu_seqlens)},
+        spans={"turn": _turns(of_traces, batch.cu_seqlens)},
         flags=flags,
         texts=_Texts(batch, tokenizer),
-        rows=[{"trace": x, "agent": x.agent.name, "info": x.info} for x in traces],
+        rows=[
+            {
+                "trace": x.value,
+                "agent": x.at("agent").at("name").text(),
+                "info": None if (info := x.get("info")) is None else info.value,
+            }
+            for x in given
+        ],
     )
 
 
-def _told(traces: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _told(traces: Sequence[Outside]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Rewards and flags by their names: an environment's metrics, its rewards' scores, and the trace's whole reward."""
     columns: dict[str, list[float]] = {}
     for n, trace in enumerate(traces):
-        scores = {name: None if x is None else x.score for name, x in trace.rewards.items()}
-        for name, x in (trace.metrics | scores).items():
-            columns.setdefault(name, [math.nan] * len(traces))[n] = math.nan if x is None else float(x)
+        rewards, metrics = trace.at("rewards"), trace.at("metrics")
+        scores = {x: None if (found := rewards.get(x)) is None else found.at("score") for x in rewards.mapping()}
+        for name, x in ({x: metrics.get(x) for x in metrics.mapping()} | scores).items():
+            columns.setdefault(name, [math.nan] * len(traces))[n] = math.nan if x is None else x.real(missing=True)
     named = {
         name: torch.tensor(x, dtype=torch.float32, device="cpu")
         for name, x in columns.items()
         if name not in RESERVED and ":" not in name
     }
     flags = {name: x != 0 for name, x in named.items() if bool(((x == 0) | (x == 1)).all())}
-    named["reward"] = torch.tensor([float(x.reward) for x in traces], dtype=torch.float32, device="cpu")
-    return named, flags | {"truncated": torch.tensor([bool(x.is_truncated) for x in traces], device="cpu")}
+    named["reward"] = torch.tensor([x.at("reward").real() for x in traces], dtype=torch.float32, device="cpu")
+    return named, flags | {"truncated": torch.tensor([x.at("is_truncated").choice() for x in traces], device="cpu")}
 
 
-def _turns(traces: Sequence[Any], cu_seqlens: Tensor) -> tk.Spans:
+def _turns(traces: Sequence[Sequence[_Node]], cu_seqlens: Tensor) -> tk.Spans:
     """What the policy wrote of each message, as a turn."""
     found: list[tuple[int, int, int, int]] = []
-    for n, (trace, at) in enumerate(zip(traces, cu_seqlens.tolist(), strict=False)):
+    for n, (nodes, at) in enumerate(zip(traces, cu_seqlens.tolist(), strict=False)):
         number = 0
-        for node in trace.nodes:
+        for node in nodes:
             if places := [i for i, sampled in enumerate(node.mask) if sampled]:
                 found.append((at + places[0], at + places[-1] + 1, n, number))
                 number += 1
-            at += len(node.token_ids)
+            at += len(node.tokens)
     start, end, owner, index = torch.tensor(found, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
     return tk.Spans(start, end, owner, index, int(cu_seqlens[-1]), cu_seqlens)
 

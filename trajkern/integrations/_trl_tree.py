@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._values import check_finite
-from trajkern.integrations._arguments import choosing
+from trajkern._checks import renamed
 from trajkern.integrations._host_tree import TreeRollouts
+from trajkern.integrations._outside import Outside
 
 _FIELDS = ("input_ids", "completion_mask", "old_log_probs", "advantage", "group_id")
 
@@ -33,23 +33,22 @@ def tree_rollouts(row: Any, device: torch.device | str = "cpu") -> TreeRollouts:
         ValueError: a row without samples; a sample without one of these entries, without tokens, with entries of other
             lengths than its tokens', with an advantage or, where it learns, a log-prob that is no number.
     """
-    samples = getattr(row, "samples", None)
-    if not isinstance(samples, list):
+    given = Outside("row", getattr(row, "samples", None), "samples")
+    if not isinstance(given.value, list):
         raise TypeError(f"row must be a TreeRow of TRL, which has a list of samples; got {type(row).__name__}")
-    if not samples:
+    if not given.value:
         raise ValueError("row must have at least one sample, got none")
-    for n, sample in enumerate(samples):
-        _check(n, sample)
+    samples = [_of(x) for x in given.each()]
     lengths = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)], device="cpu")
-    tokens, mask, old = (_joined(samples, name) for name in _FIELDS[:3])
+    tokens, mask = _joined(samples, "input_ids", torch.int64), _joined(samples, "completion_mask", torch.bool)
     cu_seqlens = lengths.cumsum(0)
-    mask = choosing("completion_mask", mask)
     mask[cu_seqlens[:-1]] = False
-    advantages = torch.tensor([float(sample["advantage"]) for sample in samples], dtype=torch.float32, device="cpu")
-    check_finite("advantage of the samples", advantages)
+    advantages = torch.tensor([sample["advantage"] for sample in samples], dtype=torch.float32, device="cpu")
     number: dict[Any, int] = {}
     groups = torch.tensor([number.setdefault(sample["group_id"], len(number)) for sample in samples], device="cpu")
-    batch = tk.PackedBatch(tokens.long(), cu_seqlens, mask, groups, old_logprobs=old.float())
+    with renamed({"old_logprobs": "old_log_probs"}):
+        old = _joined(samples, "old_log_probs", torch.float32)
+        batch = tk.PackedBatch(tokens, cu_seqlens, mask, groups, old_logprobs=old)
     nothing = tk.PackedBatch(batch.tokens, cu_seqlens, torch.zeros_like(mask), torch.zeros_like(groups))
     tree = tk.Tree.from_trajectories(nothing)  # of tokens alone: masks and groups part nobody
     assert tree.source is not None
@@ -57,16 +56,23 @@ def tree_rollouts(row: Any, device: torch.device | str = "cpu") -> TreeRollouts:
     return TreeRollouts(tree.to(device), batch.to(device), batch.tokens[tree.source].to(device), advantages.to(device))
 
 
-def _check(n: int, sample: Any) -> None:
-    if missing := [name for name in _FIELDS if name not in sample]:
-        raise ValueError(f"samples must have {', '.join(_FIELDS)}; sample {n} has no {missing[0]}")
-    length = len(sample["input_ids"])
-    if not length:
-        raise ValueError(f"input_ids must have at least one token; sample {n} has none")
-    for name in _FIELDS[1:3]:
-        if len(sample[name]) != length:
-            raise ValueError(f"{name} must have one entry a token, {length} in sample {n}; got {len(sample[name])}")
+def _of(sample: Outside) -> dict[str, Any]:
+    """A sample's entries, as lists of Python's own."""
+    sample.mapping()
+    if missing := [name for name in _FIELDS if sample.get(name) is None]:
+        raise ValueError(f"samples must have {', '.join(_FIELDS)}; {sample.path} has no {missing[0]}")
+    ids, mask, old, advantage, group = (sample.at(name) for name in _FIELDS)
+    tokens = ids._replace(value=ids.values()).ids()
+    if not tokens:
+        raise ValueError(f"input_ids must have at least one token; {sample.path} has none")
+    found: dict[str, Any] = {"completion_mask": mask.choices(), "old_log_probs": old.reals(missing=True)}
+    for name, values in found.items():
+        if len(values) != len(tokens):
+            raise ValueError(f"{name} must have one entry a token, {len(tokens)} in {sample.path}; got {len(values)}")
+    if not isinstance(group.value, (str, int)):
+        raise group.refuse("a text or an int")
+    return found | {"input_ids": tokens, "advantage": advantage.real(), "group_id": group.value}
 
 
-def _joined(samples: list[Any], name: str) -> Tensor:
-    return torch.cat([torch.as_tensor(sample[name], device="cpu") for sample in samples])
+def _joined(samples: list[dict[str, Any]], name: str, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([x for sample in samples for x in sample[name]], dtype=dtype, device="cpu")

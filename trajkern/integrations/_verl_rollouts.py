@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import describe, renamed
 from trajkern.credit import Rollouts
 from trajkern.credit.rollouts import RESERVED
+from trajkern.integrations._outside import MOST_REAL, Outside, is_list, is_shape_alone
 
 LOGPROBS = {  # of trajkern's batch -> of verl's
     "old_logprobs": "old_log_probs",
@@ -127,7 +129,7 @@ def rollouts_of(pack: Pack, groups: Sequence[Any], needs: Set[str]) -> Rollouts:
         ids,
         **{ours: pack.taken(rows.logprobs[theirs]) for ours, theirs in LOGPROBS.items() if theirs in rows.logprobs},
     )
-    columns = {name: [x[row] for row in last] for name, x in rows.columns.items()}
+    columns = {name: [x[row] for row in last] for name, x in _columns(rows).items()}
     numbers = {name: x for name, values in columns.items() if (x := _numbers(values)) is not None}
     numbers["reward"] = rows.rewards[torch.tensor(last, dtype=torch.int64, device="cpu")]
     spans, span_rewards = _spans(pack, needs)
@@ -145,9 +147,11 @@ def rollouts_of(pack: Pack, groups: Sequence[Any], needs: Set[str]) -> Rollouts:
 
 def _numbers(values: Sequence[Any]) -> Tensor | None:
     """A column of numbers, ``[N]`` float32, NaN where there is none; None for another column."""
-    plain = [x.item() if _is_number(x) else x for x in values]
+    plain = [x.item() if _is_number(x) and not is_shape_alone(x) else x for x in values]
     if all(x is None for x in plain) or not all(x is None or isinstance(x, (bool, int, float)) for x in plain):
         return None
+    if any(x is not None and abs(x) > MOST_REAL and x not in (math.inf, -math.inf) for x in plain):
+        return None  # what float32 does not hold
     return torch.tensor([math.nan if x is None else float(x) for x in plain], dtype=torch.float32, device="cpu")
 
 
@@ -179,24 +183,22 @@ class _Texts(Sequence[str]):
 
 
 def _spans(pack: Pack, needs: Set[str]) -> tuple[dict[str, tk.Spans], dict[str, Tensor]]:
-    columns, turns = pack.rows.columns, tk.Spans.turns(pack.taken(pack.rows.written), pack.cu_seqlens)
+    columns, turns = _columns(pack.rows), tk.Spans.turns(pack.taken(pack.rows.written), pack.cu_seqlens)
     spans, rewards = {"turn": turns}, {}
     if "tool_rewards" in columns:
         spans["call"] = _calls(pack, turns)
-    own, own_rewards = (columns.get(name, ()) for name in ("spans", "span_rewards"))
-    for name in sorted({name for x in own for name in x or {}}):
+    own, own_rewards = (_mappings(name, columns.get(name, ())) for name in ("spans", "span_rewards"))
+    for name in sorted({name for x in own for name in x}):
         spans[name] = _own_spans(pack, name, own)
     for name, column in PLACED.items():
-        if name in spans and any(_values(x) for x in columns.get(column, ())):
+        if name in spans and any(_lists(column, columns.get(column, ()))):
             found = _placed(pack, spans[name], columns[column], column, f"spans {name!r}")
             if isinstance(found, Tensor):
                 rewards[name] = found
             elif f"span_rewards:{name}" in needs:
                 raise ValueError(found)
-    for name in sorted({name for x in own_rewards for name in x or {}} & spans.keys()):
-        found = _placed(
-            pack, spans[name], [(x or {}).get(name) for x in own_rewards], "span_rewards", f"spans {name!r}"
-        )
+    for name in sorted({name for x in own_rewards for name in x} & spans.keys()):
+        found = _placed(pack, spans[name], [x.get(name) for x in own_rewards], "span_rewards", f"spans {name!r}")
         if not isinstance(found, Tensor):
             raise ValueError(found)
         rewards[name] = found
@@ -215,7 +217,8 @@ def _calls(pack: Pack, turns: tk.Spans) -> tk.Spans:
     answered = (turns.end < row.shape[0]) & (row[after] == of_turn)
     count = pack.rows.tokens.shape[0]
     seen = torch.zeros(count, dtype=torch.int64, device="cpu").index_add(0, of_turn, answered.long())
-    given = torch.tensor([len(_values(x)) for x in pack.rows.columns["tool_rewards"]], dtype=torch.int64, device="cpu")
+    numbers = _lists("tool_rewards", _columns(pack.rows)["tool_rewards"])
+    given = torch.tensor([len(x) for x in numbers], dtype=torch.int64, device="cpu")
     is_last = torch.cat((of_turn[1:] != of_turn[:-1], torch.ones(1, dtype=torch.bool, device="cpu")))
     calls = answered | (is_last & (given == seen + 1)[of_turn])
     start, end, trajectory, index = (x[calls] for x in (turns.start, turns.end, turns.trajectory, turns.index))
@@ -227,17 +230,46 @@ def _placed(pack: Pack, spans: tk.Spans, values: Sequence[Any], column: str, wha
     row = pack.row[(spans.end - 1).clamp_min(0)] if len(spans) else torch.zeros(0, dtype=torch.int64, device="cpu")
     counts = torch.zeros(len(values), dtype=torch.int64, device="cpu").index_add(0, row, torch.ones_like(row)).tolist()
     found: list[float] = []
+    lists = _lists(column, values)
     for n in pack.order:
-        numbers = _values(values[n])
-        if len(numbers) != counts[n]:
-            return f"{column} must have a number for each of the {counts[n]} {what} of row {n}, got {len(numbers)}"
-        found += [math.nan if x is None else float(x) for x in numbers]
+        if len(lists[n]) != counts[n]:
+            return f"{column} must have a number for each of the {counts[n]} {what} of row {n}, got {len(lists[n])}"
+        found += lists[n]
     return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
-def _values(x: Any) -> list[Any]:
-    """A list or an array as a list, none where there is None."""
-    return [] if x is None else list(x)
+def _columns(rows: Rows) -> dict[str, Sequence[Any]]:
+    """The columns, each with a value a row."""
+    count = rows.tokens.shape[0]
+    for name, x in Outside("columns", rows.columns).mapping().items():
+        if not isinstance(x, np.ndarray) and not is_list(x):
+            raise Outside(str(name), x).refuse("a list or an array of a value a row")
+        if (isinstance(x, np.ndarray) and not x.ndim) or len(x) != count:
+            raise ValueError(f"{name} must have a value for each of the {count} rows; got {describe(x)}")
+    return dict(rows.columns)
+
+
+def _lists(column: str, values: Sequence[Any]) -> list[list[float]]:
+    """Each row's numbers, none where there is None."""
+    given = [Outside("the batch", x, f"{column}[{n}]") for n, x in enumerate(values)]
+    return [[] if x.value is None else x.reals(missing=True, flags=True) for x in given]
+
+
+def _mappings(column: str, values: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """Each row's mapping of names, none where there is None."""
+    given = [Outside("the batch", x, f"{column}[{n}]") for n, x in enumerate(values)]
+    found = [{} if x.value is None else x.mapping() for x in given]
+    for x, names in zip(given, found, strict=True):
+        if not all(isinstance(name, str) for name in names):
+            raise x.refuse("a mapping of names")
+    return found
+
+
+def _pair(span: Outside) -> tuple[int, int]:
+    values = span._replace(value=span.values()).ids()
+    if len(values) != 2:
+        raise ValueError(f"{span.name} must be a start and an end, got {describe(span.value)}")
+    return values[0], values[1]
 
 
 def _own_spans(pack: Pack, name: str, column: Sequence[Any]) -> tk.Spans:
@@ -251,7 +283,8 @@ def _own_spans(pack: Pack, name: str, column: Sequence[Any]) -> tk.Spans:
     for row, first, stop, owner in zip(
         pack.order, begin.tolist(), lengths.cumsum(0).tolist(), pack.owner.tolist(), strict=True
     ):
-        for start, end in (column[row] or {}).get(name, ()):
+        given = Outside("the batch", column[row].get(name, ()), f"spans[{row}][{name!r}]")
+        for start, end in map(_pair, given._replace(value=given.values()).each()):
             if not 0 <= start <= end <= stop - first:
                 raise ValueError(
                     f"spans[{name!r}] must be 0 <= start <= end <= {stop - first}, the response of row {row}; "
@@ -259,8 +292,9 @@ def _own_spans(pack: Pack, name: str, column: Sequence[Any]) -> tk.Spans:
                 )
             found.append((first + start, first + end, owner, index.setdefault(owner, 0)))
             index[owner] += 1
-    start, end, trajectory, number = torch.tensor(found, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
-    return tk.Spans(start, end, trajectory, number, int(pack.cu_seqlens[-1]), pack.cu_seqlens)
+    starts, ends, trajectory, number = torch.tensor(found, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
+    with renamed(dict.fromkeys(("start", "end", "index"), f"spans[{name!r}]")):
+        return tk.Spans(starts, ends, trajectory, number, int(pack.cu_seqlens[-1]), pack.cu_seqlens)
 
 
 def _teacher(pack: Pack) -> Tensor | None:

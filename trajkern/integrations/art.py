@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_count, check_shape, check_tensor, describe
+from trajkern._checks import check_count, check_shape, check_tensor, describe, renamed
 from trajkern._values import check_finite, check_values
 from trajkern.integrations._host_tree import TreeRollouts
+from trajkern.integrations._outside import is_list
 
 __all__ = ["TreeRollouts", "tree_rollouts"]
 _IDS = ("tokens", "group_ids", "parent_ids")
@@ -53,7 +54,7 @@ def tree_rollouts(packed: Mapping[str, Any], row: int) -> TreeRollouts:
         raise TypeError(f"packed must be a mapping, as ART's packed tensors are; got {describe(packed)}")
     check_count("row", row, low=0)
     images = packed.get("pixel_values")
-    if images is not None and images[row] is not None:
+    if images is not None and (not is_list(images) or len(images) <= row or images[row] is not None):
         raise ValueError("pixel_values must be None: equal tokens of images are not equal inputs, which a tree shares")
     dtypes = dict.fromkeys(_IDS, _INTEGER) | dict.fromkeys(_VALUES, _FLOAT) | {"assistant_mask": (torch.bool,)}
     fields = {name: _row(packed, name, row, legal) for name, legal in dtypes.items()}
@@ -65,9 +66,11 @@ def tree_rollouts(packed: Mapping[str, Any], row: int) -> TreeRollouts:
     flat = tree.flat_index
     mask = fields["assistant_mask"]
     advantages = torch.where(mask, fields["advantages"] * fields["weights"], 0)
-    batch = tk.PackedBatch(
-        fields["tokens"][flat], tree.flat_cu_seqlens, mask[flat], tree.leaf_root, old_logprobs=fields["logprobs"][flat]
-    )
+    with renamed({"old_logprobs": "logprobs"}):
+        old = fields["logprobs"][flat]
+        batch = tk.PackedBatch(
+            fields["tokens"][flat], tree.flat_cu_seqlens, mask[flat], tree.leaf_root, old_logprobs=old
+        )
     return TreeRollouts(tree, batch, fields["tokens"], advantages[flat])
 
 
@@ -76,8 +79,8 @@ def _row(packed: Mapping[str, Any], name: str, row: int, dtypes: tuple[torch.dty
         raise ValueError(f"packed must have {name}, as ART's packed tensors do; it has {', '.join(packed)}")
     check_tensor(name, packed[name], dtypes=dtypes, ndim=2)
     check_tensor(name, packed[name], device=packed["tokens"].device)
-    if row >= packed[name].shape[0]:
-        raise ValueError(f"row must lie in [0, {packed[name].shape[0]}), got {row}")
+    if row >= packed["tokens"].shape[0]:
+        raise ValueError(f"row must lie in [0, {packed['tokens'].shape[0]}), the rows of tokens; got {row}")
     check_shape(name, packed[name], tuple(packed["tokens"].shape), "the shape of tokens")
     return packed[name][row]
 

@@ -24,12 +24,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_tensor, suggesting
+from trajkern._checks import check_tensor, renamed, suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _prime_rl_credit
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._arguments import NUMBERS
 from trajkern.integrations._credit_checks import spec_of
+from trajkern.integrations._outside import Outside
 from trajkern.integrations._prime_rl_terms import HOSTS_OWN, Metrics, Term, Tokens, ce, ref_kl, term_of
 
 TESTED = ("0.8.0",)
@@ -44,6 +45,9 @@ _patches, _credits = Patches(), Patches()
 _replaced: list[Callable[..., Any]] = []  # prime-rl's compute_loss, for losses that are not known here
 # loss functions -> the options whose loss they have been seen to compute
 _shown: WeakKeyDictionary[Callable[..., Any], dict[str, Any]] = WeakKeyDictionary()
+
+
+_STREAMS = {"logprobs": "trainer_logprobs", "old_logprobs": "inference_logprobs", "kl_weights": "loss_weights"}
 
 
 class LossOutputs(NamedTuple):
@@ -245,19 +249,15 @@ def policy_loss(inputs: Any, kind: str = "default", **options: Any) -> LossOutpu
             are the old ones), ``kl_cov`` and ``clip_cov`` (they rank a whole batch) and ``gmpo`` (one number a
             trajectory). A ``kl_coef`` where there are weights.
     """
-    streams = {
-        "trainer_logprobs": inputs.trainer_logprobs,
-        "inference_logprobs": inputs.inference_logprobs,
-        "ref_logprobs": inputs.ref_logprobs,
-        "advantages": inputs.advantages,
-        "loss_mask": inputs.loss_mask,
-        "loss_weights": inputs.loss_weights,
-    }
-    new, old, ref, advantages, mask, weights = _packs({k: None if x is None else [x] for k, x in streams.items()})
+    given, names = Outside("inputs", inputs), ("trainer_logprobs", "inference_logprobs", "ref_logprobs")
+    found = {name: given.get(name) for name in (*names, "advantages", "loss_mask", "loss_weights")}
+    found |= {name: given.at(name) for name in (*names[:2], "advantages", "loss_mask")}
+    new, old, ref, advantages, mask, weights = _packs({k: None if x is None else [x.value] for k, x in found.items()})
     assert new is not None and old is not None and advantages is not None and mask is not None
     lengths = torch.tensor([new.shape[0]], device=new.device)
     tokens = Tokens(new, old, ref, advantages, mask, weights, _bounds(lengths))
-    loss, metrics = term_of(kind, **options)(tokens, 1)
+    with renamed(_STREAMS):
+        loss, metrics = term_of(kind, **options)(tokens, 1)
     return LossOutputs(loss, {name: x[0] for name, x in _by_sequence(metrics, lengths).items()})
 
 
