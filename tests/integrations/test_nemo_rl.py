@@ -310,6 +310,6 @@ def test_what_nemo_rl_never_gives(host) -> None:
     refused("data must have 'prev_logprobs'", without="prev_logprobs")
     refused("data must have 'reference_policy_logprobs'", without="reference_policy_logprobs")
     refused(r"data\['advantages'\] must have shape \[B, S\] = \[5, 13\], got \[5\]", advantages=torch.ones(5))
-    refused(r"data\['advantages'\] must be a tensor, got float", TypeError, advantages=1.0)
+    refused(r"data\['advantages'\] must be a tensor, got 1.0 .float", TypeError, advantages=1.0)
     refused(r"data\['rewards'\] must have shape \[B\] = \[5\], got \[4\]", rewards=torch.ones(4))
     refused(r"data\['curr_logprobs_unfiltered'\] must have shape", curr_logprobs_unfiltered=torch.ones(5, 13))

@@ -159,7 +159,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], type[Exception], str]] = [
     ("regular", {"old": None}, {}, TypeError, "old_log_probs must be a tensor, got None"),
     ("regular", {"advantages": torch.ones(9)}, {}, ValueError, "advantages must have the mask's shape"),
     ("rollout_is", {"rollout": None}, {}, ValueError, "rollout_logprobs must be given for rollout_is"),
-    ("cispo", {}, {"cispo": {"cispo_anchor": "ref"}}, ValueError, "cispo.cispo_anchor must be 'old' or 'rollout'"),
+    ("cispo", {}, {"cispo": {"cispo_anchor": "ref"}}, ValueError, "cispo.cispo_anchor must be one of 'old', 'rollout'"),
     ("cispo", {"rollout": None}, {"cispo": {"cispo_anchor": "rollout"}}, ValueError, "rollout_logprobs must be given"),
     (
         "cispo",
@@ -168,8 +168,8 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "off_policy_correction.tis_ratio_type must be None with cispo_anchor='rollout'",
     ),
-    ("dppo", {}, {"dppo": SimpleNamespace(dppo_type="topk")}, ValueError, "dppo.dppo_type must be 'binary_tv'"),
-    ("dual_clip", {}, {"clip_ratio_c": 0.5}, ValueError, "clip_dual must be"),
+    ("dppo", {}, {"dppo": SimpleNamespace(dppo_type="topk")}, ValueError, "dppo.dppo_type must be one of 'binary_tv'"),
+    ("dual_clip", {}, {"clip_ratio_c": 0.5}, ValueError, "clip_ratio_c must be"),
 ]
 
 

@@ -19,11 +19,15 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
+from trajkern._checks import readable, renamed
+from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern._values import check_finite
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
 from trajkern.integrations._adapter import Patches, check_signature, held
 from trajkern.integrations._arguments import choosing
 from trajkern.integrations._credit_checks import check_given, metrics_of
+from trajkern.integrations._outside import Outside
 
 ACTOR = "areal.trainer.ppo.actor"
 NOT_GIVEN = {  # what a credit may need -> why AReaL's actor does not have it
@@ -36,6 +40,7 @@ NOT_GIVEN = {  # what a credit may need -> why AReaL's actor does not have it
     "span_rewards:": "an entry of a workflow's dictionary is a number a rollout; a span's reward can be a function",
 }
 NEUTRAL = {"kl_ctl": 0, "discount": 1, "gae_lambda": 1, "adv_norm": None, "reward_norm": None}
+OF_TOKENS = ("logprobs", "prox_logp", "teacher_logp")
 Trajectories = list[dict[str, Any]]
 
 
@@ -82,9 +87,29 @@ def _check_options(config: Any, data: Trajectories) -> None:
         raise ValueError("values must not be there: a credit has no returns for a critic to learn")
 
 
+def _checked(found: Any) -> tuple[Trajectories, list[Tensor]]:
+    """A rank's trajectories, whose entries of tokens have one shape each, and their real tokens."""
+    given = Outside("trajectories", found).each()
+    if not given:
+        raise ValueError("trajectories must hold at least one dictionary, got none")
+    device: torch.device | None = None
+    for x in given:
+        shape = x.at("attention_mask").tensor(ndim=2, device=device).shape
+        device = x.mapping()["attention_mask"].device
+        x.at("input_ids").tensor(shape, INTEGERS, device)
+        x.at("tot_rewards").tensor(shape, FLOATS, device)
+        x.at("loss_mask").tensor(shape, device=device)
+        for name in OF_TOKENS:
+            if (entry := x.get(name)) is not None:
+                entry.tensor(shape, FLOATS, device)
+            if (entry is None) != (given[0].get(name) is None):
+                raise ValueError(f"{name} must be in all trajectories or in none; {x.path} is not as the first")
+    return found, [choosing("attention_mask", x.value["attention_mask"]) for x in given]
+
+
 def _rollouts(actor: Any, found: Trajectories) -> credit.Rollouts:
     """The rollouts of a rank, a dictionary's rows as a group."""
-    real = [choosing("attention_mask", x["attention_mask"]) for x in found]
+    found, real = _checked(found)
 
     def of_tokens(name: str, columns: int = 1) -> Tensor:
         return torch.cat([x[name].roll(columns, -1)[where] for x, where in zip(found, real, strict=True)])
@@ -97,20 +122,25 @@ def _rollouts(actor: Any, found: Trajectories) -> credit.Rollouts:
     names = {"old_logprobs": "prox_logp"}
     if actor.config.use_decoupled_loss or not actor.config.recompute_logprob:  # else they are the recomputed ones
         names["sampler_logprobs"] = "logprobs"
-    batch = tk.PackedBatch(
-        of_tokens("input_ids", 0),
-        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        choosing("loss_mask", of_tokens("loss_mask")),
-        numbers.repeat_interleave(sizes),
-        **{ours: of_tokens(theirs) for ours, theirs in names.items() if found[0].get(theirs) is not None},
-    )
+    with renamed(names):
+        batch = tk.PackedBatch(
+            of_tokens("input_ids", 0),
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            choosing("loss_mask", of_tokens("loss_mask")),
+            numbers.repeat_interleave(sizes),
+            **{ours: of_tokens(theirs) for ours, theirs in names.items() if found[0].get(theirs) is not None},
+        )
     columns = {name: torch.cat([x[name] for x in found]) for name in _columns(found)}
     flags = {name: x != 0 for name, x in columns.items() if bool(((x == 0) | (x == 1)).all())}
     rewards = {"reward": torch.cat([x["tot_rewards"].sum(-1) for x in found])}
+    if readable(rewards["reward"]):
+        check_finite("tot_rewards", rewards["reward"], ~rewards["reward"].isnan())  # NaN leaves a rollout out
     teacher = None if found[0].get("teacher_logp") is None else of_tokens("teacher_logp").float()
     if batch.old_logprobs is None and batch.sampler_logprobs is None:
         teacher = None
-    return credit.Rollouts(batch, rewards=columns | rewards, flags=flags, teacher_logprobs=teacher, process_group=group)
+    with renamed({"rewards['reward']": "tot_rewards", "teacher_logprobs": "teacher_logp"}):
+        rewards = columns | rewards
+        return credit.Rollouts(batch, rewards=rewards, flags=flags, teacher_logprobs=teacher, process_group=group)
 
 
 def _columns(found: Trajectories) -> list[str]:
@@ -118,7 +148,7 @@ def _columns(found: Trajectories) -> list[str]:
 
     def told(name: str, x: Mapping[str, Any]) -> bool:
         y = x.get(name)
-        if not isinstance(y, Tensor) or y.shape != x["attention_mask"].shape[:1]:
+        if not isinstance(y, Tensor) or y.is_meta or y.shape != x["attention_mask"].shape[:1]:
             return False
         whole = not y.is_floating_point() and y.dtype != torch.bool
         return not y.is_complex() and not (whole and bool((y.abs() > 2**24).any()))  # what float32 holds

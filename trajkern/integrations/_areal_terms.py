@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_tensor, describe
+from trajkern._checks import check_choice, check_number, check_tensor, describe
 from trajkern.integrations._arguments import NUMBERS, choosing
 
 LEGAL = {
@@ -31,8 +31,7 @@ class Pack(NamedTuple):
 
     def flat(self, name: str, x: Any) -> Tensor:
         """``x`` as ``[T]`` without a gradient; an error names it as ``name``."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x, dtypes=NUMBERS, device=self.mask.device)
         if x.shape != self.shape:
             raise ValueError(f"{name} must have the log-probs' shape {list(self.shape)}, got {list(x.shape)}")
         return x.detach().reshape(-1)
@@ -117,8 +116,12 @@ def by_sequence(rejection: Any) -> bool:
             raise TypeError(
                 f"rejection_sampling must have {', '.join(LEGAL)}, as AReaL's does; got {describe(rejection)}"
             )
-        if getattr(rejection, name) not in legal:
-            raise ValueError(f"rejection_sampling.{name} must be one of {legal}, got {getattr(rejection, name)!r}")
+        check_choice(f"rejection_sampling.{name}", getattr(rejection, name), legal)
+    if not hasattr(rejection, "lower") or not hasattr(rejection, "upper"):
+        raise TypeError(f"rejection_sampling must have lower and upper, got {describe(rejection)}")
+    upper = check_number("rejection_sampling.upper", rejection.upper)
+    if rejection.lower is not None:
+        check_number("rejection_sampling.lower", rejection.lower, high=upper)
     return rejection.level == "sequence"
 
 
@@ -143,13 +146,13 @@ def rejected(pack: Pack, proximal: Tensor, old: Tensor, o: Any) -> Rejected:
             weights = pack.means(log_ratio).exp()[owner]
         judged = {"sum": pack.sums, "mean": pack.means, "max": pack.largest}[o.agg](metric)[owner]
     judged = judged.exp() if of_ratio else judged
-    low = 0.0 if o.lower is None else o.lower
-    inside = (judged <= o.upper) if o.lower is None else (judged >= o.lower) & (judged <= o.upper)
+    low, high = 0.0 if o.lower is None else float(o.lower), float(o.upper)
+    inside = (judged <= high) if o.lower is None else (judged >= low) & (judged <= high)
     if o.action == "mask":
         kept = pack.mask & inside
         changed = pack.mask & ~inside
     else:
-        kept, bounded = pack.mask, weights.clamp(low, o.upper)
+        kept, bounded = pack.mask, weights.clamp(low, high)
         bounded = torch.where(inside, weights, bounded) if o.level == "sequence" else bounded
         changed, weights = pack.mask & (weights != bounded), bounded
     share = changed.sum() / pack.mask.sum().clamp_min(1)

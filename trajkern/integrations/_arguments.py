@@ -36,7 +36,7 @@ def by_annotation(names: Mapping[str, str] | None = None) -> Callable[[F], F]:
 
     def decorated(function: F) -> F:
         signature = inspect.signature(function)
-        kinds = {name: _parts(x.annotation) for name, x in signature.parameters.items()}
+        kinds = {name: parts_of(x.annotation) for name, x in signature.parameters.items()}
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def by_annotation(names: Mapping[str, str] | None = None) -> Callable[[F], F]:
     return decorated
 
 
-def _parts(annotation: Any) -> tuple[str, ...]:
+def parts_of(annotation: Any) -> tuple[str, ...]:
     """Of a union in words; nothing where one of them may be anything."""
     parts = tuple(x.partition("[")[0] for x in str(annotation).split(" | "))
     return parts if all(x in ("Tensor", "None", *_KINDS, *_CHECKS) for x in parts) else ()

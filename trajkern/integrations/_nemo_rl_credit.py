@@ -12,11 +12,14 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
+from trajkern._checks import describe
+from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit import Spec
 from trajkern.credit.rollouts import RESERVED
 from trajkern.integrations._adapter import Patches, check_signature, held
 from trajkern.integrations._arguments import choosing
 from trajkern.integrations._credit_checks import check_given, may_leave_out, metrics_of
+from trajkern.integrations._outside import Outside
 
 GRPO = "nemo_rl.algorithms.grpo"
 HOLDERS = (GRPO, "nemo_rl.algorithms.grpo_sync", "nemo_rl.algorithms.single_controller_utils.setup")
@@ -107,31 +110,49 @@ def _rollouts(
     prompt_ids: Tensor, rewards: Tensor, mask: Tensor, batch: Mapping[str, Any]
 ) -> tuple[credit.Rollouts, Tensor]:
     """The batch, and its real tokens, bool ``[B, S]``."""
+    mask = Outside("mask", mask).tensor(ndim=2)
+    prompt_ids = Outside("prompt_ids", prompt_ids).tensor(dtypes=INTEGERS, ndim=2)
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"repeated_batch must be a mapping, got {describe(batch)}")
     if "message_log" not in batch:
         raise ValueError(
             "repeated_batch must have message_log, the rollouts' messages, for a credit: data_plane.enabled must be "
             f"False, as NeMo-RL's trainers over a data plane keep them elsewhere; it has {', '.join(sorted(batch))}"
         )
-    logs = batch["message_log"]
-    parts = [[message["token_ids"] for message in log] for log in logs]
-    lengths = torch.tensor([sum(len(x) for x in part) for part in parts], device=mask.device)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    real, learns = place < lengths[:, None], choosing("mask", mask)
-    if len(logs) != len(mask) or bool((lengths > mask.shape[1]).any()) or bool((learns & ~real).any()):
+    logs = Outside("repeated_batch", batch["message_log"], "message_log").each()
+    parts = [[x.at("token_ids").tensor(dtypes=INTEGERS, ndim=1) for x in log.each()] for log in logs]
+    lengths = torch.tensor([sum(len(x) for x in part) for part in parts], dtype=torch.int64, device=mask.device)
+    learns = choosing("mask", mask)
+    if len(logs) != len(mask) or len(prompt_ids) != len(mask):
+        raise ValueError(
+            f"prompt_ids and message_log must have a row for each of the mask's {len(mask)}; got {len(prompt_ids)} and "
+            f"{len(logs)}"
+        )
+    real = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    if bool((lengths > mask.shape[1]).any()) or bool((learns & ~real).any()):
         raise ValueError(
             f"message_log must have the tokens of the mask's {list(mask.shape)}, row by row and to their ends; "
             f"its lengths are {lengths.tolist()[:8]}"
         )
+    count = (len(mask),)
+    rewards = Outside("compute_advantage", rewards, "rewards").tensor(count, FLOATS)
     pack = tk.PackedBatch(
-        torch.cat([x.to(mask.device).long() for part in parts for x in part]),
+        torch.cat([mask.new_zeros(0, dtype=torch.int64), *(x.to(mask.device).long() for y in parts for x in y)]),
         torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
         learns[real],
         torch.unique(prompt_ids, dim=0, return_inverse=True)[1].to(mask.device),
     )
     components = {name.removeprefix(PREFIX): x for name, x in batch.items() if name.startswith(PREFIX)}
-    named = {name: x.to(mask.device) for name, x in components.items() if name not in RESERVED and ":" not in name}
+    named = {
+        name: Outside("repeated_batch", x, PREFIX + name).tensor(count).to(mask.device)
+        for name, x in components.items()
+        if name not in RESERVED and ":" not in name
+    }
     truncated = batch.get("truncated")
-    flags = {} if truncated is None else {"truncated": torch.as_tensor(truncated, device=mask.device) != 0}
+    cut = [] if truncated is None else Outside("repeated_batch", truncated, "truncated").choices()
+    if truncated is not None and len(cut) != len(logs):
+        raise ValueError(f"truncated must have a flag for each of the {len(logs)} rollouts, got {len(cut)}")
+    flags = {} if truncated is None else {"truncated": torch.tensor(cut, device=mask.device)}
     columns = {name: x for name, x in batch.items() if _is_column(x, len(logs))}
     own = {"reward": rewards.to(mask.device).float()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

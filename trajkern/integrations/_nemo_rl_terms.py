@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import check_tensor, describe, renamed
 from trajkern.integrations._adapter import PaddedRows, padded_rows
+from trajkern.integrations._arguments import NUMBERS, check_kind, parts_of
 
 KL_TYPES = ("k1", "k2", "k3")
 CORRECTIONS = (None, "tis", "icepop", "seq-mask-tis")
@@ -50,15 +52,24 @@ class Options:
 
         NeMo-RL lets a configuration file add names that nobody declares, and reads none of them; nor does this.
         """
+        if not isinstance(cfg, Mapping) and (isinstance(cfg, Tensor) or not hasattr(cfg, "__dict__")):
+            raise TypeError(
+                f"cfg must be NeMo-RL's ClippedPGLossConfig or a mapping of its options, got {describe(cfg)}"
+            )
         declared = cfg if isinstance(cfg, Mapping) else getattr(type(cfg), "model_fields", vars(cfg))
         known = [x.name for x in fields(cls)]
-        if unknown := sorted(set(declared) - set(known)):
+        if unknown := sorted(str(x) for x in set(declared) - set(known)):
             raise ValueError(f"cfg has options that trajkern's loss does not know: {', '.join(unknown)}")
         if isinstance(cfg, Mapping):
             return cls(**cfg)
         return cls(**{name: getattr(cfg, name) for name in known if hasattr(cfg, name)})
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            check_kind(field.name, value, parts_of(field.type), None)
+            if "float" in str(field.type) and value is not None:
+                object.__setattr__(self, field.name, float(value))
         if self.reference_policy_kl_type not in KL_TYPES:
             raise ValueError(
                 f"reference_policy_kl_type must be one of {KL_TYPES}, got {self.reference_policy_kl_type!r}"
@@ -114,7 +125,9 @@ class Options:
         else:
             kind = "gspo" if self.sequence_level_importance_ratios else "dapo"
             clip["clip_dual"] = self.ratio_clip_c
-        return tk.PolicyLoss(kind, aggregate=aggregate, **clip)
+        names = {"clip_low": "ratio_clip_min", "clip_high": "ratio_clip_max", "clip_dual": "ratio_clip_c"}
+        with renamed(names):
+            return tk.PolicyLoss(kind, aggregate=aggregate, **clip)
 
 
 class Batch(NamedTuple):
@@ -143,7 +156,9 @@ def batch_of(new: Tensor, data: Mapping[str, Any], forced: bool) -> Batch:
     if not isinstance(new, Tensor) or new.ndim != 2:
         got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise ValueError(f"next_token_logprobs must have shape [B, S-1], got {got}")
-    token_mask, sample_mask = (_entry(data, name) for name in ("token_mask", "sample_mask"))
+    if not isinstance(data, Mapping):
+        raise TypeError(f"data must be a mapping, got {describe(data)}")
+    token_mask, sample_mask = (_entry(data, name, new.device) for name in ("token_mask", "sample_mask"))
     if token_mask.shape != (new.shape[0], new.shape[1] + 1):
         wanted = [new.shape[0], new.shape[1] + 1]
         raise ValueError(f"data['token_mask'] must have shape [B, S] = {wanted}, got {list(token_mask.shape)}")
@@ -164,18 +179,16 @@ def batch_of(new: Tensor, data: Mapping[str, Any], forced: bool) -> Batch:
     return Batch(rows, samples, flat, old, sampler, advantages, legal, of_rows)
 
 
-def _entry(data: Mapping[str, Any], name: str) -> Tensor:
+def _entry(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
     if name not in data:
         raise ValueError(f"data must have {name!r}, got {sorted(data.keys())}")
-    x = data[name]
-    if not isinstance(x, Tensor):
-        raise TypeError(f"data[{name!r}] must be a tensor, got {type(x).__name__}")
-    return x
+    check_tensor(f"data[{name!r}]", data[name], dtypes=NUMBERS, device=device)
+    return data[name]
 
 
 def shifted(rows: PaddedRows, data: Mapping[str, Any], name: str) -> Tensor:
     """An entry ``[B, S]`` of the micro-batch without its first column, as ``[T]``; 0 where no token takes part."""
-    x = _entry(data, name)
+    x = _entry(data, name, rows.mask.device)
     wanted = [rows.shape[0], rows.shape[1] + 1]
     if list(x.shape) != wanted:
         raise ValueError(f"data[{name!r}] must have shape [B, S] = {wanted}, got {list(x.shape)}")

@@ -7,7 +7,7 @@ that the batch is at hand meanwhile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,10 +17,14 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit
+from trajkern._checks import describe, renamed
+from trajkern._dtypes import FLOATS, INTEGERS
+from trajkern._values import check_finite
 from trajkern.credit import Spec
 from trajkern.integrations._adapter import Patches, WhenImported, check_signature, held
-from trajkern.integrations._arguments import choosing
+from trajkern.integrations._arguments import NUMBERS, choosing
 from trajkern.integrations._credit_checks import may_leave_out
+from trajkern.integrations._outside import Outside
 
 TRAINER = "skyrl.train.trainer"
 GIVEN = {"reward", "texts", "sampler_logprobs", "spans:turn"}
@@ -133,8 +137,12 @@ def credited(found: Running, name: str, spec: Spec) -> Pair:
 def _check_options(name: str, algorithm: Any, data: Any) -> None:
     if algorithm.advantage_batch_normalize:
         raise ValueError(f"algorithm.advantage_batch_normalize must be False for {name}, whose .whiten() does it")
+    if not isinstance(data, Mapping) and not hasattr(data, "get"):
+        raise TypeError(f"data must be a batch of SkyRL's, got {describe(data)}")
     if data.get("values") is not None:
         raise ValueError(f"trainer.critic.model.path must be None for {name}: a credit has no returns for a critic")
+    if not isinstance(data.metadata, Mapping):
+        raise TypeError(f"the batch's metadata must be a mapping, got {describe(data.metadata)}")
     if data.metadata.get("uids") is None:
         raise ValueError(f"the batch's metadata must have uids for {name}, which say who shares a prompt; it has none")
 
@@ -146,31 +154,59 @@ def _refuse_means(name: str, algorithm: Any, spec: Spec) -> None:
     )
 
 
+def _entries(data: Any) -> dict[str, Tensor]:
+    """The tensors of a batch, of one number of rows, those of responses of one shape, on the CPU."""
+    given, cpu = Outside("data", data), torch.device("cpu")
+    found = {"sequences": given.at("sequences").tensor(dtypes=INTEGERS, ndim=2, device=cpu)}
+    found["attention_mask"] = given.at("attention_mask").tensor(found["sequences"].shape, device=cpu)
+    found["response_mask"] = given.at("response_mask").tensor(ndim=2, device=cpu)
+    rows, length = found["response_mask"].shape
+    if rows != len(found["sequences"]) or length > found["sequences"].shape[1]:
+        raise ValueError(
+            "response_mask must have the rows of sequences and at most their columns, "
+            f"{list(found['sequences'].shape)}; got {[rows, length]}"
+        )
+    for name, dtypes in {"loss_mask": NUMBERS, "rewards": FLOATS}.items():
+        found[name] = given.at(name).tensor((rows, length), dtypes, cpu)
+    for name in ("action_log_probs", "rollout_logprobs"):
+        if (entry := given.get(name)) is not None:
+            found[name] = entry.tensor((rows, length), FLOATS, cpu)
+    return found
+
+
 def _rollouts(trainer: Any, data: Any, rows: int) -> tuple[credit.Rollouts, Tensor]:
     """The batch without the rows that only make up the number, and its real tokens, bool ``[rows, W]``."""
-    tokens, real = data["sequences"][:rows], choosing("attention_mask", data["attention_mask"][:rows])
-    width = tokens.shape[1] - data["response_mask"].shape[1]
+    entries = _entries(data)
+    uids = Outside("the batch's metadata", data.metadata["uids"], "uids").values()
+    if len(uids) != len(entries["sequences"]) or not 0 <= rows <= len(uids):
+        raise ValueError(f"uids must have one for each of the {len(entries['sequences'])} rows, got {len(uids)}")
+    if wrong := [x for x in uids if not isinstance(x, (str, int))]:
+        raise TypeError(f"uids must be texts or ints, got {describe(wrong[0])}")
+    tokens, real = entries["sequences"][:rows], choosing("attention_mask", entries["attention_mask"][:rows])
+    width = tokens.shape[1] - entries["response_mask"].shape[1]
 
     def behind_prompts(x: Tensor) -> Tensor:  # [B, L]
         return torch.nn.functional.pad(x[:rows], (width, 0))
 
     numbers: dict[Any, int] = {}
-    ids = [numbers.setdefault(uid, len(numbers)) for uid in data.metadata["uids"][:rows]]
+    ids = [numbers.setdefault(uid, len(numbers)) for uid in uids[:rows]]
     names = {"old_logprobs": "action_log_probs", "sampler_logprobs": "rollout_logprobs"}
-    batch = tk.PackedBatch.from_padded(
-        tokens,
-        real,
-        loss_mask=choosing("loss_mask", behind_prompts(data["loss_mask"])),
-        group_ids=torch.tensor(ids, device="cpu"),
-        **{ours: behind_prompts(data[theirs]) for ours, theirs in names.items() if data.get(theirs) is not None},
-    )
+    with renamed(names):
+        batch = tk.PackedBatch.from_padded(
+            tokens,
+            real,
+            loss_mask=choosing("loss_mask", behind_prompts(entries["loss_mask"])),
+            group_ids=torch.tensor(ids, dtype=torch.int64, device="cpu"),
+            **{ours: behind_prompts(entries[theirs]) for ours, theirs in names.items() if theirs in entries},
+        )
 
     def decoded() -> list[str]:
-        responses = choosing("response_mask", behind_prompts(data["response_mask"]))
+        responses = choosing("response_mask", behind_prompts(entries["response_mask"]))
         said = [row[kept].tolist() for row, kept in zip(tokens, responses, strict=True)]
         return trainer.tokenizer.batch_decode(said, skip_special_tokens=True)
 
-    rewards = {"reward": data["rewards"][:rows].sum(-1).float()}
+    rewards = {"reward": entries["rewards"][:rows].sum(-1).float()}
+    check_finite("rewards", rewards["reward"], ~rewards["reward"].isnan())  # NaN leaves a rollout out
     return credit.Rollouts(batch, rewards=rewards, texts=_Texts(decoded, rows)), real
 
 

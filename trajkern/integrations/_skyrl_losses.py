@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import check_choice, check_number, renamed
 from trajkern.integrations._adapter import PaddedRows, clipped, padded_rows
+from trajkern.integrations._outside import Outside
 from trajkern.losses.kinds import LOG_RATIO_BOUND
 
 Result = tuple[Tensor, dict[str, float]]
 LOSSES: dict[str, Callable[..., Result]] = {}
+OPTIONS = {  # what trajkern calls an option -> what SkyRL does, of the losses by name
+    "": {"clip_low": "eps_clip_low", "clip_high": "eps_clip_high", "clip_dual": "clip_ratio_c"},
+    "cispo": {"clip_low": "cispo.cispo_eps_clip_low", "clip_high": "cispo.cispo_eps_clip_high"},
+    "sapo": {"sapo_tau_pos": "sapo.tau_pos", "sapo_tau_neg": "sapo.tau_neg"},
+    "kl_cov": {"cov_fraction": "kl_cov.kl_cov_frac", "cov_coef": "kl_cov.ppo_kl_coef"},
+}
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
 UNCLIPPED: dict[str, Any] = {
     "clip_low": 1.0,
@@ -36,7 +44,7 @@ class _Call:
             raise ValueError("config must be the algorithm's configuration, got None")
         if not isinstance(log_probs, Tensor):
             raise TypeError(f"log_probs must be a tensor, got {type(log_probs).__name__}")
-        self.config = config
+        self.config, self._options = config, Outside("config", config)
         self.loss_mask = torch.ones_like(log_probs, dtype=torch.float32) if loss_mask is None else loss_mask
         self.rows: PaddedRows = padded_rows("loss_mask", self.loss_mask, weighs=True)
         self.weights = self.loss_mask.reshape(-1).float()
@@ -54,9 +62,19 @@ class _Call:
     def rollout(self) -> Tensor | None:
         return None if self._rollout is None else self._pack("rollout_logprobs", self._rollout).detach()
 
+    def option(self, path: str) -> Outside:
+        """An option of the configuration by its path, such as "cispo.cispo_eps_clip_low"."""
+        found = self._options
+        for name in path.split("."):
+            found = found.at(name)
+        return found
+
+    def number(self, path: str) -> float:
+        return float(check_number(path, self.option(path).value))
+
     @property
     def band(self) -> dict[str, Any]:
-        return {"clip_low": self.config.eps_clip_low, "clip_high": self.config.eps_clip_high}
+        return {"clip_low": self.number("eps_clip_low"), "clip_high": self.number("eps_clip_high")}
 
     def ratio(self, base: Tensor) -> Tensor:
         """exp(new - base) without a gradient, ``[B * L]``; 1 under the mask."""
@@ -128,7 +146,8 @@ def _entered(function: Callable[[_Call], Result]) -> Callable[..., Result]:
         loss_mask: Tensor | None = None,  # [B, L]
         rollout_logprobs: Tensor | None = None,  # [B, L]
     ) -> Result:
-        return function(_Call(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs))
+        with renamed(OPTIONS.get(function.__name__, OPTIONS[""])):
+            return function(_Call(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs))
 
     policy_loss.__name__ = policy_loss.__qualname__ = function.__name__
     policy_loss.__doc__, policy_loss.__module__ = function.__doc__, function.__module__
@@ -151,7 +170,7 @@ def regular(call: _Call) -> Result:
 @_entered
 def dual_clip(call: _Call) -> Result:
     """As ``dual_clip``: PPO's clip, with A < 0 at most -clip_ratio_c A. ``clip_ratio`` is of the first clip alone."""
-    return _clipped(call, call.config.clip_ratio_c)
+    return _clipped(call, call.number("clip_ratio_c"))
 
 
 @_entered
@@ -173,17 +192,15 @@ def gspo(call: _Call) -> Result:
 @_entered
 def cispo(call: _Call) -> Result:
     """As ``cispo``, whose ratio is clipped on both sides; to the rollout's log-probs where ``cispo_anchor`` says so."""
-    options = call.config.cispo
-    anchor = getattr(options, "cispo_anchor", None)
-    if anchor not in (None, "old", "rollout"):
-        raise ValueError(f"cispo.cispo_anchor must be 'old' or 'rollout', got {anchor!r}")
+    chosen = call.option("cispo").get("cispo_anchor")
+    anchor = None if chosen is None else check_choice("cispo.cispo_anchor", chosen.value, ("old", "rollout"))
     base = call.old if anchor != "rollout" else _needed(call, "cispo with cispo_anchor='rollout'")
     if anchor == "rollout" and (kind := call.config.off_policy_correction.tis_ratio_type) is not None:
         raise ValueError(
             "off_policy_correction.tis_ratio_type must be None with cispo_anchor='rollout', whose ratio corrects "
             f"already; got {kind!r}"
         )
-    low, high = options.cispo_eps_clip_low, options.cispo_eps_clip_high
+    low, high = (call.number(f"cispo.cispo_eps_clip_{side}") for side in ("low", "high"))
     ratio = call.ratio(base)
     found = {"clip_ratio": call.mean((ratio < 1 - low) | (ratio > 1 + high))}
     if anchor is not None:
@@ -211,19 +228,18 @@ def dppo(call: _Call) -> Result:
 
     Its value is r A where trajkern's kinds "dppo_tv" and "dppo_kl" have sg(r) A log p; the gradients are the same.
     """
-    options = call.config.dppo
     base = call.old if call.rollout is None else call.rollout
     masked = call.rows.mask
     new, base_here = (torch.where(masked, x, -1.0) for x in (call.new.detach(), base))
     p, q = new.exp(), base_here.exp()
     up, down = (call.advantages > 0) & (p > q), (call.advantages < 0) & (p < q)
-    if options.dppo_type == "binary_tv":
+    kind = call.option("dppo.dppo_type").value
+    kind = check_choice("dppo.dppo_type", kind, ("binary_tv", "binary_kl"))
+    if kind == "binary_tv":
         apart = (p - q).abs()
-    elif options.dppo_type == "binary_kl":
-        apart = q * (base_here - new) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
     else:
-        raise ValueError(f"dppo.dppo_type must be 'binary_tv' or 'binary_kl', got {options.dppo_type!r}")
-    out = (up & (apart > options.delta_high)) | (down & (apart > options.delta_low))
+        apart = q * (base_here - new) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+    out = (up & (apart > call.number("dppo.delta_high"))) | (down & (apart > call.number("dppo.delta_low")))
     spec = tk.PolicyLoss("grpo", aggregate="token_sum", **UNCLIPPED)
     return call(spec, base=base, factor=torch.where(out, 0.0, 1.0), clip_ratio=call.mean(out))
 
@@ -232,8 +248,8 @@ def dppo(call: _Call) -> Result:
 def sapo(call: _Call) -> Result:
     """As ``sapo``."""
     tau: dict[str, Any] = {
-        "sapo_tau_pos": float(call.config.sapo.tau_pos),
-        "sapo_tau_neg": float(call.config.sapo.tau_neg),
+        "sapo_tau_pos": call.number("sapo.tau_pos"),
+        "sapo_tau_neg": call.number("sapo.tau_neg"),
     }
     spec = tk.PolicyLoss("sapo", aggregate="token_sum", **tau)
     return call(spec, base=call.old, clip_ratio=call.weights.new_zeros(()))
@@ -263,8 +279,8 @@ def kl_cov(call: _Call) -> Result:
     if call.weights.is_cpu and bool(((call.weights != 0) & (call.weights != 1)).any()):
         raise ValueError("loss_mask must be 0 or 1 for kl_cov, whose penalty is no multiple of the advantage")
     options: dict[str, Any] = {
-        "cov_fraction": call.config.kl_cov.kl_cov_frac,
-        "cov_coef": call.config.kl_cov.ppo_kl_coef,
+        "cov_fraction": call.number("kl_cov.kl_cov_frac"),
+        "cov_coef": call.number("kl_cov.ppo_kl_coef"),
     }
     spec = tk.PolicyLoss("kl_cov", aggregate="token_sum", **options)
     rows = call.rows

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import renamed, suggesting
+from trajkern._checks import check_number, describe, renamed, suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _areal_credit
 from trajkern.integrations import _areal_terms as terms
@@ -247,6 +247,10 @@ def _shaped(pack: Pack, stat: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.where(pack.mask, x, 0).to(x.dtype).view(pack.shape) for name, x in stat.items()}
 
 
+def _number(data: Mapping[str, Any], name: str, default: float) -> float:
+    return float(check_number(name, data.get(name, default)))
+
+
 @dataclass(frozen=True)
 class GRPOLoss:
     """AReaL's ``grpo_loss_fn`` with its options: a loss for ``engine.train_batch(batch, loss_fn=..., ...)``.
@@ -298,6 +302,8 @@ class GRPOLoss:
         """The loss of a micro-batch: ``logprobs``, ``advantages``, ``loss_mask`` and, where options ask for them,
         ``prox_logp``, ``versions``, ``cu_seqlens``; a ``teacher_logp`` with ``rl_loss_weight`` and
         ``distill_loss_weight``. ``entropy`` and the logits' extremes are what an engine passes, and are not read."""
+        if not isinstance(input_data, Mapping):
+            raise TypeError(f"input_data must be a mapping, got {describe(input_data)}")
         for name in ("logprobs", "advantages", "loss_mask"):
             if input_data.get(name) is None:
                 raise ValueError(f"input_data must have {name!r}, got {sorted(input_data)}")
@@ -306,8 +312,8 @@ class GRPOLoss:
         prox = self._proximal(pack, logprobs, old, input_data)
         if self.m2_threshold is not None:
             pack = pack._replace(mask=terms.m2po(pack.mask, old, prox, self.m2_threshold))
-        teacher, weight = input_data.get("teacher_logp"), float(input_data.get("rl_loss_weight", 1.0))
-        distill = float(input_data.get("distill_loss_weight", 0.005))
+        teacher, weight = input_data.get("teacher_logp"), _number(input_data, "rl_loss_weight", 1.0)
+        distill = _number(input_data, "distill_loss_weight", 0.005)
         loss = logprobs.new_zeros(())
         if teacher is None or weight or self.record is not None:
             loss = self._rl(pack, logprobs, old, prox, input_data)
