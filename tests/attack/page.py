@@ -32,8 +32,8 @@ Each row below counts calls with one hostile argument (another kind, layout, dev
 large for a float; a name too many) and what they came to. A result is right where nothing was wrong: each function is
 also called as it should be. Of users' code each method and function, by the run in which it is asked, gives back or
 raises something hostile at one of its calls; a result is right where the run goes on to its end, its files whole.
-Of structures that come from outside (what an engine or a server answers, a host's batch)
-each node in turn is another, or gone; a result is right where that was not read, may be missing, or may be meant.
+Of structures that come from outside (what an engine or a server answers, a host's batch) each node in turn is another,
+or gone; a result is right where that was not read, may be missing, or may be meant.
 `make attack` makes the calls and this page.
 """
 
