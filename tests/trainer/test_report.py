@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,27 +51,75 @@ def test_what_has_no_room_is_dropped_from_the_end() -> None:
 LINES = b'{"phase": "main", "step": 1, "reward": 0.5}\n{"phase": "main", "step": 2}\n'
 
 
-@pytest.mark.parametrize("kept", [LINES, LINES + b'{"phase": "ma'])
-def test_a_resumed_run_has_its_past_at_every_moment(tmp_path: Path, kept: bytes) -> None:
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.fixture
+def marks(path: Path) -> str:
+    """Of two lines that a run has written before its checkpoint."""
+    with contextlib.closing(Metrics(path, history=None, marks="", tensorboard=None)) as metrics:
+        metrics.write("main", 1, {"reward": 0.5})
+        metrics.write("main", 2, {})
+        assert path.read_bytes() == LINES
+        return metrics.marks
+
+
+@pytest.mark.parametrize("later", [b"", b"and more\n", b'{"phase": "ma'])
+def test_a_resumed_run_has_its_past_at_every_moment(path: Path, marks: str, later: bytes) -> None:
     """Also where it is killed before its first step: what a file holds counts, not what a buffer does."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(kept + b"and more\n")
-    metrics = Metrics(path, history=path, size=len(kept), tensorboard=None)
+    path.write_bytes(LINES + later)
+    metrics = Metrics(path, history=path, marks=marks, tensorboard=None)
     assert path.read_bytes() == LINES
-    assert metrics.size == len(LINES)
+    assert metrics.marks == marks
     metrics.write("main", 3, {})
     assert path.read_bytes() == LINES + b'{"phase": "main", "step": 3}\n'
+    assert metrics.marks.startswith(marks) and len(metrics.marks) == len(marks) // 2 * 3
     metrics.close()
-    assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [x.name for x in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("line", [b"{}", b"[1]", b"\xff\x00", b'{"phase": 1, "step": 2}', b"[" * 100_000, b""])
-def test_a_damaged_past_is_refused_and_left_alone(tmp_path: Path, line: bytes) -> None:
-    path, content = tmp_path / "metrics.jsonl", LINES + line + b"\n"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path} must hold the metrics of the run to resume, .*; line 3 is damaged"):
-        Metrics(path, history=path, size=10**6, tensorboard=None)
-    assert path.read_bytes() == content
+FIRST, SECOND = LINES.splitlines(keepends=True)
+OTHER = FIRST.replace(b"0.5", b"0.6")
+EDITS = {
+    "changed": (OTHER + SECOND, "line 1 is not"),
+    "the last one changed": (FIRST + SECOND.replace(b"2", b"3"), "line 2 is not"),
+    "removed": (SECOND, "line 1 is not"),
+    "the last one removed": (FIRST, "line 2 is missing"),
+    "added before": (OTHER + LINES, "line 1 is not"),
+    "added between": (FIRST + OTHER + SECOND, "line 2 is not"),
+    "doubled": (FIRST + LINES, "line 2 is not"),
+    "swapped": (SECOND + FIRST, "line 1 is not"),
+    "other ends of lines": (LINES.replace(b"\n", b"\r\n"), "line 1 is not"),
+    "a byte-order mark": (b"\xef\xbb\xbf" + LINES, "line 1 is not"),
+    "cut": (LINES[:-1], "line 2 is not"),
+    "emptied": (b"", "line 1 is missing"),
+    "no text": (b"\xff\x00", "line 1 is not"),
+}
+
+
+@pytest.mark.parametrize("content", EDITS)
+def test_an_edited_past_is_refused_with_its_line_and_left_alone(path: Path, marks: str, content: str) -> None:
+    path.write_bytes(edited := EDITS[content][0])
+    told = f"{path} must be as its run wrote it up to the checkpoint to resume; {EDITS[content][1]}: without the file"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)} the run goes on, and without its past$"):
+        Metrics(path, history=path, marks=marks, tensorboard=None)
+    assert path.read_bytes() == edited
+
+
+def test_a_past_that_is_gone_is_left_out(path: Path, marks: str) -> None:
+    path.unlink()
+    with contextlib.closing(Metrics(path, history=path, marks=marks, tensorboard=None)) as metrics:
+        assert metrics.marks == "" and path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(path: Path, marks: str, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+    with pytest.raises(ValueError, match=f"^{path} must be as its run wrote it .*; line 1 is missing"):
+        Metrics(path, history=path, marks=marks, tensorboard=None)
 
 
 def test_a_pipe_that_nobody_reads_any_more_ends_no_run() -> None:

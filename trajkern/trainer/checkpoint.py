@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trajkern.trainer.files import PARTIAL, is_file, remove, sync
 from trajkern.trainer.optional import require
 from trajkern.trainer.place import read_place
 from trajkern.trainer.ranks import full, shard_like
@@ -23,8 +24,7 @@ from trajkern.trainer.ranks import full, shard_like
 CHECKPOINT = "checkpoint.safetensors"  # where a run stands, in its folder of results
 WARM = "warmup.safetensors"  # the end of the warm-up
 _KEY, _CHECKSUM = "trajkern.trainer", "trajkern.trainer.sha256"
-FORMAT = 3  # of the metadata, and of the configuration in them
-PARTIAL = ".part"  # the folder in which a checkpoint is written ends with it
+FORMAT = 4  # of the metadata, and of the configuration in them
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its step
 
 
@@ -68,32 +68,24 @@ def save(
     stored = json.dumps({"format": FORMAT, "place": place, "tensors": checksums})
     metadata = {_KEY: stored, _CHECKSUM: hashlib.sha256(stored.encode()).hexdigest()}
     folder = path.with_name(path.name + PARTIAL)  # what a kill leaves behind, the library's files too, lies in it
-    _remove(folder)
+    remove(folder)
     folder.mkdir()
     try:
         partial, plain = folder / path.name, folder / "plain"
         _write(tensors, partial, metadata)
         plain.touch()
         partial.chmod(plain.stat().st_mode)  # the library makes files that nobody else may read
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def clear(folder: Path) -> None:
     """Remove what a killed :func:`save` left in a folder of results."""
     for left in folder.glob(f"*.safetensors{PARTIAL}"):
-        _remove(left)
-
-
-def _remove(path: Path) -> None:
-    """A folder, or the file or link that somebody has put in its place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        remove(left)
 
 
 def checksum(x: Tensor) -> str:
@@ -111,7 +103,7 @@ def load(path: Path) -> Checkpoint:
             one that this version of the trainer did not write; a place that is not of the schema.
     """
     safetensors = require("safetensors")
-    if not _is_file(path):
+    if not is_file(path):
         raise ValueError(f"checkpoint must be an existing file; got {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -133,14 +125,6 @@ def load(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"checkpoint must hold where its run stands; {path} does not: {error}") from None
     return Checkpoint(path, tensors, found["place"])
-
-
-def _is_file(path: Path) -> bool:
-    """A regular one: to open a pipe would wait for ever."""
-    try:
-        return path.is_file()
-    except ValueError:  # of a name that no file has
-        return False
 
 
 def _read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -223,12 +207,3 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
         require("safetensors.torch").save_file(tensors, path, metadata=metadata)
     except require("safetensors").SafetensorError as error:
         raise OSError(f"{path.parent.parent / path.name} could not be written: {error}") from None
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -12,6 +12,7 @@ from typing import IO
 from trajkern.trainer import checkpoint
 from trajkern.trainer.checkpoint import CHECKPOINT, WARM
 from trajkern.trainer.config import TrainConfig
+from trajkern.trainer.files import put
 from trajkern.trainer.tasks import task_label
 
 METRICS = "metrics.jsonl"
@@ -52,7 +53,7 @@ class Folder:
                 folder.close()
                 raise
         checkpoint.clear(path)
-        (path / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+        put(path / "config.json", (json.dumps(config.to_json(), indent=2) + "\n").encode())
         return folder
 
     def check(self) -> None:

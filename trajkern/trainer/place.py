@@ -69,7 +69,7 @@ class Place:
         system: what the recipe remembers.
         data: fingerprint of the data behind the questions.
         clock: tokens and seconds so far.
-        metrics: bytes of the metrics file.
+        metrics: marks of the metrics file's lines; see :class:`trajkern.trainer.report.Metrics`.
     """
 
     config: dict[str, Any]
@@ -80,7 +80,7 @@ class Place:
     system: Any
     data: str
     clock: Clock
-    metrics: Count
+    metrics: str
 
     def __post_init__(self) -> None:
         if (self.phase == "warmup") != (self.before is None):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from trajkern.trainer.files import put
 from trajkern.trainer.optional import require
 
 _WINDOW = 20  # steps the reward is averaged over
@@ -42,5 +44,7 @@ def plot(metrics: Path, path: Path, title: str) -> None:
     left.set_ylim(0, 1)
     right.legend(fontsize="small", loc="lower right")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
     pyplot.close(figure)
+    put(path, drawn.getvalue())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from trajkern.trainer.files import is_file, put
 from trajkern.trainer.optional import require
 
 Scalar = float | int | None
@@ -17,65 +20,76 @@ Scalar = float | int | None
 _SHOWN = ("reward", "loss", "val_pass@1", "tokens/s", "live_groups", "val_pass@k", "entropy")
 _BAR, _SHORT_BAR = 24, 10  # columns of it, from 80 of the terminal and below
 _CLOCK = len("0:00:00")
+_MARK = 8  # hexadecimal digits
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where the output is no terminal
 
 
-def _past(history: Path, size: int) -> bytes:
-    """The whole lines among the first ``size`` bytes. Raises ValueError where one is none of a run's."""
-    past = history.read_bytes()[:size] if history.exists() else b""
-    past = past[: past.rfind(b"\n") + 1]
-    for number, line in enumerate(past.splitlines(), start=1):
-        try:
-            found = json.loads(line)
-            whole = isinstance(found, dict) and isinstance(found["phase"], str) and type(found["step"]) is int
-        except (ValueError, KeyError, RecursionError):
-            whole = False
-        if not whole:
-            raise ValueError(
-                f"{history} must hold the metrics of the run to resume, an object of JSON a line; line {number} is "
-                "damaged: without the file the run goes on, and without its past"
-            )
-    return past
-
-
-def _continued(path: Path, past: bytes) -> BinaryIO:
-    """The file to write on, which has its past at every moment, whenever the run is killed."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(past)
-    os.replace(partial, path)
-    return open(path, "ab")
+def _past(history: Path, marks: str) -> list[bytes]:
+    """The lines that ``marks`` are of; none without the file. Raises ValueError where one is not as it was written."""
+    if not history.exists():
+        return []
+    lines, digest, why = list[bytes](), hashlib.sha256(), ""
+    with open(history, "rb") if is_file(history) else io.BytesIO() as file:
+        for number, at in enumerate(range(0, len(marks), _MARK), start=1):
+            lines.append(line := file.readline())
+            digest.update(line)
+            if digest.hexdigest()[:_MARK] != marks[at : at + _MARK]:
+                why = f"line {number} is {'not' if line else 'missing'}"
+                break
+    if why:
+        raise ValueError(
+            f"{history} must be as its run wrote it up to the checkpoint to resume; {why}: without the file the run "
+            "goes on, and without its past"
+        )
+    return lines
 
 
 class Metrics:
     """One JSON object a line, written through at once; TensorBoard scalars beside it on request.
 
     Args:
-        path: the file. Its first ``size`` bytes, or those of ``history``, are kept and the rest is dropped, so a
-            resumed run leaves the file an uninterrupted one would.
-        history: the file a resumed run continues.
-        size: bytes of it to keep.
+        path: the file.
+        history: the file that a resumed run continues. Its first lines, of which ``marks`` are, are kept and the rest
+            is dropped, so that the run leaves the file that one without a stop would.
+        marks: of each line that was written before a checkpoint the first digits of a SHA-256 of all up to its end.
         tensorboard: folder for event files.
         quiet: write nothing, on all ranks but the first.
     """
 
     def __init__(
-        self, path: Path, *, history: Path | None, size: int, tensorboard: Path | None, quiet: bool = False
+        self, path: Path, *, history: Path | None, marks: str, tensorboard: Path | None, quiet: bool = False
     ) -> None:
         if quiet:
             path, history, tensorboard = Path(os.devnull), None, None
-        self._file = open(path, "wb") if quiet else _continued(path, _past(history, size) if history else b"")
+        self._quiet, self._digest, self._marks = quiet, hashlib.sha256(), list[str]()
+        for line in (past := _past(history, marks) if history else []):
+            self._mark(line)
+        if not quiet:
+            put(path, b"".join(past))  # all of it, at every moment at which the run may be killed
+        self._file = open(path, "ab")
         self._board = (
             require("torch.utils.tensorboard", "tensorboard").SummaryWriter(tensorboard) if tensorboard else None
         )
 
     @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
+    def marks(self) -> str:
+        """Of the lines so far."""
+        return "".join(self._marks)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk: no checkpoint may say more than that."""
+        if not self._quiet:
+            os.fsync(self._file.fileno())
+
+    def _mark(self, line: bytes) -> None:
+        self._digest.update(line)
+        self._marks.append(self._digest.hexdigest()[:_MARK])
 
     def write(self, phase: str, step: int, values: Mapping[str, Scalar]) -> None:
-        self._file.write(json.dumps({"phase": phase, "step": step, **values}).encode() + b"\n")
+        line = json.dumps({"phase": phase, "step": step, **values}).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._mark(line)
         if self._board:
             for name, value in values.items():
                 if isinstance(value, (int, float)):

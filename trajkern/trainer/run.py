@@ -116,10 +116,11 @@ class Run:
             "system": self.system.state(),
             "data": self.task.fingerprint,
             "clock": vars(self.clock),
-            "metrics": self.metrics.size,
+            "metrics": self.metrics.marks,
         }
         models = {"policy": self.policy, **self.system.copies}
         self.folder.check()
+        self.metrics.sync()
         path = self.out / name if self.ranks.number == 0 else None
         checkpoint.save(path, models=models, optimizer=self.optimizer, generator=self.generator, place=place)
         return self.out / name

@@ -152,9 +152,8 @@ def longest_answer(policy: Policy, task: Task, splits: Splits) -> int:
 def open_metrics(config: TrainConfig, ranks: Ranks, out: Path, stored: checkpoint.Checkpoint | None) -> Metrics:
     """The run's metrics file, which continues that of the run it resumes."""
     history = stored.path.parent / METRICS if stored else None
-    size = stored.place["metrics"] if stored else 0
-    board = config.tensorboard
-    return Metrics(out / METRICS, history=history, size=size, tensorboard=board, quiet=ranks.number > 0)
+    marks, board = stored.place["metrics"] if stored else "", config.tensorboard
+    return Metrics(out / METRICS, history=history, marks=marks, tensorboard=board, quiet=ranks.number > 0)
 
 
 def description(run: Run) -> str:
