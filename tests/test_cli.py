@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -154,3 +155,33 @@ def test_ctrl_c_ends_a_command_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(cli, "report", stopped)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr() == ("", "trajkern: stopped by Ctrl-C\n")
+
+
+AT_AN_IMPORT = """
+import signal, sys
+class Finder:
+    left = {left}
+    def find_spec(self, *_):
+        if "trajkern._start" in sys.modules:
+            Finder.left -= 1
+            if not Finder.left:
+                signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("left", [5, 400])
+@pytest.mark.parametrize("start", [["-m", "trajkern"], ["{folder}/trajkern"]], ids=["module", "script"])
+def test_ctrl_c_during_the_imports_ends_in_a_line(left: int, start: list[str], tmp_path: Path) -> None:
+    """Of torch and of the package, before a command has begun."""
+    (tmp_path / "sitecustomize.py").write_text(AT_AN_IMPORT.format(left=left))
+    (tmp_path / "trajkern").write_text("import sys\nfrom trajkern.cli import main\nsys.exit(main())\n")
+    command = [sys.executable, *(word.format(folder=tmp_path) for word in start), "info"]
+    paths = os.pathsep.join([str(tmp_path), str(Path(tk.__file__).parent.parent)])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "trajkern: stopped by Ctrl-C\n")
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c() -> None:
+    code = "import signal, trajkern; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

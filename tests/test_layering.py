@@ -21,12 +21,13 @@ PUBLIC = {"trajkern"}
 
 # layer -> the layers it may import ("trajkern" is the public names); a layer may always import itself
 ARROWS = {
-    "__init__": {"_backends", "_lazy", "_results", "layouts", "losses", "ops", "recipes"},
+    "__init__": {"_backends", "_lazy", "_results", "_start", "layouts", "losses", "ops", "recipes"},
     "__main__": {"cli"},
     "_backends": {"_checks", "_ext"},
     "_checks": {"_dtypes", "_memory", "_suggest"},
     "_values": {"_checks"},
     "_lazy": set(),
+    "_start": set(),
     "_suggest": set(),
     "_memory": set(),
     "_parser": {"_suggest"},
@@ -71,7 +72,7 @@ ARROWS = {
     },
     "trainer": {"_checks", "_extras", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
     "bench": {"_bench"},
-    "cli": {"_backends", "_bench", "_ext", "_parser", "testing", "trainer", "validate", *PUBLIC},
+    "cli": {"_backends", "_bench", "_ext", "_parser", "_start", "testing", "trainer", "validate", *PUBLIC},
     "validate": {"_parser", "testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.

@@ -11,6 +11,7 @@ Beside the ops there are, imported when first asked for:
 
 from typing import TYPE_CHECKING
 
+from trajkern import _start as _start  # the first of all: what follows takes a second
 from trajkern._backends import backends, use_backend
 from trajkern._lazy import lazily
 from trajkern._results import GAE, Branch, Reflection, TokenStats, TopK

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import trajkern as tk
-from trajkern import _ext
+from trajkern import _ext, _start
 from trajkern._backends import AMD_TARGETS, OWNERS
 from trajkern._parser import Parser
 
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal's encoding lacks
     try:
+        _start.began()
         try:
             return _command(argv)
         finally:

@@ -29,7 +29,7 @@ def cli_main(argv: list[str]) -> int:
         _say(str(stopped))
         return stopped.status
     except KeyboardInterrupt:
-        _say("stopped at once; the last regular checkpoint stands")
+        _say("stopped at once; the last checkpoint, where there is one, stands")
         return 130
     except (TypeError, ValueError, ImportError) as error:
         if isinstance(error, TypeError) and not is_refusal(error):
