@@ -14,6 +14,7 @@ import trajkern as tk
 from trajkern._suggest import did_you_mean
 from trajkern.trainer.checkpoint import CHECKPOINT, WARM, load
 from trajkern.trainer.compose import Compose
+from trajkern.trainer.help import parsed
 from trajkern.trainer.help import show as show_help
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.optional import require
@@ -303,7 +304,7 @@ def parse(argv: list[str]) -> TrainConfig:
         base = dataclasses.replace(stored, out=path.parent, config=None, resume=None)
     show_help(argv, base, PROGRAM)
     words = [*_flags(file), *argv]
-    config = require("tyro").cli(TrainConfig, prog=PROGRAM, args=words, default=base)
+    config: TrainConfig = parsed(TrainConfig, prog=PROGRAM, args=words, default=base)
     _check_read(config, [word.partition("=")[0] for word in words])
     return dataclasses.replace(config, resume=path) if named.resume else config
 

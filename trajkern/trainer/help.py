@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import shutil
 import textwrap
@@ -35,6 +37,7 @@ FIRST = (
     "config",
 )
 REST = "run"
+NARROWEST = 40  # columns
 
 
 def show(argv: Sequence[str], base: Any, prog: str) -> None:
@@ -49,16 +52,26 @@ def show(argv: Sequence[str], base: Any, prog: str) -> None:
         return
     groups = fields_by_group(base)
     if argv[at] == ALL:
-        require("tyro").cli(type(base), prog=prog, args=["--help"], default=base)
+        parsed(type(base), prog=prog, args=["--help"], default=base)
     group = next((word for word in argv[at + 1 : at + 2] if not word.startswith("-")), None)
     if group is not None and group not in groups:
         raise ValueError(f"--help must be followed by nothing or one of {', '.join(groups)}; got {group!r}")
     try:
-        require("tyro").cli(part(base, groups[group] if group else FIRST), prog=prog, args=["--help"])
+        parsed(part(base, groups[group] if group else FIRST), prog=prog, args=["--help"])
     except SystemExit:
         if group is None:
             print(listed(base, groups, prog))
         raise
+
+
+def parsed(kind: type, **options: Any) -> Any:
+    """What tyro makes of a command line. In a terminal of a few columns it would not end."""
+    with contextlib.ExitStack() as stack:
+        if shutil.get_terminal_size().columns < NARROWEST:
+            before = os.environ.get("COLUMNS")
+            os.environ["COLUMNS"] = str(NARROWEST)
+            stack.callback(os.environ.pop if before is None else os.environ.__setitem__, "COLUMNS", before)
+        return require("tyro").cli(kind, **options)
 
 
 def fields_by_group(base: Any) -> dict[str, list[str]]:
