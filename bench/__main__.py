@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +37,9 @@ from trajkern._bench.results import Refused
 from trajkern._bench.run import Settings, clocks
 from trajkern._bench.table import markdown
 from trajkern._bench.text import text
+from trajkern._files import is_folder
 from trajkern._parser import Parser
+from trajkern._start import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAMILIES = {
@@ -69,17 +70,31 @@ def main(argv: list[str] | None = None) -> int:
         return memory([x for x in argv if x != "--memory"])
     args = _parser().parse_args(argv)
     try:
-        if args.compare:
-            print(difference(*(results.load("--compare", path) for path in args.compare)), end="")
-            return 0
-        _refuse(args)
-        report = results.load("--load", args.load) if args.load else _measured(args)
+        return _run(args)
     except Refused as reason:
-        print(f"trajkern bench: {reason}", file=sys.stderr)
+        say(f"trajkern bench: {reason}")
         return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.compare:
+        two = [results.load("--compare", path) for path in args.compare]
+        with results.of_file("--compare", *args.compare):
+            found = difference(*two)
+        print(found, end="")
+        return 0
+    _refuse(args)
+    if not args.load:
+        return _shown(_measured(args), args)
+    report = results.load("--load", args.load)
+    with results.of_file("--load", args.load):
+        return _shown(report, args)
+
+
+def _shown(report: dict[str, Any], args: argparse.Namespace) -> int:
     if "ceilings" in report:
         print(text(report), end="")
-        results.write(args.markdown, markdown(report))
+        results.write("--markdown", args.markdown, markdown(report))
         _draw(report, args)
     return 0 if report["complete"] and not _failed(report) else 1
 
@@ -95,30 +110,24 @@ def _refuse(args: argparse.Namespace) -> None:
     if not args.load:
         chosen(args)  # raises where a shape is none
     for name in ("json", "markdown", "html"):
-        path = getattr(args, name)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir() or not _writable(path)):
-            raise Refused(f"--{name} {path}: cannot be written")
-    if args.png and not (args.png.is_dir() and os.access(args.png, os.W_OK)):
+        results.check_takes(f"--{name}", getattr(args, name))
+    if args.png and not is_folder(args.png):
         raise Refused(f"--png {args.png}: is not a folder that can be written to")
     if (args.html or args.png) and not find_spec("matplotlib"):
         raise Refused("--html and --png need matplotlib: pip install matplotlib")
-
-
-def _writable(path: Path) -> bool:
-    return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
 def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
     if args.html:
         from trajkern._bench.report import html
 
-        results.write(args.html, html(report))
+        results.write("--html", args.html, html(report))
     if args.png:
         from trajkern._bench.plots import PICTURES, png
 
         for name, (draw, _) in PICTURES.items():
             if picture := png(draw, report):
-                (args.png / f"{name}.png").write_bytes(picture)
+                results.write("--png", args.png / f"{name}.png", picture)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ their width and vocabulary in float32 by the resident memory, each form in a pro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 
-from trajkern._bench import ceilings, peers
+from trajkern._bench import ceilings, peers, results
 from trajkern._bench.case import OURS, Problem
 from trajkern._bench.head import loss_problem
 from trajkern._bench.head_memory import FORMS, GPUS, MODELS, Sizes, longest, whole
 from trajkern._bench.memory import give_back, peak_bytes
+from trajkern._bench.results import Refused
 from trajkern._bench.text import size
 from trajkern._parser import Parser
+from trajkern._start import say
 
 FORMAT = 1  # of the results file
 SCALE = {"cpu": 16, "cuda": 1}  # what width and vocabulary are divided by
@@ -38,22 +41,26 @@ def main(argv: list[str] | None = None) -> int:
         for point in measure(args.form, args.device):
             print(json.dumps(point), flush=True)
         return 0
-    if args.load:
-        report = json.loads(args.load.read_text())
-        if report.get("format") != FORMAT:
-            print(f"--load {args.load}: results of format {report.get('format')}, not {FORMAT}", file=sys.stderr)
-            return 2
-    else:
-        report = measured(args.device)
-    print("\n".join(lines(report)))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.png:
-        from trajkern._bench.memory_plot import draw
-        from trajkern._bench.plots import png
+    try:
+        return _run(args)
+    except Refused as reason:
+        say(f"trajkern bench --memory: {reason}")
+        return 2
 
-        args.png.write_bytes(png(draw, report, 9.6))
-    return 0 if any(report["points"].values()) else 1
+
+def _run(args: argparse.Namespace) -> int:
+    for option, path in (("--json", args.json), ("--png", args.png)):
+        results.check_takes(option, path)
+    report = results.of_format("--load", args.load, FORMAT) if args.load else measured(args.device)
+    with results.of_file("--load", args.load) if args.load else contextlib.nullcontext():
+        print("\n".join(lines(report)))
+        results.write("--json", args.json, json.dumps(report, indent=1) + "\n")
+        if args.png:
+            from trajkern._bench.memory_plot import draw
+            from trajkern._bench.plots import png
+
+            results.write("--png", args.png, png(draw, report, 9.6))
+        return 0 if any(report["points"].values()) else 1
 
 
 def measured(device: str) -> dict[str, Any]:

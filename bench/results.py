@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trajkern import _files
 from trajkern._bench import ceilings
 from trajkern._bench.case import BARE
 
@@ -36,16 +39,21 @@ def new_report(device: str, *, quick: bool = False, gated: bool = True) -> Repor
 
 def load(option: str, path: Path) -> Report:
     """The results in a file, which ``option`` names. Raises :class:`Refused`."""
+    report = of_format(option, path, 2, FORMAT)
+    with of_file(option, path):
+        return upgraded(report)
+
+
+@contextmanager
+def of_file(*names: str | Path) -> Iterator[None]:
+    """Around what reads results that a file held: what it lacks, or has of another kind, is :class:`Refused`."""
     try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refused(f"{option} {path}: {error}") from None
-    if isinstance(report, dict) and "stages" in report:  # what gpu-check wraps around it
-        report = report["stages"].get("benchmark", {}).get("results") or {}
-    version = report.get("format", "none") if isinstance(report, dict) else "none"
-    if version not in (2, FORMAT):
-        raise Refused(f"{option} {path}: results of format {version}; this trajkern reads formats 2 and {FORMAT}")
-    return upgraded(report)
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        which = " ".join(map(str, names))
+        raise Refused(f"{which}: results must be as --json wrote them; {type(error).__name__}: {error}") from None
 
 
 def upgraded(report: Report) -> Report:
@@ -59,13 +67,36 @@ def upgraded(report: Report) -> Report:
     return report | {"format": FORMAT}
 
 
-def write(path: Path | None, content: str) -> None:
-    """All of it or nothing, and nothing where there is no path."""
+def of_format(option: str, path: Path, *formats: int) -> Report:
+    """The results in a file, which ``option`` names. Raises :class:`Refused`."""
+    try:
+        report = json.loads(_files.read(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{option} {path}: {error}") from None
+    if isinstance(report, dict) and "stages" in report:  # what gpu-check wraps around it
+        with of_file(option, path):
+            report = report["stages"].get("benchmark", {}).get("results") or {}
+    version = report.get("format", "none") if isinstance(report, dict) else "none"
+    if version not in formats:
+        known = " and ".join(map(str, formats))
+        raise Refused(f"{option} {path}: results of format {version}; this trajkern reads {known}")
+    return report
+
+
+def check_takes(option: str, path: Path | None) -> None:
+    """Raise :class:`Refused` where no file can be written, before anything is measured for it."""
+    if path is not None and not _files.takes(path):
+        raise Refused(f"{option} {path}: cannot be written")
+
+
+def write(option: str, path: Path | None, content: str | bytes) -> None:
+    """All of it or nothing, and nothing where there is no path. Raises :class:`Refused`."""
     if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(content)
-        partial.replace(path)
+        try:
+            _files.write(path, content)
+        except OSError as error:
+            raise Refused(f"{option} {path}: cannot be written: {error.strerror}") from None
 
 
 def save(path: Path | None, report: Report) -> None:
-    write(path, json.dumps(report, indent=1) + "\n")
+    write("--json", path, json.dumps(report, indent=1) + "\n")

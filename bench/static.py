@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trajkern._backends import AMD_TARGETS
-from trajkern._bench import head_model
+from trajkern._bench import head_model, results
 from trajkern._bench.table import seconds
 from trajkern._bench.text import WIDTH
 from trajkern._parser import Parser
+from trajkern._start import say
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT.parent / "csrc" / "cuda"
@@ -251,7 +252,7 @@ def measurements(folder: Path) -> dict[tuple[str, str, str], dict[str, float]]:
         report = json.loads(path.read_text())
         stages = report.get("stages", {}) if isinstance(report, dict) else {}
         found = [stage.get("results") for name, stage in stages.items() if name.startswith(("timings", "benchmark"))]
-        for case in (case for results in found if isinstance(results, dict) for case in results.get("cases", ())):
+        for case in (case for x in found if isinstance(x, dict) for case in x.get("cases", ())):
             if ours := case["seconds"].get("trajkern"):
                 medians.setdefault((case["op"], case["work"], case["shape"]), {})[path.parent.name] = ours["median"]
     return medians
@@ -287,6 +288,15 @@ def _progress(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    try:
+        results.check_takes("--json", args.json)
+        return _run(args)
+    except results.Refused as reason:
+        say(f"trajkern bench --static: {reason}")
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
     archs, families = args.arch or [*ARCHS, *AMD_TARGETS], set(args.op or _FAMILIES)
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as name:
@@ -307,7 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     print(text(kernels, chosen, measured), end="")
     if args.json:
         rows = [case._asdict() | {name: case.predicted(gpu) for name, gpu in GPUS.items()} for case in chosen]
-        args.json.write_text(json.dumps({"kernels": [asdict(k) for k in kernels], "cases": rows}, indent=1) + "\n")
+        content = json.dumps({"kernels": [asdict(k) for k in kernels], "cases": rows}, indent=1) + "\n"
+        results.write("--json", args.json, content)
     return 0 if kernels and not any(k.spilled for k in kernels) else 1
 
 

@@ -27,10 +27,11 @@ ARROWS = {
     "_checks": {"_dtypes", "_memory", "_suggest"},
     "_values": {"_checks"},
     "_lazy": set(),
+    "_files": set(),
     "_start": set(),
     "_suggest": set(),
     "_memory": set(),
-    "_parser": {"_suggest"},
+    "_parser": {"_start", "_suggest"},
     "_dtypes": set(),
     "_ext": set(),
     "_extras": set(),
@@ -70,10 +71,10 @@ ARROWS = {
         "reference",
         *PUBLIC,
     },
-    "trainer": {"_checks", "_extras", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
+    "trainer": {"_checks", "_extras", "_files", "_start", "_suggest", "credit", "recipes", "integrations", *PUBLIC},
     "bench": {"_bench"},
     "cli": {"_backends", "_bench", "_ext", "_parser", "_start", "testing", "trainer", "validate", *PUBLIC},
-    "validate": {"_parser", "testing", *PUBLIC},
+    "validate": {"_files", "_parser", "_start", "testing", *PUBLIC},
 }
 # What only runs when a function is called: the chosen backend, by name.
 LAZY = {

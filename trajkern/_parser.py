@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import NoReturn
 
+from trajkern._start import say
 from trajkern._suggest import did_you_mean
 
 
@@ -17,7 +18,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split()) + self._meant(message)
-        self.exit(2, f"{self.prog}: {message}{'' if message.endswith('?') else ';'} --help lists what there is\n")
+        say(f"{self.prog}: {message}{'' if message.endswith('?') else ';'} --help lists what there is")
+        self.exit(2)
 
     def _meant(self, message: str) -> str:
         """What was meant by a misspelt flag or choice that the message names."""

@@ -1,15 +1,16 @@
-"""Ctrl-C while the command line is still being imported: a line and status 130, as of Ctrl-C later.
+"""The command line before anything else is imported: its streams, and Ctrl-C, which ends it in a line from here on.
 
 Imports of compiled modules may turn Python's KeyboardInterrupt into other errors, and there is nothing yet to put away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, TextIO
 
 
 def is_program() -> bool:
@@ -22,9 +23,37 @@ def is_program() -> bool:
 
 def begin() -> None:
     """Heed Ctrl-C at once from here on, if this is the command."""
+    if is_program():
+        open_streams()
     plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if plain and threading.current_thread() is threading.main_thread() and is_program():
         signal.signal(signal.SIGINT, _leave)
+
+
+def open_streams() -> None:
+    """Put nothing in the place of each that is closed: who writes would fail, or write into a file that took it."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(os.devnull, mode, errors="backslashreplace"))
+
+
+def say(text: str) -> None:
+    """A line for who started the command, whatever names are in it, if there is one: a disk may be full."""
+    try:
+        line = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        forget(sys.stderr)
+
+
+def forget(stream: TextIO) -> None:
+    """Leave what could not be written: at its end the interpreter would try again, and complain."""
+    with contextlib.suppress(OSError, ValueError):  # of an output that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def began() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
-import os
 import platform
 import re
 import sys
@@ -36,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: the command's, 141 where who read the output has gone, as `head` does,
     1 where nothing can be written, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+    _start.open_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal's encoding lacks
     try:
         _start.began()
@@ -45,26 +44,20 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             print(end="", flush=True)  # a full disk, and a pipe's end, may be met here first
     except BrokenPipeError:
-        forget_output()
+        _start.forget(sys.stdout)
         return 141
     except OSError as error:
-        forget_output()
-        print(f"trajkern: {error}", file=sys.stderr)
+        _start.forget(sys.stdout)
+        _start.say(f"trajkern: {error}")
         return 1
     except KeyboardInterrupt:
-        print("trajkern: stopped by Ctrl-C", file=sys.stderr)
+        _start.say("trajkern: stopped by Ctrl-C")
         return 130
 
 
 def _command(argv: list[str]) -> int:
     command = _parser().parse_args(argv[:1]).command  # what follows belongs to the command
     return {"info": info, "validate": validate, "bench": bench, "train": train}[command](argv[1:])
-
-
-def forget_output() -> None:
-    """Leave what could not be written: at its end the interpreter would try again, and complain."""
-    with contextlib.suppress(OSError, ValueError):  # of an output that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 
 import trajkern as tk
+from trajkern._files import is_file, takes, write
 from trajkern._parser import Parser
+from trajkern._start import say
 from trajkern.testing import SPECS, compiled, differences, spec_of
 from trajkern.testing.ptx.context import ARCHITECTURES
 from trajkern.testing.registry import OpSpec
@@ -26,30 +27,23 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status: 1 where anything failed."""
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"trajkern validate: torch {torch.__version__} sees no NVIDIA GPU", file=sys.stderr)
+        say(f"trajkern validate: torch {torch.__version__} sees no NVIDIA GPU")
         return 2
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        print(f"trajkern validate: --json must name a file in an existing folder; got {args.json}", file=sys.stderr)
-        return 2
-    if args.json is not None and not os.access(
-        args.json if args.json.exists() else args.json.absolute().parent, os.W_OK
-    ):
-        print(f"trajkern validate: --json must name a file that can be written to; got {args.json}", file=sys.stderr)
+    if args.json is not None and not takes(args.json):
+        say(f"trajkern validate: --json must be a file in an existing folder that can be written to; got {args.json}")
         return 2
     if args.compiled and (args.device or args.inputs):
-        print("trajkern validate: --compiled goes with neither --device nor --inputs", file=sys.stderr)
+        say("trajkern validate: --compiled goes with neither --device nor --inputs")
         return 2
     if args.inputs is not None:
         return _own_inputs(args)
     try:
         results = _run_compiled(args) if args.compiled else _run(args)
     except RuntimeError as error:  # a compiler that is missing
-        print(f"trajkern validate: {error}", file=sys.stderr)
+        say(f"trajkern validate: {error}")
         return 2
     if not sum(result.cases for result in results):
-        print(
-            "trajkern validate: no --op runs here in any of these --dtype, so that nothing was tried", file=sys.stderr
-        )
+        say("trajkern validate: no --op runs here in any of these --dtype, so that nothing was tried")
         return 2
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -64,9 +58,9 @@ def main(argv: list[str]) -> int:
         report |= {"seeds": args.seeds, "compiled": args.compiled, "intensity": _intensity(args)}
         report["results"] = [r.plain() for r in results]
         try:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            write(args.json, json.dumps(report, indent=1) + "\n")
         except OSError as error:
-            print(f"trajkern validate: --json {args.json}: {error.strerror}", file=sys.stderr)
+            say(f"trajkern validate: --json {args.json}: {error.strerror}")
             return 1
     return 1 if failed else 0
 
@@ -141,14 +135,17 @@ def _bits(same: bool) -> str:
 def _own_inputs(args: argparse.Namespace) -> int:
     """One op on the tensors of a file."""
     if len(args.op or ()) != 1:
-        print("trajkern validate: --inputs needs exactly one --op", file=sys.stderr)
+        say("trajkern validate: --inputs needs exactly one --op")
+        return 2
+    if not is_file(args.inputs):
+        say(f"trajkern validate: --inputs {args.inputs}: is no file that can be read")
         return 2
     spec = spec_of(args.op[0])
     try:
         inputs = read_inputs(args.inputs, args.device or "cpu")
         found = differences(spec, getattr(tk, spec.name), inputs)
     except Exception as error:  # of a file that is none, or of arguments that the op refuses
-        print(f"trajkern validate: --inputs {args.inputs}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        say(f"trajkern validate: --inputs {args.inputs}: {' '.join(str(error).split())[:400]}")
         return 2
     print(f"{spec.name} on {args.inputs}: worst error as a share of its budget (at most 1)")
     for name, worst in found.items():

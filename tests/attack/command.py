@@ -30,12 +30,15 @@ class Misbehaved(Exception):
 def cases() -> Iterator[Case]:
     for part in (_of_names, _of_validate, _of_bench, _of_train, _of_settings):
         yield from part()
+    from tests.attack import process
+
+    yield from process.cases()
 
 
 def run(argv: list[str], *, boxed: bool = False) -> str:
     """What a command prints; a ValueError with its words where it refuses in one line, or in the box of its flags."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(), _no_work():
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(), no_work():
         status: Any = None  # of a run that is cut short where its work begins
         try:
             status = cli.main(argv)
@@ -56,7 +59,7 @@ class _Reached(Exception):
 
 
 @contextlib.contextmanager
-def _no_work() -> Iterator[None]:
+def no_work() -> Iterator[None]:
     """Nothing is drawn, trained or timed: a run that gets as far was accepted."""
     import pytest
 

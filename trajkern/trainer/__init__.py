@@ -12,6 +12,7 @@ def cli_main(argv: list[str]) -> int:
     """Run the trainer on command-line arguments; returns the exit status: 2 after a bad argument, 1 where a file,
     another rank or a task's or a credit's code failed or the run diverged, 130 after Ctrl-C, 143 after SIGTERM, 129
     after SIGHUP. Python's development mode (``python -X dev -m trajkern train``) shows the traceback of a failure."""
+    from trajkern._start import say
     from trajkern.trainer.config import parse
     from trajkern.trainer.folder import ResultsError
     from trajkern.trainer.ranks import RankError
@@ -26,27 +27,22 @@ def cli_main(argv: list[str]) -> int:
     try:
         train(parse(argv))
     except Interrupted as stopped:
-        _say(str(stopped))
+        say(str(stopped))
         return stopped.status
     except KeyboardInterrupt:
-        _say("stopped at once; the last checkpoint, where there is one, stands")
+        say("stopped at once; the last checkpoint, where there is one, stands")
         return 130
     except (TypeError, ValueError, ImportError) as error:
         if isinstance(error, TypeError) and not is_refusal(error):
             raise
-        _say(f"trajkern train: {error}")
+        say(f"trajkern train: {error}")
         return 2
     except ResultsError as error:
         if sys.flags.dev_mode:
             traceback.print_exception(error)
-        _say(f"trajkern train: {error}")
+        say(f"trajkern train: {error}")
         return 1
     except RankError as error:
-        _say(f"trajkern train: {error}; the last checkpoint stands")
+        say(f"trajkern train: {error}; the last checkpoint stands")
         return 1
     return 0
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # of a terminal that has closed
-        print(text, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trajkern.trainer.files import PARTIAL, is_file, remove, sync
+from trajkern._files import PARTIAL, is_file, remove, sync
 from trajkern.trainer.optional import require
 from trajkern.trainer.place import read_place
 from trajkern.trainer.ranks import full, shard_like
@@ -99,17 +99,23 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint whole, and check it.
 
     Raises:
-        ValueError: no such file; a file that is truncated or has changed since it was saved, with the tensor that has;
-            one that this version of the trainer did not write; a place that is not of the schema.
+        ValueError: no such file, or one that cannot be read; a file that is truncated or has changed since it was
+            saved, with the tensor that has; one that this version of the trainer did not write; a place that is not of
+            the schema.
     """
     safetensors = require("safetensors")
     if not is_file(path):
         raise ValueError(f"checkpoint must be an existing file; got {path}")
     try:
+        with open(path, "rb") as file:  # the library has other words for the system's
+            file.read(1)
+    except OSError as error:
+        raise ValueError(f"checkpoint must be a file that can be read; {path}: {error}") from None
+    try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:  # the last one is torch's
         raise _damaged(path, str(error)) from None
     if _KEY not in metadata:
         raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args
 
 import trajkern as tk
+from trajkern._files import read
 from trajkern._suggest import did_you_mean
 from trajkern.trainer.checkpoint import CHECKPOINT, WARM, load
 from trajkern.trainer.compose import Compose
@@ -338,7 +339,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, each of which is checked by itself. Raises ValueError naming the file."""
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        settings = toml.loads(path.read_text())
+        settings = toml.loads(read(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"config must be a readable TOML file; {path}: {error}") from None
     _check_keys(settings, TrainConfig, path, "")
@@ -395,5 +396,5 @@ def _flags(settings: dict[str, Any], prefix: str = "--") -> list[str]:
         elif isinstance(value, bool):
             flags.append(name if value else f"--no-{name.removeprefix('--')}")
         else:
-            flags += [name, str(value)]
+            flags.append(f"{name}={value}")  # in one word: a text may be that of a flag
     return flags

@@ -9,10 +9,10 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from trajkern._files import put
 from trajkern.trainer import checkpoint
 from trajkern.trainer.checkpoint import CHECKPOINT, WARM
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.files import put
 from trajkern.trainer.tasks import task_label
 
 METRICS = "metrics.jsonl"
@@ -74,9 +74,10 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def check_free(out: Path) -> None:
     """Raise ValueError where ``out`` is no folder, or holds another run's checkpoint."""
-    if "\0" in str(out):
-        raise ValueError(f"out must be a folder that can be written to; got {str(out)!r}")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # of a name that no file has
+        raise ValueError(f"out must be a folder that can be written to; got {str(out)!r}: {error}") from None
     if not there.is_dir():
         raise ValueError(f"out must be a folder that can be written to; got {out}: {there} is a file")
     if (out / CHECKPOINT).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import os
@@ -66,12 +65,13 @@ def show(argv: Sequence[str], base: Any, prog: str) -> None:
 
 def parsed(kind: type, **options: Any) -> Any:
     """What tyro makes of a command line. In a terminal of a few columns it would not end."""
-    with contextlib.ExitStack() as stack:
-        if shutil.get_terminal_size().columns < NARROWEST:
-            before = os.environ.get("COLUMNS")
-            os.environ["COLUMNS"] = str(NARROWEST)
-            stack.callback(os.environ.pop if before is None else os.environ.__setitem__, "COLUMNS", before)
+    asked = shutil.get_terminal_size
+    columns, lines = asked()
+    shutil.get_terminal_size = lambda *_: os.terminal_size((max(columns, NARROWEST), lines))
+    try:
         return require("tyro").cli(kind, **options)
+    finally:
+        shutil.get_terminal_size = asked
 
 
 def fields_by_group(base: Any) -> dict[str, list[str]]:

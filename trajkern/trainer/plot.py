@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trajkern.trainer.files import put
+from trajkern._files import put
 from trajkern.trainer.optional import require
 
 _WINDOW = 20  # steps the reward is averaged over

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trajkern.trainer.files import is_file, put
+from trajkern._files import is_file, put
 from trajkern.trainer.optional import require
 
 Scalar = float | int | None

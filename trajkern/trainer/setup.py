@@ -87,7 +87,13 @@ def check_places(config: TrainConfig, stored: checkpoint.Checkpoint | None, rank
     if config.model != "tiny":
         from trajkern.trainer.models.huggingface import check_model
 
-        check_model(config.model)
+        try:
+            path = Path(config.model)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise OSError("to open it might never end")
+            check_model(config.model)
+        except OSError as error:
+            raise ValueError(f"model must be a folder, or a file that can be read; {config.model}: {error}") from None
     if config.out is not None and stored is None and ranks.number == 0:
         check_free(config.out)
 
