@@ -18,13 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from trajkern._bench.reliability.page import Row, record, row
-from trajkern.trainer import cli_main
-from trajkern.trainer.checkpoint import CHECKPOINT, load
+from trajkern._bench.reliability.runs import difference, ended, started, teaches
+from trajkern._bench.reliability.writes import writes
 from trajkern.trainer.folder import METRICS
 
 TINY = "--threads 1 --time-limit inf --tiny.layers 1 --tiny.width 32 --tiny.heads 2 --tiny.ffn 64 --questions 300"
@@ -32,7 +29,6 @@ SIZES = f"{TINY} --prompts 7 --rollouts 4 --eval.heldout 10 --eval.validation 9 
 WARM_UP = "--warmup.steps 40 --warmup.check-every 20 --warmup.batch 20 --warmup.demonstrations 128 --warmup.lr 1e-2"
 RUN = f"{SIZES} {WARM_UP} --warmup.pass-at-1 2 --steps 12 --eval.every 5 --checkpoint-every 1 --resume last".split()
 LONG = f"{SIZES} {WARM_UP} --eval.every 1000 --checkpoint-every 1000".split()
-TIMED = ("seconds", "tokens/s")
 RANKS = [
     "-m",
     "torch.distributed.run",
@@ -49,50 +45,12 @@ RANK_KILLS = "SIGKILL of one of two ranks; torchrun starts both again from the l
 ALLOWED = 2**22  # bytes of resident memory between a fifth of the steps and all of them: what the system rounds to
 
 
-def started(arguments: list[str], log: Path) -> int:
-    """The process id of a run that is a fork of this one, which has imported everything and computed nothing."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1), os.dup2(out, 2)
-        status = cli_main(arguments)
-    finally:
-        os._exit(status)
-
-
-def ended(child: int) -> int:
-    """Its exit status; minus a signal's number, where one ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def whole(out: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What a run has left: every line of its metrics, but for what they say of time, and its last tensors."""
-    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in TIMED} for x in lines], load(out / CHECKPOINT).tensors
-
-
-def difference(out: Path, expected: Path) -> str:
-    """How a run differs from another; empty, where no bit does."""
-    (lines, tensors), (lines_, tensors_) = whole(out), whole(expected)
-    if lines != lines_:
-        return f"its metrics, of {len(lines)} lines against {len(lines_)}"
-    different = [k for k in tensors_ if k not in tensors or not torch.equal(tensors[k], tensors_[k])]
-    return f"the tensors {', '.join(different)}" if different or tensors.keys() != tensors_.keys() else ""
-
-
-def teaches(out: Path) -> bool:
-    """Whether a run's steps have moved the policy: else nothing is told by what resumes."""
-    return sum(x.get("grad_norm", 0) > 0 for x in whole(out)[0] if x["phase"] == "main") >= 8
-
-
 def kills(count: int, folder: Path, seed: int) -> list[Row]:
     """Kills at random moments of a run's life; each run is started again until it ends, and compared with one that
     nothing has stopped."""
     draw, log = random.Random(seed), folder / "log"
     began, expected = time.monotonic(), folder / "whole"
-    if ended(started([*RUN, "--out", str(expected)], log)) or not teaches(expected):
+    if ended(started([*RUN, "--out", str(expected)], log)) or not teaches(expected, 8):
         raise SystemExit(f"a run that is not killed must train; see {log}")
     lasts = time.monotonic() - began
     killed, runs, wrong, found = 0, 0, list[str](), row(KILLS, 0, 0, "make soak")
@@ -194,6 +152,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="of runs of one process; by default 100")
     parser.add_argument("--steps", type=int, default=10_000, help="in one process; by default 10,000")
     parser.add_argument("--ranks", type=int, default=3, help="kills of one of two ranks; by default 3")
+    what = "kills, torn writes, power cuts and errors at a run's calls on files; by default at each"
+    parser.add_argument("--writes", type=int, nargs="?", default=10**6, const=10**6, metavar="N", help=what)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--keep", type=Path, help="folder for the runs; by default one that is removed at the end")
     arguments = parser.parse_args()
@@ -202,6 +162,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         asked: list[tuple[int, Callable[[], list[Row]]]] = [
             (arguments.kills, lambda: kills(arguments.kills, folder, arguments.seed)),
+            (arguments.writes, lambda: writes(arguments.writes, folder / "writes", arguments.seed)),
             (arguments.ranks, lambda: ranks(arguments.ranks, folder, arguments.seed)),
             (arguments.steps, lambda: steps(arguments.steps, folder)),
         ]
