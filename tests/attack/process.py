@@ -57,6 +57,7 @@ def run(argv: tuple[str, ...], around: Callable[[], Any] | None = None, lines: i
 
 def _in_child(argv: tuple[str, ...], around: Callable[[], Any] | None, out: int, err: int) -> Any:
     signal.alarm(0)
+    os.chdir(_elsewhere())
     os.dup2(out, 1), os.dup2(err, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)
@@ -78,6 +79,12 @@ def _in_child(argv: tuple[str, ...], around: Callable[[], Any] | None, out: int,
             except OSError:
                 return 120
     return status
+
+
+@cache
+def _elsewhere() -> str:
+    """Where names without a folder are looked for, and made."""
+    return tempfile.mkdtemp(prefix="attack-")
 
 
 def _waited(child: int) -> int:
