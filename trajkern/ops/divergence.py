@@ -124,7 +124,7 @@ def linear_divergence(
             softmax, as if both models' logits were cut off; they are not read, and their gradient is 0. None: all of V,
             which must be V'. Models whose weights are padded to unequal sizes (Qwen2.5: 151,936 and 152,064 rows) need
             it: the tokenizer's own number of ids, or the smaller V, which keeps the padding that both have.
-        beta: in [0, 1].
+        beta: in [0, 1], and a number that the kernel holds: not between 0 and 1.2e-38 in float32.
         temperature: a positive number, which divides both logits. The divergence is not multiplied by its square.
         mask: bool ``[T]``; a False token gives 0 and has gradient 0, and on a CPU is not computed.
         workspace_bytes: bound of the memory for both logits, at least one row of each; 64 MiB on a CPU and 256 MiB on a
@@ -143,7 +143,7 @@ def linear_divergence(
     sides = teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
     teacher = _Side.checked("teacher_", *sides, beside=hidden)
     vocabulary = _check_vocabulary(weight, teacher_weight, vocabulary)
-    beta = _checked_beta(beta)
+    beta = _checked_beta(beta, hidden)
     temperature = check_number("temperature", temperature, above=0, dtype=accumulator(hidden))
     _check_mask(mask, hidden)
     options = _check_options(student, vocabulary, workspace_bytes, batch_invariant)
@@ -234,8 +234,8 @@ def _check_options(
     return [0, workspace // 2, int(batch_invariant)]
 
 
-def _checked_beta(beta: float) -> float:
-    return float(check_number("beta", beta, low=0, high=1))
+def _checked_beta(beta: float, x: Tensor) -> float:
+    return float(check_number("beta", beta, low=0, high=1, dtype=accumulator(x)))
 
 
 def _check_mask(mask: Tensor | None, x: Tensor) -> None:
@@ -283,7 +283,7 @@ def topk_divergence(
     if ids is not None:
         check_tensor("ids", ids, dtypes=INTEGERS, device=student_logprobs.device)
         check_shape("ids", ids, tuple(student_logprobs.shape), "that of student_logprobs")
-    beta = _checked_beta(beta)
+    beta = _checked_beta(beta, student_logprobs)
     _check_mask(mask, student_logprobs)
     reference = _backends.reference()
     for name, x in (("student_logprobs", student_logprobs), ("teacher_logprobs", teacher_logprobs)):
