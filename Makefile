@@ -52,7 +52,7 @@ bench: .venv/.built ## time every op beside its baselines; ARGS="--help" lists t
 reproduce: .venv/.built ## each recipe beside its authors' baseline; ARGS="--only rlcr" runs a part
 	$(BIN)/python -m trajkern._bench.experiments.reproduce $(ARGS)
 
-soak: .venv/.built ## runs that are killed, ranks of which one is, 10,000 steps in one process; ARGS="--kills 5" does less
+soak: .venv/.built ## runs met by kills, signals and failing files, ranks too, and 10,000 steps; ARGS="--help" lists the parts
 	$(BIN)/python -m trajkern._bench.reliability.soak $(ARGS)
 
 sanitize: .venv/.built ## _C built with ASan, UBSan and TSan, and the tests of ops, layouts and threads under each

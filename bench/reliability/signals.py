@@ -1,10 +1,11 @@
-"""``make soak ARGS=--signals``: each signal at each phase of a run, of one process and of two ranks under torchrun.
+"""``make soak ARGS="--only signals rank-signals"``: each signal at each phase of a run, and of two ranks of torchrun.
 
 As ``python -m trajkern._bench.reliability.signals PHASE SIGNAL WHOM train ...`` it is the trainer, which is met so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -40,7 +41,7 @@ PHASES = {  # what begins it, and at which of its calls
 }
 WHOM = ("rank 0", "rank 1", "both ranks", "the agent", "the group")
 RANK = "trajkern._bench.reliability.signals"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", RANK]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SECONDS = 120  # after which a run hangs
 AREA = "SIGINT, SIGTERM, SIGHUP and SIGKILL at each phase of a run, which `--resume last` ends: bit for bit as without"
 RANKS_AREA = "the same signals to a rank, to both, to torchrun's agent and to its group; likewise"
@@ -102,7 +103,8 @@ def why_wrong(status: int, said: str, tried: Try) -> str:
     return "" if all(x.startswith(("stopped ", "trajkern: stopped")) for x in words) else f"it says {words}"
 
 
-def alone(attack: Attack, tried: Try) -> str:
+def met_alone(attack: Attack, tried: Try) -> str:
+    """What was wrong with one process; empty, where nothing was."""
     shutil.rmtree(attack.out, ignore_errors=True)
     log = attack.folder / "met"
     log.unlink(missing_ok=True)
@@ -122,43 +124,35 @@ def resumed(attack: Attack) -> str:
     return difference(attack.out, attack.whole)
 
 
-def together(attack: Attack, tried: Try) -> str:
-    """Two ranks, whose last checkpoint two ranks continue."""
+def met_together(attack: Attack, tried: Try) -> str:
+    """Likewise with two ranks, whose last checkpoint two ranks continue."""
     shutil.rmtree(attack.out, ignore_errors=True)
-    words = [*tried.phase.split(), str(int(tried.number)), str(int(tried.after)), str(tried.times), tried.whom]
-    words = [tried.phase, *words[-4:]]
+    words = [tried.phase, str(int(tried.number)), str(int(tried.after)), str(tried.times), tried.whom]
     status, said = torchrun(attack, words, attack.out)
-    if status is None:
-        return f"it hung: {said[-300:]!r}"
-    caught = tried.number != signal.SIGKILL and tried.whom.startswith(("rank", "both"))
-    if caught and "Traceback" in said.split("ChildFailedError")[0].replace(_AGENTS, ""):
-        return f"status {status}: {said[-600:]!r}"
+    if status is None or "Traceback" in said:
+        return f"{'it hung' if status is None else f'status {status}'}: {said[-600:]!r}"
     status, said = torchrun(attack, [], attack.out)
     if status:
         return f"--resume last: status {status}: {said[-300:]!r}"
     return difference(attack.out, attack.folder / "ranks")
 
 
-_AGENTS = 'Traceback (most recent call last):\n  File "<frozen runpy>"'  # of torchrun's own, as it ends
-
-
 def torchrun(attack: Attack, words: list[str], out: Path) -> tuple[int | None, str]:
-    """The agent's status, None where it hung, and what all have said."""
-    command = [sys.executable, *TORCHRUN, *words, "train", *attack.arguments, str(out)]
-    log = attack.folder / "torchrun"
-    with open(log, "w") as file:
-        agent = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    """The agent's status, None where it hung, and what the ranks have said of what went wrong."""
+    logs = attack.folder / "logs"
+    shutil.rmtree(logs, ignore_errors=True)
+    command = [sys.executable, *TORCHRUN, "--redirects", "3", "--log-dir", str(logs), "-m", RANK]
+    command += [*words, "train", *attack.arguments, str(out)]
+    with open(attack.folder / "torchrun", "w") as log:
+        agent = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             status: int | None = agent.wait(SECONDS)
         except subprocess.TimeoutExpired:
             status = None
-        for _ in range(2 if status is None else 1):  # what an agent that is killed leaves
-            try:
-                os.killpg(agent.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                break
+        with contextlib.suppress(ProcessLookupError):  # what an agent leaves that is killed
+            os.killpg(agent.pid, signal.SIGKILL)
         agent.wait()
-    return status, log.read_text(errors="replace")
+    return status, "".join(path.read_text(errors="replace") for path in sorted(logs.rglob("stderr.log")))
 
 
 def tries() -> list[Try]:
@@ -166,23 +160,28 @@ def tries() -> list[Try]:
     return found + [Try(phase, n, times=2) for phase in PHASES for n in SIGNALS[:3]]
 
 
-def signals(count: int, ranks: int, folder: Path, seed: int, told: Callable[[str], None] = print) -> list[Row]:
-    """``count`` of the tries with one process and ``ranks`` of those with two, at random."""
-    attack, draw, rows = Attack(folder), random.Random(seed), list[Row]()
-    several = [Try(x, n, whom=w) for x in PHASES for n in SIGNALS for w in WHOM]
-    parts = ((AREA, tries(), count, alone), (RANKS_AREA, several, ranks, together))
-    for area, every, most, attempt in parts:
-        if attempt is together and most and torchrun(attack, [], folder / "ranks")[0]:
-            raise SystemExit(f"two ranks that nothing meets must train; see {folder / 'torchrun'}")
-        wrong, chosen = list[str](), draw.sample(every, min(most, len(every)))
-        for done, tried in enumerate(chosen, start=1):
-            if why := attempt(attack, tried):
-                wrong.append(f"{tried}: {why}")
-                told(wrong[-1])
-            if done % 20 == 0:
-                told(f"{done} of {len(chosen)} signals, {len(wrong)} not as without")
-        rows += [row(area, len(chosen), len(wrong), "make soak", "; ".join(wrong[:3]))] if chosen else []
-    return rows
+def alone(count: int, folder: Path, seed: int) -> list[Row]:
+    """``count`` of the tries with one process, at random."""
+    return [_tried(AREA, tries(), count, seed, functools.partial(met_alone, Attack(folder)))]
+
+
+def together(count: int, folder: Path, seed: int) -> list[Row]:
+    """``count`` of the tries with two ranks, at random."""
+    attack, every = Attack(folder), [Try(x, n, whom=w) for x in PHASES for n in SIGNALS for w in WHOM]
+    if torchrun(attack, [], folder / "ranks")[0]:
+        raise SystemExit(f"two ranks that nothing meets must train; see {folder / 'logs'}")
+    return [_tried(RANKS_AREA, every, count, seed, functools.partial(met_together, attack))]
+
+
+def _tried(area: str, every: list[Try], count: int, seed: int, attempt: Callable[[Try], str]) -> Row:
+    wrong, chosen = list[str](), random.Random(seed).sample(every, min(count, len(every)))
+    for done, tried in enumerate(chosen, start=1):
+        if why := attempt(tried):
+            wrong.append(f"{tried}: {why}")
+            print(wrong[-1], flush=True)
+        if done % 10 == 0:
+            print(f"{done} of {len(chosen)} signals, {len(wrong)} not as without", flush=True)
+    return row(area, len(chosen), len(wrong), "make soak", "; ".join(wrong[:3]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from trajkern._bench.reliability.page import Row, record, row
 from trajkern._bench.reliability.runs import difference, ended, started, teaches
+from trajkern._bench.reliability.signals import alone, together
 from trajkern._bench.reliability.writes import writes
 from trajkern.trainer.folder import METRICS
 
@@ -42,6 +43,7 @@ RANKS = [
 ]
 KILLS = "SIGKILL at a random moment of a run, which `--resume last` ends: bit for bit as without"
 RANK_KILLS = "SIGKILL of one of two ranks; torchrun starts both again from the last checkpoint: bit for bit as without"
+PARTS = ("kills", "writes", "signals", "rank-signals", "ranks", "steps")
 ALLOWED = 2**22  # bytes of resident memory between a fifth of the steps and all of them: what the system rounds to
 
 
@@ -153,22 +155,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000, help="in one process; by default 10,000")
     parser.add_argument("--ranks", type=int, default=3, help="kills of one of two ranks; by default 3")
     what = "kills, torn writes, power cuts and errors at a run's calls on files; by default at each"
-    parser.add_argument("--writes", type=int, nargs="?", default=10**6, const=10**6, metavar="N", help=what)
+    parser.add_argument("--writes", type=int, default=10**6, metavar="N", help=what)
+    what = "signals at a phase of a run of one process; by default each at each"
+    parser.add_argument("--signals", type=int, default=10**6, metavar="N", help=what)
+    what = "signals at a phase of two ranks under torchrun; by default 40"
+    parser.add_argument("--rank-signals", type=int, default=40, metavar="N", help=what)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts of it; by default all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--keep", type=Path, help="folder for the runs; by default one that is removed at the end")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        asked: list[tuple[int, Callable[[], list[Row]]]] = [
-            (arguments.kills, lambda: kills(arguments.kills, folder, arguments.seed)),
-            (arguments.writes, lambda: writes(arguments.writes, folder / "writes", arguments.seed)),
-            (arguments.ranks, lambda: ranks(arguments.ranks, folder, arguments.seed)),
-            (arguments.steps, lambda: steps(arguments.steps, folder)),
-        ]
-        for count, attack in asked:
-            if count:
-                rows = attack()
+        attacks: dict[str, Callable[[int], list[Row]]] = {
+            "kills": lambda n: kills(n, folder, arguments.seed),
+            "writes": lambda n: writes(n, folder / "writes", arguments.seed),
+            "signals": lambda n: alone(n, folder / "signals", arguments.seed),
+            "rank-signals": lambda n: together(n, folder / "signals", arguments.seed),
+            "ranks": lambda n: ranks(n, folder, arguments.seed),
+            "steps": lambda n: steps(n, folder),
+        }
+        for part in arguments.only:
+            if count := getattr(arguments, part.replace("-", "_")):
+                rows = attacks[part](count)
                 record("soak", rows)
                 if any(x.fell_short for x in rows):
                     raise SystemExit("\n".join(f"{x.area}: {x.fell_short} fell short: {x.reason}" for x in rows))

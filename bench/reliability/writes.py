@@ -1,4 +1,4 @@
-"""``make soak ARGS=--writes``: at each of its calls on files a run meets a kill, a torn write, a power cut, an error.
+"""``make soak ARGS="--only writes"``: calls on files that meet a kill, a torn write, a power cut or an error.
 
 What the run leaves behind ``--resume last`` must end, bit for bit, as a run that nothing has met.
 """
@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -58,11 +57,11 @@ class Meeting:
 
     def __call__(self, call: calls.Call) -> int:
         self.seen.append(call)
-        if call.name in ("fsync", "fdatasync"):
-            found = os.stat(call.paths[0])
-            self._synced[found.st_ino] = found.st_size
         tried, at = self.tried, len(self.seen)
         if tried is None or at < tried.number or (at > tried.number and not tried.stays):
+            if call.name in ("fsync", "fdatasync"):
+                found = os.stat(call.paths[0])
+                self._synced[found.st_ino] = found.st_size
             return 0
         if tried.what not in (KILL, HALF, CUT):
             return int(getattr(errno, tried.what))
@@ -83,6 +82,8 @@ class Attack:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.whole, self.middle, self.out = (folder, *(folder / x for x in ("whole", "middle", "run")))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         task = folder / "questions.jsonl"
         lines = [json.dumps({"prompt": f"{n}?", "answer": str(n % 7 % 2)}) for n in range(60)]  # hard to learn
         task.write_text("\n".join(lines) + "\n")
@@ -154,20 +155,20 @@ def _why_unsaid(status: int, said: str) -> str:
     return f"there is no {named[1]}" if named and not os.path.isfile(named[1]) else ""
 
 
-def writes(count: int | None, folder: Path, seed: int, told: Callable[[str], None] = print) -> list[Row]:
-    """``count`` of the tries, at random; all by default."""
+def writes(count: int, folder: Path, seed: int) -> list[Row]:
+    """``count`` of the tries, at random."""
     if lacking := calls.why_not():
         raise SystemExit(lacking)
     attack = Attack(folder)
     every = attack.tries()
-    chosen = random.Random(seed).sample(every, min(count or len(every), len(every)))
+    chosen = random.Random(seed).sample(every, min(count, len(every)))
     wrong: dict[str, list[str]] = {area: [] for area in AREAS}
     for done, tried in enumerate(chosen, start=1):
         if why := attack.why_wrong(tried):
             wrong[tried.what if tried.what in AREAS else ""].append(f"{tried}: {why}")
-            told(f"{tried}: {why}")
+            print(f"{tried}: {why}", flush=True)
         if done % 50 == 0:
-            told(f"{done} of {len(chosen)} tries, {sum(map(len, wrong.values()))} of them wrong")
+            print(f"{done} of {len(chosen)} tries, {sum(map(len, wrong.values()))} of them wrong", flush=True)
     tried_of = {area: sum((x.what if x.what in AREAS else "") == area for x in chosen) for area in AREAS}
     return [
         row(AREAS[area], tried_of[area], len(wrong[area]), "make soak", "; ".join(wrong[area][:3]))
