@@ -58,7 +58,7 @@ def _of_prime_rl() -> Iterator[Target]:
         found = credit.outcome()(_prime_rl_credit._rollouts(traces, TOKENIZER))
         return found.advantages, found.rollouts.rewards, found.rollouts.flags
 
-    more: dict[str, Any] = {"unread": ("id", "parent", "trainable", "info", "weight"), "another": _meant}
+    more: dict[str, Any] = {"unread": ("id", "parent", "trainable", "info", "weight"), "another": meant}
     more |= {"optional": ("late", "absent", "solved", "tone", "info"), "words": ("trace", "traces")}
     yield Target("prime_rl.enable_credit", call, [trace(0), trace(1)], "traces", **more)
     x, mask = -torch.rand(5) - 0.1, torch.tensor([True, True, False, True, True])
@@ -69,7 +69,7 @@ def _of_prime_rl() -> Iterator[Target]:
         prime_rl.policy_loss,
         inputs,
         "inputs",
-        another=_meant,
+        another=meant,
         words=("trainer_logprobs", "inference_logprobs"),
         optional=("ref_logprobs", "loss_weights"),
     )
@@ -88,7 +88,7 @@ def _of_areal() -> Iterator[Target]:
     given |= {"distill_loss_weight": 0.1, "versions": mask, "cu_seqlens": None}
     call = partial(areal.GRPOLoss(), x, None)
     more: dict[str, Any] = {"optional": ("teacher_logp", "rl_loss_weight", "distill_loss_weight", "cu_seqlens")}
-    more |= {"another": _meant, "unread": ("versions", "cu_seqlens"), "words": ("old_logprobs", "proximal_logprobs")}
+    more |= {"another": meant, "unread": ("versions", "cu_seqlens"), "words": ("old_logprobs", "proximal_logprobs")}
     yield Target("areal.GRPOLoss", call, given, "input_data", **more)
     rejection = SimpleNamespace(level="token", action="mask", metric="ratio", agg="mean", lower=0.5, upper=2.0)
     of_batch = {"logprobs": x, "proximal_logprobs": x, "old_logprobs": x, "advantages": x, "eps_clip": 0.2}
@@ -101,12 +101,12 @@ def _of_areal() -> Iterator[Target]:
 
 
 def _none_or_meant(change: Mutation) -> bool:
-    return (change.after is None and change.names in ((), ("lower",))) or _meant(change)
+    return (change.after is None and change.names in ((), ("lower",))) or meant(change)
 
 
 def _entry(change: Mutation) -> bool:
     """A workflow's own entries are columns where all trajectories have a number a rollout, and else nothing."""
-    return change.names[-1:] in (("tone",), ("good",)) or _meant(change)
+    return change.names[-1:] in (("tone",), ("good",)) or meant(change)
 
 
 def _with_rejection(arguments: dict[str, Any], rejection: Any) -> Any:
@@ -140,7 +140,7 @@ def _of_nemo_rl() -> Iterator[Target]:
     repeated["extra"] = [{"answer": 1}, {"answer": 2}]
     batch = {"prompt_ids": torch.tensor([[1, 2], [1, 2]]), "rewards": torch.tensor([1.0, 0.0])}
     batch |= {"mask": torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1.0]]), "repeated_batch": repeated}
-    of_credit: dict[str, Any] = {"another": _meant, "unread": ("extra", "role"), "words": ("reward",)}
+    of_credit: dict[str, Any] = {"another": meant, "unread": ("extra", "role"), "words": ("reward",)}
     of_credit["optional"] = ("reward/format", "truncated")
     estimator = _nemo_rl_credit.Estimator(credit.outcome(scale="none"))
 
@@ -163,7 +163,7 @@ def _of_nemo_rl() -> Iterator[Target]:
     def of_data(d: Any) -> Any:
         return tuple(_nemo_rl_terms.batch_of(x[:, 1:], d, False)[2:6])
 
-    yield Target("nemo_rl.ClippedPGLossFn", of_data, data, "data", another=_meant)
+    yield Target("nemo_rl.ClippedPGLossFn", of_data, data, "data", another=meant)
 
 
 def _of_skyrl() -> Iterator[Target]:
@@ -177,7 +177,7 @@ def _of_skyrl() -> Iterator[Target]:
         known = (read,) if read in ("sapo", "kl_cov", "cispo") else ("eps_clip_low", "eps_clip_high", read)
         config = SimpleNamespace(**{key: x for key, x in options.items() if key in known})
         right = partial(_as_skyrl, name, b)
-        yield Target(f"skyrl.{name}", loss, config, "config", another=_meant, right=right)
+        yield Target(f"skyrl.{name}", loss, config, "config", another=meant, right=right)
 
     def call(x: Any) -> Any:
         data = x.get("data") if isinstance(x, dict) else x
@@ -191,7 +191,7 @@ def _of_skyrl() -> Iterator[Target]:
     fields = {"sequences": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5), "response_mask": mask}
     fields |= {"loss_mask": mask, "rewards": torch.ones(2, 3), "action_log_probs": -torch.ones(2, 3)}
     batch = {"data": fields, "metadata": {"uids": ["a", "a"]}}
-    more: dict[str, Any] = {"another": _meant, "optional": ("action_log_probs",), "words": ("sequences",)}
+    more: dict[str, Any] = {"another": meant, "optional": ("action_log_probs",), "words": ("sequences",)}
     yield Target("skyrl.register(credit)", call, batch, "data", **more)
 
 
@@ -220,7 +220,7 @@ def _of_trees() -> Iterator[Target]:
     def call(x: Any) -> Any:
         return tree_rollouts(x)[1:]
 
-    yield Target("trl.tree_rollouts", call, row, "row", another=_meant, words=("samples", "sample"))
+    yield Target("trl.tree_rollouts", call, row, "row", another=meant, words=("samples", "sample"))
     packed = {name: torch.zeros(1, 4, dtype=torch.int64) for name in ("tokens", "parent_ids")}
     packed |= {"group_ids": torch.tensor([[0, 0, 1, 1]]), "assistant_mask": torch.tensor([[False, False, True, True]])}
     packed |= {name: -torch.ones(1, 4) for name in ("logprobs", "advantages")} | {"weights": torch.ones(1, 4)}
@@ -233,7 +233,7 @@ def _of_trees() -> Iterator[Target]:
         call,
         packed | {"pixel_values": [None]},
         "packed",
-        another=_meant,
+        another=meant,
         words=("assistant_mask",),
         optional=("pixel_values",),
     )
@@ -262,14 +262,14 @@ def _of_verl() -> Iterator[Target]:
 
 def _option(change: Mutation) -> bool:
     """Also none of them, and a word that another option has."""
-    return (isinstance(change.after, dict) and not change.after) or _meant(change)
+    return (isinstance(change.after, dict) and not change.after) or meant(change)
 
 
 NAMES = ("name", "group_id", "uids")  # that may be any text
 MISSING = ("tone", "late", "score", "turn_scores", "tool_rewards", "own")  # that NaN says is not known
 
 
-def _meant(change: Mutation) -> bool:
+def meant(change: Mutation) -> bool:
     """Whether a host may mean it: a number for a number or a flag, a tensor of numbers of the same shape, a name, more
     or fewer parts of a list."""
     before, after, name = change.before, change.after, change.names[-1] if change.names else ""
@@ -299,7 +299,7 @@ def _column(change: Mutation) -> bool:
     of_spans = change.names[:1] in (("turn_scores",), ("tool_rewards",))  # without a credit that needs them
     missing = change.after is None and (of_spans or not isinstance(change.before, (list, int)))
     array = array or (of_spans and isinstance(change.after, list))
-    return (isinstance(change.after, dict) and not change.path) or is_plain or array or missing or _meant(change)
+    return (isinstance(change.after, dict) and not change.path) or is_plain or array or missing or meant(change)
 
 
 def _of_slime() -> Iterator[Target]:

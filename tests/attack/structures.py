@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.attack import answers, hosts
+from tests.attack import answers, host_calls, hosts
 from tests.attack.case import Case
 from tests.attack.mutated import GONE, Mutation
 from tests.attack.target import Target, same, target_cases
@@ -18,7 +18,7 @@ from trajkern.integrations import engines
 
 
 def cases() -> Iterator[Case]:
-    for target in (*_of_engines(), *hosts.targets()):
+    for target in (*_of_engines(), *hosts.targets(), *host_calls.targets()):
         yield from target_cases(target)
     yield from answers.cases()
 

@@ -299,7 +299,7 @@ def test_what_prime_rl_never_gives(host) -> None:
     refused(r"loss_mask\[0\] must be bool, got torch.float32", TypeError, loss_mask=batch["advantages"])
     refused(r"advantages\[0\] must be a tensor, got 0.5", TypeError, advantages=[0.5] * 6)
     refused("ref_logprobs must be given where ref_kl_weights are not all 0", ref_logprobs=None)
-    refused("ce_scale must be positive, got 0", ce_scale=0)
+    refused("ce_scale must be greater than 0, got 0", ce_scale=0)
     kinds = host.CustomLossConfig(import_path="trajkern.integrations.prime_rl.policy_loss", kwargs={"kind": "dapo"})
     negative = [-x for x in batch["rl_weights"]]
     refused("weights of tokens must not be negative", rl_weights=negative, rl_loss_fn=host.setup_rl_loss_fn(kinds))

@@ -11,11 +11,28 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import check_number, check_tensor, describe, readable
+from trajkern._dtypes import FLOATS
+from trajkern._values import check_finite
 from trajkern.integrations import _verl_advantages
 from trajkern.integrations._adapter import padded_rows
+from trajkern.integrations._outside import Outside
 from trajkern.integrations._verl_advantages import Groups
 
 Pair = tuple[Tensor, Tensor]  # advantages and returns, [B, L] each
+
+
+def _checked(token_level_rewards: Any, index: Any) -> list[Any]:
+    """The uids of the rows, whose rewards must be finite."""
+    check_tensor("token_level_rewards", token_level_rewards, dtypes=FLOATS, ndim=2)
+    if readable(token_level_rewards):
+        check_finite("token_level_rewards", token_level_rewards.sum(-1))
+    uids = Outside("index", index).values()
+    if len(uids) != len(token_level_rewards):
+        raise ValueError(f"index must hold {len(token_level_rewards)} uids, one a row; got {len(uids)}")
+    if wrong := [x for x in uids if not isinstance(x, (str, int))]:
+        raise TypeError(f"index must hold texts or ints, got {describe(wrong[0])}")
+    return uids
 
 
 def grpo(
@@ -27,6 +44,7 @@ def grpo(
     **_: Any,
 ) -> Pair:
     """As ``grpo``: (r - mean) / (std + epsilon) over the rows of a uid; r alone in its group."""
+    index = _checked(token_level_rewards, index)
     return _verl_advantages.grpo(
         token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo=bool(grpo_norm_by_std)
     )
@@ -39,6 +57,7 @@ def rloo(
     **_: Any,
 ) -> Pair:
     """As ``rloo`` (arXiv 2402.14740): r less the mean of the others of its uid; 0 alone in its group."""
+    index = _checked(token_level_rewards, index)
     return _verl_advantages.rloo_vectorized(token_level_rewards, response_mask, index)
 
 
@@ -50,6 +69,7 @@ def maxrl(
     **_: Any,
 ) -> Pair:
     """As ``maxrl``: (r - mean) / (mean + epsilon) over the rows of a uid; r alone in its group."""
+    index = _checked(token_level_rewards, index)
     rows = padded_rows("response_mask", response_mask)
     rows.pack("token_level_rewards", token_level_rewards)
     scores = token_level_rewards.detach().sum(-1)
@@ -77,7 +97,7 @@ def reinforce_plus_plus(
     place = torch.arange(rewards.shape[0], device=rewards.device)
     begins = ~rows.mask | (place % max(rows.shape[1], 1) == 0)
     bounds = torch.cat((place[begins], place.new_tensor([rewards.shape[0]])))
-    returns = rows.pad(tk.discounted_returns(rewards, bounds, gamma=float(gamma)))
+    returns = rows.pad(tk.discounted_returns(rewards, bounds, gamma=float(check_number("gamma", gamma, low=0, high=1))))
     return rows.pad(tk.whiten(rows.pack("returns", returns), mask=rows.mask)), returns
 
 
@@ -96,7 +116,15 @@ def gae(
     if values is None:
         raise ValueError("values must be given to gae: trainer.critic.model.path must name a critic; got None")
     rows = padded_rows("response_mask", response_mask)
+    check_tensor("token_level_rewards", token_level_rewards, dtypes=FLOATS)
+    check_tensor("values", values, dtypes=FLOATS)
     with torch.no_grad():
         rewards, v = rows.pack("token_level_rewards", token_level_rewards), rows.pack("values", values)
-        out = tk.gae(rewards, v, rows.cu_seqlens, gamma=float(gamma), lam=float(lambd))
+        out = tk.gae(
+            rewards,
+            v,
+            rows.cu_seqlens,
+            gamma=float(check_number("gamma", gamma, low=0, high=1)),
+            lam=float(check_number("lambd", lambd, low=0, high=1)),
+        )
         return rows.pad(tk.whiten(out.advantages, mask=rows.mask)), rows.pad(out.returns)

@@ -24,13 +24,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_tensor, renamed, suggesting
+from trajkern._checks import check_number, check_tensor, describe, renamed, suggesting
 from trajkern.credit import Spec
 from trajkern.integrations import _prime_rl_credit
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, credited_by, held
 from trajkern.integrations._arguments import NUMBERS
 from trajkern.integrations._credit_checks import spec_of
-from trajkern.integrations._outside import Outside
+from trajkern.integrations._outside import Outside, is_list
 from trajkern.integrations._prime_rl_terms import HOSTS_OWN, Metrics, Term, Tokens, ce, ref_kl, term_of
 
 TESTED = ("0.8.0",)
@@ -298,8 +298,7 @@ def compute_loss(
         given = (trainer_logprobs, inference_logprobs, ref_logprobs, advantages, loss_mask)
         return _replaced[-1](*given, rl_weights, ce_weights, ref_kl_weights, rl_loss_fn, *scales.values())
     for name, scale in scales.items():
-        if not scale > 0:
-            raise ValueError(f"{name} must be positive, got {scale}")
+        check_number(name, scale, above=0)
     streams = {
         "trainer_logprobs": trainer_logprobs,
         "inference_logprobs": inference_logprobs,
@@ -330,6 +329,9 @@ def compute_loss(
 def _packs(streams: Mapping[str, Sequence[Tensor] | None]) -> list[Tensor | None]:
     """Each stream's sequences one after the other; the first names how many there are, and how long."""
     (first, wanted), *_ = streams.items()
+    for name, sequences in streams.items():
+        if sequences is not None and not is_list(sequences):
+            raise TypeError(f"{name} must be a list of a tensor a sequence, got {describe(sequences)}")
     if not wanted:
         raise ValueError(f"{first} must hold at least one sequence, got {wanted!r}")
     packs: list[Tensor | None] = []
@@ -341,7 +343,7 @@ def _packs(streams: Mapping[str, Sequence[Tensor] | None]) -> list[Tensor | None
             got = None if sequences is None else len(sequences)
             raise ValueError(f"{name} must hold {len(wanted)} sequences, as {first} does; got {got}")
         for i, (x, y) in enumerate(zip(sequences, wanted, strict=True)):
-            own = None if i == 0 and name == first else wanted[i].device
+            own = None if i == 0 and name == first else wanted[0].device
             check_tensor(f"{name}[{i}]", x, dtypes=NUMBERS, device=own)
             if x.ndim != 1 or x.shape != y.shape:
                 raise ValueError(f"{name}[{i}] must have shape [L] = {list(y.shape)}, got {list(x.shape)}")

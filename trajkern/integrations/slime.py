@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_number, describe, renamed
+from trajkern._checks import check_flag, check_number, check_tensor, describe, renamed
+from trajkern._dtypes import FLOATS
 from trajkern.integrations._adapter import clipped
 from trajkern.integrations._slime_batch import (
     Samples,
@@ -308,6 +309,7 @@ class Reducer:
         weights = self.weights(samples, calculate_per_token_loss)
 
         def summed(x: Tensor) -> Tensor:
+            check_tensor("the loss", x, dtypes=FLOATS)
             if x.shape != weights.shape:
                 raise ValueError(
                     f"the loss must have the {list(weights.shape)} tokens of response_lengths, which no context "
@@ -319,6 +321,7 @@ class Reducer:
 
     def weights(self, samples: Samples, per_token: bool) -> Tensor:
         """What each token is multiplied with, ``[R]``."""
+        check_flag("calculate_per_token_loss", per_token)
         if self.length is None:
             return samples.weights(None, per_token)
         if per_token:
