@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,32 @@ CALLS: Counter[str] = Counter()
 TOLD: dict[str, tuple[int, Callable[..., Any]]] = {}  # of a method or function, at which call, what
 
 
+FICKLE: list[random.Random] = []  # which answers, where they are to differ between calls
+# what else might be right
+OTHERS: dict[str, list[Any]] = {
+    "read": [Answer(True), Answer(False), Answer(True, 0.5, False)],  # of a judge's responses one is to stay wrong
+    "reward": [0.0, 1.0, 0.25],
+    "reply": [None, Reply("+"), Reply(""), Reply("-", True)],
+    "pieces": [[("a", True)], [("a", False), ("bc", True)]],
+    "statistics": [{}, {"a": 1.0}, {"a": float("nan"), "b": 2.0}],
+    "belief_target": [Belief("?", "1"), Belief("?", "1"), None],
+    "penalties": [[], [-1.0], [-0.5] * 5],
+    "action_spans": [[], [Action(0, 1, True)], [Action(0, 1, False, True)]],
+    "hint": [None, "a", "bcd"],
+    "family": ["r", "g", "b"],
+    "reference": ["a\nb", "c", "d\n\ne\nffff"],
+    "reasoning": [(0, 0), (0, 1), (1, 1)],
+    "critique": ["", "a", "b\nc"],
+    "ballot": [None, 1, "x", (1, 2)],
+    "verifier": [True, False],
+    "simulate": ["", "-", "a long answer"],
+    "embed": [torch.ones(2, 2), torch.ones(3, 2), torch.ones(3, 4)],
+    "teacher": [[], ["a"], ["b", "c"]],
+    "distiller": [[], ["a"], ["b", "c"]],
+    "rubric": [[True] * 4, [False] * 4, [True, False, True, False]],
+}
+
+
 def tell(name: str = "", at: int = 0, give: Callable[..., Any] = lambda: None) -> None:
     """Forget what was counted and told, and from now on give this at that call of ``name``."""
     CALLS.clear()
@@ -28,6 +55,8 @@ def tell(name: str = "", at: int = 0, give: Callable[..., Any] = lambda: None) -
 def given(name: str, right: Any) -> Any:
     CALLS[name] += 1
     at, give = TOLD.get(name, (0, None))
+    if FICKLE and name in OTHERS and not (name == "read" and "responses" in CALLS):
+        return FICKLE[0].choice([right, *OTHERS[name]])
     if give is None or CALLS[name] != at:
         return right
     return give(right) if inspect.signature(give).parameters else give()

@@ -36,7 +36,7 @@ from trajkern.trainer.systems.toolpo import ToolPO
 from trajkern.trainer.tasks import Task, capabilities
 
 MODULE = hostile_task.__name__
-OF_BASE = ("questions", "read", "reward", "reply", "pieces", "statistics", "identity", "distinct", "splits")
+TRIES = 6  # runs in which answers differ between calls
 
 
 class Misbehaved(Exception):
@@ -81,6 +81,10 @@ def cases(seed: int = 0) -> Iterator[Case]:
         raise NotImplementedError(f"no scenario asks {missing}")
     for label in SCENARIOS:
         yield Case(label, "as it should be", partial(run, label, "", 0, lambda: None), (), may_pass=True)
+        for number in range(TRIES):
+            call = partial(fickle, label, f"{seed} {label} {number}")
+            named = (*hostile_task.OTHERS, "responses", "of_rollouts")
+            yield Case(label, f"answers that differ between calls, {number}", call, named, may_pass=True)
         for method in SCENARIOS[label].methods:
             yield from _of_method(label, method.replace("_question", " question"), seed)
 
@@ -140,6 +144,15 @@ def rows() -> Path:
     row = {"answer": "1", "verifier": f"{MODULE}:verifier"}
     path.write_text("\n".join(json.dumps({"prompt": f"{n}=", **row}) for n in range(100)))
     return path
+
+
+def fickle(label: str, seed: str) -> None:
+    """A run in which methods answer now this and now that, each of which would be right."""
+    hostile_task.FICKLE.append(random.Random(seed))
+    try:
+        run(label, "", 0, lambda: None)
+    finally:
+        hostile_task.FICKLE.clear()
 
 
 def run(label: str, method: str, at: int, give: Callable[..., Any], status: int | None = None) -> None:

@@ -22,7 +22,9 @@ from trajkern.trainer.models.tokenizer import encode
 from trajkern.trainer.models.transformer import ModelConfig
 from trajkern.trainer.packing import pack_rollouts
 from trajkern.trainer.sampling import sample
+from trajkern.trainer.systems.base import Played
 from trajkern.trainer.systems.feedback import Feedback, HintedTeacher
+from trajkern.trainer.systems.hints import hinted_prompts
 from trajkern.trainer.tasks import load_task
 
 TEMPERATURE = 1.3
@@ -108,6 +110,16 @@ def test_no_hint_no_divergence(model: CharacterModel) -> None:
     lesson = lesson_of(model, credit.divergence())
     unhinted = torch.tensor([hint is None for hint in HINTS])
     assert divergence_term(model, model, Lesson.of(lesson.credit, unhinted, lesson.forest), TEMPERATURE, 1) == 0
+
+
+def test_a_hint_is_asked_for_whatever_failed(model: CharacterModel) -> None:
+    task = load_task("chain_sum_steps")
+    system = HintedTeacher("feedback", Feedback(), task, model)
+    batch = lesson_of(model, credit.divergence()).credit.rollouts.batch
+    batch.rewards.copy_(torch.tensor([-1.0, 0.0, 0.5, 1.0, -0.5, 2.0]))
+    played = Played(task.distinct(0, 50, most=1) * 6, ["9"] * 6, batch)
+    asked = [prompt is not None for prompt in hinted_prompts(system, played)]
+    assert asked == [True, True, False, False, True, False]
 
 
 def test_it_is_refused_where_nobody_adds_it(model: CharacterModel) -> None:

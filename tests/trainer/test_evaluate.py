@@ -19,6 +19,12 @@ def test_pass_at_every_k_counts_the_draws_without_a_right_one() -> None:
     assert pass_at(REWARDS) == pytest.approx(expected)
 
 
+def test_the_best_of_k_of_other_rewards() -> None:
+    """Of -1, 2 and 0.5: the mean, of the three pairs the better ones 2, 2 and 0.5, and the best of all."""
+    assert pass_at(torch.tensor([[-1.0, 2.0, 0.5]])) == pytest.approx([0.5, 1.5, 2.0])
+    assert pass_at(torch.full((2, 2), -1.0)) == pytest.approx([-1.0, -1.0])
+
+
 def test_right_texts_are_counted_once_a_question() -> None:
     texts = ["a", "a", "b", "c", "a", "b", "c", "d", "a", "b", "c", "d"]
     assert distinct_right(REWARDS, texts) == pytest.approx((2 + 0 + 1) / 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from trajkern.trainer import returned
 from trajkern.trainer.config import TrainConfig, WarmUp
 from trajkern.trainer.folder import ResultsError
 from trajkern.trainer.models.tokenizer import ALPHABET
-from trajkern.trainer.tasks import Action, Answer, Belief, HintTask, Question, Reply, Task, VoteTask
-from trajkern.trainer.tasks.checked import checked, spelling_in
+from trajkern.trainer.tasks import Action, Answer, Belief, HintTask, Question, Reply, Splits, Task, VoteTask
+from trajkern.trainer.tasks.checked import CHECKS, checked, spelling_in
 from trajkern.trainer.train import train
 
 QUESTION = Question("1+1=", "1+1", "2", {})
@@ -120,12 +120,17 @@ def test_attributes_of_another_kind(attribute: str, value: Any, words: str) -> N
         checked(task)
 
 
+def checked_question(task: Task, number: int) -> Question:
+    found = [Question("", "x", "é", {}), Question("é", "x", "é", {})][number]
+    return CHECKS["distinct"]("Foreign.questions", [found], task, {})[0]
+
+
 def test_what_the_model_cannot_spell_is_refused_by_the_methods_name() -> None:
     class Foreign(Plain):
         alphabet = None
 
         def questions(self, split: int) -> Iterator[Question]:
-            yield Question("", "x", "é", {})
+            yield from (Question("", "x", "é", {}), Question("é", "x", "é", {}))
 
     task = checked(Foreign())
     task.tool = lambda text: "é"
@@ -133,8 +138,14 @@ def test_what_the_model_cannot_spell_is_refused_by_the_methods_name() -> None:
     spelling_in(task, ALPHABET)
     with pytest.raises(ValueError, match=r"^Foreign\.reply must .* can spell, got 'é' \(str\) as U\+00E9 in text"):
         task.reply(QUESTION, "x")
-    with pytest.raises(ValueError, match=r"^Foreign\.questions must return a Question with a prompt that is not empty"):
-        next(task.questions(0))
+    for drawn, words in (
+        (0, "with a prompt that is not empty, got ''"),
+        (1, r"three texts .* that the model can spell"),
+    ):
+        with pytest.raises(ValueError, match=rf"^Foreign\.questions must return .*Question.*{words}"):
+            checked_question(task, drawn)
+    task.alphabet = frozenset("x")
+    assert checked_question(task, 1).prompt == "é", "it is passed over"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,48 @@ def test_a_credits_function_that_changes_the_rollouts_is_refused(config: Callabl
         ResultsError, match=rf"^credit {__name__}:spec must leave the tensors of the rollouts as they are"
     ):
         train(config(credit=f"{__name__}:spec", steps=1, warmup=WarmUp(steps=0)))
+
+
+class Leaking(Plain):
+    def splits(self, **sizes: Any) -> Splits:
+        found = super().splits(**sizes)
+        return found if self.seed else replace(found, train=[*found.train, *found.heldout])
+
+
+class Fewer(Plain):
+    def splits(self, **sizes: Any) -> Splits:
+        return super().splits(**sizes | {"heldout": 1})
+
+
+SIZES = {"heldout": 2, "validation": 2, "demonstrations": 2, "train": 4}
+
+
+def test_splits_of_ones_own() -> None:
+    assert len(checked(Leaking(seed=1)).splits(**SIZES).train) == 4
+    with pytest.raises(ValueError, match=r"^Leaking\.splits must keep .* apart .*; heldout and train both have '00='"):
+        checked(Leaking()).splits(**SIZES)
+    with pytest.raises(ValueError, match=r"^Fewer\.splits must return Splits with 2 questions in heldout, got 1"):
+        checked(Fewer()).splits(**SIZES)
+
+
+def test_a_class_of_which_no_other_can_be_made() -> None:
+    class Flavoured(Plain):
+        def __init_subclass__(cls, flavour: str) -> None:
+            """Every flavour is given."""
+
+    with pytest.raises(TypeError, match=r"^Flavoured must be a class of which another can be made; .*flavour"):
+        checked(Flavoured())
+
+
+def test_methods_of_getattr() -> None:
+    class Any_(Plain):
+        def __getattr__(self, name: str) -> Any:
+            if name == "critique":
+                return lambda question, response: 3
+            raise AttributeError(name)
+
+    with pytest.raises(TypeError, match=r"^Any_\.critique must return a text, got 3"):
+        checked(Any_()).critique(QUESTION, "x")
 
 
 class Figures(Plain):

@@ -42,8 +42,7 @@ def ask(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         after = _surroundings()
         if before[-1] not in (None, after[-1]):
             os.chdir(before[-1])  # to which the results are relative
-    if after != before:
-        raise _changed(name, before, after)
+    _check_surroundings(name, before, after)
     return value
 
 
@@ -61,15 +60,15 @@ def unchanged(name: str, *tensors: torch.Tensor) -> Iterator[None]:
         after = _surroundings()
         if before[-1] not in (None, after[-1]):
             os.chdir(before[-1])
-    if after != before:
-        raise _changed(name, before, after)
+    _check_surroundings(name, before, after)
     if versions != [x._version for x in tensors]:
         raise ValueError(f"{name} must leave the tensors of the rollouts as they are; it has changed one in place")
 
 
-def _changed(name: str, before: tuple[Any, ...], after: tuple[Any, ...]) -> ValueError:
-    what, was, became = next(x for x in zip(_SURROUNDINGS, before, after, strict=True) if x[1] != x[2])
-    return ValueError(f"{name} must leave {what} at {was}, got {became}")
+def _check_surroundings(name: str, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    if before != after:
+        what, was, became = next(x for x in zip(_SURROUNDINGS, before, after, strict=True) if x[1] != x[2])
+        raise ValueError(f"{name} must leave {what} at {was}, got {became}")
 
 
 def _surroundings() -> tuple[Any, ...]:

@@ -166,6 +166,9 @@ class Reflection(GroupSystem):
         """What each rollout is to lead to, the same for all of a question: a task may say it in more ways than one."""
         found = {id(question): question for question in played.questions}
         texts = {key: self.reference(question) for key, question in found.items()}
+        if (bare := next((key for key, text in texts.items() if not text), None)) is not None:
+            expected = f"reference of task {self.task.name} must have an answer behind its reasoning"
+            raise ValueError(f"{expected}; that of {found[bare].prompt!r:.200} has none")
         return [texts[id(question)] for question in played.questions]
 
     def reference(self, question: Question) -> str:

@@ -38,6 +38,9 @@ class Calibrated(GroupSystem):
 
     def signals(self, played: Played, needs: frozenset[str]) -> dict[str, Tensor]:
         answers = [self.task.read(q, text) for q, text in zip(played.questions, played.texts, strict=True)]
+        if bool((odd := (played.rewards != 0) & (played.rewards != 1)).any()):
+            expected = f"reward of task {self.task.name} must be 0 or 1 for the recipe rlcr"
+            raise ValueError(f"{expected}, as confidences are of being right; got {float(played.rewards[odd][0]):g}")
         stated = [torch.nan if answer.confidence is None else answer.confidence for answer in answers]
         return {"reward": played.rewards, "confidence": torch.tensor(stated)}
 

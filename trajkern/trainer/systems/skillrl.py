@@ -158,6 +158,11 @@ class SkillBased(GroupSystem):
     def validated(self, pass_at_1: float, families: dict[str, float]) -> None:
         self._found.clear()
         for family, rate in (families or {self.task.name: pass_at_1}).items():
+            if not 0 <= rate <= 1:
+                expected = (
+                    f"reward of task {self.task.name} must be in [0, 1] for the recipe skillrl, as a rate of success"
+                )
+                raise ValueError(f"{expected}; its mean in the family {family!r} is {rate:g}")
             self.bank.update(family, rate, general=self.settings.lessons_for == "all")
 
     def state(self) -> Any:

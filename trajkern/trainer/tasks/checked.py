@@ -40,7 +40,7 @@ def checked(task: Task) -> Task:
         if found is None or _is_ours(found):
             continue
         _check_call(f"{kind.__name__}.{method}", method, found)
-        if method in own:
+        if method in own or inspect.getattr_static(kind, method, None) is None:  # as of __getattr__
             own[method] = _Returning(found, f"{kind.__name__}.{method}", method, task)
     methods = frozenset(m for m in CHECKS if m not in own and not _is_ours(getattr(task, m, None)))
     object.__setattr__(task, "__class__", _checked_type(kind, methods))
@@ -60,7 +60,7 @@ class _Returning:
         self.method, self.name, self.check, self.task = method, name, check, task
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return CHECKS[self.check](self.name, ask(self.name, self.method, *args, **kwargs), _spelt(self.task), args)
+        return CHECKS[self.check](self.name, ask(self.name, self.method, *args, **kwargs), self.task, kwargs)
 
 
 def as_answer(name: str, value: Any) -> Answer:
@@ -86,7 +86,7 @@ def _checked_type(kind: type[Task], methods: frozenset[str]) -> type[Task]:
         name, check = f"{kind.__name__}.{method}", CHECKS[method]
 
         def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return check(name, ask(name, getattr(super(made, self), method), *args, **kwargs), _spelt(self), args)
+            return check(name, ask(name, getattr(super(made, self), method), *args, **kwargs), self, kwargs)
 
         return called
 
@@ -98,7 +98,10 @@ def _checked_type(kind: type[Task], methods: frozenset[str]) -> type[Task]:
     body: dict[str, Any] = {method: overriding(method) for method in methods}
     body |= {"_checked": True, "__reduce_ex__": copied, "__module__": kind.__module__, "__doc__": kind.__doc__}
     metaclass: Any = type(kind)
-    made: type[Task] = metaclass(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__})
+    try:
+        made: type[Task] = metaclass(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__})
+    except Exception as error:  # of an __init_subclass__, or a metaclass
+        raise TypeError(f"{kind.__name__} must be a class of which another can be made; {error}") from None
     return made
 
 
@@ -159,75 +162,91 @@ def _check_call(name: str, method: str, found: Any) -> None:
         pass
 
 
-def _questions(name: str, value: Any, spelt: Spelt, args: Any) -> Iterator[Question]:
+def _questions(name: str, value: Any, task: Any, named: Any) -> Iterator[Question]:
     try:
         drawn = iter(value)
     except Exception:  # whatever an object's own iter raises
         raise refuse(TypeError, name, "an iterator of Question", value) from None
-    return _drawn(name, drawn, spelt)
+    return _drawn(name, drawn, task)
 
 
-def _drawn(name: str, drawn: Iterator[Any], spelt: Spelt) -> Iterator[Question]:
+def _drawn(name: str, drawn: Iterator[Any], task: Any) -> Iterator[Question]:
     none = object()
     while (value := ask(name, next, drawn, none)) is not none:
-        yield _question(name, value, spelt)
+        yield _question(name, value, task)
 
 
-def _question(name: str, value: Any, spelt: Spelt) -> Question:
+def _question(name: str, value: Any, task: Any) -> Question:
     expected = "Question(prompt, text, answer, entry), three texts and a dict"
     if not isinstance(value, Question) or not isinstance(value.entry, Mapping):
         raise refuse(TypeError, name, expected, value)
-    texts = {part: as_text(name, getattr(value, part), expected, part=part) for part in ("prompt", "text", "answer")}
+    spelt, texts = _spelt(task), {x: as_text(name, getattr(value, x), expected, part=x) for x in value._fields[:3]}
     if spelt is not None and not value.prompt:
         raise refuse(ValueError, name, "a Question with a prompt that is not empty", value.prompt, "prompt")
+    passed_over = task.alphabet is not None and not set(value.prompt + value.answer) <= set(task.alphabet)
+    for part in () if passed_over else ("prompt", "answer"):
+        as_text(name, texts[part], expected, spelt, part)
     entry = value.entry if isinstance(value.entry, dict) else ask(name, dict, value.entry)
     return value._replace(**texts, entry=entry)
 
 
-def _some_questions(name: str, value: Any, spelt: Spelt, args: Any) -> list[Question]:
-    return [_question(name, each, spelt) for each in as_list(name, value, "a list of Question")]
+def _some_questions(name: str, value: Any, task: Any, named: Any) -> list[Question]:
+    return [_question(name, each, task) for each in as_list(name, value, "a list of Question")]
 
 
-def _splits(name: str, value: Any, spelt: Spelt, args: Any) -> Splits:
+def _splits(name: str, value: Any, task: Any, named: Any) -> Splits:
     if not isinstance(value, Splits):
         raise refuse(TypeError, name, "Splits", value)
-    found = Splits(*(_some_questions(f"{name}, as {part},", x, spelt, ()) for part, x in vars(value).items()))
-    for part in ("heldout", "validation", "train"):
-        if not getattr(found, part):
-            raise ValueError(f"{name} must return Splits with questions in {part}, got none")
+    found = Splits(*(_some_questions(f"{name}, as {part},", x, task, ()) for part, x in vars(value).items()))
+    for part in ("heldout", "validation"):
+        if len(getattr(found, part)) != named[part]:
+            count = len(getattr(found, part))
+            raise ValueError(f"{name} must return Splits with {named[part]} questions in {part}, got {count}")
+    if not found.train:
+        raise ValueError(f"{name} must return Splits with questions in train, got none")
+    taken: dict[str, str] = {}
+    for part, questions in vars(found).items():
+        identities = [(task.identity(question), question) for question in questions]
+        for identity, question in identities:
+            if identity in taken:
+                where = f"{taken[identity]} and {part} both have {question.prompt!r:.200}"
+                raise ValueError(f"{name} must keep what is held out and for validation apart from all else; {where}")
+        if part in ("heldout", "validation"):
+            taken |= {identity: part for identity, _ in identities}
     return found
 
 
-def _answer(name: str, value: Any, spelt: Spelt, args: Any) -> Answer:
+def _answer(name: str, value: Any, task: Any, named: Any) -> Answer:
     return as_answer(name, value)
 
 
-def _reward(name: str, value: Any, spelt: Spelt, args: Any) -> float:
+def _reward(name: str, value: Any, task: Any, named: Any) -> float:
     return as_number(name, value)
 
 
-def _reply(name: str, value: Any, spelt: Spelt, args: Any) -> Reply | None:
+def _reply(name: str, value: Any, task: Any, named: Any) -> Reply | None:
     if value is None:
         return None
     expected = "a Reply with a text and whether that is the end, or None"
     if not isinstance(value, Reply):
         raise refuse(TypeError, name, expected, value)
     return Reply(
-        as_text(name, value.text, expected, spelt, "text"), as_flag(name, value.done, expected, "whether it ends")
+        as_text(name, value.text, expected, _spelt(task), "text"),
+        as_flag(name, value.done, expected, "whether it ends"),
     )
 
 
-def _pieces(name: str, value: Any, spelt: Spelt, args: Any) -> list[tuple[str, bool]]:
+def _pieces(name: str, value: Any, task: Any, named: Any) -> list[tuple[str, bool]]:
     expected, found = "a list of (text, whether it is learnt)", []
     for each in as_list(name, value, expected):
         if not isinstance(each, (tuple, list)) or len(each) != 2:
             raise refuse(TypeError, name, expected, each, "an entry")
-        text = as_text(name, each[0], expected, spelt, "a text")
+        text = as_text(name, each[0], expected, _spelt(task), "a text")
         found.append((text, as_flag(name, each[1], expected, "whether it is learnt")))
     return found
 
 
-def _statistics(name: str, value: Any, spelt: Spelt, args: Any) -> dict[str, float]:
+def _statistics(name: str, value: Any, task: Any, named: Any) -> dict[str, float]:
     expected = "a dict of names and numbers"
     if not isinstance(value, Mapping):
         raise refuse(TypeError, name, expected, value)
@@ -238,43 +257,43 @@ def _statistics(name: str, value: Any, spelt: Spelt, args: Any) -> dict[str, flo
     return found
 
 
-def _text(name: str, value: Any, spelt: Spelt, args: Any) -> str:
-    return as_text(name, value, alphabet=spelt)
+def _text(name: str, value: Any, task: Any, named: Any) -> str:
+    return as_text(name, value, alphabet=_spelt(task))
 
 
-def _name(name: str, value: Any, spelt: Spelt, args: Any) -> str:
+def _name(name: str, value: Any, task: Any, named: Any) -> str:
     return as_text(name, value)
 
 
-def _hint(name: str, value: Any, spelt: Spelt, args: Any) -> str | None:
-    return None if value is None else as_text(name, value, "a text or None", spelt)
+def _hint(name: str, value: Any, task: Any, named: Any) -> str | None:
+    return None if value is None else as_text(name, value, "a text or None", _spelt(task))
 
 
-def _solution(name: str, value: Any, spelt: Spelt, args: Any) -> str:
+def _solution(name: str, value: Any, task: Any, named: Any) -> str:
     expected = "a solution that is not blank"
-    if not as_text(name, value, expected, spelt).strip():
+    if not as_text(name, value, expected, _spelt(task)).strip():
         raise refuse(ValueError, name, expected, value)
     return str(value)
 
 
-def _belief(name: str, value: Any, spelt: Spelt, args: Any) -> Belief | None:
+def _belief(name: str, value: Any, task: Any, named: Any) -> Belief | None:
     expected = "Belief(probe, target), two texts, or None"
     if value is None:
         return None
     if not isinstance(value, Belief):
         raise refuse(TypeError, name, expected, value)
-    probe, target = (as_text(name, getattr(value, x), expected, spelt, x) for x in ("probe", "target"))
+    probe, target = (as_text(name, getattr(value, x), expected, _spelt(task), x) for x in ("probe", "target"))
     if not target:
         raise refuse(ValueError, name, "a Belief with a target that is not empty", target, "target")
     return Belief(probe, target)
 
 
-def _penalties(name: str, value: Any, spelt: Spelt, args: Any) -> list[float]:
+def _penalties(name: str, value: Any, task: Any, named: Any) -> list[float]:
     expected = "a list of numbers of at most 0, one a turn"
     return [as_number(name, x, expected, high=0, part="an entry") for x in as_list(name, value, expected)]
 
 
-def _actions(name: str, value: Any, spelt: Spelt, args: Any) -> list[Action]:
+def _actions(name: str, value: Any, task: Any, named: Any) -> list[Action]:
     expected, found = "a list of Action(begin, end, right, folds)", []
     for each in as_list(name, value, expected):
         if not isinstance(each, Action):
@@ -285,7 +304,7 @@ def _actions(name: str, value: Any, spelt: Spelt, args: Any) -> list[Action]:
     return found
 
 
-def _reasoning(name: str, value: Any, spelt: Spelt, args: Any) -> tuple[int, int]:
+def _reasoning(name: str, value: Any, task: Any, named: Any) -> tuple[int, int]:
     expected = "where the reasoning begins and ends, two whole numbers"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise refuse(TypeError, name, expected, value)
@@ -293,21 +312,21 @@ def _reasoning(name: str, value: Any, spelt: Spelt, args: Any) -> tuple[int, int
     return begin, end
 
 
-def _responses(name: str, value: Any, spelt: Spelt, args: Any) -> list[str]:
+def _responses(name: str, value: Any, task: Any, named: Any) -> list[str]:
     expected = "a list of texts"
-    return [as_text(name, x, expected, spelt, "an entry") for x in as_list(name, value, expected)]
+    return [as_text(name, x, expected, _spelt(task), "an entry") for x in as_list(name, value, expected)]
 
 
-def _simulated(name: str, value: Any, spelt: Spelt, args: Any) -> Task:
+def _simulated(name: str, value: Any, task: Any, named: Any) -> Task:
     if not isinstance(value, Task):
         raise refuse(TypeError, name, "a Task", value)
-    task = checked(value)
-    if spelt is not None:
-        spelling_in(task, spelt)
-    return task
+    other = checked(value)
+    if (spelt := _spelt(task)) is not None:
+        spelling_in(other, spelt)
+    return other
 
 
-def _ballot(name: str, value: Any, spelt: Spelt, args: Any) -> Any:
+def _ballot(name: str, value: Any, task: Any, named: Any) -> Any:
     if not _is_comparable(value):
         raise refuse(TypeError, name, "what can be compared and hashed (a text, a number, a tuple), or None", value)
     return value
@@ -329,8 +348,8 @@ def _is_comparable(value: Any) -> bool:
         return False
 
 
-# method -> what becomes of its result: called with its name, the result, what the model can spell, and its arguments
-CHECKS: dict[str, Callable[[str, Any, Spelt, Any], Any]] = {
+# method -> what becomes of its result: called with its name, the result, the task, and the named arguments
+CHECKS: dict[str, Callable[[str, Any, Any, Any], Any]] = {
     "questions": _questions,
     "read": _answer,
     "reward": _reward,
