@@ -73,7 +73,7 @@ def _of_engines() -> Iterator[Case]:
         "token_ids": [None, 3, "ab", [1.5, 2.5], ["a", "b"], [5], [None, 1]],
         "logprobs": [None, 3, "x", {}, {"token_logprobs": [1.0, 1.0]}, {"token_logprobs": [None, None]}],
         "finish_reason": [None, "abort", "error"],
-        "index": ["x", None],
+        "index": ["x", 2],
     }.items():
         for x in values:
             call = partial(engines.from_openai, _response(**{name: x}), _how())
