@@ -15,6 +15,7 @@ from trajkern.trainer import train as training
 from trajkern.trainer.config import Then, TrainConfig, WarmUp
 from trajkern.trainer.models import policy_judges
 from trajkern.trainer.models.meta import MetaModel
+from trajkern.trainer.models.pair_judges import about
 from trajkern.trainer.models.policy import CharacterModel
 from trajkern.trainer.models.policy_judges import PolicyJudge
 from trajkern.trainer.models.transformer import ModelConfig
@@ -194,6 +195,41 @@ def test_a_trained_judge_is_asked_for_elo_the_knockout_and_a_vote(monkeypatch: p
     monkeypatch.undo()
     one, two = (PolicyJudge(policy, judging(brief=True), max_new=4, samples=2, seed=5)._judged([asked]) for _ in "ab")
     assert one == two and len(one[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("policy", None),
+        ("task", load_task("chain_sum")),
+        ("max_new", 1.5),
+        ("max_new", 0),
+        ("samples", "2"),
+        ("temperature", 0),
+        ("temperature", float("nan")),
+        ("seed", None),
+    ],
+)
+def test_arguments_that_no_policy_judge_takes(argument: str, value: object) -> None:
+    policy = CharacterModel(ModelConfig(layers=1, width=32, heads=2, ffn=32))
+    legal = {"policy": policy, "task": judging(brief=True), "max_new": 2}
+    with pytest.raises((TypeError, ValueError), match=rf"^{argument} must be"):
+        PolicyJudge(**legal | {argument: value})
+    judge = PolicyJudge(**legal)
+    question = next(judge.task.questions(0))
+    for call, name in (
+        (lambda: judge.about(None), "asked"),
+        (lambda: judge.about(question)("ab", ["a", "b"]), "firsts"),
+        (lambda: judge.about(question)(["a"], [None]), "seconds"),
+        (lambda: judge.about(question)(["a"], []), "seconds"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} must"):
+            call()
+
+
+def test_a_judge_of_ones_own_that_returns_no_judgements() -> None:
+    with pytest.raises(TypeError, match=r"^judge must return Judgements, got None"):
+        about(lambda prompts, firsts, seconds: None, "x")(["a"], ["b"])
 
 
 def test_a_meta_model_learns_which_judgements_are_right() -> None:

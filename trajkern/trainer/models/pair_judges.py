@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from trajkern._checks import describe
 from trajkern.trainer.models.judge_settings import side_by_side
 from trajkern.trainer.models.judges import Judgements, _Local, _Server
 from trajkern.trainer.models.verdicts import pair_question, read_verdict
@@ -24,7 +25,14 @@ class PairJudge(Protocol):
 def about(judge: PairJudge, prompt: str) -> Callable[[Sequence[str], Sequence[str]], Tensor]:
     """The judge's votes on responses to one prompt: what :func:`trajkern.recipes.reward_models.round_robin` asks, and
     :func:`trajkern.recipes.reward_models.majority` for the knockout."""
-    return lambda firsts, seconds: judge([prompt] * len(firsts), firsts, seconds).scores
+
+    def prefer(firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
+        found: object = judge([prompt] * len(firsts), firsts, seconds)
+        if not isinstance(found, Judgements):
+            raise TypeError(f"judge must return Judgements, got {describe(found)}")
+        return found.scores
+
+    return prefer
 
 
 class LocalPairJudge(_Local):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajkern._checks import check_count, check_number, check_sequence, describe
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.sampling import sample
 from trajkern.trainer.systems.judge import Judging
@@ -38,13 +39,12 @@ class PolicyJudge:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for name, value in (("max_new", max_new), ("samples", samples)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        for name, value, kind in (("policy", policy, Policy), ("task", task, Judging)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {describe(value)}")
         self.policy, self.task = policy, task
-        self._new, self._samples, self._temperature, self._seed = max_new, samples, temperature, seed
+        self._new, self._samples = check_count("max_new", max_new, low=1), check_count("samples", samples, low=1)
+        self._temperature, self._seed = check_number("temperature", temperature, above=0), check_count("seed", seed)
 
     def scores(self, asked: Question, responses: Sequence[str]) -> Tensor:
         """K scores of each response, 0 to 10, NaN for a missing one; float32 ``[K, N]``, what
@@ -53,7 +53,8 @@ class PolicyJudge:
         Raises:
             ValueError: a judge of pairs.
         """
-        self._check("pointwise")
+        self._check("pointwise", asked)
+        _check_texts("responses", responses)
         said = self._judged([self.task.about(asked, [response]) for response in responses])
         rows = [[self.task.scores(text)[0] for text in texts] for texts in said]
         return torch.tensor(rows, dtype=torch.float32).reshape(-1, self._samples).T.contiguous()
@@ -68,9 +69,13 @@ class PolicyJudge:
         Raises:
             ValueError: a judge of single responses.
         """
-        self._check("pairwise")
+        self._check("pairwise", asked)
 
         def prefer(firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
+            for name, texts in (("firsts", firsts), ("seconds", seconds)):
+                _check_texts(name, texts)
+            if len(firsts) != len(seconds):
+                raise ValueError(f"seconds must have one for each of the {len(firsts)} firsts, got {len(seconds)}")
             pairs = zip(firsts, seconds, strict=True)
             questions = [self.task.about(asked, [first, second]) for first, second in pairs]
             rows = [[self.task.preference(text) for text in texts] for texts in self._judged(questions)]
@@ -78,7 +83,9 @@ class PolicyJudge:
 
         return prefer
 
-    def _check(self, form: str) -> None:
+    def _check(self, form: str, asked: Question) -> None:
+        if not isinstance(asked, Question):
+            raise TypeError(f"asked must be a Question, got {describe(asked)}")
         if self.task.settings.form != form:
             raise ValueError(f"judge.form of the task must be {form}, got {self.task.settings.form}")
 
@@ -92,3 +99,10 @@ class PolicyJudge:
         drawn = sample(self.policy, prompts, copies=self._samples, generator=generator, **options)
         texts = [self.policy.text(tokens) for tokens in drawn.completions()]
         return [texts[at : at + self._samples] for at in range(0, len(texts), self._samples)]
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    check_sequence(name, texts, "texts")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a sequence of texts, got {describe(text)} in it")
