@@ -30,13 +30,13 @@ the rest.
 
 Each row below counts calls with one hostile argument (another kind, layout, device or memory; out of range, NaN or too
 large for a float; a name too many) and what they came to. A result is right where nothing was wrong: each function is
-also called as it should be. Odd arguments may be right (every dtype and shape, numbers of all kinds, edges): such a call
-is refused too, or its result is what the plain torch reference has, wherever that holds the numbers; several of them
-at once are drawn by `--seed`. Of users' code each method and function, by the run in which it is asked, gives back or
-raises something hostile at one of its calls; a result is right where the run goes on to its end, its files whole.
-Of structures that come from outside (what an engine or a server answers, a host's batch) each node in turn is another,
-or gone; a result is right where that was not read, may be missing, or may be meant.
-`make attack` makes the calls and this page.
+also called as it should be. Odd arguments may be right (every dtype and shape, numbers of all kinds, edges): such a
+call is refused too, or its result is what the plain torch reference has, wherever that holds the numbers; several of
+them at once are drawn by `--seed`. Of users' code each method and function, by the run in which it is asked, gives
+back or raises something hostile at one of its calls; a result is right where the run goes on to its end, its files
+whole. Of structures that come from outside (what an engine or a server answers, a host's batch) each node in turn is
+another, or gone; a result is right where that was not read, may be missing, or may be meant. `make attack` makes the
+calls and this page.
 """
 
 
