@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status: 1 where anything failed."""
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        say(f"trajkern validate: torch {torch.__version__} sees no NVIDIA GPU")
+        say(f"trajkern validate: --device cuda: torch {torch.__version__} sees no NVIDIA GPU")
         return 2
     if args.json is not None and not takes(args.json):
         say(f"trajkern validate: --json must be a file in an existing folder that can be written to; got {args.json}")

@@ -30,9 +30,10 @@ class Misbehaved(Exception):
 def cases() -> Iterator[Case]:
     for part in (_of_names, _of_validate, _of_bench, _of_train, _of_settings):
         yield from part()
-    from tests.attack import process
+    from tests.attack import corrupted, flags, process
 
-    yield from process.cases()
+    for module in (process, corrupted, flags):
+        yield from module.cases()
 
 
 def run(argv: list[str], *, boxed: bool = False) -> str:

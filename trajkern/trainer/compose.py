@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from trajkern import credit
 from trajkern.trainer.returned import as_flag, as_list, ask
-from trajkern.trainer.schema import Finite, Share
+from trajkern.trainer.schema import Finite, NotNegative, Share
 from trajkern.trainer.tasks.base import Question, Task
 
 Gate = Literal["drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate"]
@@ -33,7 +33,7 @@ class Compose:
     rubric: str | None = None
     gate: Gate | None = None
     threshold: Share = 0.5
-    positive_weight: Finite = 1.0
+    positive_weight: NotNegative = 1.0
     hint_weight: Finite = 0.0
 
 
