@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import trajkern as tk
 from trajkern.ops import span, tree
-from trajkern.testing import SPECS, OpSpec
+from trajkern.testing import SPECS, OpSpec, run, spec_of
 
 LINEAR = {"discounted_returns", "gae", "span_reduce", "spread", "branch_coefficients"}  # in what they differentiate
+INDEXED = {"gae", "discounted_returns", "span_reduce", "spread"}  # they save integers alone, which no hook gets
 FORMED = {"policy_loss", "linear_policy_loss"}  # their gradients exist once, from the forward
 NAMED = {"linear_policy_loss": "full", "policy_loss": "tis_grpo", "linear_token_stats": "everything"}
 REDUCTIONS = {"span_reduce": span.REDUCTIONS, "subtree_reduce": tree.REDUCTIONS}  # each has a case of its name
@@ -226,12 +228,13 @@ def test_hooks_that_give_back_something_else_are_refused(op: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, other):
             results = problem.results()
         loss = problem.weighted_sum(results)
-        if op in FORMED:
-            assert not saved and same(problem.gradients(loss), expected)
+        if op in FORMED | INDEXED:
+            assert same(problem.gradients(loss), expected)
             continue
         with pytest.raises(RuntimeError, match=f"the backward of .*trajkern.{op}.* must be as it was saved, .* gave "):
             problem.gradients(loss)
-    assert bool(saved) != (op in FORMED)
+    assert bool(saved) != (op in FORMED | INDEXED)
+    assert not any(x.dtype in (torch.int32, torch.int64) for x in saved), "a kernel would address by it"
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -309,3 +312,20 @@ def test_arguments_without_a_gradient(op: str, backend: str) -> None:
     if op == "linear_token_stats":
         text = " ".join(str(tk.linear_logprobs.__doc__).split())
     assert not others or re.search("no gradient|no other argument|differentiable once.*alone|rewards alone", text)
+
+
+ALONE = [(spec.name, case.name) for spec in SPECS if len(spec.differentiable) > 1 for case in spec.cases]
+
+
+@pytest.mark.parametrize(("op", "case"), [pytest.param(*x, id="-".join(x)) for x in ALONE if x[1] != "v151936"])
+def test_a_gradient_alone_is_as_beside_the_others(op: str, case: str) -> None:
+    """Frozen parts take other paths."""
+    spec = spec_of(op)
+    function, inputs = getattr(tk, op), spec.inputs(spec.case(case), torch.float64)
+    together = run(spec, function, inputs, scale=1.0)
+    for name in spec.differentiable:
+        if (whole := together.get(f"grad_{name}")) is not None and whole.numel():
+            found = run(replace(spec, differentiable=(name,)), function, inputs, scale=1.0)[f"grad_{name}"]
+            finite = whole[whole.isfinite()].abs()
+            size = float(finite.max()) if finite.numel() else 1.0
+            torch.testing.assert_close(found, whole, rtol=1e-7, atol=1e-9 * size, equal_nan=True)

@@ -65,7 +65,7 @@ class _LinearTokenStats(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, others, outputs):
         head = Head(hidden, weight, bias, *others)
         frozen = ctx.needs_input_grad[:3] == (True, False, False) and not outputs & 1
-        ctx.unit = frozen and _one_target_a_row(head.rows)
+        ctx.unit = frozen and _one_target_a_row(head.rows, head.hidden.shape[0])
         logprobs, norm, *rest = _linear_token_stats(*head, outputs, ctx.unit)
         if ctx.unit:
             *rest, unit = rest
@@ -99,9 +99,11 @@ class _LinearTokenStats(torch.autograd.Function):
         return *(next(grads) if need else None for need in needs), *none[3:]
 
 
-def _one_target_a_row(rows: Tensor | None) -> bool:
-    """Where that is known without a synchronisation."""
-    return rows is None or (readable(rows) and rows.unique().numel() == rows.numel())
+def _one_target_a_row(rows: Tensor | None, tokens: int) -> bool:
+    """Where that is known without a synchronisation. A masked pair may name a row that is not there."""
+    if rows is None:
+        return True
+    return readable(rows) and bool(((rows >= 0) & (rows < tokens)).all()) and rows.unique().numel() == rows.numel()
 
 
 @recorded
@@ -214,7 +216,7 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    check_names("outputs", outputs, OUTPUTS)
+    outputs = check_names("outputs", outputs, OUTPUTS)
     head = HeadArguments(
         hidden,
         weight,

@@ -121,6 +121,13 @@ def _masked_rubbish(x: Inputs) -> None:
     x["targets"][~x["mask"]] = -100
 
 
+def _masked_rows(x: Inputs) -> None:
+    """No row is named twice, and the last one by a pair that counts."""
+    x["mask"][-1] = True
+    each = torch.arange(x["targets"].shape[0])
+    x["rows"] = torch.where(x["mask"], each, torch.where(each % 2 == 0, -1 - each, 10**9 + each))
+
+
 CASES = (
     Case("typical", _head(33, 64, 257), "the plain case: no size is a multiple of a tile's"),
     Case("one_row", _head(1, 96, 257), "a product with one row takes other paths"),
@@ -143,6 +150,9 @@ CASES = (
     Case("mask", _head(17, 16, 65, mask=_mask), "masked pairs are 0 and have no gradient"),
     Case("nothing_scored", _head(6, 16, 65, mask=_none), "no mask bit set"),
     Case("masked_rubbish", _edited(_head(9, 8, 40, mask=_mask), _masked_rubbish), "NaN states, targets of -100"),
+    Case(
+        "masked_rows", _edited(_head(20, 16, 65, mask=_mask), _masked_rows), "masked pairs of rows that are not there"
+    ),
     Case("rows", _edited(_head(30, 16, 65), _few_rows_named), "some rows, in any order"),
     Case("shared_rows", _head(30, 16, 65, rows=_tree), "several targets a row, as where a tree branches"),
     Case("shared_rows_masked", _head(20, 16, 65, rows=_tree, mask=_mask, temperature=_temperatures), "with a mask"),
@@ -297,6 +307,7 @@ LOSS_CASES = (
     Case("entropy", _loss(PolicyLoss("grpo", entropy_coef=0.1)), "the entropy's gradient joins log p's"),
     Case("corrected_kl", _loss(PolicyLoss("grpo", kl_coef=0.2, kl="k3_corrected")), "a KL that reads the ratio"),
     Case("icepop", _loss(PolicyLoss("dapo", sampler_correction="icepop")), "tokens with no gradient"),
+    Case("masked_rows", _edited(_loss(_FULL, mask=_mask), _masked_rows), "masked pairs of rows that are not there"),
     Case("half_zero", _edited(_loss(PolicyLoss("grpo"), mask=_mask), _half_zero), "pairs that need no backward"),
     Case("all_zero", _edited(_loss(PolicyLoss("grpo")), lambda x: x["advantages"].zero_()), "none needs one"),
     Case("per_token", _edited(_loss(PolicyLoss("dapo")), _per_token), "one advantage a token"),
