@@ -6,10 +6,13 @@ Sharded models free their weights outside of their forward.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,3 +71,48 @@ def test_freed_before_the_backward(op: OpSpec, left: str) -> None:
 def test_all_that_a_backward_reads_is_asked_for() -> None:
     found = [path.name for path in ROOT.glob("*.py") if "ctx.saved_tensors" in path.read_text()]
     assert found == ["_autograd.py"]
+
+
+def test_boundaries_of_numpy_that_change_before_the_backward() -> None:
+    """torch sees no write into memory that is numpy's."""
+    x, ids = torch.randn(4), torch.tensor([0, 0])
+    grads = []
+    for changed in (None, 100, -3, 2**40):
+        bounds, leaf = np.array([0, 2, 4]), x.clone().requires_grad_()
+        rewards = tk.reflection_rewards(leaf, torch.from_numpy(bounds), ids).rewards
+        if changed is not None:
+            bounds[1:] = changed
+        rewards.sum().backward()
+        grads.append(leaf.grad)
+    assert all(torch.equal(g, grads[0]) for g in grads)
+
+
+def test_rows_that_change_before_the_backward() -> None:
+    rows, hidden = np.arange(4), torch.randn(4, 3, requires_grad=True)
+    weight = torch.randn(5, 3, requires_grad=True)
+    loss = tk.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3, 4]), rows=torch.from_numpy(rows)).sum()
+    rows[:] = 100
+    with pytest.raises(RuntimeError, match="what the backward of trajkern.linear_logprobs.* must be as it was"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "call", ["tk.variance_weights(x, c, g)", "srl.similarity([a, a], [b, b], max_steps=9, beyond=0.0)"]
+)
+def test_memory_that_runs_out_in_a_thread_is_an_error(call: str) -> None:
+    program = f"""
+import resource, torch, trajkern as tk
+from trajkern.recipes import srl
+torch.set_num_threads(2)
+x, c, g = torch.zeros(2 * 10**7), torch.tensor([0, 10**7, 2 * 10**7]), torch.tensor([0, 0])
+tk.variance_weights(x[:4], torch.tensor([0, 2, 4]), g), srl.similarity(["abc"], ["abd"])
+a, b = "ab" * 2 * 10**6, "ba" * 2 * 10**6
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 120 * 2**20,) * 2)
+try:
+    {call}
+except MemoryError:
+    print("none left")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "none left\n"), done.stderr

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from trajkern._checks import check_tensor, describe
+from trajkern._dtypes import INTEGERS
 
 Backward = Callable[..., Any]
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -63,10 +64,17 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves what :func:`kept` gives back to the backward."""
-    ctx.save_for_backward(*tensors)
+    """Saves what :func:`kept` gives back to the backward. No hook of saved tensors gets what a kernel addresses by."""
     hooked = not torch.compiler.is_compiling() and _saved_tensors_hooks(False) is not None
-    ctx.forms = [None if x is None else _form(x) for x in tensors] if hooked else None
+    if not hooked:
+        ctx.save_for_backward(*tensors)
+        ctx.forms = None
+        return
+    ctx.indices = [x if _is_index(x) else None for x in tensors]
+    ctx.versions = [None if x is None or x.is_inference() else x._version for x in ctx.indices]
+    tensors = tuple(None if _is_index(x) else x for x in tensors)
+    ctx.save_for_backward(*tensors)
+    ctx.forms = [None if x is None else _form(x) for x in tensors]
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:
@@ -83,7 +91,15 @@ def kept(ctx: Any) -> tuple[Any, ...]:
             check_tensor(name, x)
     if ctx.forms is None:
         return tensors
-    return tuple(x if x is None else _as_saved(name, x, form) for x, form in zip(tensors, ctx.forms, strict=True))
+    for x, version in zip(ctx.indices, ctx.versions, strict=True):
+        if version is not None and x._version != version:  # as torch says it of what it has saved itself
+            raise RuntimeError(f"{name} has been modified by an inplace operation: {describe(x)}")
+    saved = (x if x is None else _as_saved(name, x, form) for x, form in zip(tensors, ctx.forms, strict=True))
+    return tuple(x if index is None else index for x, index in zip(saved, ctx.indices, strict=True))
+
+
+def _is_index(x: Tensor | None) -> bool:
+    return x is not None and x.dtype in INTEGERS
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
@@ -125,12 +141,19 @@ def differentiable_once(*ops: str, linear: bool | Callable[[Any], bool] = False)
                     check_tensor(f"the upstream gradient of {names}", g)
             grads = tuple(g if g is None else g.resolve_neg() for g in grads)
             if not torch.is_grad_enabled():
-                return backward(ctx, *grads)
+                return computed(ctx, *grads)
             constant = linear(ctx) if callable(linear) else linear
             if not constant or any(g is not None and g.requires_grad for g in grads):
                 raise RuntimeError(f"{names}: differentiable once; there is no gradient with create_graph=True")
             with torch.no_grad():
+                return computed(ctx, *grads)
+
+        def computed(ctx: Any, *grads: Tensor | None) -> Any:
+            try:
                 return backward(ctx, *grads)
+            except IndexError as error:  # of memory that others write into, which torch does not notice
+                what = f"what the backward of {names} reads must be as it was in the forward"
+                raise RuntimeError(f"{what}; {error}") from None
 
         return call
 

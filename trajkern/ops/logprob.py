@@ -148,7 +148,7 @@ def token_stats(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    check_names("outputs", outputs, OUTPUTS)
+    outputs = check_names("outputs", outputs, OUTPUTS)
     results = iter(_stats(logits, targets, outputs, temperature, mask, inplace_backward))
     return TokenStats(next(results), *(next(results) if name in outputs else None for name in OUTPUTS))
 

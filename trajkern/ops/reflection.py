@@ -76,7 +76,8 @@ class _Reflection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs, baseline, grouped, *options):
         ctx.set_materialize_grads(False)
-        keep(ctx, logprobs, *grouped, baseline)
+        bounds, *groups = grouped
+        keep(ctx, logprobs, bounds.clone(), *groups, baseline)  # its memory may be numpy's, and change unseen
         ctx.options = options
         return tuple(_reflection_rewards(logprobs, *grouped, baseline, *options))
 
