@@ -116,6 +116,23 @@ def test_new_tensors_heed_no_default(path: Path) -> None:
     assert not lacking, f"{_name(path)}: (line, factory, what it lacks): {lacking}"
 
 
+CONVERTED = {"check_choice", "check_number", "check_count", "check_flag"}  # what they return is what was checked
+
+
+@pytest.mark.parametrize("path", [x for x in LIBRARY if x.name != "_checks.py"], ids=_name)
+def test_what_was_checked_is_what_is_used(path: Path) -> None:
+    """No argument is read on as it came: it may be an array of one text, or a subclass that compares as it likes."""
+    dropped = []
+    for function in _functions(path):
+        parameters = {x.arg for x in (*function.args.args, *function.args.kwonlyargs)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and len(node.value.args) > 1:
+                check, given = ast.unparse(node.value.func), ast.unparse(node.value.args[1])
+                if check in CONVERTED and (given in parameters or given.startswith("self.")):
+                    dropped.append((node.lineno, ast.unparse(node)))
+    assert not dropped, f"{_name(path)}: {dropped}"
+
+
 @pytest.mark.parametrize("path", HOT, ids=_name)
 def test_no_host_reads(path: Path) -> None:
     """An op never waits for the device to learn a value."""

@@ -107,7 +107,7 @@ def use_backend(name: str) -> Iterator[None]:
     function that torch.compile traces inside a block has its graph broken at each op. An op that the backend does not
     have, or cannot run on the tensors' device, raises; nothing falls back.
     """
-    check_choice("name", name, NAMES)
+    name = check_choice("name", name, NAMES)
     if (why := _unavailable(name)) is not None:
         raise RuntimeError(f"backend {name!r} is not available: {why}")
     block = Block(name, _innermost.get())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -142,9 +142,16 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
 
 
 def _unwrapped(value: Any) -> Any:
-    """Python's own in place of numpy's scalars and of its arrays without dimensions."""
-    if value is None or isinstance(value, (int, str, float, Tensor, torch.dtype)):
+    """Python's own in place of numpy's scalars, of its arrays without dimensions, and of subclasses, which may compare
+    as they like."""
+    if value is None or isinstance(value, (Tensor, torch.dtype, bool)):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__pos__(value)
+    if isinstance(value, float):
+        return float.__pos__(value)
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -161,10 +168,11 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return choices[choices.index(value)]
 
 
-def check_sequence(name: str, value: Any, what: str) -> None:
-    """A list, a tuple or their like; a text or a mapping is none, nor is a tensor."""
+def check_sequence(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """A list, a tuple or their like, read once; a text or a mapping is none, nor is a tensor."""
     if isinstance(value, (str, bytes, memoryview)) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of {what}, got {describe(value)}")
+    return tuple(value)
 
 
 def check_callable(name: str, value: Any, what: str) -> None:
@@ -172,11 +180,9 @@ def check_callable(name: str, value: Any, what: str) -> None:
         raise TypeError(f"{name} must be {what}, got {describe(value)}")
 
 
-def check_names(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_names(name: str, value: Any, choices: Iterable[str]) -> list[str]:
     """A sequence of some of the choices."""
-    check_sequence(name, value, "names")
-    for x in value:
-        check_choice(name, x, choices)
+    return [check_choice(name, x, choices) for x in check_sequence(name, value, "names")]
 
 
 def as_number(name: str, value: Any) -> float:
@@ -241,7 +247,7 @@ def check_number(
 
 def check_count(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
     """The value as a Python int, of Python's own or of numpy's."""
-    number = _unwrapped(value)
+    number = value if type(value) is int else _unwrapped(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     check_number(name, number, low=low, high=high)
@@ -255,6 +261,11 @@ def check_flag(name: str, value: Any) -> bool:
     if isinstance(flag := _unwrapped(value), bool):
         return flag
     raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def checked_field(owner: Any, check: Callable[..., Any], name: str, *args: Any, **limits: Any) -> None:
+    """Puts what a check gives back in the place of a frozen dataclass's field."""
+    object.__setattr__(owner, name, check(name, getattr(owner, name), *args, **limits))
 
 
 def check_process_group(name: str, value: Any) -> None:

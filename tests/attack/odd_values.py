@@ -26,6 +26,38 @@ class Wrapped(Tensor):
     pass
 
 
+class Agreeing(str):
+    """A text that equals every other."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+class Willing(int):
+    """A number that no bound refuses."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    def __gt__(self, other: object) -> bool:
+        return False
+
+    def __le__(self, other: object) -> bool:
+        return True
+
+    def __ge__(self, other: object) -> bool:
+        return True
+
+
+class Nine(list):
+    """A list that says that it holds nine."""
+
+    def __len__(self) -> int:
+        return 9
+
+
 SMALL = [0, 1, 2, 0.0, -0.0, 0.5, 2**31, Fraction(1, 3), np.float64(0.5), np.float32(0.5), np.float16(0.5), np.int64(1)]
 SMALL += [np.longdouble(0.5), np.array(0.5), np.array(1, dtype=object), torch.tensor(0.5), torch.tensor(1)]
 SMALL += [torch.tensor(0.5, dtype=x) for x in (torch.float64, torch.bfloat16, torch.float8_e4m3fn)]
@@ -55,8 +87,25 @@ NAMES = [
     ("mean",),
     "no:where",
 ]
-NAMES += ["no:where", ["mean"], {"mean"}, True, float, ..., NotImplemented]
-OTHERS = [[], (), {}, 0, object(), [[]], b"", b"a", range(3), slice(3), [None], [math.nan], ["\ud800"]]
+NUMBERS += [Willing(-1), Willing(10**9)]
+NAMES += [Agreeing("x"), np.array("mean"), "no:where", ["mean"], {"mean"}, True, float, ..., NotImplemented]
+OTHERS = [
+    [],
+    (),
+    {},
+    0,
+    object(),
+    [[]],
+    b"",
+    b"a",
+    range(3),
+    slice(3),
+    [None],
+    [math.nan],
+    ["\ud800"],
+    Nine(["a"]),
+    Nine([1]),
+]
 
 
 def odd(kind: str, value: Any) -> Iterator[tuple[str, Any]]:

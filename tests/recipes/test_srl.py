@@ -6,6 +6,7 @@ import difflib
 import math
 import random
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -156,3 +157,32 @@ def test_keep_groups_matches_a_plain_loop(rows: list[tuple[float, int]], min_std
 def test_refuses(make, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+class Twice(Sequence):
+    """Two texts by its length, five by its places; the second time numbers."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i):
+        if i >= 5:
+            raise IndexError
+        self.read += 1
+        return "abc" if self.read <= 5 else 5
+
+
+class Nine(list):
+    def __len__(self) -> int:
+        return 9
+
+
+@pytest.mark.parametrize(
+    ("actions", "experts"), [(Twice(), ["a", "b"]), (["a"] * 9, Nine(["a"])), (Nine(["abc"]), ["a"] * 9)]
+)
+def test_sequences_are_read_once(actions: Sequence[str], experts: Sequence[str]) -> None:
+    with pytest.raises(ValueError, match="expert_actions must have one string for each"):
+        similarity(actions, experts)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number
+from trajkern._checks import check_choice, check_number, checked_field
 from trajkern.credit.part import Value, needs_of, resolved_function
 from trajkern.credit.rollouts import Rollouts
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
@@ -31,7 +31,7 @@ class Calibration(Value):
     needs = frozenset({"reward", "confidence"})
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, rlcr.FORMS)
+        checked_field(self, check_choice, "form", rlcr.FORMS)
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         correct, confidence = rollouts.reward("reward"), rollouts.reward("confidence")
@@ -49,7 +49,7 @@ class StepLikeness(Value):
     needs = frozenset({"similarity"})
 
     def __post_init__(self) -> None:
-        check_number("penalty", self.penalty, dtype=torch.float32)
+        checked_field(self, check_number, "penalty", dtype=torch.float32)
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         similarity = rollouts.reward("similarity")
@@ -64,7 +64,7 @@ class Varies(Value):
     min_std: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_number("min_std", self.min_std, low=0)
+        checked_field(self, check_number, "min_std", low=0)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -105,7 +105,7 @@ def _toolpo(action: str = "action", span: str = "call") -> Spec:
 def _tree_grpo(estimator: str = "tree") -> Spec:
     """The estimators of :func:`trajkern.recipes.tree_grpo.leaf_advantages`, "tree_per_token" of its token_advantages
     for outcomes, and "tree_diff" of its node_rewards, each step's tokens getting the step's reward."""
-    check_choice("estimator", estimator, (*tree_grpo.ESTIMATORS, "tree_per_token", "tree_diff"))
+    estimator = check_choice("estimator", estimator, (*tree_grpo.ESTIMATORS, "tree_per_token", "tree_diff"))
     if estimator == "tree_diff":
         return OfTree(name="tree_diff")
     if estimator == "tree_per_token":

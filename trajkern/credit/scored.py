@@ -18,6 +18,7 @@ from trajkern._checks import (
     check_number,
     check_shape,
     check_tensor,
+    checked_field,
     describe,
 )
 from trajkern._dtypes import FLOATS, INTEGERS
@@ -48,11 +49,11 @@ class Reflection(Value):
 
     def __post_init__(self) -> None:
         check_name("span", self.span)
-        check_choice("weights", self.weights, WEIGHTS)
-        check_flag("masked", self.masked)
-        check_number("outcome_weight", self.outcome_weight, low=0, dtype=torch.float32)
-        check_number("propagation", self.propagation, low=0)
-        check_number("reflective", self.reflective, above=0, high=1)
+        checked_field(self, check_choice, "weights", WEIGHTS)
+        checked_field(self, check_flag, "masked")
+        checked_field(self, check_number, "outcome_weight", low=0, dtype=torch.float32)
+        checked_field(self, check_number, "propagation", low=0)
+        checked_field(self, check_number, "reflective", above=0, high=1)
         if self.masked and self.propagation:
             raise ValueError(f"propagation must be 0 where masked is True, which stands for it; got {self.propagation}")
 
@@ -118,9 +119,9 @@ class InReach(Value):
 
     def __post_init__(self) -> None:
         check_instance("reward", self.reward, Reflection)
-        check_number("drop_fraction", self.drop_fraction, low=0, high=1)
-        check_count("top_k", self.top_k, low=0)
-        check_number("worst_fraction", self.worst_fraction, above=0, high=1)
+        checked_field(self, check_number, "drop_fraction", low=0, high=1)
+        checked_field(self, check_count, "top_k", low=0)
+        checked_field(self, check_number, "worst_fraction", above=0, high=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -159,9 +160,9 @@ class BeliefGain(Value):
     turn_cost: float = 0.05
 
     def __post_init__(self) -> None:
-        check_flag("clip", self.clip)
+        checked_field(self, check_flag, "clip")
         for name in ("scale", "win_reward", "turn_cost"):
-            check_number(name, getattr(self, name), low=0, dtype=torch.float32)
+            checked_field(self, check_number, name, low=0, dtype=torch.float32)
 
     @property
     def needs(self) -> frozenset[str]:

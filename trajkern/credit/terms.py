@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_count, check_number, suggesting
+from trajkern._checks import check_choice, check_count, check_number, checked_field, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS
 from trajkern.credit.part import (
     Call,
@@ -65,7 +65,7 @@ class Compared(Term):
 
     def __post_init__(self) -> None:
         for name, choices in (("baseline", BASELINES), ("scale", SCALES), ("singleton", SINGLETONS), ("ddof", (0, 1))):
-            object.__setattr__(self, name, check_choice(name, getattr(self, name), choices))
+            checked_field(self, check_choice, name, choices)
         object.__setattr__(self, "eps", float(check_number("eps", self.eps, low=0, dtype=torch.float32)))
 
     def compared(self, x: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Outcome(Compared):
         super().__post_init__()
         if not isinstance(self.reward, Spec):
             object.__setattr__(self, "reward", resolved_function("reward", self.reward))
-        check_choice("within", self.within, OUTCOME_WITHIN)
+        checked_field(self, check_choice, "within", OUTCOME_WITHIN)
 
     @property
     def own_needs(self) -> frozenset[str]:
@@ -123,7 +123,7 @@ class OfSpans(Compared):
         super().__post_init__()
         if self.reward is not None:
             object.__setattr__(self, "reward", resolved_function("reward", self.reward))
-        check_choice("within", self.within, SPAN_WITHIN)
+        checked_field(self, check_choice, "within", SPAN_WITHIN)
 
     @property
     def source(self) -> Any:
@@ -163,7 +163,7 @@ class OfTurns(Term):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", resolved_function("reward", self.reward))
-        check_choice("finished", self.finished, delta_belief.FINISHED)
+        checked_field(self, check_choice, "finished", delta_belief.FINISHED)
 
     @property
     def own_needs(self) -> frozenset[str]:
@@ -197,7 +197,7 @@ class Directive(Term):
     where: str = "all"
 
     def __post_init__(self) -> None:
-        check_choice("where", self.where, WHERE)
+        checked_field(self, check_choice, "where", WHERE)
 
     @property
     def own_needs(self) -> frozenset[str]:
@@ -226,12 +226,12 @@ class Divergence(Term):
     max_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("where", self.where, WHERE)
-        check_number("beta", self.beta, low=0, high=1)
+        checked_field(self, check_choice, "where", WHERE)
+        checked_field(self, check_number, "beta", low=0, high=1)
         if self.k is not None:
-            object.__setattr__(self, "k", check_count("k", self.k, low=1))
+            checked_field(self, check_count, "k", low=1)
         if self.max_ratio is not None:
-            check_number("max_ratio", self.max_ratio, above=0)
+            checked_field(self, check_number, "max_ratio", above=0)
 
     @property
     def own_needs(self) -> frozenset[str]:
@@ -255,8 +255,8 @@ class Signs(Term):
     reward: str = "reward"
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, nsr.KINDS)
-        check_number("positive_weight", self.positive_weight, low=0, dtype=torch.float32)
+        checked_field(self, check_choice, "kind", nsr.KINDS)
+        checked_field(self, check_number, "positive_weight", low=0, dtype=torch.float32)
         check_name("reward", self.reward)
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_flag, suggesting
+from trajkern._checks import check_choice, check_flag, checked_field, suggesting
 from trajkern.credit.part import Call, Learns, Part, check_name
 from trajkern.credit.result import packed_any, to_tokens
 from trajkern.credit.spec import GateSet
@@ -31,7 +31,7 @@ class OfTree(Term):
     reward: str = "reward"
 
     def __post_init__(self) -> None:
-        check_choice("name", self.name, TREE_TERMS)
+        checked_field(self, check_choice, "name", TREE_TERMS)
         check_name("reward", self.reward)
 
     @property
@@ -112,9 +112,9 @@ class OfTokens(Term):
     observations: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("within", self.within, TOKENS_WITHIN)
+        checked_field(self, check_choice, "within", TOKENS_WITHIN)
         check_name("reward", self.reward)
-        check_flag("observations", self.observations)
+        checked_field(self, check_flag, "observations")
 
     @property
     def own_needs(self) -> frozenset[str]:

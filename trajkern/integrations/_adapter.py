@@ -53,7 +53,7 @@ _UNCLIPPED = ("cispo", "sapo", "vespo")  # without the clipped ratio, and so wit
 
 def check_version(package: str, tested: Sequence[str], any_version: bool) -> None:
     """Raises where ``package`` is missing; warns once of a version that is not ``tested``, but for ``any_version``."""
-    check_flag("any_version", any_version)
+    any_version = check_flag("any_version", any_version)
     try:
         installed = version(package)
     except PackageNotFoundError as error:

@@ -39,7 +39,7 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
     if not isinstance(body, Mapping):
         raise TypeError(f"body must be a mapping, got {describe(body)}")
     timeout = check_number("timeout", timeout, above=0, high=MOST_SECONDS)
-    check_count("max_bytes", max_bytes, low=1, high=MOST_BYTES)
+    max_bytes = check_count("max_bytes", max_bytes, low=1, high=MOST_BYTES)
     try:
         encoded = json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:

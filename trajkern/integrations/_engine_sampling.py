@@ -115,7 +115,7 @@ def sampling(options: Any, *, logprobs_mode: str, replay: bool = True) -> Sampli
     Raises:
         TypeError, ValueError: naming the option, what it must be and what it was; an option that is not known.
     """
-    check_choice("logprobs_mode", logprobs_mode, LOGPROBS_MODES)
+    logprobs_mode = check_choice("logprobs_mode", logprobs_mode, LOGPROBS_MODES)
     replay = check_flag("replay", replay)
     raw = logprobs_mode == "raw_logprobs"
     given = _stated(options)

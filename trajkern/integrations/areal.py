@@ -139,7 +139,7 @@ def ppo_actor_loss_fn(
     return loss, _statistics(pack, logprobs, prox, old, a, config, found)
 
 
-@by_annotation({"sapo_tau_pos": "tau_pos", "sapo_tau_neg": "tau_neg"})
+@by_annotation({"sapo_tau_pos": "tau_pos", "sapo_tau_neg": "tau_neg", "ratio_level": "importance_sampling_level"})
 def sapo_loss_fn(
     logprobs: Tensor,  # [T] or [B, L]
     old_logprobs: Tensor,

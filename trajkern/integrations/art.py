@@ -52,7 +52,7 @@ def tree_rollouts(packed: Mapping[str, Any], row: int) -> TreeRollouts:
     """
     if not isinstance(packed, Mapping):
         raise TypeError(f"packed must be a mapping, as ART's packed tensors are; got {describe(packed)}")
-    check_count("row", row, low=0)
+    row = check_count("row", row, low=0)
     images = packed.get("pixel_values")
     if images is not None and (not is_list(images) or len(images) <= row or images[row] is not None):
         raise ValueError("pixel_values must be None: equal tokens of images are not equal inputs, which a tree shares")

@@ -113,7 +113,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_neg: float = 2.0,
     ) -> None:
         super().__init__()
-        check_number("temperature", temperature, above=0)
+        temperature = check_number("temperature", temperature, above=0)
         if loss_type not in GRPO_AGGREGATES:
             raise ValueError(f"loss_type must be one of {tuple(GRPO_AGGREGATES)}, got {loss_type!r}")
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):

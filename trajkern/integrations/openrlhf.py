@@ -158,7 +158,7 @@ class PolicyLoss(torch.nn.Module):
         The last two are None without a correction, and for gspo, whose ratio is taken to ``rollout_log_probs`` where
         there is one. ``batch_num_tokens`` and ``global_batch_size`` are the global counts of the two ways to aggregate.
         """
-        check_count("dp_size", dp_size, low=1)
+        dp_size = check_count("dp_size", dp_size, low=1)
         for name, x in (("batch_num_tokens", batch_num_tokens), ("global_batch_size", global_batch_size)):
             check_divisor(name, x, log_probs.device)
         rows = padded_rows("action_mask", torch.ones_like(log_probs) if action_mask is None else action_mask)

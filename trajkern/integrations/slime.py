@@ -321,7 +321,7 @@ class Reducer:
 
     def weights(self, samples: Samples, per_token: bool) -> Tensor:
         """What each token is multiplied with, ``[R]``."""
-        check_flag("calculate_per_token_loss", per_token)
+        per_token = check_flag("calculate_per_token_loss", per_token)
         if self.length is None:
             return samples.weights(None, per_token)
         if per_token:

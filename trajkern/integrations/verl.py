@@ -196,7 +196,7 @@ def linear_cross_entropy(
     product is autocast's, as verl's own is. A weight that verl's FSDP2 engine has sharded is gathered, for forward and
     backward, and its gradient averaged over the ranks as FSDP2 does; verl's own torch head fails there.
     """
-    check_choice("reduction", reduction, ("none",))  # the one that verl asks for
+    reduction = check_choice("reduction", reduction, ("none",))  # the one that verl asks for
     check_tensor("hidden", hidden, dtypes=FLOATS)
     check_tensor("labels", labels, dtypes=INTEGERS, device=hidden.device)
     check_process_group("dist_process_group", dist_process_group)

@@ -191,7 +191,7 @@ class PackedBatch:
             TypeError, ValueError: something else than batches, a field that only some of them have, another device,
                 or ids in common where ``groups`` is None.
         """
-        check_choice("groups", groups, (None, *GROUPS))
+        groups = check_choice("groups", groups, (None, *GROUPS))
         parts = _several(batches)
         check_tokens("batches", sum(x.num_tokens for x in batches))
         joined = {name: torch.cat([x[name] for x in parts]) for name, first in parts[0].items() if first is not None}
@@ -314,7 +314,7 @@ class PackedBatch:
     @suggesting
     def padded_index(self, length: int, side: str = "right") -> Tensor:
         """Where each token stands in the flattened rows ``[N * length]`` of :meth:`to_padded`, int64 ``[T]``."""
-        check_choice("side", side, ("left", "right"))
+        side = check_choice("side", side, ("left", "right"))
         length = check_count("length", length, high=MOST_TOKENS)
         if length < self.max_length:
             raise ValueError(f"length must be at least the longest trajectory's {self.max_length}, got {length}")

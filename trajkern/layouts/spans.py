@@ -16,6 +16,7 @@ from trajkern._checks import (
     check_shape,
     check_tensor,
     check_valued,
+    checked_field,
     resolved,
     suggesting,
 )
@@ -65,7 +66,7 @@ class Spans:
         for name in ("end", "trajectory", "index"):
             check_tensor(name, getattr(self, name), dtypes=INTEGERS, device=self.device)
             check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
-        object.__setattr__(self, "num_tokens", check_count("num_tokens", self.num_tokens, low=0, high=MOST_TOKENS))
+        checked_field(self, check_count, "num_tokens", low=0, high=MOST_TOKENS)
         arrays = torch.stack([x.long() for x in (self.start, self.end, self.trajectory, self.index)]).cpu()
         _check_ranges(arrays, self.num_tokens)
         _check_numbers(arrays)

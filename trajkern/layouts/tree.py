@@ -284,7 +284,7 @@ class Tree:
             float64 ``[L]``, to be given to :func:`trajkern.branch_coefficients`.
         """
         self._check_mask("mask", mask)
-        check_choice("aggregate", aggregate, AGGREGATES)
+        aggregate = check_choice("aggregate", aggregate, AGGREGATES)
         if aggregate == "seq_mean_token_sum_norm" and max_length is None:
             raise ValueError("max_length must be given for aggregate 'seq_mean_token_sum_norm', got None")
         number = None if max_length is None else check_count("max_length", max_length, low=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trajkern._checks import check_choice, check_number, suggesting
+from trajkern._checks import check_choice, check_number, checked_field, suggesting
 from trajkern.losses.kinds import (
     AGGREGATES,
     FORMS,
@@ -83,11 +83,11 @@ class PolicyLoss:
     cov_coef: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
-        check_choice("ratio_level", self.ratio_level, (None, *RATIO_LEVELS))
-        check_choice("aggregate", self.aggregate, (None, *AGGREGATES))
-        check_choice("kl", self.kl, KL_ESTIMATORS)
-        check_choice("sampler_correction", self.sampler_correction, SAMPLER_CORRECTIONS)
+        checked_field(self, check_choice, "kind", KINDS)
+        checked_field(self, check_choice, "ratio_level", (None, *RATIO_LEVELS))
+        checked_field(self, check_choice, "aggregate", (None, *AGGREGATES))
+        checked_field(self, check_choice, "kl", KL_ESTIMATORS)
+        checked_field(self, check_choice, "sampler_correction", SAMPLER_CORRECTIONS)
         for name in ("clip_low", "clip_high", "sampler_low", "sampler_high", "cov_fraction"):
             self._check_number(name, low=0)
         for name in (*FORMS["sapo"], *FORMS["vespo"]):
@@ -150,7 +150,7 @@ class PolicyLoss:
             ValueError: a kind that does not exist, or of which nothing was published.
             TypeError, ValueError: as :class:`PolicyLoss`, of an option.
         """
-        check_choice("kind", kind, KINDS)
+        kind = check_choice("kind", kind, KINDS)
         found = PUBLISHED[kind]
         if found.options is None:
             raise ValueError(

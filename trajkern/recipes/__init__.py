@@ -58,7 +58,7 @@ RECIPES: dict[str, Recipe] = {"grpo": grpo, **{kind: _by_sign(kind) for kind in 
 
 def recipe(name: str) -> Recipe | TreeRecipe:
     """The recipe called ``name``. Raises ValueError with the list of names where there is none."""
-    check_choice("recipe", name, {**RECIPES, **TREE_RECIPES})
+    name = check_choice("recipe", name, {**RECIPES, **TREE_RECIPES})
     return TREE_RECIPES[name] if name in TREE_RECIPES else RECIPES[name]
 
 

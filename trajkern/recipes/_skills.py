@@ -142,7 +142,7 @@ def check_family(value: Any) -> None:
 
 
 def check_state(skills: list[Skill], failed: dict[str | None, list[Attempt]], taken: Any) -> None:
-    check_count("taken", taken, low=0)
+    taken = check_count("taken", taken, low=0)
     numbers = [-1, *(skill.number for skill in skills), taken]
     if any(not isinstance(n, int) for n in numbers) or sorted(set(numbers)) != numbers:
         raise ValueError(f"the skills' numbers must ascend below taken, got {numbers[1:]}")

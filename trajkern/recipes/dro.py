@@ -295,13 +295,13 @@ class Curriculum(Generic[Prompt]):
         Raises:
             TypeError, ValueError: naming the argument, what it must be and what it was; nothing has changed then.
         """
-        check_sequence("prompts", prompts, "texts or numbers")
+        prompts = check_sequence("prompts", prompts, "texts or numbers")
         if not all(isinstance(prompt, Hashable) for prompt in prompts):
             raise TypeError(f"prompts must be texts or numbers, which can be told apart; got {describe(prompts)}")
         if len(set(prompts)) != len(prompts):
             raise ValueError(f"prompts must be a sequence in which none is twice; got {describe(prompts)}")
         flags = keep.tolist() if isinstance(keep, Tensor) and keep.ndim == 1 else keep
-        check_sequence("keep", flags, "flags")
+        flags = check_sequence("keep", flags, "flags")
         if len(flags) != len(prompts) or not all(isinstance(flag, bool) for flag in flags):
             raise ValueError(f"keep must be {len(prompts)} flags, one a prompt; got {describe(keep)}")
         kept = [prompt for prompt, flag in zip(prompts, flags, strict=True) if flag]

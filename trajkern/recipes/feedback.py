@@ -64,8 +64,8 @@ def select_hint(scores: Sequence[int | None], hints: Sequence[str | None], *, mi
     Returns:
         None where no hint is left: such a sample has no directive term.
     """
-    check_sequence("scores", scores, "votes")
-    check_sequence("hints", hints, "texts")
+    scores = check_sequence("scores", scores, "votes")
+    hints = check_sequence("hints", hints, "texts")
     min_length = check_count("min_length", min_length, low=0)
     if len(scores) != len(hints):
         raise ValueError(f"hints must have one entry for each of the {len(scores)} scores, got {len(hints)}")

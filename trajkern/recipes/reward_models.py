@@ -55,7 +55,7 @@ def rule_rewards(judgements: Tensor | Sequence[str], labels: Tensor | Sequence[s
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    check_choice("rule", rule, RULES)
+    rule = check_choice("rule", rule, RULES)
     if rule == "rm_r1":
         return _verdict_rewards(judgements, labels)
     check_tensor("judgements", judgements, dtypes=SCORES if rule == "deepseek_grm" else INTEGERS)
@@ -244,7 +244,7 @@ def knockout(
         seed: of the draw, made anew every round.
     """
     check_callable("compare", compare, "a function of two candidates")
-    check_sequence("candidates", candidates, "candidates")
+    candidates = check_sequence("candidates", candidates, "candidates")
     seed = check_count("seed", seed)
     if len(candidates) == 0:
         raise ValueError("candidates must hold at least one, got none")
@@ -280,7 +280,7 @@ def round_robin(prefer: Prefer[Candidate], candidates: Sequence[Candidate], *, b
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     check_callable("prefer", prefer, JUDGE)
-    check_sequence("candidates", candidates, "candidates")
+    candidates = check_sequence("candidates", candidates, "candidates")
     both_orders = check_flag("both_orders", both_orders)
     count = len(candidates)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]

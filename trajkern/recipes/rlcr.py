@@ -60,7 +60,7 @@ def rewards(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    check_choice("form", form, FORMS)
+    form = check_choice("form", form, FORMS)
     c, q = _checked(correct, confidence, well_formed)
     missed = (q - c).square()
     out, least = (c - missed, -1.0) if form == "paper" else (1 + 0.5 * (c - missed), 0.0)
@@ -181,13 +181,13 @@ def vote(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    check_choice("method", method, VOTES)
-    check_sequence("answers", answers, "answers, one a sample")
+    method = check_choice("method", method, VOTES)
+    answers = check_sequence("answers", answers, "answers, one a sample")
     if isinstance(confidences, Tensor):
         check_tensor("confidences", confidences, dtypes=FLOATS, ndim=1)
         check_valued("confidences", confidences)
         confidences = confidences.tolist()
-    check_sequence("confidences", confidences, "numbers, one a sample")
+    confidences = check_sequence("confidences", confidences, "numbers, one a sample")
     if len(confidences) != len(answers):
         raise ValueError(
             f"confidences must have one entry for each of the {len(answers)} answers, got {len(confidences)}"

@@ -210,7 +210,7 @@ class SkillBank:
         Without skills it is the prompt itself.
         """
         check_text("prompt", prompt)
-        check_sequence("skills", skills, "skills")
+        skills = check_sequence("skills", skills, "skills")
         for i, skill in enumerate(skills):
             if not isinstance(skill, Skill):
                 raise TypeError(f"skills[{i}] must be a Skill, got {describe(skill)}")

@@ -37,7 +37,7 @@ def node_advantages(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     check_tree(leaf_rewards, tree)
-    check_choice("scale", scale, SCALES)
+    scale = check_choice("scale", scale, SCALES)
     value = leaf_means(leaf_rewards, tree)
     advantages = sibling_advantages(value, tree, baseline="parent", scale=scale, ddof=0, eps=1e-8)
     return advantages.to(widened(leaf_rewards).dtype)

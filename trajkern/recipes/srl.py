@@ -6,12 +6,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from difflib import Match, SequenceMatcher
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajkern import _ext, group_advantages
-from trajkern._checks import check_choice, check_count, check_flag, check_number, describe, suggesting
+from trajkern._checks import check_choice, check_count, check_flag, check_number, check_sequence, describe, suggesting
 from trajkern.recipes._groups import check_ids, check_vector, group_sum, pair_ids, widened
 
 MAX_STEPS = 10**8
@@ -62,17 +63,12 @@ def similarity(
     max_steps = check_count("max_steps", max_steps, low=1, high=_MOST_STEPS)
     if beyond is not None and not (isinstance(beyond, float) and math.isnan(beyond)):
         beyond = check_number("beyond", beyond)
-    for name, texts in (("actions", actions), ("expert_actions", expert_actions)):
-        if not isinstance(texts, Sequence):
-            raise TypeError(f"{name} must be a sequence of strings, got {describe(texts)}")
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
-            raise TypeError(f"{name} must be a sequence of strings, got {describe(wrong)}")
+    actions, expert_actions = _texts("actions", actions), _texts("expert_actions", expert_actions)
     if len(actions) != len(expert_actions):
         raise ValueError(
             f"expert_actions must have one string for each of the {len(actions)} actions, got {len(expert_actions)}"
         )
-    ratios = _ratios(tuple(actions), tuple(expert_actions), autojunk, max_steps)
+    ratios = _ratios(actions, expert_actions, autojunk, max_steps)
     unfinished = ratios.isnan()
     if not bool(unfinished.any()):
         return ratios
@@ -83,6 +79,14 @@ def similarity(
             f"characters beside the expert's {len(expert_actions[n])}, takes more (beyond= gives it a value instead)"
         )
     return ratios.masked_fill(unfinished, beyond)
+
+
+def _texts(name: str, texts: Any) -> tuple[str, ...]:
+    texts = check_sequence(name, texts, "strings")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a sequence of strings, got {describe(text)}")
+    return texts
 
 
 def _ratios(actions: tuple[str, ...], expert_actions: tuple[str, ...], autojunk: bool, max_steps: int) -> Tensor:

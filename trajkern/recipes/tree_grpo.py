@@ -55,7 +55,7 @@ def leaf_advantages(
     count, device = rewards.shape[0], rewards.device
     check_ids("tree_ids", tree_ids, count, "one id a reward", device)
     check_ids("group_ids", group_ids, count, "one id a reward", device)
-    check_choice("estimator", estimator, ESTIMATORS)
+    estimator = check_choice("estimator", estimator, ESTIMATORS)
     if readable(tree_ids) and count:
         _check_trees(tree_ids, group_ids)
     if estimator == "tree_inner":

@@ -52,7 +52,7 @@ def advantages(
             f"branch_ids must have shape [{rewards.shape[0]}, D] (a row for each reward, D at least 1); "
             f"got {list(branch_ids.shape)}"
         )
-    check_choice("weighting", weighting, WEIGHTINGS)
+    weighting = check_choice("weighting", weighting, WEIGHTINGS)
     r = widened(rewards)
     total, weight, ids = torch.zeros_like(r), torch.zeros_like(r), None
     for d in range(depths):

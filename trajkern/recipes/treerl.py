@@ -51,7 +51,7 @@ def node_rewards(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     check_tree(leaf_rewards, tree)
-    check_choice("form", form, FORMS)
+    form = check_choice("form", form, FORMS)
     if selected is not None:
         check_vector("selected", selected, tree.num_leaves, "one flag a leaf", tree.device, (torch.bool,))
         if form == "paper":

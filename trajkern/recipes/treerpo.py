@@ -40,7 +40,7 @@ def node_advantages(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     check_tree(leaf_rewards, tree)
-    check_choice("scale", scale, SCALES)
+    scale = check_choice("scale", scale, SCALES)
     x = leaf_rewards.double()
     low, high = subtree_reduce(x, tree, "min"), subtree_reduce(x, tree, "max")
     value = _child_means(x, tree).clamp(low, high)  # rounding must not part nodes above equal rewards

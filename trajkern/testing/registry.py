@@ -66,7 +66,7 @@ class OpSpec:
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The case's arguments, its float tensors quantised to ``dtype``."""
         check_instance("case", case, Case)
-        check_choice("dtype", dtype, self.dtypes)
+        dtype = check_choice("dtype", dtype, self.dtypes)
         check_device("device", device)
         seed = check_count("seed", seed, low=0, high=MOST_SEED)
         with torch.device("cpu"):  # whatever torch's default device is

@@ -71,7 +71,7 @@ def check(
     with renamed({"name": "like"}):
         spec = spec_of(like)
     precisions = [dtypes] if isinstance(dtypes, torch.dtype) else spec.dtypes if dtypes is None else dtypes
-    check_sequence("dtypes", precisions, "dtypes")
+    precisions = check_sequence("dtypes", precisions, "dtypes")
     for dtype in precisions:
         check_choice("dtypes", dtype, spec.dtypes)
     check_arguments(spec, function)
@@ -93,7 +93,7 @@ def check(
 def _chosen(spec: OpSpec, cases: str | Sequence[str] | None) -> list[Case]:
     """The cases that a name or a pattern fits, each of which fits one."""
     patterns = [cases] if isinstance(cases, str) else ["*"] if cases is None else cases
-    check_sequence("cases", patterns, "names")
+    patterns = check_sequence("cases", patterns, "names")
     if not patterns:
         raise ValueError("cases must name at least one, got none")
     for pattern in patterns:

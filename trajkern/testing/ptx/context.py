@@ -52,8 +52,8 @@ def compiled(arch: str, *, order: str = "lowest", seed: int | None = 0) -> Itera
             local memory, calls); it names the instruction and its line.
         RuntimeError: where Triton runs as its interpreter, or what compiles the kernels is missing.
     """
-    check_choice("arch", arch, ARCHITECTURES)
-    check_choice("order", order, ORDERS)
+    arch = check_choice("arch", arch, ARCHITECTURES)
+    order = check_choice("order", order, ORDERS)
     if order == "random" and seed is None:
         raise ValueError('order="random" needs a seed')
     execution, capability = Execution(order, seed), int(arch.removeprefix("sm_"))
