@@ -15,9 +15,10 @@ import pytest
 
 import trajkern as tk
 from trajkern import _extras
-from trajkern.trainer import cli_main
+from trajkern.trainer import checkpoint, cli_main
 from trajkern.trainer import config as configuration
 from trajkern.trainer import help as first_page
+from trajkern.trainer.checkpoint import CHECKPOINT, WARM
 from trajkern.trainer.config import TrainConfig, parse
 from trajkern.trainer.models import huggingface
 from trajkern.trainer.models.huggingface import check_model
@@ -46,24 +47,31 @@ def test_a_pretrained_model_has_gentler_defaults() -> None:
 
 
 def test_the_last_checkpoint_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newer one of a folder; a fresh start where there is none."""
+    """The one that is furthest, whatever the files' times; a fresh start where there is none."""
     monkeypatch.setattr(
         configuration, "load", lambda path: SimpleNamespace(place={"config": TrainConfig(seed=5).to_json()})
     )
+    monkeypatch.setattr(checkpoint, "_steps_behind", lambda path: int(path.read_text()))
     flags = ["--resume", "last", "--steps", "7"]
     fresh = parse([*flags, "--out", str(tmp_path)])
     assert (fresh.resume, fresh.out, fresh.seed, fresh.steps) == (None, tmp_path, 0, 7)
-    for name, second in (("warmup.safetensors", 2), ("checkpoint.safetensors", 1), ("checkpoint.safetensors", 3)):
-        (tmp_path / name).touch()
+    for name, steps, second in ((WARM, 2, 1), (CHECKPOINT, 1, 2), (CHECKPOINT, 3, 0), (CHECKPOINT, 2, 0)):
+        (tmp_path / name).write_text(str(steps))
         os.utime(tmp_path / name, (second, second))
         found = parse([*flags, "--out", str(tmp_path)])
-        newest = "warmup.safetensors" if second < 3 else "checkpoint.safetensors"
+        newest = WARM if second else CHECKPOINT
         assert (found.resume, found.out, found.seed, found.steps) == (tmp_path / newest, tmp_path, 5, 7)
-    file = tmp_path / "run.toml"
-    file.write_text(f'out = "{tmp_path}"')
-    assert parse(["--resume", "last", "--config", str(file)]).resume == tmp_path / "checkpoint.safetensors"
     with pytest.raises(ValueError, match="^out must be given to resume the last checkpoint in it, got None"):
         parse(flags)
+    file = tmp_path / "run.toml"
+    file.write_text(f'out = "{tmp_path}"')
+    for argv in (["--resume", "last"], ["--resume=last"], ["--resume", str(tmp_path / CHECKPOINT)]):
+        flagged = parse([*argv, "--config", str(file)])
+        assert (flagged.resume, flagged.seed) == (tmp_path / CHECKPOINT, 5)
+        file.with_name("both.toml").write_text(f'out = "{tmp_path}"\nresume = "{argv[-1].removeprefix("--resume=")}"')
+        both = parse(["--config", str(file.with_name("both.toml"))])
+        assert dataclasses.replace(both, config=flagged.config) == flagged, "as the flag says it"
+    assert parse(["--config", str(file.with_name("both.toml")), "--resume", "None"]).resume is None
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from trajkern._files import PARTIAL, is_file, remove, sync
 from trajkern.trainer.optional import require
-from trajkern.trainer.place import read_place
+from trajkern.trainer.place import Phase, Place, read_place
 from trajkern.trainer.ranks import full, shard_like
 
 CHECKPOINT = "checkpoint.safetensors"  # where a run stands, in its folder of results
@@ -103,6 +103,36 @@ def load(path: Path) -> Checkpoint:
             saved, with the tensor that has; one that this version of the trainer did not write; a place that is not of
             the schema.
     """
+    tensors = dict[str, Tensor]()
+    found = _read(path, tensors)
+    sums = found["tensors"]
+    for name in sorted(sums.keys() | tensors.keys()):
+        if name not in tensors:
+            raise _damaged(path, f"the tensor {name} is missing")
+        if name not in sums or checksum(tensors[name]) != sums[name]:
+            raise _damaged(path, f"the tensor {name} is not what was saved")
+    _place_in(path, found)
+    return Checkpoint(path, tensors, found["place"])
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in a folder of results that is furthest by what the files say: copies have other times.
+
+    Raises:
+        ValueError: one of them cannot be read, as :func:`load` says it.
+    """
+    stands = [path for name in (CHECKPOINT, WARM) if os.path.lexists(path := folder / name)]
+    return max(stands, key=_steps_behind, default=None)
+
+
+def _steps_behind(path: Path) -> tuple[int, int]:
+    """The phase and the steps taken in it."""
+    place = _place_in(path, _read(path))
+    return get_args(Phase).index(place.phase), place.step
+
+
+def _read(path: Path, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """What :func:`save` has written of the run; and, where they are asked for, the tensors."""
     safetensors = require("safetensors")
     if not is_file(path):
         raise ValueError(f"checkpoint must be an existing file; got {path}")
@@ -114,23 +144,20 @@ def load(path: Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if tensors is not None:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:  # the last one is torch's
         raise _damaged(path, str(error)) from None
     if _KEY not in metadata:
         raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")
-    found = _read_metadata(path, metadata)
-    sums = found["tensors"]
-    for name in sorted(sums.keys() | tensors.keys()):
-        if name not in tensors:
-            raise _damaged(path, f"the tensor {name} is missing")
-        if name not in sums or checksum(tensors[name]) != sums[name]:
-            raise _damaged(path, f"the tensor {name} is not what was saved")
+    return _read_metadata(path, metadata)
+
+
+def _place_in(path: Path, found: dict[str, Any]) -> Place:
     try:
-        read_place(found["place"])
+        return read_place(found["place"])
     except ValueError as error:
         raise ValueError(f"checkpoint must hold where its run stands; {path} does not: {error}") from None
-    return Checkpoint(path, tensors, found["place"])
 
 
 def _read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import trajkern as tk
 from trajkern._files import read
 from trajkern._suggest import did_you_mean
-from trajkern.trainer.checkpoint import CHECKPOINT, WARM, load
+from trajkern.trainer.checkpoint import load, newest
 from trajkern.trainer.compose import Compose
 from trajkern.trainer.help import parsed
 from trajkern.trainer.help import show as show_help
@@ -294,12 +294,13 @@ def parse(argv: list[str]) -> TrainConfig:
         early.add_argument(name)
     named, _ = early.parse_known_args(argv)
     file = read_toml(Path(named.config)) if named.config else {}
-    for name, value in (*vars(named).items(), ("out", file.get("out"))):
+    meant = {name: file.get(name) if value is None else value for name, value in vars(named).items()}
+    for name, value in meant.items():
         if value == "":  # of a variable that is not set: it would be the current folder, or no resuming
             raise ValueError(f"{name} must not be empty, got ''")
-    model = named.model or file.get("model", "tiny")
+    model = meant["model"] or "tiny"
     base = TrainConfig() if model == "tiny" else dataclasses.replace(PRETRAINED, model=model)
-    path = resumed(named.resume, named.out or file.get("out"))
+    path = resumed(*(None if (word := meant[name]) == "None" else word for name in ("resume", "out")))
     if path:
         stored = TrainConfig.from_json(load(path).place["config"])
         base = dataclasses.replace(stored, out=path.parent, config=None, resume=None)
@@ -307,7 +308,7 @@ def parse(argv: list[str]) -> TrainConfig:
     words = [*_flags(file), *argv]
     config: TrainConfig = parsed(TrainConfig, prog=PROGRAM, args=words, default=base)
     _check_read(config, [word.partition("=")[0] for word in words])
-    return dataclasses.replace(config, resume=path) if named.resume else config
+    return dataclasses.replace(config, resume=path)
 
 
 def _check_read(config: TrainConfig, words: list[str]) -> None:
@@ -331,8 +332,7 @@ def resumed(named: str | None, out: str | None) -> Path | None:
         return Path(named) if named else None
     if out is None:
         raise ValueError(f"out must be given to resume the {LAST} checkpoint in it, got None")
-    stands = [path for name in (CHECKPOINT, WARM) if (path := Path(out) / name).exists()]
-    return max(stands, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest(Path(out))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

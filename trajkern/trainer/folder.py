@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeGuard
 
 from trajkern._files import put
 from trajkern.trainer import checkpoint
@@ -35,8 +35,8 @@ class Folder:
         """Make, lock and tidy up the folder of a run, and write its settings there.
 
         Raises:
-            ValueError: ``out`` cannot be a folder or be written to, another run works in it, or it holds another run's
-                checkpoint and none is resumed.
+            ValueError: ``out`` cannot be a folder or be written to, another run works in it, or it holds a checkpoint
+                that the run does not go on from.
         """
         path = config.out
         try:
@@ -46,9 +46,9 @@ class Folder:
             folder = cls(path, _locked(path))
         except OSError as error:
             raise ValueError(f"out must be a folder that can be written to; got {path or 'runs'}: {error}") from None
-        if config.out is not None and not config.resume:
+        if config.out is not None:
             try:
-                check_free(path)
+                check_free(path, config.resume)
             except ValueError:
                 folder.close()
                 raise
@@ -72,16 +72,28 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def check_free(out: Path) -> None:
-    """Raise ValueError where ``out`` is no folder, or holds another run's checkpoint."""
+def check_free(out: Path, resumed: Path | None) -> None:
+    """Raise ValueError where ``out`` is no folder, or holds a checkpoint, but for the run's own that goes on from the
+    newest: what is written from there on would take the past of the others away."""
     try:
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # of a name that no file has
         raise ValueError(f"out must be a folder that can be written to; got {str(out)!r}: {error}") from None
     if not there.is_dir():
         raise ValueError(f"out must be a folder that can be written to; got {out}: {there} is a file")
-    if (out / CHECKPOINT).exists():
-        raise ValueError(f"out must be a new folder, or resume given; {out} already holds {CHECKPOINT}")
+    held = [path for name in (CHECKPOINT, WARM) if os.path.lexists(path := out / name)]
+    if held and resumed is None:
+        raise ValueError(f"out must be a new folder, or resume given; {out} already holds {held[0].name}")
+    if held and not (continues(resumed, out) and (last := checkpoint.newest(out)) and last.name == resumed.name):
+        raise ValueError(
+            f"out must be a new folder to go on from {resumed}; {out} already holds {held[0].name}, and a run goes on "
+            "in its own folder from the newest"
+        )
+
+
+def continues(resumed: Path | None, out: Path) -> TypeGuard[Path]:
+    """Whether a run in ``out`` goes on from a checkpoint of this folder's own."""
+    return resumed is not None and resumed.name in (CHECKPOINT, WARM) and resumed.parent.resolve() == out.resolve()
 
 
 def _new(config: TrainConfig) -> Path:
@@ -121,7 +133,14 @@ def failure(error: BaseException, folder: Path | None, resumed: Path | None, the
     what = theirs or str(error) or type(error).__name__
     if theirs is None and getattr(error, "filename", None) is None and folder is not None:
         what += f"; results go to {folder}"
-    found = [folder / name for name in (CHECKPOINT, WARM)] if folder else []
-    stands = [path for path in (*found, resumed) if path is not None and os.path.isfile(path)]
-    rest = f"the last checkpoint stands: continue with --resume {stands[0]}" if stands else "there is no checkpoint yet"
+    stands = (folder and _last(folder)) or resumed
+    there = stands is not None and os.path.isfile(stands)
+    rest = f"the last checkpoint stands: continue with --resume {stands}" if there else "there is no checkpoint yet"
     return ResultsError(f"{what}; {rest}")
+
+
+def _last(folder: Path) -> Path | None:
+    try:
+        return checkpoint.newest(folder)
+    except ValueError:  # who goes on from it is told what is wrong with it
+        return next((path for name in (CHECKPOINT, WARM) if (path := folder / name).is_file()), None)

@@ -94,8 +94,8 @@ def check_places(config: TrainConfig, stored: checkpoint.Checkpoint | None, rank
             check_model(config.model)
         except OSError as error:
             raise ValueError(f"model must be a folder, or a file that can be read; {config.model}: {error}") from None
-    if config.out is not None and stored is None and ranks.number == 0:
-        check_free(config.out)
+    if config.out is not None and ranks.number == 0:
+        check_free(config.out, config.resume)
 
 
 def restore_stage(stored: checkpoint.Checkpoint, stage: Stage, splits: Splits) -> None:

@@ -15,7 +15,7 @@ import trajkern as tk
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy, evaluate
-from trajkern.trainer.folder import METRICS, WARM, failure
+from trajkern.trainer.folder import METRICS, WARM, continues, failure
 from trajkern.trainer.idle import Idle
 from trajkern.trainer.lagging import follow
 from trajkern.trainer.packing import Piece, token_count
@@ -79,6 +79,8 @@ def trained(config: TrainConfig, folder: list[Path]) -> Result:
         run = set_up(config, ranks, interrupt)
         folder.append(run.out)
         try:
+            if config.resume and not continues(config.resume, run.out):
+                run.save()  # from here on the folder stands by itself
             if run.phase == "warmup":
                 warm_up(run)
                 begin_main(run)
