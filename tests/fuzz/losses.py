@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -35,7 +36,20 @@ def _policy_loss(options: Options, seed: int) -> Problem:
     inputs = of_case(POLICY_LOSS, options, seed, lambda g: _arguments(options, g))
     if isinstance(branch := inputs.get("branch"), Branch):
         inputs["branch"] = Branch(*(x.to(inputs["logprobs"].dtype) for x in branch))
-    return Problem(POLICY_LOSS, inputs, {"old_logprobs": None} if options["old_logprobs"] == "none" else {})
+    spec = POLICY_LOSS
+    if options["dtype"] == "float64" and options["aggregate"] == "token_sum":  # what float64's own sum is made of
+        spec = dataclasses.replace(spec, term_scale=spec.term_scale | {"loss": _size_of_terms(inputs)})
+    return Problem(spec, inputs, {"old_logprobs": None} if options["old_logprobs"] == "none" else {})
+
+
+def _size_of_terms(inputs: Inputs) -> float:
+    """The sum of all tokens' advantages without their signs, at least 1."""
+    branch, lengths = inputs.get("branch"), inputs["cu_seqlens"].diff()
+    if isinstance(branch, Paths):
+        return max(1.0, float((branch.advantages.abs() * branch.tree.flat_lengths).sum()))
+    sizes = inputs["advantages"].abs() if branch is None else branch.positive + branch.negative.abs()
+    per_token = sizes.shape[0] != lengths.shape[0]
+    return max(1.0, float((sizes if per_token else sizes * lengths).sum()))
 
 
 def _arguments(options: Options, g: torch.Generator) -> Inputs:
