@@ -138,7 +138,7 @@ def _reflection(spec: OpSpec, options: Options, seed: int) -> Problem:
         return inputs | {"ddof": options["ddof"], "normalize": options["normalize"] == "yes"}
 
     inputs = of_case(spec, options, seed, make)
-    if any(_largest_is_undecided(x) for x in _columns(inputs)):
+    if spec is REFLECTION_REWARDS and any(map(_largest_is_undecided, _columns(inputs))):
         raise Undecided
     # of a reference of one token the gradient is 0, of which sums in float64 leave their rounding
     size = max(1e-6 / options["spread"], _cancelling(inputs) if options["dtype"] == "float64" else 0.0)
@@ -171,7 +171,9 @@ def _largest_is_undecided(x: Tensor) -> bool:  # [K, P]
     """Whether the order of a sum decides which column's deviation is the group's largest, whose the score is."""
     wide = x.double()
     spread = (wide - wide.mean(0)).square().sum(0)
-    near = wide[:, spread >= spread.max() * (1 - 1e-12)] if spread.numel() else wide
+    if not spread.numel() or not spread.max() > 0:  # of which the derivative is 0
+        return False
+    near = wide[:, spread >= spread.max() * (1 - 1e-12)]
     return bool((near != near[:, :1]).any())
 
 
