@@ -240,3 +240,12 @@ def test_compiled_code_heeds_the_block_that_it_is_called_in(monkeypatch: pytest.
         with tk.use_backend(name) if name else contextlib.nullcontext():
             torch.testing.assert_close(compiled(logits), expected)
         assert len(calls) == count, name
+
+
+@pytest.mark.parametrize("kind", ["kl_cov", "clip_cov", "grpo"])
+def test_boundaries_that_a_graph_cannot_read(kind: str) -> None:
+    x, config = torch.tensor([-1.0, -2.0, -0.5, -3.0]), tk.PolicyLoss(kind)
+    bounds, advantages = torch.tensor([0, -1, 4]), torch.tensor([1.0, -1.0])
+    compiled = torch.compile(lambda x, c: tk.policy_loss(x, x, advantages, c, config=config)[0], backend="aot_eager")
+    with pytest.raises(ValueError, match="cu_seqlens must never decrease"):
+        compiled(x, bounds)

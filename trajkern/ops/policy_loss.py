@@ -294,7 +294,8 @@ def _selected(logprobs: Tensor, arguments: LossArguments) -> Tensor | None:
     mask = torch.ones_like(new, dtype=torch.bool) if arguments.mask is None else arguments.mask
     if not arguments.per_token:
         token = torch.arange(new.shape[0], device=new.device)
-        advantages = advantages[torch.searchsorted(arguments.cu_seqlens, token, right=True) - 1]
+        owner = torch.searchsorted(arguments.cu_seqlens, token, right=True) - 1
+        advantages = advantages[owner.clamp(0, advantages.shape[0] - 1)]  # of boundaries that nobody may read, too
     if "cov_low" not in KINDS[config.kind].selects:
         return largest_covariances(advantages, new, mask, mask, config.cov_fraction)
     ratio = (new - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
