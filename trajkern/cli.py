@@ -17,6 +17,7 @@ import torch
 import trajkern as tk
 from trajkern import _ext, _start
 from trajkern._backends import AMD_TARGETS, OWNERS
+from trajkern._no_memory import ran_out
 from trajkern._parser import Parser
 
 WIDTH = 80
@@ -32,7 +33,7 @@ RUN_ON_GPU: dict[str, str] = {}
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: the command's, 141 where who read the output has gone, as `head` does,
-    1 where nothing can be written, 130 after Ctrl-C."""
+    1 where nothing can be written or memory ran out, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     _start.open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         _start.forget(sys.stdout)
         _start.say(f"trajkern: {error}")
+        return 1
+    except Exception as error:
+        if (words := ran_out(error)) is None:
+            raise
+        _start.say(f"trajkern: {words}")
         return 1
     except KeyboardInterrupt:
         _start.say("trajkern: stopped by Ctrl-C")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trajkern.trainer import cli_main, idle
+from trajkern.trainer import config as configuration
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig
@@ -150,6 +152,62 @@ def test_a_file_that_fails_is_named_with_the_last_checkpoint(
     assert told.startswith("trajkern train: [Errno") and words.format(out=tmp_path) in told
     standing = f"the last checkpoint stands: continue with --resume {tmp_path / (stands or '')}"
     assert told.endswith(f"; {standing if stands else 'there is no checkpoint yet'}\n")
+
+
+NO_MEMORY = {
+    "alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 39200 bytes.": "39200 bytes",
+    "Storage size calculation overflowed with sizes=[98, 461168]": "a tensor of sizes [98, 461168]",
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has": "20.00 GiB",
+    "Unable to allocate 7.45 GiB for an array with shape (1000000000,)": "7.45 GiB",
+    "std::bad_alloc": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("text", NO_MEMORY)
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("where", ["the run", "its command line"])
+def test_memory_that_runs_out_is_told_in_a_line(
+    kind: type[Exception], text: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def failing(*_: Any) -> None:
+        held = bytearray(2**20)  # what the words may need
+        raise kind(f"{text}{'' if held else None}")
+
+    owner = (training, "trained") if where == "the run" else (configuration, "load")
+    monkeypatch.setattr(*owner, failing)
+    argv = ["--out", str(tmp_path)] if where == "the run" else ["--resume", str(tmp_path / CHECKPOINT)]
+    if kind is RuntimeError and (not text or text.startswith("Unable")):
+        with pytest.raises(RuntimeError):
+            cli_main(argv)
+        return
+    assert cli_main(argv) == 1
+    said = f"memory ran out: {NO_MEMORY[text]} could not be had" if NO_MEMORY[text] else "memory ran out"
+    rest = "; there is no checkpoint yet" if where == "the run" else ""
+    assert capsys.readouterr().err == f"trajkern train: {said}{rest}\n"
+
+
+STARVED = """
+import resource, sys
+import torch, matplotlib.figure, reasoning_gym, trajkern.cli
+from trajkern.trainer import train, update
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, resource.RLIM_INFINITY))
+sys.exit(trajkern.cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("flag", ["--tiny.width=400000000", "--rollouts=80000000"])
+def test_what_does_not_fit_is_told_in_a_line(flag: str, tmp_path: Path) -> None:
+    """Under the system's own limit, of which the words need some, too."""
+    argv = f"train --out {tmp_path / 'run'} --threads 1 --tiny.layers 1 --tiny.width 16 --tiny.heads 2 --questions 100"
+    argv += " --warmup.steps 1 --warmup.batch 8 --warmup.demonstrations 16 --eval.heldout 4 --eval.validation 4"
+    command = [sys.executable, "-c", STARVED, *argv.split(), flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("trajkern train: memory ran out")
+    stands = flag.startswith("--rollouts")
+    assert done.stderr.endswith(f"continue with --resume {tmp_path / 'run' / WARM}\n" if stands else "checkpoint yet\n")
 
 
 def test_a_current_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

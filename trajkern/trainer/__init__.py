@@ -10,8 +10,10 @@ from pathlib import Path
 
 def cli_main(argv: list[str]) -> int:
     """Run the trainer on command-line arguments; returns the exit status: 2 after a bad argument, 1 where a file,
-    another rank or a task's or a credit's code failed or the run diverged, 130 after Ctrl-C, 143 after SIGTERM, 129
-    after SIGHUP. Python's development mode (``python -X dev -m trajkern train``) shows the traceback of a failure."""
+    another rank or a task's or a credit's code failed, memory ran out or the run diverged, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP. Python's development mode (``python -X dev -m trajkern train``) shows the traceback of a
+    failure."""
+    from trajkern._no_memory import ran_out
     from trajkern._start import say
     from trajkern.trainer.config import parse
     from trajkern.trainer.folder import ResultsError
@@ -44,5 +46,10 @@ def cli_main(argv: list[str]) -> int:
         return 1
     except RankError as error:
         say(f"trajkern train: {error}; the last checkpoint stands")
+        return 1
+    except Exception as error:
+        if (words := ran_out(error)) is None:
+            raise
+        say(f"trajkern train: {words}")
         return 1
     return 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trajkern._files import PARTIAL, is_file, remove, sync
+from trajkern._no_memory import ran_out
 from trajkern.trainer.optional import require
 from trajkern.trainer.place import Phase, Place, read_place
 from trajkern.trainer.ranks import full, shard_like
@@ -147,6 +148,8 @@ def _read(path: Path, tensors: dict[str, Tensor] | None = None) -> dict[str, Any
             if tensors is not None:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:  # the last one is torch's
+        if ran_out(error):
+            raise MemoryError(str(error)) from None
         raise _damaged(path, str(error)) from None
     if _KEY not in metadata:
         raise ValueError(f"checkpoint must be one of this trainer's; {path} is some other safetensors file")

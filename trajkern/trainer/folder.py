@@ -142,5 +142,5 @@ def failure(error: BaseException, folder: Path | None, resumed: Path | None, the
 def _last(folder: Path) -> Path | None:
     try:
         return checkpoint.newest(folder)
-    except ValueError:  # who goes on from it is told what is wrong with it
+    except (ValueError, MemoryError):  # who goes on from it is told what is wrong with it
         return next((path for name in (CHECKPOINT, WARM) if (path := folder / name).is_file()), None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import trajkern as tk
+from trajkern._no_memory import ran_out
 from trajkern.trainer.collect import collect
 from trajkern.trainer.config import TrainConfig
 from trajkern.trainer.evaluate import Accuracy, evaluate
@@ -46,10 +47,11 @@ def train(config: TrainConfig) -> Result:
         TypeError: before the run begins, a task whose attributes or methods are of another kind.
         ResultsError: a file could not be read or written (a full disk, a folder that is gone), the code of a task, a
             credit or a rubric of one's own failed or returned what is refused, or another setting cannot be met in the
-            middle of the run; the message has it and the last checkpoint.
+            middle of the run, or memory ran out; the message has it and the last checkpoint.
         RankError: another rank failed or died; the last checkpoint stands.
     """
     folder: list[Path] = []  # of the results, once it is known
+    spare = bytearray(2**22)  # for what is to be said where memory has run out
     # a mode that torch asks at every call, so only where it is needed
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
@@ -58,7 +60,8 @@ def train(config: TrainConfig) -> Result:
     except (Interrupted, KeyboardInterrupt, RankError):
         raise
     except BaseException as error:  # whatever a task may raise
-        words = said(error, config, begun=bool(folder))
+        del spare
+        words = said(error, config, begun=bool(folder)) or ran_out(error)
         if words is None and not isinstance(error, (OSError, Diverged)):
             raise
         if words and not folder and isinstance(error, (ValueError, ImportError)):
