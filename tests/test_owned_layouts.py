@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import trajkern as tk
+from trajkern.recipes import treerl, treerpo
 
 X = torch.tensor([1.0, 2.0, 3.0, 4.0])
 FAR = 2**40
@@ -149,3 +151,15 @@ def test_too_many_tokens() -> None:
             tk.Tree(torch.tensor([-1, 0, 0]), torch.tensor(lengths))
     with pytest.raises(ValueError, match="num_tokens must be at most 2147483647"):
         tk.Spans(*(torch.zeros(1, dtype=torch.int64) for _ in range(4)), 2**62)
+
+
+def test_a_tree_of_numpys_memory() -> None:
+    """torch sees no write into it, and the layout reads its own."""
+    parent = np.array([-1, 0, 0])
+    tree = tk.Tree(torch.from_numpy(parent), torch.tensor([2, 1, 1]))
+    rewards, keep = torch.tensor([1.0, 0.0]), torch.tensor([True, False])
+    expected = treerpo.node_advantages(rewards, tree), treerl.node_rewards(rewards, tree)
+    parent[:] = 100
+    found = treerpo.node_advantages(rewards, tree), treerl.node_rewards(rewards, tree)
+    assert all(map(torch.equal, found, expected))
+    assert tree.pruned(keep)[0].arrays[0].tolist() == [-1, 0]

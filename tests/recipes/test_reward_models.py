@@ -250,3 +250,27 @@ def test_bad_votes(votes, error: type, message: str) -> None:
 def test_refuses_in_training(call, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_at_their_ends() -> None:
+    assert elo(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), k=1e6).tolist() == [501_000.0, -499_000.0]
+    assert elo(torch.tensor([[0, 1e308], [1e308, 0]], dtype=torch.float64)).tolist() == [1000.0, 1000.0]
+    ahead = elo(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), k=1e6)
+    assert bool(ahead.isfinite().all())
+    logits, right = torch.tensor([0.5, 2.0], dtype=torch.float64), torch.tensor([True, False])
+    whole = meta_loss(logits, right, weights=torch.tensor([1.0, 3.0], dtype=torch.float64))
+    for size in (1e-300, 1e140):
+        weights = torch.tensor([1.0, 3.0], dtype=torch.float64) * size
+        torch.testing.assert_close(meta_loss(logits, right, weights=weights), whole)
+    large = torch.full((8,), 8e37)
+    assert meta_loss(large, torch.zeros(8, dtype=torch.bool)) == large[0]
+    assert vote(torch.tensor([[3e38], [3e38], [-3e38]])).tolist() == [torch.tensor(3e38).item()]
+
+
+@pytest.mark.parametrize(
+    ("score", "label", "dtype"),
+    [(2**24 + 1, 2.0**24, torch.float32), (2**53 + 1, 2.0**53, torch.float64), (2**62, 2.0**62, torch.float64)],
+)
+def test_an_integer_equals_a_float_that_is_it(score: int, label: float, dtype: torch.dtype) -> None:
+    scores, labels = torch.tensor([[score]]), torch.tensor([label], dtype=dtype)
+    assert rule_rewards(scores, labels, rule="deepseek_grm").tolist() == [1.0 if score == int(label) else -1.0]

@@ -330,11 +330,11 @@ class Tree:
         begin, end = self.leaf_range
         below = offsets_of(leaves[self.leaf_order])
         nodes = below[end] > below[begin]
-        number, parent = nodes.cumsum(0) - 1, self.parent.long()[nodes]
+        number, parent = nodes.cumsum(0) - 1, self._nodes.parent.long()[nodes]
         roots = torch.arange(self.num_roots, device=self.device) if self.group_ids is None else self.group_ids
         source = None if self.source is None else self.source[nodes[self.token_node]]
         parent = torch.where(parent < 0, -1, number[parent])
-        return Tree(parent, self.node_lengths[nodes], roots[nodes[self.parent < 0]], source), nodes
+        return Tree(parent, self.bounds.diff()[nodes], roots[nodes[self._nodes.parent < 0]], source), nodes
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tree:
         """The same tree on another device, not validated again."""

@@ -144,6 +144,7 @@ def group_advantages(
     Args:
         rewards: float ``[N]``, where they are counted finite and of a magnitude of at most 2^126 (2^480 in float64), so
             that no square overflows. Checked on the CPU; elsewhere what overflows gives a group that is not finite.
+            With eps 0 rewards of a group that differ must do so by 2^-126 (2^-480 in float64), so that none vanishes.
         group_ids: int64 or int32 ``[N]``, any values in any order; equal ids are one group, of any size.
         baseline: what is subtracted: the group's "mean", the mean of the others ("leave_one_out"), or "none".
         scale: divide by "std" + eps, or "none". Where std + eps is 0 the divisor is 1.

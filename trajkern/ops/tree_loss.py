@@ -88,7 +88,7 @@ def path_sums(
 ) -> Tensor:
     """The sum of the values along each leaf's path, ``[L]``; those of node n are ``offsets[n]:offsets[n+1]``."""
     if _backends.wants_reference("tree", values):
-        flat = Tree(tree.parent, offsets.diff())
+        flat = Tree(tree.arrays[0], offsets.diff())
         leaf, index = torch.arange(tree.num_leaves, device=values.device), flat.flat_index
         leaf = torch.repeat_interleave(leaf, flat.flat_lengths, output_size=index.shape[0])
         return values.new_zeros(tree.num_leaves).index_add(0, leaf, values[index])

@@ -110,6 +110,11 @@ def leaf_means(leaf_rewards: Tensor, tree: Tree) -> Tensor:  # [L]
     return subtree_reduce(x, tree, "mean").clamp(subtree_reduce(x, tree, "min"), subtree_reduce(x, tree, "max"))
 
 
+def parents(tree: Tree) -> Tensor:
+    """The layout's own, int64 ``[M]``: what it was given may lie in memory that others write into."""
+    return tree.arrays[0].long()
+
+
 def check_tree(leaf_rewards: Any, tree: Any) -> None:
     if not isinstance(tree, Tree):
         raise TypeError(f"tree must be a Tree, got {type(tree).__name__}")

@@ -34,6 +34,7 @@ RULES = ("deepseek_grm", "rm_r1", "rrm")
 VERDICTS = ("A", "B")
 SCORES = (*FLOATS, *INTEGERS)
 JUDGE = "a function of the firsts and the seconds of pairs"
+LEAST_CHANCE = 300.0  # in powers of ten, of which a float has 308
 TAIL = 80  # characters at the end of a judgement in which its verdict must stand
 Candidate = TypeVar("Candidate")
 Prefer = Callable[[Sequence[Candidate], Sequence[Candidate]], Tensor]
@@ -78,13 +79,24 @@ def _best(scores: Tensor, labels: Tensor | Sequence[str]) -> Tensor:
     if responses == 1:
         check_vector("labels", labels, count, "one a judgement", scores.device, SCORES)
         assert isinstance(labels, Tensor)
-        return scores[:, 0] == labels
+        return _equal(scores[:, 0], labels)
     check_index("labels", labels, count, "one a judgement", scores.device, responses, "responses")
     assert isinstance(labels, Tensor)
     place = labels.long().clamp(0, responses - 1)  # of an illegal label, where it could not be read
     best = scores.gather(1, place[:, None])
     other = torch.arange(responses, device=scores.device) != labels[:, None]
     return ((scores < best) | ~other).all(1)  # which no place is for an illegal label: it agrees with nothing
+
+
+def _equal(x: Tensor, y: Tensor) -> Tensor:
+    """Of equal numbers, not of what is equal once an integer is rounded to a float's precision."""
+    if x.is_floating_point() and not y.is_floating_point():
+        x, y = y, x
+    if x.is_floating_point() or not y.is_floating_point():
+        return x == y if x.dtype == y.dtype or not x.is_floating_point() else x.double() == y.double()
+    wide = y.double()
+    whole = (wide == wide.floor()) & (wide.abs() < 2.0**63)
+    return whole & (x == torch.where(whole, wide, 0).long())
 
 
 def _verdict_rewards(texts: Tensor | Sequence[str], labels: Tensor | Sequence[str]) -> Tensor:
@@ -137,13 +149,15 @@ def meta_loss(
     check_vector("right", right, logits.shape[0], "one flag a judgement", logits.device, (torch.bool,))
     loss = -torch.nn.functional.logsigmoid(torch.where(right, 1.0, -1.0) * widened(logits))
     if weights is None:
-        return loss.sum() / max(logits.shape[0], 1)
+        return (loss.double().sum() / max(logits.shape[0], 1)).to(loss.dtype)
     check_vector("weights", weights, logits.shape[0], "one a judgement", logits.device)
     if readable(weights):
         check_values("weights", weights, 0)
-    weights = weights.to(loss.dtype)
-    total = weights.sum()
-    return (weights * loss).sum() / torch.where(total == 0, 1, total)
+    share = weights.detach().double()
+    if share.numel():  # the largest becomes 1, so that their sum neither vanishes nor overflows
+        share = share / torch.where(share.amax() > 0, share.amax(), 1)
+    total = share.sum()
+    return ((share * loss).sum() / torch.where(total == 0, 1, total)).to(loss.dtype)
 
 
 def vote(scores: Tensor) -> Tensor:  # [K, N]
@@ -159,7 +173,7 @@ def vote(scores: Tensor) -> Tensor:  # [K, N]
     check_tensor("scores", scores, dtypes=SCORES, ndim=2)
     if readable(scores):
         check_finite("scores", scores.flatten())
-    return widened(scores).sum(0)
+    return scores.double().sum(0).to(widened(scores).dtype)
 
 
 @suggesting
@@ -220,9 +234,10 @@ def elo(
     table, rating = won.tolist(), [float(base)] * won.shape[0]
     for i in range(len(rating)):
         for j in range(i + 1, len(rating)):
-            if games := table[i][j] + table[j][i]:
-                expected = 1 / (1 + 10 ** ((rating[j] - rating[i]) / 400))
-                change = k * (table[i][j] / games - expected)
+            if most := max(table[i][j], table[j][i]):
+                share = (table[i][j] / most) / (table[i][j] / most + table[j][i] / most)
+                expected = 1 / (1 + 10 ** min((rating[j] - rating[i]) / 400, LEAST_CHANCE))
+                change = k * (share - expected)
                 rating[i] += change
                 rating[j] -= change
     return torch.tensor(rating, dtype=torch.float64, device="cpu")

@@ -16,6 +16,7 @@ from trajkern._checks import (
     check_sequence,
     check_tensor,
     check_valued,
+    describe,
     readable,
     suggesting,
 )
@@ -195,6 +196,10 @@ def vote(
     votes: dict[Hashable, float] = {}
     for at, (answer, confidence) in enumerate(zip(answers, confidences, strict=True)):
         weight = 1.0 if method == "majority" else _stated(confidence, at)
+        try:
+            hash(answer)
+        except TypeError:
+            raise TypeError(f"answers must be hashable, to be told apart; number {at} is {describe(answer)}") from None
         if answer is not None:
             before = votes.setdefault(answer, 0.0)
             votes[answer] = max(before, weight) if method == "max" else before + weight

@@ -12,7 +12,7 @@ from trajkern._checks import check_choice, check_flag, check_number, readable, s
 from trajkern._dtypes import accumulator
 from trajkern._values import check_squarable, check_values
 from trajkern.ops.advantage import INTEGERS
-from trajkern.recipes._groups import check_ids, check_tree, check_vector, leaf_means, widened
+from trajkern.recipes._groups import check_ids, check_tree, check_vector, leaf_means, parents, widened
 
 ESTIMATORS = ("tree", "tree_inner", "tree_2norm")
 _pooled = partial(group_advantages, singleton="zero")
@@ -173,7 +173,7 @@ def node_rewards(
     value = leaf_means(leaf_rewards, tree)
     gained = sibling_advantages(value, tree, baseline="parent", scale="none")
     out = ((gained - margin).clamp_min(0) + value) / tree.leaf_count.double().sqrt()
-    silent = tree.parent < 0
+    silent = parents(tree) < 0
     if not check_flag("leaves", leaves):
         silent = silent.scatter(0, tree.leaves, True)
     return torch.where(silent, 0, out).to(widened(leaf_rewards).dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trajkern import Tree, group_advantages, sibling_advantages, subtree_reduce
 from trajkern._checks import check_choice, suggesting
-from trajkern.recipes._groups import check_tree, check_vector, leaf_means, widened
+from trajkern.recipes._groups import check_tree, check_vector, leaf_means, parents, widened
 
 FORMS = ("paper", "code")
 UNCHANGED = 1e-8  # a local advantage below this is filled in
@@ -56,7 +56,7 @@ def node_rewards(
         check_vector("selected", selected, tree.num_leaves, "one flag a leaf", tree.device, (torch.bool,))
         if form == "paper":
             raise ValueError("selected must be None for form 'paper', which counts every leaf")
-    above_root = tree.parent < 0
+    above_root = parents(tree) < 0
     if form == "paper":
         value = leaf_means(leaf_rewards, tree)
         # the roots' values by the number of their tree; the other nodes write to a place that nobody reads
@@ -77,7 +77,7 @@ def node_rewards(
 def _filled(local: Tensor, tree: Tree) -> Tensor:
     """Each node's own local advantage, or that of the nearest node above it that keeps its own."""
     node = torch.arange(tree.num_nodes, device=local.device)
-    source = torch.where((tree.depth >= 2) & (local.abs() < UNCHANGED), tree.parent.long(), node)
+    source = torch.where((tree.depth >= 2) & (local.abs() < UNCHANGED), parents(tree), node)
     for _ in range((tree.levels - 1).bit_length()):  # each turn doubles how far a node has looked up
         source = source[source]
     return local[source]

@@ -8,7 +8,7 @@ from torch import Tensor
 from trajkern import Tree, sibling_advantages, subtree_reduce
 from trajkern._checks import check_choice, suggesting
 from trajkern.ops.tree import SCALES
-from trajkern.recipes._groups import check_tree, widened
+from trajkern.recipes._groups import check_tree, parents, widened
 
 
 @suggesting
@@ -50,7 +50,7 @@ def node_advantages(
 def _child_means(leaf_rewards: Tensor, tree: Tree) -> Tensor:
     """V of every node: turn j adds what lies 2^j to 2^(j+1) - 1 steps below it, so that depth costs only its log."""
     m = tree.num_nodes
-    up = torch.where(tree.parent < 0, m, tree.parent.long())
+    up = torch.where(parents(tree) < 0, m, parents(tree))
     up = torch.cat((up, up.new_full((1,), m)))  # node m stands above the roots and takes no share
     share = torch.cat((1 / tree.sibling_offsets.diff().double(), leaf_rewards.new_zeros(1)))[up]
     value = leaf_rewards.new_zeros(m + 1).scatter(0, tree.leaves, leaf_rewards)

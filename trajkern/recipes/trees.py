@@ -11,6 +11,7 @@ from torch import Tensor
 from trajkern import Tree, subtree_reduce, whiten
 from trajkern._checks import check_instance
 from trajkern.recipes import gigpo, spo, tree_grpo, treepo, treerl, treerpo, vineppo
+from trajkern.recipes._groups import parents
 
 DISCOUNT = 0.95  # a step, in gigpo's returns
 
@@ -87,7 +88,7 @@ def _spo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
 def _vineppo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     """V of a node is the mean reward of the leaves below it: the tree's own continuations stand for fresh ones."""
     values = subtree_reduce(rewards, tree, "mean")
-    before = torch.where(tree.parent < 0, values, values[tree.parent.long()])
+    before = torch.where(parents(tree) < 0, values, values[parents(tree)])
     # every node's step as one chain V(parent), V(node), of which only the odd steps are the tree's
     chain = torch.stack((before, values), 1).flatten()
     return vineppo.step_advantages(chain, torch.zeros_like(chain[1:]))[::2]
@@ -96,7 +97,7 @@ def _vineppo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
 def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     """A step's anchor is the node it starts from, the prompt's roots being one; its return is discounted by step."""
     every, node = path_nodes(tree)
-    parent, of_all = tree.parent.long(), torch.arange(tree.num_nodes, device=tree.device)
+    parent, of_all = parents(tree), torch.arange(tree.num_nodes, device=tree.device)
     # the roots by the number of their tree; the other nodes write to a place that nobody reads
     place = torch.where(parent < 0, tree.node_root, tree.num_roots)
     roots = of_all.new_zeros(tree.num_roots + 1).scatter(0, place, of_all)[:-1]
