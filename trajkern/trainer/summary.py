@@ -18,7 +18,7 @@ class Result(NamedTuple):
     steps: int
     seconds: float
     clock: Clock
-    curve: Path
+    curve: Path | None  # where it could be drawn
     metrics: Path
     checkpoint: Path
 
@@ -38,7 +38,7 @@ def summary(config: TrainConfig, result: Result) -> str:
         f"tokens per second: {sampled:,.0f} sampled, {trained:,.0f} trained; {result.seconds:.0f} s in all",
         *detail_lines(rows),
         *shared_line(result.clock),
-        f"curve       {result.curve}",
+        *([f"curve       {result.curve}"] if result.curve else []),
         f"metrics     {result.metrics}",
         f"checkpoint  {result.checkpoint}",
     ]

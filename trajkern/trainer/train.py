@@ -264,12 +264,14 @@ def finish(run: Run) -> Result:
     config, path = run.given, run.save()
     assert run.before is not None
     after = report_heldout(run, run.step) if run.step else run.before  # without a step nothing has changed
-    metrics, curve = run.out / METRICS, run.out / "curve.png"
+    metrics, curve, undrawn = run.out / METRICS, run.out / "curve.png", ""
     if run.ranks.number == 0:
-        plot(metrics, curve, f"{config.task}, {config.label}, seed {config.seed}")
+        undrawn = plot(metrics, curve, f"{config.task}, {config.label}, seed {config.seed}")
     seconds = time.monotonic() - run.began
-    result = Result(run.before, after, run.step, seconds, run.clock, curve, metrics, path)
+    result = Result(run.before, after, run.step, seconds, run.clock, None if undrawn else curve, metrics, path)
     run.display.say(summary(config, result))
+    if undrawn:
+        run.display.say(f"the curve could not be drawn: {undrawn}")
     if config.head == "eager" and not run.ranks.mesh:
         show_cost_of_heads(run)
     return result
