@@ -182,6 +182,18 @@ def test_ctrl_c_during_the_imports_ends_in_a_line(left: int, start: list[str], t
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "trajkern: stopped by Ctrl-C\n")
 
 
+@pytest.mark.parametrize("rank", [False, True])
+def test_a_rank_leaves_without_the_interpreters_end(rank: bool, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'the end')\n")
+    paths = os.pathsep.join([str(tmp_path), str(Path(tk.__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths} | ({"TORCHELASTIC_RUN_ID": "1"} if rank else {})
+    for words, status in ((["info"], 0), (["train", "--recipe", "nothing"], 2)):
+        command = [sys.executable, "-m", "trajkern", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == status and done.stdout.endswith("the end\n") != rank
+        assert (done.stderr if status else done.stdout).startswith("trajkern")
+
+
 def test_a_program_that_imports_the_package_keeps_its_ctrl_c() -> None:
     code = "import signal, trajkern; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

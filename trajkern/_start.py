@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 
 def is_program() -> bool:
@@ -54,6 +54,15 @@ def forget(stream: TextIO) -> None:
     """Leave what could not be written: at its end the interpreter would try again, and complain."""
     with contextlib.suppress(OSError, ValueError):  # of an output that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def leave(status: int) -> NoReturn:
+    """End a rank of torchrun's at once: threads of its process group may hold tensors that the interpreter, at its own
+    end, has them give back."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def began() -> None:

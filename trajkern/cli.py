@@ -34,7 +34,20 @@ RUN_ON_GPU: dict[str, str] = {}
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: the command's, 141 where who read the output has gone, as `head` does,
     1 where nothing can be written or memory ran out, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is not None:
+        return _ended(argv)
+    try:
+        status = _ended(sys.argv[1:])
+    except SystemExit as left:
+        if not isinstance(left.code, int):
+            raise
+        status = left.code
+    if _start.is_program() and torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        _start.leave(status)
+    return status
+
+
+def _ended(argv: list[str]) -> int:
     _start.open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal's encoding lacks

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trajkern import _start
 from trajkern._bench.reliability.page import Row, row
 from trajkern._bench.reliability.runs import difference, ended, started
 from trajkern._bench.reliability.writes import Attack
@@ -189,4 +190,8 @@ if __name__ == "__main__":
     if at > 1:
         phase, number, after, times, whom = sys.argv[1:at]
         armed(Try(phase, int(number), after == "1", int(times), whom))
-    sys.exit(cli_main(sys.argv[at + 1 :]))
+    try:
+        status = cli_main(sys.argv[at + 1 :])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    _start.leave(status)  # as the command does
