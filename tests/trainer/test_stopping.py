@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from trajkern.trainer import cli_main, idle
+from trajkern.trainer import cli_main, idle, report
 from trajkern.trainer import config as configuration
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
@@ -208,6 +209,39 @@ def test_what_does_not_fit_is_told_in_a_line(flag: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("trajkern train: memory ran out")
     stands = flag.startswith("--rollouts")
     assert done.stderr.endswith(f"continue with --resume {tmp_path / 'run' / WARM}\n" if stands else "checkpoint yet\n")
+
+
+@pytest.mark.parametrize("place", ["file", "file/board", "read-only"])
+def test_a_board_that_cannot_be_is_refused_before_anything_is_written(
+    place: str, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    if place == "read-only":
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    told = f"^tensorboard must be a folder that can be written to; got {tmp_path / place}"
+    with pytest.raises(ValueError, match=told):
+        training.train(dataclasses.replace(config(tensorboard=tmp_path / place), out=None))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_under_the_board_is_named(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    write, left = report.Board._write, [3]
+
+    def full(board: report.Board, **event: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            with open("/dev/full", "wb", buffering=0) as device:
+                device.write(b"0")
+        write(board, **event)
+
+    monkeypatch.setattr(report.Board, "_write", full)
+    with pytest.raises(
+        ResultsError, match=f"No space left on device: '{tmp_path / 'board'}/events.*; there is no check"
+    ):
+        training.train(config(tensorboard=tmp_path / "board"))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_current_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,12 +75,7 @@ def _identity(path: Path) -> tuple[int, int]:
 def check_free(out: Path, resumed: Path | None) -> None:
     """Raise ValueError where ``out`` is no folder, or holds a checkpoint, but for the run's own that goes on from the
     newest: what is written from there on would take the past of the others away."""
-    try:
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    except (OSError, ValueError) as error:  # of a name that no file has
-        raise ValueError(f"out must be a folder that can be written to; got {str(out)!r}: {error}") from None
-    if not there.is_dir():
-        raise ValueError(f"out must be a folder that can be written to; got {out}: {there} is a file")
+    check_folder("out", out)
     held = [path for name in (CHECKPOINT, WARM) if os.path.lexists(path := out / name)]
     if held and resumed is None:
         raise ValueError(f"out must be a new folder, or resume given; {out} already holds {held[0].name}")
@@ -89,6 +84,18 @@ def check_free(out: Path, resumed: Path | None) -> None:
             f"out must be a new folder to go on from {resumed}; {out} already holds {held[0].name}, and a run goes on "
             "in its own folder from the newest"
         )
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise ValueError where the setting ``name`` can be no folder that is written to."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # of a name that no file has
+        raise ValueError(f"{name} must be a folder that can be written to; got {str(folder)!r}: {error}") from None
+    if not there.is_dir():
+        raise ValueError(f"{name} must be a folder that can be written to; got {folder}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{name} must be a folder that can be written to; got {folder}: {there} is not")
 
 
 def continues(resumed: Path | None, out: Path) -> TypeGuard[Path]:

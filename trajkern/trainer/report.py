@@ -7,8 +7,9 @@ import hashlib
 import io
 import json
 import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ class Metrics:
         if not quiet:
             put(path, b"".join(past))  # all of it, at every moment at which the run may be killed
         self._file = open(path, "ab")
-        self._board = (
-            require("torch.utils.tensorboard", "tensorboard").SummaryWriter(tensorboard) if tensorboard else None
-        )
+        self._board = Board(tensorboard) if tensorboard else None
 
     @property
     def marks(self) -> str:
@@ -91,14 +90,44 @@ class Metrics:
         self._file.flush()
         self._mark(line)
         if self._board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{phase}/{name}", value, step)
+            scalars = {f"{phase}/{k}": float(x) for k, x in values.items() if isinstance(x, (int, float))}
+            self._board.add(step, scalars)
 
     def close(self) -> None:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+class Board:
+    """TensorBoard's scalars, written at once: its own writer does so in a thread, which would fail there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._events = require("tensorboard.compat.proto.event_pb2")
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        with self._named():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "ab", buffering=0)
+            self._records = require("tensorboard.summary.writer.record_writer").RecordWriter(self._file)
+            self._write(file_version="brain.Event:2")
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        with self._named():
+            self._write(step=step, summary={"value": [{"tag": k, "simple_value": x} for k, x in scalars.items()]})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **event: Any) -> None:
+        self._records.write(self._events.Event(wall_time=time.time(), **event).SerializeToString())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """A write's error names no file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
 class Display:

@@ -14,10 +14,11 @@ from trajkern.trainer import checkpoint
 from trajkern.trainer.collect import keeps_groups, knowable
 from trajkern.trainer.compose import composed, load_rubric, load_spec
 from trajkern.trainer.config import TrainConfig, check_parts
-from trajkern.trainer.folder import METRICS, Folder, check_free
+from trajkern.trainer.folder import METRICS, Folder, check_folder, check_free
 from trajkern.trainer.lagging import ANCHOR, Lag
 from trajkern.trainer.models.policy import Policy, load_policy
 from trajkern.trainer.models.tokenizer import ALPHABET
+from trajkern.trainer.optional import require
 from trajkern.trainer.packing import demonstration, token_count
 from trajkern.trainer.ranks import ALONE, Ranks
 from trajkern.trainer.report import Display, Metrics
@@ -96,6 +97,9 @@ def check_places(config: TrainConfig, stored: checkpoint.Checkpoint | None, rank
             raise ValueError(f"model must be a folder, or a file that can be read; {config.model}: {error}") from None
     if config.out is not None and ranks.number == 0:
         check_free(config.out, config.resume)
+    if config.tensorboard is not None and ranks.number == 0:
+        require("tensorboard.summary.writer.record_writer")
+        check_folder("tensorboard", config.tensorboard)
 
 
 def restore_stage(stored: checkpoint.Checkpoint, stage: Stage, splits: Splits) -> None:
