@@ -30,6 +30,8 @@ from trajkern.trainer.systems.plain import PlainTrees, differs
 from trajkern.trainer.tasks import JsonlTask, Splits, Task, load_task
 from trajkern.trainer.tasks.checked import spelling_in
 
+OWN = ("config", "out", "resume", "tensorboard", "threads")  # settings that a rank may have for itself
+
 
 def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
     """Questions, policy, optimiser and result files; nothing is written before every argument has been checked."""
@@ -45,6 +47,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
         raise ValueError(f"then.recipe must ask what the recipe {config.recipe} asks; got {config.then.recipe!r}")
     if stored and stored.place["config"]["task"] == config.task and stored.place["data"] != task.fingerprint:
         raise ValueError(f"task must be as it was to resume {config.resume}; {config.task} has changed since")
+    check_alike(config, stored, task, ranks)
     check_places(config, stored, ranks)
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = draw_splits(config, task)
@@ -81,6 +84,19 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
         run.restore(stored)
     display.say(description(run))
     return run
+
+
+def check_alike(config: TrainConfig, stored: checkpoint.Checkpoint | None, task: Task, ranks: Ranks) -> None:
+    """Raise ValueError where a rank was given another setting, checkpoint or data than rank 0: they would wait for each
+    other, or train a mixture."""
+    own = {k: v for k, v in config.to_json().items() if k not in OWN} | {"task's data": task.fingerprint}
+    own["checkpoint to resume"] = [stored.place[k] for k in ("phase", "step", "metrics")] if stored else None
+    first = ranks.told(own)
+    if differing := [name for name in own if own[name] != first[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"{name} must be the same on all ranks; got {own[name]!r} on rank {ranks.number}, {first[name]!r} on rank 0"
+        )
 
 
 def check_places(config: TrainConfig, stored: checkpoint.Checkpoint | None, ranks: Ranks) -> None:
