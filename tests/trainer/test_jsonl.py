@@ -175,6 +175,14 @@ GOOD = {"prompt": "a", "answer": "b"}
         ({"prompt": "x", "answer": "y", "verifier": "json:codecs"}, "verifier must be one of exact.*is <module"),
         ({"prompt": "x", "answer": "$4", "verifier": "number"}, "expected an answer that is a number, got '\\$4'"),
         ({"prompt": "x", "answer": "(", "verifier": "regex"}, r"expected an answer that is a regular .*, got '\('"),
+        (
+            {"prompt": "x", "answer": "a{1,99999999999}", "verifier": "regex"},
+            r"expected an answer that is a regular .*, got 'a\{1,9+\}': the repetition number is too large",
+        ),
+        (
+            {"prompt": "x", "answer": "(" * 5000 + ")" * 5000, "verifier": "regex"},
+            r"expected an answer that is a regular .*, got '\(+\)+': maximum recursion depth",
+        ),
         ({"prompt": "x", "answer": "1\n2", "verifier": "last_line"}, "expected an answer of one line"),
         (GOOD | {"prompt": "x", "reference": "c"}, "expected a reference that the verifier 'exact' accepts; got 'c'"),
         (GOOD | {"prompt": "x", "family": "f"}, "rows.jsonl:1: expected family, which other lines have; got none"),

@@ -96,7 +96,7 @@ def problem(verifier: str, answer: str | None) -> str | None:
     if verifier == "regex":
         try:
             re.compile(answer)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:  # of counts and depths beyond the engine
             return f"an answer that is a regular expression, got {answer!r}: {error}"
     return None
 
