@@ -36,7 +36,7 @@ OLDEST = ROOT / ".venv" / "oldest"  # what the Makefile installs beside the newe
 def nothing_left():
     """Whatever a test enables is gone behind it."""
     yield
-    for target, _ in list(adapter._enabled.values()):
+    for target, *_ in list(adapter._enabled.values()):
         adapter.disable(target)
     assert trl.trainer.utils._ChunkedLogProbFunction.__name__ == "ChunkedLogProbFunction"
 

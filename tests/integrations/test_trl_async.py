@@ -75,7 +75,7 @@ def attention_and_nothing_left(monkeypatch: pytest.MonkeyPatch):
     kernel = SimpleNamespace(flash_attn_varlen_func=of_lengths)
     monkeypatch.setattr(packing, "_flash_attn", lambda: kernel)
     yield
-    for target, _ in list(adapter._enabled.values()):
+    for target, *_ in list(adapter._enabled.values()):
         adapter.disable(target)
 
 

@@ -50,7 +50,7 @@ def trainer(shared: Any) -> Any:
 def nothing_left():
     """Whatever a test enables is gone behind it."""
     yield
-    for target, _ in list(adapter._enabled.values()):
+    for target, *_ in list(adapter._enabled.values()):
         adapter.disable(target)
 
 
@@ -131,6 +131,9 @@ def test_a_trainer_s_own_credit_goes_before_its_class_s(trainer: Any) -> None:
     assert set(generated(trainer)["advantages"].tolist()) == {0.0, 1.0}
     adapter.disable(trainer)
     assert generated(trainer)["advantages"].unique().numel() > 2
+    for heir in (trainer, type("Heir", (trl.GRPOTrainer,), {})):  # whose advantages would not be TRL's
+        with pytest.raises(ValueError, match="credit must be given for what inherits from GRPOTrainer, which has one"):
+            adapter.enable(heir)
 
 
 def calls(rollouts: credit.Rollouts) -> tk.Spans:

@@ -54,7 +54,8 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 _MISSING = object()
 _head = Patches()
-_enabled: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of a target -> it, and what it had itself before
+# id of a target -> it, what it had itself before, and what makes its advantages
+_enabled: dict[int, tuple[Any, dict[str, Any], ByCredit | ByFunction | None]] = {}
 
 
 class Rollouts(NamedTuple):
@@ -112,9 +113,9 @@ def enable(
         RuntimeError: a version of it whose loss or head takes or reads something that these do not know.
         TypeError: something else than such a trainer, or one with a loss of its own.
         ValueError: an option of the trainer that the loss cannot honour; a recipe that does not exist, or both a recipe
-            and a credit; a credit that the trainer cannot feed, by the term and what it lacks; a tokenizer with tokens
-            that the model does not have. For a class it is raised when a trainer is made, and for columns of the data
-            set at the first batch.
+            and a credit, or none of them where a class that it inherits from has one; a credit that the trainer cannot
+            feed, by the term and what it lacks; a tokenizer with tokens that the model does not have. For a class it
+            is raised when a trainer is made, and for columns of the data set at the first batch.
     """
     check_version("trl", TESTED, any_version)
     kind = _kind(trainer_or_class)
@@ -129,6 +130,8 @@ def enable(
         crediting.check_kind(kind)
     if not a_class:
         _check(trainer_or_class, kind, crediting)
+    if crediting is None:
+        _check_inherited(trainer_or_class)
     check_head()
     disable(trainer_or_class)
     put: dict[str, Any] = {loss_method(kind): _LOSSES[kind]} | _reading(trainer_or_class)
@@ -136,7 +139,7 @@ def enable(
         put |= hooks(trainer_or_class, crediting)
     if a_class:
         put["__init__"] = _checked(trainer_or_class.__init__, kind, crediting)
-    entry = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}
+    entry = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}, crediting
     _enabled[id(trainer_or_class)] = entry
     for name, function in put.items():
         setattr(trainer_or_class, name, function if a_class else functools.partial(function, trainer_or_class))
@@ -153,7 +156,7 @@ def enable(
 def disable(trainer_or_class: Any) -> None:
     """Takes back what :func:`enable` did to this trainer or class; where it did nothing, nothing happens."""
     read_all_logged()
-    _, before = _enabled.pop(id(trainer_or_class), (None, {}))
+    _, before, _ = _enabled.pop(id(trainer_or_class), (None, {}, None))
     for name, value in before.items():
         if value is _MISSING:
             delattr(trainer_or_class, name)
@@ -161,6 +164,17 @@ def disable(trainer_or_class: Any) -> None:
             setattr(trainer_or_class, name, value)
     if not _enabled:
         _head.undo()
+
+
+def _check_inherited(target: Any) -> None:
+    """ValueError where a class that it inherits from makes the advantages: they would not be TRL's, as is said."""
+    for base in (target if isinstance(target, type) else type(target)).__mro__:
+        _, _, crediting = _enabled.get(id(base), (None, {}, None))
+        if base is not target and crediting is not None:
+            raise ValueError(
+                f"recipe or credit must be given for what inherits from {base.__name__}, which has one, "
+                f"{crediting.named()}: disable that first, or its credit goes on"
+            )
 
 
 def _kind(target: Any) -> str:
