@@ -212,6 +212,10 @@ def _said(text: Any, finish: Any = "stop") -> tuple[int, bytes]:
     return 200, json.dumps(whole).encode()
 
 
+SAID = json.loads(_said("Score: 5")[1])
+OF_USER = {"choices": [{"finish_reason": "stop", "message": {"role": "user", "content": "Score: 5"}}]}
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("openai", reason="the judge's extra is not installed")
@@ -266,6 +270,8 @@ def test_a_failed_try_is_tried_again(server: Server, first: tuple[int, bytes | f
         ((200, b'{"choices": [{"mess'), "JSONDecodeError"),
         ((200, b'{"choices": []}'), "ValueError: the server's answer is no chat completion"),
         ((200, b'{"error": "busy"}'), "ValueError: the server's answer is no chat completion"),
+        ((200, json.dumps(SAID | {"error": "half of it"}).encode()), "ValueError: .* completion: it has 'half of it'"),
+        ((200, json.dumps(OF_USER).encode()), "ValueError: .* completion: it has \"a message of the role 'user'"),
         ((200, b"[]"), "ValueError: the server's answer is no chat completion"),
         ((200, b'"hello"'), "ValueError: the server's answer is no chat completion"),
         ((200, b'{"choices": [{"text": "Score: 5"}]}'), "ValueError: the server's answer is no chat completion"),

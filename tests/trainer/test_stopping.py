@@ -20,7 +20,7 @@ from trajkern.trainer import config as configuration
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
 from trajkern.trainer.config import TrainConfig
-from trajkern.trainer.folder import CHECKPOINT, WARM, Folder, ResultsError
+from trajkern.trainer.folder import CHECKPOINT, LOCK, WARM, Folder, ResultsError
 from trajkern.trainer.report import Display
 from trajkern.trainer.stopping import Interrupted, interruptible
 
@@ -321,3 +321,28 @@ def test_a_folder_that_was_replaced_is_left_alone(
         training.train(config())
     assert len(steps) == 4 and not any((tmp_path / "run").iterdir())
     assert load(tmp_path / "moved" / CHECKPOINT).place["step"] == 2
+
+
+def test_a_lock_that_was_removed_ends_the_run(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run could work in the same folder."""
+    right, steps = training.policy_step, []
+
+    def unlocked(run: Any) -> Any:
+        steps.append(run.step)
+        if len(steps) == 3:
+            (run.out / LOCK).unlink()
+        return right(run)
+
+    monkeypatch.setattr(training, "policy_step", unlocked)
+    with pytest.raises(ResultsError, match="lock is no more the file by which the run has locked its folder.*continue"):
+        training.train(config())
+
+
+def test_a_lock_that_is_a_link_is_left_alone(config: Make, tmp_path: Path) -> None:
+    settings, other = config(), tmp_path / "mine"
+    other.write_text("words")
+    settings.out.mkdir()
+    (settings.out / LOCK).symlink_to(other)
+    with pytest.raises(ValueError, match="out must be a folder that can be written to"):
+        training.train(settings)
+    assert other.read_text() == "words"

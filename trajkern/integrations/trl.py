@@ -25,7 +25,9 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit as credits
-from trajkern._checks import describe, did_you_mean, suggesting
+from trajkern._checks import check_tensor, check_valued, describe, did_you_mean, readable, suggesting
+from trajkern._dtypes import FLOATS
+from trajkern._values import check_finite
 from trajkern.integrations._adapted_head import embedding_count
 from trajkern.integrations._adapter import Enabled, Patches, check_signature, check_version, held
 from trajkern.integrations._credit_checks import spec_of
@@ -138,7 +140,7 @@ def enable(
     if crediting is not None:
         put |= hooks(trainer_or_class, crediting)
     if a_class:
-        put["__init__"] = _checked(trainer_or_class.__init__, kind, crediting)
+        put["__init__"] = _checked(trainer_or_class, kind, crediting)
     entry = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}, crediting
     _enabled[id(trainer_or_class)] = entry
     for name, function in put.items():
@@ -198,10 +200,13 @@ def _base(name: str, cls: type) -> Any:
     return next((c for c in cls.__mro__ if c.__name__ == name and c.__module__.startswith("trl.")), None)
 
 
-def _checked(init: Callable[..., None], kind: str, crediting: ByCredit | ByFunction | None) -> Callable[..., None]:
-    @functools.wraps(init)
+def _checked(cls: Any, kind: str, crediting: ByCredit | ByFunction | None) -> Callable[..., None]:
+    own = vars(cls).get("__init__")
+
+    @functools.wraps(cls.__init__)
     def checked_init(self: Any, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
+        init = functools.partial(own, self) if own else super(cls, self).__init__  # of a class that is enabled, or not
+        init(*args, **options)
         _check(self, kind, crediting)
 
     return checked_init
@@ -311,12 +316,16 @@ class ByFunction:
         mask = written.to(generation.inputs["completion_mask"].dtype)
         rewards, ids = generation.rewards, generation.inputs["completion_ids"]
         rollouts = Rollouts(rewards, generation.group_ids, here, ids, mask, generation.examples, generation.inputs)
-        advantages = self.function(rollouts)
+        advantages, name = self.function(rollouts), "the result of recipe"
+        check_tensor(name, advantages, dtypes=FLOATS)
+        check_valued(name, advantages)
+        if readable(advantages):
+            check_finite(name, advantages.detach().flatten())
         shapes = [list(mask.shape[:1]), *([] if generation.one_action else [list(mask.shape)])]
         if list(advantages.shape) not in shapes:
             legal = " or ".join(map(str, shapes))
             raise ValueError(f"recipe must return advantages of shape {legal}; got {list(advantages.shape)}")
-        advantages = advantages.to(mask.device)
+        advantages = advantages.detach().to(mask.device)
         return {"advantages": with_penalty(trainer, generation, advantages, ~rewards[here].isnan())}
 
 

@@ -86,8 +86,13 @@ def kept(inputs: Inputs) -> Inputs:
 
 def written(before: Inputs, inputs: Inputs) -> list[str]:
     """The tensors among ``inputs`` that are no longer what they were."""
-    tensors = ((k, before[k], x.detach()) for k, x in inputs.items() if isinstance(x, Tensor))
-    return [k for k, old, x in tensors if not torch.equal(old.nan_to_num(), x.nan_to_num())]
+    tensors = {k: (before[k], x.detach()) for k, x in inputs.items() if isinstance(x, Tensor)}
+    return [k for k, pair in tensors.items() if not _same(*pair)]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """A NaN is the same as a NaN, and as nothing else."""
+    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def outputs_of(spec: OpSpec, result: Any) -> dict[str, Tensor]:

@@ -57,9 +57,16 @@ class Folder:
         return folder
 
     def check(self) -> None:
-        """Raise OSError where the path leads to another folder by now, which nobody has locked, or to none."""
+        """Raise OSError where the path leads to another folder by now, which nobody has locked, or to none; and where
+        the lock has been removed."""
         if self._found is not None and _identity(self.path) != self._found:
             raise OSError(f"{self.path} is another folder than the run began in: it was moved or replaced")
+        if self._lock is not None:
+            held, lock = os.fstat(self._lock.fileno()), self.path / LOCK
+            if not os.path.lexists(lock) or _identity(lock) != (held.st_dev, held.st_ino):
+                raise OSError(
+                    f"{lock} is no more the file by which the run has locked its folder: others may work in it"
+                )
 
     def close(self) -> None:
         """Let others work in it."""
@@ -120,7 +127,8 @@ def _new(config: TrainConfig) -> Path:
 
 def _locked(folder: Path) -> IO[str]:
     """The file by which the folder is locked: the system lets go of it when the process ends, however it does."""
-    file = open(folder / LOCK, "a+")
+    made = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # what a link leads to is nobody's to empty
+    file = os.fdopen(os.open(folder / LOCK, made, 0o666), "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

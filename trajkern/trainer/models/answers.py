@@ -47,6 +47,9 @@ def reply(content: bytes) -> tuple[str, bool]:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise ValueError(f"the server's answer is no chat completion: {str(answer)[:200]!r}")
+    if answer.get("error") is not None or message.get("role", "assistant") != "assistant":
+        said = answer.get("error") or f"a message of the role {message.get('role')!r}"
+        raise ValueError(f"the server's answer is no chat completion: it has {str(said)[:200]!r}")
     text, finish = message.get("content"), choice.get("finish_reason")
     if not isinstance(text, (str, NoneType)) or not isinstance(finish, (str, NoneType)):
         wrong = finish if isinstance(text, (str, NoneType)) else text
