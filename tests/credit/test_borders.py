@@ -336,3 +336,44 @@ def test_reflection_by_lengths_and_with_the_outcome() -> None:
     close(reward(x), means + 0.5 * x.reward("reward"))
     moved = x.to("cpu")
     assert not moved.memory and moved.names == x.names
+
+
+def _of_two(*rewards: float, name: str = "reward") -> credit.Rollouts:
+    mask = torch.tensor([False, True] * 2)
+    batch = tk.PackedBatch(torch.arange(4), torch.tensor([0, 2, 4]), mask, torch.zeros(2, dtype=torch.int64))
+    return credit.Rollouts(batch, rewards={name: torch.tensor(rewards)})
+
+
+@pytest.mark.parametrize(
+    "term", [credit.outcome(baseline="none", scale="none"), credit.recipe("w_reinforce")], ids=repr
+)
+def test_a_product_that_overflows_is_refused(term: credit.Spec) -> None:
+    with pytest.raises(ValueError, match="must give advantages that float32 holds"):
+        (1e10 * term)(_of_two(1e35, 1e34))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [("w_reinforce", "reward"), ("psr", "reward"), ("nsr", "reward"), ("outcome", "reward"), ("srl", "similarity")],
+)
+def test_an_infinite_reward_is_refused_by_its_own_name(recipe: str, name: str) -> None:
+    spec = credit.outcome() if recipe == "outcome" else credit.recipe(recipe)
+    with pytest.raises(ValueError, match=rf"rewards\['{name}'\] must be finite; it is inf at index 0"):
+        spec(_of_two(torch.inf, 0.0, name=name))
+
+
+def test_the_names_that_are_shown_are_a_copy() -> None:
+    rollouts = _of_two(1.0, 0.0)
+    rollouts.names.add("flags:nix")
+    with pytest.raises(ValueError, match="needs 'flags:nix', which the rollouts do not have"):
+        credit.outcome().gate("nix")(rollouts)
+
+
+@pytest.mark.parametrize("needs", [3, {3}, None])
+def test_needs_that_are_no_names(needs: object) -> None:
+    def reward(rollouts: credit.Rollouts) -> torch.Tensor:
+        return rollouts.reward("reward")
+
+    reward.needs = needs  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="needs of .*reward must be a name or names"):
+        credit.outcome(reward)(_of_two(1.0, 0.0))

@@ -7,7 +7,7 @@ a token's sum of several kinds.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -300,6 +300,8 @@ def written_call(name: str, x: Any, first: str = "", last: frozenset[str] = froz
 def needs_of(value: Any, kind: str = "") -> frozenset[str]:
     """A name behind its ``kind``; what an expression or a function of rollouts says that it reads in ``needs``."""
     needs = kind + value if isinstance(value, str) else getattr(value, "needs", ())
+    if not isinstance(needs, str) and not (isinstance(needs, Collection) and all(isinstance(x, str) for x in needs)):
+        raise TypeError(f"needs of {named(value)} must be a name or names of what it reads, got {describe(needs)}")
     return frozenset((needs,) if isinstance(needs, str) else needs)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_number, checked_field
+from trajkern._checks import check_choice, check_number, checked_field, renamed
 from trajkern.credit.part import Value, needs_of, resolved_function
-from trajkern.credit.rollouts import Rollouts
+from trajkern.credit.rollouts import Rollouts, check_counted
 from trajkern.credit.scored import BeliefGain, InReach, Reflection
 from trajkern.credit.spec import Spec
 from trajkern.credit.terms import Directive, OfTurns, Outcome, Signs
@@ -37,7 +37,8 @@ class Calibration(Value):
         correct, confidence = rollouts.reward("reward"), rollouts.reward("confidence")
         stated, scored = ~confidence.isnan(), ~correct.isnan()
         correct, confidence = torch.where(scored, correct, 0), torch.where(stated, confidence, 0)
-        rewards = rlcr.rewards(correct, confidence, form=self.form, well_formed=stated)
+        with renamed({"correct": "rewards['reward']", "confidence": "rewards['confidence']"}):
+            rewards = rlcr.rewards(correct, confidence, form=self.form, well_formed=stated)
         return torch.where(scored, rewards, torch.nan)
 
 
@@ -53,7 +54,9 @@ class StepLikeness(Value):
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         similarity = rollouts.reward("similarity")
-        return srl.rewards(similarity.nan_to_num(), ~similarity.isnan(), penalty=self.penalty)
+        well_formed = ~similarity.isnan()
+        check_counted("rewards['similarity']", similarity, well_formed)
+        return srl.rewards(torch.where(well_formed, similarity, 0), well_formed, penalty=self.penalty)
 
 
 @dataclass(frozen=True, repr=False)

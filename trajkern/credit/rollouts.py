@@ -157,7 +157,7 @@ class Rollouts:
     @property
     def names(self) -> set[str]:
         """What there is to read, as a credit's ``needs`` calls it."""
-        return self.once("names", self._names)
+        return {*self.once("names", self._names)}  # nobody else's
 
     def _names(self) -> set[str]:
         found = {*self.rewards} if self.rewards else set()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_instance, check_number, describe, did_you_mean, suggesting
+from trajkern._checks import check_choice, check_instance, check_number, describe, did_you_mean, readable, suggesting
 from trajkern.credit.part import Call, Function, Part, added, check_name, needs_of, resolved_function, written
 from trajkern.credit.result import Credit
 from trajkern.credit.rollouts import Rollouts
@@ -41,7 +41,8 @@ class Spec(abc.ABC):
         Reads no value of a tensor on the host, but for a term of a tree behind a gate, which prunes the tree.
 
         Raises:
-            ValueError: something that the expression needs is not among the rollouts, by the term that reads it.
+            ValueError: something that the expression needs is not among the rollouts, by the term that reads it; on a
+                CPU also an advantage that its dtype does not hold.
         """
         check_instance("rollouts", rollouts, Rollouts)
         self._agree(rollouts)
@@ -49,6 +50,8 @@ class Spec(abc.ABC):
         call = Call(rollouts)
         part = self.part(call, frozenset())
         advantages = call.tokens(part).mul_(call.learning(part))
+        if readable(advantages) and not bool(advantages.isfinite().all()):  # a product is not
+            raise ValueError(f"{self!r} must give advantages that {str(advantages.dtype)[6:]} holds; some overflow it")
         mask, keep = call.mask(part).clone(), call.kept(part).clone()  # nobody else's
         positive = torch.count_nonzero(advantages > 0) / torch.count_nonzero(mask)
         metrics = call.metrics | {"kept": keep.float().mean(), "positive": positive}

@@ -266,7 +266,10 @@ class Signs(Term):
     def formed(self, call: Call, gates: GateSet) -> Part:
         reward = call.rollouts.reward(self.reward)
         scored = ~reward.isnan()
-        rows, keep = nsr.advantages(reward.nan_to_num(), kind=self.kind, positive_weight=self.positive_weight)
+        check_counted(f"rewards[{self.reward!r}]", reward, scored)
+        rows, keep = nsr.advantages(
+            torch.where(scored, reward, 0), kind=self.kind, positive_weight=self.positive_weight
+        )
         keep = call.among_passed(keep & scored, gates)
         rows = torch.where(keep, rows, 0)
         call.report(self.kind, rows, torch.where(keep, call.counts, 0))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_count, check_divisor, renamed, suggesting
+from trajkern._checks import check_count, check_divisor, check_number, renamed, suggesting
 from trajkern.integrations._adapter import (
     Enabled,
     PaddedRows,
@@ -120,7 +120,7 @@ class PolicyLoss(torch.nn.Module):
             raise ValueError(
                 "is_correction_mode 'clip' needs is_correction_level 'token' and is_correction_gating 'ratio'"
             )
-        self.threshold = tuple(is_correction_threshold)
+        self.threshold = tuple(check_number("is_correction_threshold", x) for x in is_correction_threshold)
         if len(self.threshold) != 2:
             raise ValueError(f"is_correction_threshold must be (low, high), got {is_correction_threshold!r}")
         if is_correction_gating != "ratio" and is_correction_level != "off" and self.threshold[0] > 0:
