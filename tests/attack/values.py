@@ -90,7 +90,8 @@ def shown(x: Any) -> str:
         return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
     if isinstance(x, int) and abs(x) >= 2**63:
         return f"{x.bit_length()} bits"
-    return " ".join((type(x).__name__ if type(x) is object else repr(x)).split())[:40]
+    words = " ".join((type(x).__name__ if type(x) is object else repr(x)).split())
+    return re.sub(r" at 0x[0-9a-f]+", "", words)[:40]  # the same in every process
 
 
 LARGE = ("chunk_size", "seed", "upstream_seed", "workspace_bytes", "min_length", "max_length", "max_completion_length")
