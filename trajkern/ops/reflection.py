@@ -77,7 +77,8 @@ class _Reflection(torch.autograd.Function):
     def forward(ctx: Any, logprobs, baseline, grouped, *options):
         ctx.set_materialize_grads(False)
         bounds, *groups = grouped
-        keep(ctx, logprobs, bounds.clone(), *groups, baseline)  # its memory may be numpy's, and change unseen
+        bounds = bounds.clone() if bounds.is_cpu else bounds  # whose memory may be numpy's, and change unseen
+        keep(ctx, logprobs, bounds, *groups, baseline)
         ctx.options = options
         return tuple(_reflection_rewards(logprobs, *grouped, baseline, *options))
 

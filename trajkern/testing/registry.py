@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trajkern import reference
 from trajkern._checks import check_callable, check_choice, check_count, check_device, check_instance, describe
+from trajkern._dtypes import FLOATS
 
 Inputs = dict[str, Any]
 MOST_SEED = 2**63 - 1  # that a generator takes
@@ -66,7 +67,7 @@ class OpSpec:
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The case's arguments, its float tensors quantised to ``dtype``."""
         check_instance("case", case, Case)
-        dtype = check_choice("dtype", dtype, self.dtypes)
+        dtype = check_choice("dtype", dtype, FLOATS)
         check_device("device", device)
         seed = check_count("seed", seed, low=0, high=MOST_SEED)
         with torch.device("cpu"):  # whatever torch's default device is
