@@ -80,15 +80,18 @@ def steps(count: int, folder: Path) -> list[Row]:
     child = started([*LONG, "--steps", str(count), "--out", str(out)], folder / "log")
     seen: list[tuple[int, int]] = []
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        time.sleep(0.5)
+        time.sleep(0.1)
         if done := steps_done(out):
             seen.append((done, resident(child)))
     seen = [(done, size) for done, size in seen if size]
     taken = steps_done(out)
     if taken < count:
         return [row(area_of(count), count, count - taken, "make soak", f"it ended after {taken}; see {folder / 'log'}")]
-    early = statistics.median(size for done, size in seen if count / 5 <= done <= 2 * count / 5)
-    late = statistics.median(size for done, size in seen if done >= 4 * count / 5)
+    second = [size for done, size in seen if count / 5 <= done <= 2 * count / 5]
+    last = [size for done, size in seen if done >= 4 * count / 5]
+    if not second or not last:
+        raise SystemExit(f"--steps must be so many that memory can be read while they are taken; got {count}")
+    early, late = statistics.median(second), statistics.median(last)
     grown = late - early
     print(f"{count} steps: {early / 2**20:.1f} MiB resident, then {late / 2**20:.1f}", flush=True)
     reason = f"{grown / 2**20:.1f} MiB more in the last fifth than in the second" if grown > ALLOWED else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,19 @@ from torch import Tensor
 
 from tests.fuzz.layouts import TREES
 from tests.fuzz.packs import LENGTHS
-from tests.fuzz.problem import LAID_OUT, Factors, Options, Problem, Target, bounds, given, of_case, randn, some
+from tests.fuzz.problem import (
+    LAID_OUT,
+    Factors,
+    Options,
+    Problem,
+    Target,
+    Undecided,
+    bounds,
+    given,
+    of_case,
+    randn,
+    some,
+)
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import AGGREGATES, KINDS
@@ -36,10 +49,27 @@ def _policy_loss(options: Options, seed: int) -> Problem:
     inputs = of_case(POLICY_LOSS, options, seed, lambda g: _arguments(options, g))
     if isinstance(branch := inputs.get("branch"), Branch):
         inputs["branch"] = Branch(*(x.to(inputs["logprobs"].dtype) for x in branch))
+    if _cut_is_a_tie(inputs):
+        raise Undecided
     spec = POLICY_LOSS
     if options["dtype"] == "float64" and options["aggregate"] == "token_sum":  # what float64's own sum is made of
         spec = dataclasses.replace(spec, term_scale=spec.term_scale | {"loss": _size_of_terms(inputs)})
     return Problem(spec, inputs, {"old_logprobs": None} if options["old_logprobs"] == "none" else {})
+
+
+def _cut_is_a_tie(inputs: Inputs) -> bool:
+    """Whether kl_cov takes one of two tokens by where they stand: a pack in another order takes the other."""
+    config, advantages = inputs["config"], inputs["advantages"]
+    if config.kind != "kl_cov" or advantages is None:
+        return False
+    x, lengths = inputs["logprobs"].double(), inputs["cu_seqlens"].diff()
+    a = advantages.double() if advantages.shape == x.shape else advantages.double().repeat_interleave(lengths)
+    mask = inputs.get("mask")
+    if mask is not None:
+        x, a = x[mask], a[mask]
+    found = ((a - a.mean()) * (x - x.mean())).sort(descending=True).values
+    cut = max(1, math.floor(config.cov_fraction * found.numel()))
+    return cut < found.numel() and bool((found[cut - 1] - found[cut]).abs() <= 1e-9 * found[cut].abs())
 
 
 def _size_of_terms(inputs: Inputs) -> float:
