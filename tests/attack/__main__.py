@@ -10,9 +10,11 @@ import argparse
 import datetime
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -78,7 +80,9 @@ def attacked(surface: str, step: int = 1, heavy: bool = True, seed: int = 0) -> 
     while True:
         numbers = map(str, (seed, first, step, int(heavy)))
         command = [sys.executable, "-m", "tests.attack", "--worker", surface, *numbers]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # of what the calls leave
+            around = os.environ | {"TMPDIR": folder}
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=around)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         found += [Found(surface, *line[1:]) for line in lines if len(line) == 5]
         if done.returncode == 0:
