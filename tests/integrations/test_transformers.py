@@ -249,6 +249,24 @@ def of_lengths(*lengths: int) -> tk.PackedBatch:
     return tk.PackedBatch(tokens, bounds, mask, torch.zeros(len(lengths), dtype=torch.long))
 
 
+@pytest.mark.parametrize(("attention", "dtype"), [("eager", torch.float32), ("sdpa", torch.float64), ("eager", None)])
+def test_padding_beyond_a_window_is_no_nan(attention: str, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SMALL, sliding_window=5, attn_implementation=attention)
+    model = transformers.MistralForCausalLM(config).to(dtype or torch.float64)
+    if dtype is None:
+        with pytest.raises(ValueError, match="layout must have .*ends at sliding_window=5.*from 2 to 7: .*'sdpa'"):
+            log_probs(model, of_lengths(7, 2))
+    for lengths in [(7, 7)] + ([(7, 3)] if dtype is None else [(7, 2), (20, 1, 9)]):
+        together, parts = log_probs(model, of_lengths(*lengths)), of_lengths(*lengths).tokens.split(list(lengths))
+        alone = [model(x[None]).logits[0, :-1].double().log_softmax(-1).gather(1, x[1:, None])[:, 0] for x in parts]
+        of_all = torch.cat([x for part in alone for x in (part.new_zeros(1), part)])
+        torch.testing.assert_close(together.double(), of_all, rtol=1e-5, atol=1e-5)
+        model.zero_grad()
+        together.sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ROPE)
 def test_sequences_whose_frequencies_the_longest_would_set_are_refused(kind: str) -> None:
     config = {**SMALL, "max_position_embeddings": 16 if kind == "dynamic" else 64}

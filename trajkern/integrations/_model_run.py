@@ -47,6 +47,7 @@ def run_layout(inner: Any, call: Any, layout: Layout, tokens: Tensor, route: Rou
     if isinstance(layout, Tree):
         return run_model(inner, call, route, tokens, layout.positions, **_tree_options(inner, layout))[0]
     if layout_kind(inner, layout) == "rows":
+        _check_padding(inner, layout)
         return _padded(inner, call, layout, route)
     bounds, longest = layout.cu_seqlens.int(), layout.max_length
     spans = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
@@ -67,6 +68,23 @@ def _check_lengths(inner: Any, layout: Layout) -> None:
                 f"for a model of rope_type {kind!r}, in which the longest of a call sets the frequencies of all; "
                 f"got lengths from {shortest} to {longest}"
             )
+
+
+def _check_padding(inner: Any, batch: PackedBatch) -> None:
+    """Refuses rows whose padding sees no token: eager attention rounds a float64 mask to float32's -inf, hence NaN."""
+    if inner.dtype is not torch.float64 or attention_of(inner) != "eager" or not batch.num_trajectories:
+        return
+    config = inner.config.get_text_config()
+    shortest, longest = int(batch.lengths.min()), batch.max_length
+    window, others = getattr(config, "sliding_window", None), _limits(config)
+    blind = [f"sliding_window={window}"] if window and longest - shortest >= window else []
+    blind += [f"{name}={reach}" for name, reach in others.items() if shortest < longest > reach]
+    if blind:
+        raise ValueError(
+            f"layout must have sequences of one length for a float64 model whose eager attention ends at {blind[0]}, "
+            f"where padding sees no token and is NaN; got lengths from {shortest} to {longest}: load the model with "
+            "attn_implementation='sdpa'"
+        )
 
 
 def _by_the_longest(config: Any) -> list[tuple[str, int]]:
@@ -160,8 +178,9 @@ def check_tree(inner: Any) -> None:
             f"model must attend fully or through a window to run a Tree; {type(inner).__name__} is recurrent" + _CARRIED
         )
     if limits := _limits(config):
+        found = ", ".join(f"{name}={value}" for name, value in limits.items())
         raise ValueError(
-            f"model must limit its attention by sliding_window alone to run a Tree; its config has {limits}"
+            f"model must limit its attention by sliding_window alone to run a Tree; its config has {found}"
         )
 
 
@@ -197,9 +216,9 @@ def _tree_mask(inner: Any, tree: Tree) -> Any:
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _limits(config: Any) -> str:
+def _limits(config: Any) -> dict[str, int]:
     """What the config has for an attention of limited reach, beside the window that a tree's mask has."""
-    found = {
+    return {
         name: value
         for name, value in vars(config).items()
         if _REACHES.search(name)
@@ -208,4 +227,3 @@ def _limits(config: Any) -> str:
         and isinstance(value, int)
         and value > 1
     }
-    return ", ".join(f"{name}={value}" for name, value in found.items())
