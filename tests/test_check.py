@@ -156,7 +156,7 @@ def test_a_module_is_asked_for_its_forward() -> None:
 @pytest.mark.parametrize(
     "function, message",
     [
-        (3, "function must be callable, got int"),
+        (3, "function must be a function of the op's arguments, got 3"),
         (lambda logits, labels: None, "by name, logits, targets; it does not take targets but labels, logits"),
         (lambda logits, targets, cache: None, "function needs cache, which token_logprobs does not give"),
     ],

@@ -126,6 +126,10 @@ def broken(_: dict[str, Any]) -> tuple[int, bytes, int | None]:
     return 500, b'{"error": "EngineDeadError"}', None
 
 
+def partial_content(found: dict[str, Any]) -> tuple[int, bytes, int | None]:
+    return 206, json.dumps(found).encode(), None
+
+
 def no_json(_: dict[str, Any]) -> tuple[int, bytes, int | None]:
     return 200, b"<html>", None
 
@@ -138,6 +142,7 @@ def no_json(_: dict[str, Any]) -> tuple[int, bytes, int | None]:
         (dying, r"ConnectionError: http://.*gave no whole answer: IncompleteRead.*100 bytes read"),
         (too_few, r"must have 2 completions a prompt, as n asks; 1 came"),
         (broken, r"answered 500 .*EngineDeadError"),
+        (partial_content, "its status must be 200, got 206 Partial Content"),
         (no_json, r"must answer in JSON; got b'<html>'"),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_simulated_tool() -> None:
     assert answered(lambda call: table.get(call, "error: no such item"), "price(") == "error: no such item"
     with pytest.raises(TypeError, match=r"simulate must return a string, got None \(NoneType\) for the call 'x'"):
         answered(table.get, "x")
-    with pytest.raises(TypeError, match="simulate must be callable"):
+    with pytest.raises(TypeError, match="simulate must be a function of a call, got"):
         answered("tool", "x")
     with pytest.raises(TypeError, match="call must be a string, got 3"):
         answered(str, 3)

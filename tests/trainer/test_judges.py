@@ -278,6 +278,7 @@ def test_a_failed_try_is_tried_again(server: Server, first: tuple[int, bytes | f
         *((_said(text), "ValueError: the server's answer is no chat completion: its text is") for text in NO_TEXTS),
         (_said("Score: 5", 3), "ValueError: the server's answer is no chat completion: its text is '3'"),
         (_said("a" * 30_000), "Refused: the server's answer must have at most 20000 bytes; more came"),
+        ((206, _said("Score: 5")[1]), "Refused: the server's answer must be whole, of the status 200; it has 206"),
         ((200, b"[" * 15_000), "RecursionError|.*JSONDecodeError"),
         (ENDLESS, "Refused: the server's answer must have at most 20000 bytes; more came"),
         (PACKED, "Refused: the server's answer must not be compressed, as the request says; it is 'gzip'"),
@@ -304,6 +305,9 @@ def test_no_redirection_is_followed(server: Server) -> None:
             with connection:
                 connection.recv(1 << 16)
                 connection.sendall(f"HTTP/1.1 307 Away\r\nLocation: {server.url}/chat/completions\r\n\r\n".encode())
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):  # closed with bytes unread, a connection would be reset
+                    pass
 
         threading.Thread(target=away, daemon=True).start()
         with pytest.raises(JudgeError, match="1 of 1 calls to the judge 'm' failed; the first: APIStatusError: .*307"):

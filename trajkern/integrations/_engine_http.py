@@ -47,6 +47,8 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
     request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
     try:
         with _opener().open(request, timeout=timeout) as answer:
+            if answer.status != 200:  # as of a part of it
+                raise OSError(f"its status must be 200, got {answer.status} {answer.reason}")
             content = _read(answer, max_bytes)
     except urllib.error.HTTPError as error:
         raise ConnectionError(f"{url} answered {error.code} {error.reason}: {_said(error)}") from error

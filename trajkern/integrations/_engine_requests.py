@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from trajkern._checks import check_count, describe
+from trajkern._checks import check_callable, check_count, describe
 
 MOST_WORKERS = 4096  # threads
 Request = TypeVar("Request")
@@ -37,8 +37,7 @@ def collect(ask: Callable[[Request], Answer], requests: Iterable[Request], *, wo
     Raises:
         EngineFailure: after all have been asked, where one raised an exception; it holds the answers that came.
     """
-    if not callable(ask):
-        raise TypeError(f"ask must be a function of a request, got {describe(ask)}")
+    check_callable("ask", ask, "a function of a request")
     if not isinstance(requests, Iterable) or isinstance(requests, (str, Mapping, Tensor)):
         raise TypeError(f"requests must be a sequence, got {describe(requests)}")
     with ThreadPoolExecutor(check_count("workers", workers, low=1, high=MOST_WORKERS)) as pool:

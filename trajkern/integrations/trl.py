@@ -25,7 +25,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import credit as credits
-from trajkern._checks import check_tensor, check_valued, describe, did_you_mean, readable, suggesting
+from trajkern._checks import check_callable, check_tensor, check_valued, describe, did_you_mean, readable, suggesting
 from trajkern._dtypes import FLOATS
 from trajkern._values import check_finite
 from trajkern.integrations._adapted_head import embedding_count
@@ -364,6 +364,5 @@ def _functions(name: str, value: Any) -> dict[str, Any]:
 
 
 def _function(name: str, value: Any, legal: str = "a function of rollouts") -> Any:
-    if not callable(value):
-        raise TypeError(f"{name} must be {legal}, got {type(value).__name__}")
+    check_callable(name, value, legal)
     return value

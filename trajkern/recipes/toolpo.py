@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trajkern import Spans, group_advantages
-from trajkern._checks import check_number, describe, readable, suggesting
+from trajkern._checks import check_callable, check_number, describe, readable, suggesting
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._values import check_values
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, to_tokens, widened
@@ -39,8 +39,7 @@ def answered(simulate: Simulator, call: str) -> str:
     Raises:
         TypeError: one of the two is none, or the answer is no text.
     """
-    if not callable(simulate):
-        raise TypeError(f"simulate must be callable, got {describe(simulate)}")
+    check_callable("simulate", simulate, "a function of a call")
     if not isinstance(call, str):
         raise TypeError(f"call must be a string, got {describe(call)}")
     answer: Any = simulate(call)

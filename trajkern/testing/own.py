@@ -12,6 +12,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern import reference
+from trajkern._checks import check_callable
 from trajkern.testing.registry import Case, Inputs, OpSpec
 
 Function = Callable[..., Any]
@@ -35,8 +36,7 @@ def _signature(function: Function) -> inspect.Signature:
 
 def check_arguments(spec: OpSpec, function: Function) -> None:
     """Refuse what cannot be called as the op at all."""
-    if not callable(function):
-        raise TypeError(f"function must be callable, got {type(function).__name__}")
+    check_callable("function", function, "a function of the op's arguments")
     names, parameters = taken(function), inspect.signature(getattr(tk, spec.name)).parameters
     if names is None:
         return

@@ -20,6 +20,8 @@ def counted(most: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
     """The client's hook that gives up an answer of more bytes."""
 
     async def limit(response: Any) -> None:
+        if response.is_success and response.status_code != 200:
+            raise Refused(f"the server's answer must be whole, of the status 200; it has {response.status_code}")
         packed = response.headers.get("content-encoding", "identity")
         if packed != "identity":
             raise Refused(f"the server's answer must not be compressed, as the request says; it is {packed!r}")
