@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -211,4 +213,25 @@ EFFECTS: dict[str, Callable[[Any], Any]] = {
     "lets go of determinism": setting(lambda: torch.use_deterministic_algorithms(False)),
     "takes threads": setting(lambda: torch.set_num_threads(2)),
     "goes elsewhere": setting(lambda: os.chdir("/")),
+}
+
+
+def _ends_a_child() -> None:
+    """As a verifier does that has taken too long."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    if child.exitcode is None:
+        child.kill()
+        raise RuntimeError("a child outlived SIGTERM")
+
+
+def _leaves_a_child() -> None:
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,), daemon=True).start()
+
+
+CHILDREN: dict[str, Callable[[Any], Any]] = {
+    "ends a child": setting(_ends_a_child),
+    "leaves a child": setting(_leaves_a_child),
 }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,34 @@ def test_a_signal_is_heeded_once(number: int) -> None:
             assert interrupt.is_set() and told == [number]
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_tasks_child_ends_by_a_signal(number: int) -> None:
+    with interruptible(patient=False) as interrupt:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        assert child.pid is not None
+        os.kill(child.pid, number)
+        child.join(30)
+        assert child.exitcode == -number and not interrupt.is_set()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_tasks_child_does_not_hold_the_folder(config: Make) -> None:
+    run = config()
+    folder = Folder.of(run)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        with pytest.raises(ValueError, match="out must be a folder that no other run works in"):
+            Folder.of(run)
+        folder.close()
+        Folder.of(run).close()
+    finally:
+        child.terminate()
+        child.join()
 
 
 def test_a_signal_that_was_ignored_still_is() -> None:

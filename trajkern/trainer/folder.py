@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import weakref
 from pathlib import Path
 from typing import IO, TypeGuard
 
@@ -17,6 +18,15 @@ from trajkern.trainer.tasks import task_label
 
 METRICS = "metrics.jsonl"
 LOCK = "lock"
+_held = weakref.WeakSet[IO[str]]()  # locks of this process
+
+
+def _let_go() -> None:
+    for file in list(_held):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)  # a task's child that outlives its run would hold the folder
 
 
 class ResultsError(Exception):
@@ -139,6 +149,7 @@ def _locked(folder: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    _held.add(file)
     return file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,30 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_replaced: dict[int, Any] = {}  # the handlers in whose place a run's stand
+_mask = threading.local()
+
+
+def _put_back() -> None:
+    for number, handler in _replaced.items():
+        signal.signal(number, handler)
+
+
+def _hold() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _replaced)
+
+
+def _deliver() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _begin_child() -> None:
+    _put_back()
+    _deliver()
+
+
+# what a task forks must end by the SIGTERM that a run outlives, also by one that is there before it has begun
+os.register_at_fork(before=_hold, after_in_parent=_deliver, after_in_child=_begin_child)
 
 
 class Interrupted(Exception):
@@ -61,10 +86,11 @@ def interruptible(patient: bool) -> Iterator[Interrupt]:
         if not patient:
             signal.signal(number, before[number])
 
+    _replaced.update(before)
     for number in before:
         signal.signal(number, heed)
     try:
         yield event
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _put_back()
+        _replaced.clear()
