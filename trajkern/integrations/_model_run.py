@@ -72,11 +72,11 @@ def _check_lengths(inner: Any, layout: Layout) -> None:
 
 def _check_padding(inner: Any, batch: PackedBatch) -> None:
     """Refuses rows whose padding sees no token: eager attention rounds a float64 mask to float32's -inf, hence NaN."""
-    if inner.dtype is not torch.float64 or attention_of(inner) != "eager" or not batch.num_trajectories:
-        return
     config = inner.config.get_text_config()
-    shortest, longest = int(batch.lengths.min()), batch.max_length
     window, others = getattr(config, "sliding_window", None), _limits(config)
+    if inner.dtype is not torch.float64 or attention_of(inner) != "eager" or not (window or others) or not len(batch):
+        return
+    shortest, longest = int(batch.lengths.min()), batch.max_length
     blind = [f"sliding_window={window}"] if window and longest - shortest >= window else []
     blind += [f"{name}={reach}" for name, reach in others.items() if shortest < longest > reach]
     if blind:
