@@ -163,3 +163,56 @@ def test_a_tree_of_numpys_memory() -> None:
     found = treerpo.node_advantages(rewards, tree), treerl.node_rewards(rewards, tree)
     assert all(map(torch.equal, found, expected))
     assert tree.pruned(keep)[0].arrays[0].tolist() == [-1, 0]
+
+
+def _held(x: Any) -> list[torch.Tensor]:
+    return [x] if isinstance(x, torch.Tensor) else [y for part in x for y in _held(part)] if isinstance(x, tuple) else []
+
+
+def _shown(layout: Any) -> dict[str, list[torch.Tensor]]:
+    """The tensors of each of its public properties."""
+    own = {name for name, x in vars(type(layout)).items() if isinstance(x, property) or hasattr(x, "__get__")}
+    values = {name: getattr(layout, name) for name in own if not name.startswith("_") and name != "arrays"}
+    values |= {"head_inputs": layout.head_inputs()} if isinstance(layout, tk.PackedBatch) else {}
+    return {name: tensors for name, x in values.items() if (tensors := _held(x))}
+
+
+def made_of(layout: Any) -> list[Any]:
+    """The layout and what its own methods make of it."""
+    if isinstance(layout, tk.PackedBatch):
+        other = tk.PackedBatch.concatenate([layout, layout], groups="apart")
+        return [layout, layout[1:], other, layout.to("cpu"), tk.Tree.from_trajectories(layout)]
+    if isinstance(layout, tk.Tree):
+        return [layout, layout.pruned(torch.tensor([True, False]))[0], layout.to("cpu")]
+    return [layout, layout.to("cpu")]
+
+
+@pytest.mark.parametrize("made", [batch, tree, spans])
+def test_what_is_read_or_made_while_sampling_is_there_for_training(made: Callable[[], Any]) -> None:
+    given = {"tokens", "cu_seqlens", "loss_mask", "group_ids", "parent", "node_lengths", "start", "end", "trajectory"}
+    outside = made()
+    with torch.inference_mode():
+        assert len(_shown(outside)) > 2
+        inside = [x for layout in (made(), outside) for x in made_of(layout)]
+    for layout in [outside, *inside]:
+        for name, tensors in _shown(layout).items():
+            theirs = layout is inside[0] and name in given  # as they were given
+            assert theirs or name == "index" or not any(x.is_inference() for x in tensors), name
+    for _, _, use in (x for x in USES if x[0] is made):
+        for layout in (outside, inside[0]):
+            use(layout)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_through_layouts_made_while_sampling(native: bool) -> None:
+    with torch.inference_mode():
+        layouts = spans(), tree(), batch()
+    with tk.use_backend("native" if native else "reference"):
+        for layout, count in zip(layouts, (2, 3, 2), strict=True):
+            x = torch.randn(count, requires_grad=True)
+            tk.spread(x, layout).sum().backward()
+            assert x.grad is not None and x.grad.gt(0).all()
+        for op, count, layout in ((tk.span_reduce, 4, layouts[0]), (tk.subtree_reduce, 2, layouts[1])):
+            x = torch.randn(count, requires_grad=True)
+            op(x, layout).sum().backward()
+            assert x.grad is not None and x.grad.gt(0).all()

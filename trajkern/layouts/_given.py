@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Generic, TypeVar, overload
+from functools import wraps
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from trajkern._checks import check_device, check_memory
 
 L = TypeVar("L")
 T = TypeVar("T")
+P = ParamSpec("P")
 MOST_TOKENS = 2**31 - 1  # of a layout: attention by segments counts them in int32
 
 
@@ -22,11 +24,26 @@ def check_tokens(name: str, count: int) -> None:
         raise ValueError(f"{name} must be at most {MOST_TOKENS} tokens, got {count}")
 
 
+def savable(make: Callable[P, T]) -> Callable[P, T]:
+    """Makes what autograd may save, also under ``torch.inference_mode``: a layout outlives the sampling it began in."""
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        if is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+            return make(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return made
+
+
+@savable
 def owned(x: Tensor) -> Tensor:
     """A contiguous copy that nobody else has."""
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
+@savable
 def moved(layout: L, device: torch.device | str, non_blocking: bool) -> L:
     """A layout whose fields lie on another device, not validated again, and without what is derived from them."""
     check_device("device", device)
@@ -75,7 +92,7 @@ class derived(Generic[T]):
     """A property that is computed once, of one tensor or several, and not shown again once they are written into."""
 
     def __init__(self, make: Callable[[Any], T]) -> None:
-        self._make, self._name, self.__doc__ = make, make.__name__, make.__doc__
+        self._make, self._name, self.__doc__ = savable(make), make.__name__, make.__doc__
 
     @overload
     def __get__(self, layout: None, owner: type) -> derived[T]: ...

@@ -10,7 +10,7 @@ from torch import Tensor
 from trajkern import _ext
 from trajkern._checks import resolved
 from trajkern.layouts import _plain
-from trajkern.layouts._given import MOST_TOKENS, check_tokens
+from trajkern.layouts._given import MOST_TOKENS, check_tokens, savable
 
 
 class Nodes(NamedTuple):
@@ -49,6 +49,7 @@ def offsets_of(counts: Tensor) -> Tensor:
     return out
 
 
+@savable
 def derive(parent: Tensor, node_lengths: Tensor) -> tuple[Nodes, int, int]:
     device, m = parent.device, parent.shape[0]
     up, lengths = (resolved(x).cpu().long().contiguous() for x in (parent, node_lengths))

@@ -24,13 +24,12 @@ from trajkern._checks import (
     describe,
     suggesting,
 )
-from trajkern._dtypes import INTEGERS, LAID_OUT
+from trajkern._dtypes import FLOATS, INTEGERS, LAID_OUT
 from trajkern._values import check_cu_seqlens, check_finite
-from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, owned
+from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, owned, savable
 from trajkern.layouts._padding import flags, padding, real_tokens, same_shape
 from trajkern.layouts._selection import GROUPS, concatenated_bounds, concatenated_groups, selection
 
-_FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PER_TOKEN = ("tokens", "loss_mask", "old_logprobs", "ref_logprobs", "sampler_logprobs")
 _LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
@@ -101,12 +100,12 @@ class PackedBatch:
         check_tensor("group_ids", self.group_ids, dtypes=INTEGERS, device=device)
         check_shape("group_ids", self.group_ids, (count,), "one id a trajectory")
         if self.rewards is not None:
-            check_tensor("rewards", self.rewards, dtypes=_FLOAT, device=device)
+            check_tensor("rewards", self.rewards, dtypes=FLOATS, device=device)
             check_shape("rewards", self.rewards, (count,), "one reward a trajectory")
             check_finite("rewards", self.rewards)
         for name in _LOGPROBS:
             if (x := getattr(self, name)) is not None:
-                check_tensor(name, x, dtypes=_FLOAT, device=device)
+                check_tensor(name, x, dtypes=FLOATS, device=device)
                 check_shape(name, x, (length,), "one value a token")
                 check_finite(name, x, where=self.loss_mask)
         self._check_first_tokens()
@@ -114,8 +113,7 @@ class PackedBatch:
 
     def _check_first_tokens(self) -> None:
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
-        scored = self.loss_mask[starts].nonzero()
-        if scored.numel():
+        if (scored := self.loss_mask[starts].nonzero()).numel():
             raise ValueError(
                 f"loss_mask must be False on the first token of every trajectory (nothing predicts it); "
                 f"it is True at token {int(starts[scored[0, 0]])}"
@@ -144,6 +142,7 @@ class PackedBatch:
         """Its trajectories one by one, each as a batch."""
         return (self[n] for n in range(len(self)))
 
+    @savable
     def __getitem__(self, index: Any) -> PackedBatch:
         """Some of the trajectories, in the order in which they are asked for, as a batch.
 
@@ -173,6 +172,7 @@ class PackedBatch:
 
     @classmethod
     @suggesting
+    @savable
     def concatenate(cls, batches: Sequence[PackedBatch], *, groups: str | None = None) -> PackedBatch:
         """The batches end to end; fields keep their gradients, and dtypes widen as ``torch.cat``'s do.
 
@@ -257,6 +257,7 @@ class PackedBatch:
         """
         return self._moved(lambda x: x.pin_memory())
 
+    @savable
     def _moved(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         moved = _bare({name: None if x is None else move(x) for name, x in _own_fields(self).items()})
         index, groups, longest, pairs = self._derived  # type: ignore[attr-defined]
@@ -265,6 +266,7 @@ class PackedBatch:
 
     @classmethod
     @suggesting
+    @savable
     def from_padded(
         cls,
         tokens: Tensor,  # [N, L]
@@ -379,6 +381,7 @@ def _trusted(values: dict[str, Any]) -> PackedBatch:
     return batch
 
 
+@savable
 def _derive(batch: PackedBatch) -> None:
     """What a batch needs again and again, computed once."""
     dense = torch.unique(batch.group_ids, return_inverse=True)

@@ -23,7 +23,7 @@ from trajkern._checks import (
 from trajkern._dtypes import INTEGERS
 from trajkern._values import check_cu_seqlens
 from trajkern.layouts import _plain
-from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, derived, owned
+from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, derived, owned, savable
 from trajkern.layouts._selection import selection
 from trajkern.layouts.batch import PackedBatch, check_batch
 
@@ -109,6 +109,7 @@ class Spans:
         span[1::2] = torch.arange(len(self), device=self.device)
         return torch.repeat_interleave(span, edges.diff(), output_size=self.num_tokens)
 
+    @savable
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Spans:
         """The same spans on another device, not validated again."""
         check_device("device", device)
@@ -117,6 +118,7 @@ class Spans:
         start, end = (x.to(device, non_blocking=non_blocking) for x in self.ranges)
         return _keep(moved, (start, end))
 
+    @savable
     def taken(self, batch: PackedBatch, index: Any) -> Spans:
         """The spans of ``batch[index]``: of each trajectory that is taken those that it has here, of the same numbers.
 
@@ -149,6 +151,7 @@ class Spans:
         return Spans(start, stop, to, self.index[span], int(cu_seqlens[-1]), chosen.cu_seqlens)
 
     @classmethod
+    @savable
     def turns(
         cls,
         loss_mask: Tensor,  # [T]

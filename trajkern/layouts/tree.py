@@ -17,7 +17,7 @@ from trajkern._checks import check_choice, check_count, check_flag, check_shape,
 from trajkern._dtypes import INTEGERS
 from trajkern._values import check_values
 from trajkern.layouts._block_mask import path_mask
-from trajkern.layouts._given import Given, derived, moved, owned
+from trajkern.layouts._given import Given, derived, moved, owned, savable
 from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
 from trajkern.layouts._prefixes import segments, shared_prefixes
@@ -319,6 +319,7 @@ class Tree:
         begin, end = (x[self.token_node] for x in self.leaf_range)
         return path_mask(begin, end, self.positions, dense)
 
+    @savable
     def pruned(self, leaves: Tensor) -> tuple[Tree, Tensor]:  # [L] bool
         """The tree of the rollouts marked by ``leaves``, and which of the nodes it has, bool ``[M]``.
 
@@ -336,6 +337,7 @@ class Tree:
         parent = torch.where(parent < 0, -1, number[parent])
         return Tree(parent, self.bounds.diff()[nodes], roots[nodes[self._nodes.parent < 0]], source), nodes
 
+    @savable
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tree:
         """The same tree on another device, not validated again."""
         there = moved(self, device, non_blocking)
@@ -344,6 +346,7 @@ class Tree:
 
     @classmethod
     @suggesting
+    @savable
     def from_trajectories(cls, batch: PackedBatch, on_mismatch: str = "raise", *, tolerance: float = 1e-3) -> Tree:
         """The tree of a batch's shared prefixes, inside each group and where the loss masks agree too.
 
@@ -360,6 +363,7 @@ class Tree:
         return cls(*shared_prefixes(batch, on_mismatch, tolerance)).to(batch.device)
 
     @classmethod
+    @savable
     def from_segments(
         cls,
         segment_ids: Tensor,  # [T]
