@@ -74,7 +74,7 @@ def _check_padding(inner: Any, batch: PackedBatch) -> None:
     """Refuses rows whose padding sees no token: eager attention rounds a float64 mask to float32's -inf, hence NaN."""
     config = inner.config.get_text_config()
     window, others = getattr(config, "sliding_window", None), _limits(config)
-    if inner.dtype is not torch.float64 or attention_of(inner) != "eager" or not (window or others) or not len(batch):
+    if not (window or others) or attention_of(inner) != "eager" or inner.dtype is not torch.float64 or not len(batch):
         return
     shortest, longest = int(batch.lengths.min()), batch.max_length
     blind = [f"sliding_window={window}"] if window and longest - shortest >= window else []
