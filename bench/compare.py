@@ -20,7 +20,7 @@ from trajkern._bench.table import peers_of, seconds
 from trajkern._bench.text import size, wrapped
 from trajkern._checks import check_choice
 from trajkern.testing.numerics import Outcome
-from trajkern.testing.own import called, check_arguments, kept, outputs_of, untaken, written
+from trajkern.testing.own import called, check_arguments, kept, outputs_of, put_back, untaken, written
 
 TAKEN = (OURS, "eager", COMPILED, BARE)  # names that a function may not have
 
@@ -203,7 +203,7 @@ def _form(name: str, function: Callable[..., Any], problem: Problem) -> Function
         if tried:
             return outputs_of(spec, call(**inputs))
         before = kept(inputs)  # in the first call, which is the gate's
-        outputs = outputs_of(spec, call(**inputs))
+        outputs = outputs_of(spec, put_back(call)(**inputs))
         if spoilt := written(before, inputs):
             with torch.no_grad():
                 for k in spoilt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -140,6 +141,32 @@ def test_what_writes_into_its_arguments_is_caught() -> None:
     spec = spec_of("token_logprobs")
     with pytest.raises(ValueError, match="writes into its argument logits"):
         differences(spec, scaled, spec.inputs(spec.case("typical"), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda: torch.set_grad_enabled(False), "grad mode at True, and left it at False"),
+        (lambda: torch.set_default_dtype(torch.float64), "the default dtype at torch.float32, and left it at"),
+        (lambda: torch.set_num_threads(torch.get_num_threads() + 1), "the number of threads at"),
+        (lambda: torch.use_deterministic_algorithms(True), "deterministic algorithms at False, and left it at True"),
+    ],
+)
+def test_a_function_must_leave_torchs_settings(change: Callable[[], None], left: str) -> None:
+    """The reference would compute by them, and agree: without a graph no gradient is compared."""
+
+    def forgetful(logits, targets):
+        change()
+        return mine(logits.detach(), targets)
+
+    before = torch.get_num_threads()
+    results = check(forgetful, like="token_logprobs", cases="typical", **SMALL)
+    assert not results.passed and f"ValueError: must leave {left}" in " ".join(str(results).split())
+    spec = spec_of("token_logprobs")
+    with pytest.raises(ValueError, match=f"must leave {left}"):
+        differences(spec, forgetful, spec.inputs(spec.case("typical"), torch.float32))
+    assert torch.is_grad_enabled() and torch.get_default_dtype() is torch.float32 and torch.get_num_threads() == before
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_module_is_asked_for_its_forward() -> None:

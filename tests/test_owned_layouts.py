@@ -166,7 +166,9 @@ def test_a_tree_of_numpys_memory() -> None:
 
 
 def _held(x: Any) -> list[torch.Tensor]:
-    return [x] if isinstance(x, torch.Tensor) else [y for part in x for y in _held(part)] if isinstance(x, tuple) else []
+    return (
+        [x] if isinstance(x, torch.Tensor) else [y for part in x for y in _held(part)] if isinstance(x, tuple) else []
+    )
 
 
 def _shown(layout: Any) -> dict[str, list[torch.Tensor]]:

@@ -137,6 +137,7 @@ def linear_logprobs(
         bias: ``[V]`` of the same dtype.
         temperature: a positive number that float32 and its reciprocals hold (float64's for float64 inputs), or such
             floats ``[T]``, or without dimensions; checked on the CPU, elsewhere an illegal one gives NaN.
+            Where what reaches the backward, divided by it, overflows, the row's gradient is inf or NaN.
         softcap: logits are softcap * tanh(logits / softcap).
         logit_scale: multiplies the logits before the softcap.
         mask: bool ``[P]``; a False pair is not computed, gives 0 and has gradient 0.

@@ -107,6 +107,7 @@ def token_logprobs(
             CPU; on a GPU, where it cannot be checked without a synchronisation, that row's result is NaN.
         temperature: a positive number that float32 and its reciprocals hold (float64's for float64 logits), or such
             floats of the leading shape, or without dimensions; checked on the CPU, elsewhere an illegal one gives NaN.
+            Where what reaches the backward, divided by it, overflows, the row's gradient is inf or NaN.
         mask: bool of the leading shape; a False row is not read, gives 0 and has gradient 0.
         inplace_backward: write the gradient over the logits' memory and return it, so that no second tensor of that
             size exists. The logits are lost: a second backward raises, and so does the backward of any other op that

@@ -14,7 +14,7 @@ from torch import Tensor
 import trajkern as tk
 from trajkern._checks import check_flag
 from trajkern.testing.numerics import Outcome, budget_share, budget_shares, oracle, run, shares_of_numbers
-from trajkern.testing.own import Function, called, held, kept, written
+from trajkern.testing.own import Function, called, held, kept, put_back, written
 from trajkern.testing.registry import Inputs, OpSpec, check_parts
 
 WIDTH = 80
@@ -62,7 +62,7 @@ def differences(spec: OpSpec, function: Function, inputs: Inputs, backward: bool
     check_parts(spec, function, inputs)
     backward = check_flag("backward", backward)
     if function is not getattr(tk, spec.name) or not backward:
-        spec, function = held(spec, function, backward), called(spec, function)
+        spec, function = held(spec, function, backward), put_back(called(spec, function))
     before = kept(inputs)
     actual = run(spec, function, inputs)
     if (spoilt := written(before, inputs)) and not inputs.get("inplace_backward"):

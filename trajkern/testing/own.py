@@ -79,6 +79,32 @@ def called(spec: OpSpec, function: Function) -> Function:
     return call
 
 
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+}
+
+
+def put_back(function: Function) -> Function:
+    """It as one that raises where it leaves torch's settings at others, by which the oracle would compute, too."""
+
+    def call(**inputs: Any) -> Any:
+        before = {name: read() for name, (read, _) in _SETTINGS.items()}
+        try:
+            return function(**inputs)
+        finally:
+            found = {name: now for name, (read, _) in _SETTINGS.items() if (now := read()) != before[name]}
+            for name in found:
+                _SETTINGS[name][1](before[name])
+            if found:
+                name, now = next(iter(found.items()))
+                raise ValueError(f"must leave {name} at {before[name]}, and left it at {now}")
+
+    return call
+
+
 def kept(inputs: Inputs) -> Inputs:
     """The arguments with copies of the tensors."""
     return {k: x.detach().clone() if isinstance(x, Tensor) else x for k, x in inputs.items()}
@@ -126,7 +152,7 @@ def _names(spec: OpSpec, function: Function) -> list[str] | None:
     """The outputs that it gives as a dict; None where it gives none. Refuses names that the op does not have."""
     inputs = spec.inputs(spec.cases[0], torch.float32)
     try:
-        result = called(spec, function)(**inputs)
+        result = put_back(called(spec, function))(**inputs)
     except Exception:  # is found again, and told, in the cases
         return None
     if not isinstance(result, dict):
