@@ -18,11 +18,13 @@ from trajkern._bench.session import measure
 from trajkern._bench.sizes import BACKWARD, SIZES, cases
 from trajkern._bench.table import peers_of, seconds
 from trajkern._bench.text import size, wrapped
-from trajkern._checks import check_choice
+from trajkern._checks import check_callable, check_choice, check_flag, check_number, check_sequence, describe
+from trajkern._dtypes import FLOATS
 from trajkern.testing.numerics import Outcome
 from trajkern.testing.own import called, check_arguments, kept, outputs_of, put_back, untaken, written
 
 TAKEN = (OURS, "eager", COMPILED, BARE)  # names that a function may not have
+MOST_SECONDS = 1e6  # of measuring
 
 
 def compare(
@@ -67,18 +69,20 @@ def compare(
         A :class:`Comparison`, which prints as a table.
 
     Raises:
-        ValueError: there is no such op or device, a shape is not one of the op's, or a name is taken.
-        TypeError: a function does not take the op's arguments by name.
+        ValueError: there is no such op, dtype or device, a shape is not one of the op's, or a name is taken.
+        TypeError: an argument of another kind, or a function that does not take the op's arguments by name.
     """
-    check_choice("like", like, tuple(SIZES))
-    check_choice("device", device, ("cpu", "cuda"))
+    like, device = check_choice("like", like, tuple(SIZES)), check_choice("device", device, ("cpu", "cuda"))
+    dtype, seconds = check_choice("dtype", dtype, FLOATS), check_number("seconds", seconds, low=0, high=MOST_SECONDS)
+    backward, compiled = check_flag("backward", backward), check_flag("compiled", compiled)
+    peers, progress = check_flag("peers", peers), check_flag("progress", progress)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device cuda: torch {torch.__version__} sees no NVIDIA GPU")
-    _check_functions(functions, like)
+    functions = _checked_functions(functions, like)
     chosen = [
         _with(functions, case)
-        for shape in ([SIZES[like].quick] if shapes is None else shapes)
-        for case in _works(cases(like, tuple(shape), dtype, device, "shapes"), backward)
+        for shape in ([SIZES[like].quick] if shapes is None else _checked_shapes(shapes))
+        for case in _works(cases(like, shape, dtype, device, "shapes"), backward)
     ]
     hold()
     report = results.new_report(device) | {"own": list(functions)}
@@ -146,6 +150,8 @@ def _rows(case: dict[str, Any], usable: list[str]) -> Iterator[str]:
     wide = max(map(len, (*case["gate"], BARE)))
     for name in (*case["gate"], BARE):
         taken = case["seconds"].get(name)
+        if taken is None and name == BARE:  # where trajkern itself could not run
+            continue
         if taken is None:
             yield from wrapped(f"{name:<{wide}}  not timed: {case['gate'][name]['why']}", "  ")
             continue
@@ -164,13 +170,27 @@ def shapes_of(like: str) -> tuple[str, ...]:
     return SIZES[like].letters
 
 
-def _check_functions(functions: Mapping[str, Callable[..., Any]], like: str) -> None:
+def _checked_functions(functions: Mapping[str, Callable[..., Any]], like: str) -> dict[str, Callable[..., Any]]:
     if not isinstance(functions, Mapping) or not functions:
-        raise TypeError(f"functions must be a dict of a name and a function, such as {{'mine': f}}; got {functions!r}")
+        raise TypeError(
+            f"functions must be a dict of a name and a function, such as {{'mine': f}}; got {describe(functions)}"
+        )
+    functions = dict(functions)
     for name, function in functions.items():
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise TypeError(f"functions must have names that can be shown in a line, got {describe(name)}")
         if name in (*TAKEN, *packages.PEERS):
             raise ValueError(f"functions: {name!r} is the name of another contender; call it otherwise")
+        check_callable(f"functions[{name!r}]", function, "a function of the op's arguments")
         check_arguments(OPS[like], function)
+    return functions
+
+
+def _checked_shapes(shapes: Any) -> list[tuple[Any, ...]]:
+    found = check_sequence("shapes", shapes, "shapes")
+    if not found:
+        raise ValueError("shapes must hold at least one shape, got none")
+    return [check_sequence("shapes", shape, "shapes, each a sequence of numbers") for shape in found]
 
 
 def _works(found: list[TimedCase], backward: bool) -> list[TimedCase]:

@@ -14,7 +14,7 @@ import trajkern as tk
 from tests.attack.__main__ import SURFACES, attacked
 from tests.attack.case import Case, outcome
 from tests.attack.page import text
-from trajkern import credit, recipes, testing
+from trajkern import bench, credit, recipes, testing
 
 STEPS = {
     "functions": 23,
@@ -80,6 +80,7 @@ GIVEN |= {
     "Function",
     "Spec",
     "Case",
+    "Comparison",
     "Difference",
     "Differences",
     "Failure",
@@ -93,7 +94,7 @@ GIVEN |= {
 
 def _public() -> Iterator[tuple[str, str]]:
     """(module, name) of everything that users call."""
-    for module in (tk, credit, testing):
+    for module in (tk, bench, credit, testing):
         yield from ((module.__name__, name) for name in module.__all__ if callable(getattr(module, name)))
     for part in pkgutil.iter_modules(recipes.__path__):
         module = import_module(f"trajkern.recipes.{part.name}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -13,7 +14,7 @@ import trajkern as tk
 from tests.attack import recipes
 from tests.attack.case import GOOD, Case, of_function
 from tests.attack.functions import _batch, _spans
-from trajkern import testing
+from trajkern import bench, testing
 from trajkern.recipes import dro, skillrl, toolpo
 
 STATES = [None, 3, "x", [], {}, {"skills": 3}, {"rounds": 1}, {"rounds": -1, "last": []}, {"rounds": 1, "last": 3}]
@@ -75,10 +76,19 @@ def _functions() -> Iterator[tuple[Callable[..., Any], Arguments]]:
     yield testing.differences, {"spec": spec, "function": tk.whiten, "inputs": inputs}
     share = {"spec": spec, "name": "x", "actual": torch.ones(2), "high": torch.ones(2).double(), "low": torch.ones(2)}
     yield testing.budget_share, share
+    yield compare, {"functions": {"mine": lambda **inputs: tk.whiten(**inputs)}, "like": "whiten", "shapes": [(8,)]}
+    yield bench.shapes_of, {"like": "whiten"}
     yield use_backend, {"name": "reference"}
     yield action_mask, {"spans": _spans()}
     for kind in (skillrl.SkillBank, dro.Curriculum):
         yield kind, {}
+
+
+@wraps(bench.compare)
+def compare(*args: Any, **kwargs: Any) -> Any:
+    """Up to where it measures."""
+    with patch("trajkern._bench.compare.measure"):
+        return bench.compare(*args, **kwargs)
 
 
 def use_backend(name: str) -> None:

@@ -79,7 +79,7 @@ def called(spec: OpSpec, function: Function) -> Function:
     return call
 
 
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
