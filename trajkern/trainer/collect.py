@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local)
     """The rollouts that are kept, of the groups that have an advantage: the others have nothing to learn from."""
     batch, ranks = played.batch, run.ranks
     with unchanged(f"credit {run.config.credit or run.config.recipe}", *tensors_of(rollouts)):
-        found = run.spec(rollouts)
+        found = alike(run.spec(rollouts), run.ranks)
     values |= moments_of(found)
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), batch.lengths)
     moves = torch.stack([found.advantages != 0, *(weight != 0 for _, weight in found.divergences)]).any(0)
@@ -166,6 +167,19 @@ def credited(run: Run, played: Played, rollouts: credit.Rollouts, values: Local)
     if not found.mask[keep[owner]].any():
         return None
     return Lesson.of(found, keep, played.forest)
+
+
+def alike(found: credit.Credit, ranks: Ranks) -> credit.Credit:
+    """The credit as the first rank of the head has it: a function of an expression may not say the same twice."""
+    of_head = ranks.tensor_of_head
+    return replace(
+        found,
+        advantages=of_head(found.advantages),
+        mask=of_head(found.mask),
+        keep=of_head(found.keep),
+        divergences=tuple((term, of_head(weight)) for term, weight in found.divergences),
+        rows=None if found.rows is None else of_head(found.rows),
+    )
 
 
 def tensors_of(rollouts: credit.Rollouts) -> list[Tensor]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from trajkern import credit
-from trajkern.trainer.returned import as_flag, as_list, ask
+from trajkern.trainer.returned import agreed, as_flag, as_list
 from trajkern.trainer.schema import Finite, NotNegative, Share
 from trajkern.trainer.tasks.base import Question, Task
 
@@ -49,7 +49,7 @@ def load_rubric(name: str | None, task: Task) -> Rubric | None:
         raise ValueError(f'compose.rubric must be "well_formed" or {error}') from None
     if not callable(function):
         raise ValueError(f'compose.rubric must be "well_formed" or package.module:function; {name!r} is {function!r}')
-    return partial(ask, f"compose.rubric {name}", function)
+    return partial(agreed, f"compose.rubric {name}", function)
 
 
 def flags_of(rubric: str | None, returned: Any, count: int) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import signal
 import time
 import uuid
@@ -125,6 +126,28 @@ class Ranks:
         if self.mesh:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    @property
+    def head(self) -> dist.ProcessGroup | None:
+        """The ranks that work on the same rollouts, each with its rows of the head; None where this is the only one."""
+        return self.mesh["vocabulary"].get_group() if self.mesh and self.mesh["vocabulary"].size() > 1 else None
+
+    def of_head(self, name: str, value: Any) -> Any:
+        """The ``value`` that the first rank of the head has, of what is called ``name``."""
+        box, group = [value], self.head
+        try:
+            dist.broadcast_object_list(box, group=group, group_src=0, device=self.device)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise TypeError(f"{name} must return what can be pickled, for the ranks of a head; {error}") from None
+        return box[0]
+
+    def tensor_of_head(self, x: Tensor) -> Tensor:
+        """The ``x`` that the first rank of the head has; all have one of that shape and dtype."""
+        if not self.head:
+            return x
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(x.view(torch.uint8) if x.dtype == torch.bool else x, group=self.head, group_src=0)
+        return x
 
     def merged(self, values: Mapping[str, Any]) -> dict[str, float | int | None]:
         """A step's metrics over all parts.

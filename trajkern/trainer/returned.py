@@ -46,6 +46,34 @@ def ask(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     return value
 
 
+def agreed(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What :func:`ask` returns; of ranks that work on the same rollouts, what the first of them got: a verifier may ask
+    a judge, which does not say the same twice. Each asks, so that a task's own state is the same on all."""
+    share, _sharing.share = _sharing.share, None  # what it asks in turn is its own
+    try:
+        value = ask(name, function, *args, **kwargs)
+    finally:
+        _sharing.share = share
+    return value if share is None else share(name, value)
+
+
+class _Sharing:
+    share: Callable[[str, Any], Any] | None = None
+
+
+_sharing = _Sharing()
+
+
+@contextlib.contextmanager
+def sharing(share: Callable[[str, Any], Any] | None) -> Iterator[None]:
+    """A block in which :func:`agreed` gives ``share`` of a name and what was returned."""
+    before, _sharing.share = _sharing.share, share
+    try:
+        yield
+    finally:
+        _sharing.share = before
+
+
 @contextlib.contextmanager
 def unchanged(name: str, *tensors: torch.Tensor) -> Iterator[None]:
     """A block in which functions of an expression called ``name`` run, which have no frame of :func:`ask`.

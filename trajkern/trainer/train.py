@@ -23,6 +23,7 @@ from trajkern.trainer.packing import Piece, token_count
 from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.plot import plot
 from trajkern.trainer.ranks import RankError, joined
+from trajkern.trainer.returned import sharing
 from trajkern.trainer.rounds import questions_of
 from trajkern.trainer.run import Diverged, Run, deterministic
 from trajkern.trainer.setup import lags_of, load_credit, make_copies, make_optimizer, make_stage, set_up
@@ -78,6 +79,7 @@ def trained(config: TrainConfig, folder: list[Path]) -> Result:
         deterministic(config.threads, ranks.device),
         interruptible(patient=ranks.mesh is not None) as interrupt,
         ranks.device if ranks.device.type != "cpu" else nullcontext(),  # a default device slows every call down
+        sharing(ranks.of_head if ranks.head else None),
     ):
         run = set_up(config, ranks, interrupt)
         folder.append(run.out)

@@ -17,7 +17,7 @@ from trajkern.trainer.lagging import SCORER, TEACHER, Lag
 from trajkern.trainer.models.policy import Policy
 from trajkern.trainer.packing import Piece, demonstration, pack_rollouts
 from trajkern.trainer.ranks import ALONE, Moments, Ranks
-from trajkern.trainer.returned import ask
+from trajkern.trainer.returned import agreed
 from trajkern.trainer.sampling import Rollouts
 from trajkern.trainer.systems.scoring import score
 from trajkern.trainer.tasks.base import Question, Splits, Task
@@ -43,17 +43,20 @@ GIVES_HINTS = Requirement("one with `hint`", lambda task: isinstance(task, HintT
 
 
 def load_function(
-    setting: str, name: str, check: Callable[[str, Any], Any] = lambda name, value: value
+    setting: str,
+    name: str,
+    check: Callable[[str, Any], Any] = lambda name, value: value,
+    call: Callable[..., Any] = agreed,
 ) -> Callable[..., Any]:
-    """The function "package.module:function" that a setting names; its results pass ``check``. Raises ValueError where
-    there is none."""
+    """The function "package.module:function" that a setting names, which ``call`` calls; its results pass ``check``.
+    Raises ValueError where there is none."""
     try:
         found = credit.load(name)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
     if not callable(found):
         raise ValueError(f"{setting} must be package.module:function; {name!r} is {found!r}")
-    return lambda *args: check(f"{setting} {name}", ask(f"{setting} {name}", found, *args))
+    return lambda *args: check(f"{setting} {name}", call(f"{setting} {name}", found, *args))
 
 
 class Rounds(NamedTuple):

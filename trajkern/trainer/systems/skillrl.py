@@ -12,7 +12,7 @@ from trajkern import credit
 from trajkern.integrations.sentence_transformers import embeddings
 from trajkern.recipes.skillrl import Sketch, Skill, SkillBank
 from trajkern.trainer.packing import Piece, demonstration
-from trajkern.trainer.returned import as_list, as_text
+from trajkern.trainer.returned import as_list, as_text, ask
 from trajkern.trainer.schema import Count, Finite, Range, Share, Size, check_fields
 from trajkern.trainer.systems.base import GroupSystem, Local, load_function
 from trajkern.trainer.tasks.base import Question, Splits
@@ -191,7 +191,7 @@ class SkillBased(GroupSystem):
         """The function, called on rank 0: what it says, which may be another thing each time, is told to all."""
         if function is None:
             return None
-        found = load_function(f"skillrl.{name}", function, self._sketches)
+        found = load_function(f"skillrl.{name}", function, self._sketches, ask)
         return lambda *of: self.ranks.told(found(*of) if self.ranks.number == 0 else None)
 
 

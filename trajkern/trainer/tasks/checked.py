@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajkern.trainer.returned import as_flag, as_list, as_number, as_place, as_text, ask, refuse, shown
+from trajkern.trainer.returned import agreed, as_flag, as_list, as_number, as_place, as_text, ask, refuse, shown
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 from trajkern.trainer.tasks.capabilities import Action, Belief
 
@@ -60,7 +60,8 @@ class _Returning:
         self.method, self.name, self.check, self.task = method, name, check, task
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return CHECKS[self.check](self.name, ask(self.name, self.method, *args, **kwargs), self.task, kwargs)
+        call = agreed if self.check in AGREED else ask
+        return CHECKS[self.check](self.name, call(self.name, self.method, *args, **kwargs), self.task, kwargs)
 
 
 def as_answer(name: str, value: Any) -> Answer:
@@ -83,10 +84,10 @@ def _checked_type(kind: type[Task], methods: frozenset[str]) -> type[Task]:
     """The class with these methods checked."""
 
     def overriding(method: str) -> Callable[..., Any]:
-        name, check = f"{kind.__name__}.{method}", CHECKS[method]
+        name, check, call = f"{kind.__name__}.{method}", CHECKS[method], agreed if method in AGREED else ask
 
         def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return check(name, ask(name, getattr(super(made, self), method), *args, **kwargs), self, kwargs)
+            return check(name, call(name, getattr(super(made, self), method), *args, **kwargs), self, kwargs)
 
         return called
 
@@ -371,6 +372,8 @@ CHECKS: dict[str, Callable[[str, Any, Any, Any], Any]] = {
     "critique": _text,
     "ballot": _ballot,
 }
+# those about rollouts, on which the ranks of a head agree; what questions there are is compared over all ranks
+AGREED = frozenset(CHECKS) - {"questions", "identity", "distinct", "splits", "simulated"}
 _OF_QUESTION, _OF_TEXT = ("question",), ("question", "text")
 _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(CHECKS, (_OF_TEXT, ())),

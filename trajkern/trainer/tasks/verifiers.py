@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from trajkern.credit import load
-from trajkern.trainer.returned import as_flag, ask
+from trajkern.trainer.returned import agreed, as_flag
 from trajkern.trainer.tasks.base import Answer
 from trajkern.trainer.tasks.checked import as_answer
 
@@ -75,7 +75,7 @@ def load_verifier(name: str) -> Verifier:
         raise ValueError(f"{expected} package.module:function; {name!r} is {function!r}")
 
     def checked(row: Row, text: str) -> Answer:
-        found = ask(f"verifier {name}", function, row, text)
+        found = agreed(f"verifier {name}", function, row, text)
         if isinstance(found, Answer):
             return as_answer(f"verifier {name}", found)
         return Answer(as_flag(f"verifier {name}", found, "a bool or an Answer"))
