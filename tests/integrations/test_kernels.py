@@ -79,6 +79,44 @@ def test_another_kernel_is_not_overwritten(tmp_path: Path) -> None:
     assert (other / "kernel.py").read_text() == "precious"
 
 
+OTHERS = [b"", b"{", b"[]", b"null", b'"x"', b"3", b"{}", b'{"name": ["trajkern"]}', b"[" * 100_000, b"\xff\xfe", b"\0"]
+
+
+@pytest.mark.parametrize("found", OTHERS, ids=range(len(OTHERS)))
+@pytest.mark.parametrize("name", [f"{adapter.VARIANT}/metadata.json", adapter.CARD, adapter.BENCHMARK])
+def test_whatever_another_file_holds_it_is_not_overwritten(tmp_path: Path, name: str, found: bytes) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(found)
+    with pytest.raises(FileExistsError, match="folder must hold no other kernel"):
+        adapter.write(tmp_path)
+    assert path.read_bytes() == found and [x for x in tmp_path.rglob("*") if x.is_file()] == [path]
+
+
+TAKEN = ["build", adapter.VARIANT, f"{adapter.VARIANT}/metadata.json", adapter.CARD, "benchmarks", adapter.BENCHMARK]
+
+
+@pytest.mark.parametrize("taken", ["a file", "a folder", "a link to nowhere"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_whatever_stands_in_its_place_is_not_overwritten(tmp_path: Path, name: str, taken: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if taken == "a file":
+        path.write_text("precious")
+    elif taken == "a link to nowhere":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.mkdir()
+        (path / "precious").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    if taken == "a folder" and name in ("build", "benchmarks"):
+        assert adapter.write(tmp_path).is_dir() and (path / "precious").exists()
+        return
+    with pytest.raises(FileExistsError, match="folder must hold no other kernel"):
+        adapter.write(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_another_kernels_card_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / adapter.CARD).write_text("precious")
     with pytest.raises(FileExistsError, match="folder must hold no other kernel's files; .*README.md"):

@@ -47,7 +47,8 @@ def write(folder: str | Path) -> Path:
         folder: where; made if missing. What an earlier call wrote there is replaced, nothing else is touched.
 
     Raises:
-        FileExistsError: ``folder`` holds a variant, a card or a benchmark that is no kernel's of trajkern.
+        FileExistsError: ``folder`` holds a variant, a card or a benchmark that is no kernel's of trajkern, or something
+            else in the place of one of these or of a folder that they lie in.
     """
     if not isinstance(folder, (str, Path)):
         raise TypeError(f"folder must be a path, got {describe(folder)}")
@@ -56,8 +57,7 @@ def write(folder: str | Path) -> Path:
     variant = Path(folder) / VARIANT
     benchmark = Path(str(import_module("trajkern").__file__)).parent / "integrations/_kernels_benchmark.py"
     texts = {CARD: _card(), BENCHMARK: benchmark.read_text()}
-    if variant.exists():
-        _refuse_others(variant)
+    _refuse_others(variant)
     for name, text in texts.items():
         _refuse_other(Path(folder) / name, text)
     if variant.exists():
@@ -102,19 +102,39 @@ def _metadata() -> dict[str, object]:
 
 
 def _refuse_others(variant: Path) -> None:
+    _refuse_no_folder(variant)
+    if not _is_there(variant):
+        return
     try:
-        name = json.loads((variant / "metadata.json").read_text())["name"]
-    except (OSError, ValueError, KeyError):
-        name = None
-    if name != "trajkern":
+        metadata = json.loads((variant / "metadata.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("name") != "trajkern":
         raise FileExistsError(f"folder must hold no other kernel; {variant} is not trajkern's")
 
 
 def _refuse_other(path: Path, text: str) -> None:
     """A file of ours begins like the one that is to be written."""
-    first = text.partition("\n\n")[0]
-    if path.exists() and not path.read_text().startswith(first):
+    _refuse_no_folder(path.parent)
+    if not _is_there(path):
+        return
+    try:
+        found = path.read_text()
+    except (OSError, ValueError):
+        found = ""
+    if not found.startswith(text.partition("\n\n")[0]):
         raise FileExistsError(f"folder must hold no other kernel's files; {path} is not trajkern's")
+
+
+def _refuse_no_folder(path: Path) -> None:
+    """What is to be a folder is none: a file, or a link that leads nowhere."""
+    for x in (path, *path.parents):
+        if _is_there(x) and not x.is_dir():
+            raise FileExistsError(f"folder must hold no other kernel's files; {x} is no folder")
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 def _digest(variant: Path) -> dict[str, object]:
