@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -28,7 +29,29 @@ class EngineFailure(RuntimeError):
         shown = "; ".join(f"request {i}: {type(e).__name__}: {e}" for i, e in list(failures.items())[:3])
         more = f"; and {len(failures) - 3} more in .failures" if len(failures) > 3 else ""
         count = len(finished) + len(failures)
-        super().__init__(f"{len(failures)} of {count} requests failed, {len(finished)} are in .finished; {shown}{more}")
+        self._words = f"{len(failures)} of {count} requests failed, {len(finished)} are in .finished; {shown}{more}"
+        super().__init__(finished, failures)
+
+    def __str__(self) -> str:
+        return self._words
+
+    def __copy__(self) -> EngineFailure:
+        again = type(self)(*self.args)
+        vars(again).update(vars(self))
+        return again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {name: x for name, x in vars(self).items() if name not in ("finished", "failures")}
+        return type(self), (self.finished, {i: _portable(e) for i, e in self.failures.items()}), rest
+
+
+def _portable(error: BaseException) -> BaseException:
+    """What another process can make it of, or else its type and its words: one that it cannot takes all with it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def collect(ask: Callable[[Request], Answer], requests: Iterable[Request], *, workers: int = 8) -> list[Answer]:

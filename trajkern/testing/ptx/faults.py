@@ -15,9 +15,12 @@ class BadAccess(Exception):
     """
 
     def __init__(self, reason: str, position: int, address: int | None = None) -> None:
-        super().__init__(reason)
+        super().__init__(reason, position, address)
         self.reason, self.position, self.address = reason, position, address
         self.lanes: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ class KernelFault(RuntimeError):
         lines = [f"{kernel}: {reason}"] + [f"  {'at' if k == 0 else 'and'} {place}" for k, place in enumerate(places)]
         if address is not None:
             lines.append(f"  address {address:#x}")
-        super().__init__("\n".join(lines))
+        self._words = "\n".join(lines)
+        super().__init__(kernel, reason, places, address)
+
+    def __str__(self) -> str:
+        return self._words
 
 
 KernelFault.__module__ = "trajkern.testing"  # where users find it, for tracebacks
