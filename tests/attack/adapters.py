@@ -81,6 +81,9 @@ def _of_engines() -> Iterator[Case]:
     for x in ([], 3, [3], {"a": 1}, "x"):
         call = partial(engines.from_openai, {"prompt_token_ids": [1], "choices": x}, _how())
         yield Case("engines.from_openai", f"choices: {shown(x)}", call, ("choices", "choice", "response"))
+    several = {"choices": [CHOICE | {"index": i} for i in range(3)]}
+    call = partial(engines.from_openai, several, _how(), prompt=[1, 2])
+    yield Case("engines.from_openai", "prompt: one for three prompts' completions", call, ("prompt",))
     rollouts = engines.from_openai(_response(), _how())
     ids = torch.zeros(1, dtype=torch.int64)
     arguments = {"rollouts": rollouts, "how": _how(), "group_ids": ids, "rewards": torch.ones(1)}

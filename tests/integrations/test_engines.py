@@ -183,6 +183,33 @@ def test_every_form_is_the_same_rollout(form: str) -> None:
     assert found == [engines.Rollout([5, 6, 7, 8, 9], sampled, [-0.5, -0.25, 0.0], support, "stop")]
 
 
+@pytest.mark.parametrize("source", ["the call", "the response"])
+@pytest.mark.parametrize("form", ["openai", "sglang"])
+def test_one_prompt_is_not_that_of_others(form: str, source: str) -> None:
+    """Of three prompts with two completions each, at least one completion does not say which is its own."""
+    how, count = engines.sampling({**PLAIN, "n": 2}, **PROCESSED), 6
+
+    def read(own: int, completions: int = count) -> list[engines.Rollout]:
+        given = {"prompt": PROMPT} if source == "the call" else {}
+        made = [{**CHOICE, "index": i, "prompt_token_ids": [i // 2] if i < own else None} for i in range(completions)]
+        if form == "sglang":
+            return engines.from_sglang([sglang_response(x, whole=False) for x in made], how, **given)
+        response = {"choices": made} | ({} if given else {"prompt_token_ids": PROMPT})
+        return engines.from_openai(response, how, **given)
+
+    if form == "sglang" and source == "the response":
+        with pytest.raises(ValueError, match="response 5 must have prompt_token_ids, or the call its prompt"):
+            read(5)
+        return
+    assert [x.tokens[:-3] for x in read(0, completions=2)] == [PROMPT] * 2
+    assert [x.tokens[:-3] for x in read(count)] == [[0], [0], [1], [1], [2], [2]]
+    for own in range(count):
+        with pytest.raises(
+            ValueError, match="prompt(_token_ids of response)? must be the one .*; 6 came, of 3 prompts"
+        ):
+            read(own)
+
+
 def test_without_replay_no_mask_is_read() -> None:
     how = engines.sampling(CUT, **PROCESSED, replay=False)
     (found,) = engines.from_sglang(sglang_response(CHOICE, whole=False), how)

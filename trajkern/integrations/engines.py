@@ -102,7 +102,8 @@ def from_openai(response: Mapping[str, Any], how: Sampling, prompt: Sequence[int
     Args:
         response: the decoded JSON.
         how: of :func:`sampling`.
-        prompt: the prompt's token ids where the response has no ``prompt_token_ids``.
+        prompt: the prompt's token ids where the response has no ``prompt_token_ids``; a response to several prompts
+            must have each one's.
 
     Raises:
         TypeError, ValueError: as :func:`from_vllm`, naming the choice; and a response that has an error, or no token
@@ -115,14 +116,15 @@ def from_openai(response: Mapping[str, Any], how: Sampling, prompt: Sequence[int
     if not is_list(choices) or not all(isinstance(x, Mapping) for x in choices) or not choices:
         raise ValueError(f"response must have choices; got {shown(response)}")
     _check_count("response", len(choices), how)
-    given, rollouts = None if prompt is None else Outside("prompt", prompt), []
-    if given is not None:
-        given.ids()
+    given, rollouts = _given_prompt(prompt), []
     whole = Outside("response", response)
     for index, found in _by_index(whole.whose, whole.at("choices").each()):
         x = Outside(f"choice {index}", found.value)
         why = "which return_token_ids asks for"
-        asked = x.get("prompt_token_ids") or whole.get("prompt_token_ids") or given or x.at("prompt_token_ids", why)
+        asked = x.get("prompt_token_ids")
+        if asked is None:
+            shared = whole.get("prompt_token_ids") or given
+            asked = x.at("prompt_token_ids", why) if shared is None else _of_all(shared, len(choices), how)
         tokens, logprobs = x.at("token_ids", why), _openai_logprobs(x)
         masks, finish = x.get("sampling_mask"), x.get("finish_reason")
         rollouts.append(rollout_of(x.whose, asked, tokens, logprobs, masks, finish, how))
@@ -138,7 +140,8 @@ def from_sglang(response: Any, how: Sampling, prompt: Sequence[int] | None = Non
     Args:
         response: as returned, or its decoded JSON.
         how: of :func:`sampling`.
-        prompt: the prompt's token ids where ``return_prompt_token_ids`` was not set.
+        prompt: the prompt's token ids where ``return_prompt_token_ids`` was not set; responses to several prompts must
+            have each one's.
 
     Raises:
         TypeError, ValueError: as :func:`from_vllm`, naming the response's number.
@@ -148,9 +151,7 @@ def from_sglang(response: Any, how: Sampling, prompt: Sequence[int] | None = Non
         raise TypeError(f"response must be a response of SGLang, or a list of them; got {describe(response)}")
     responses = [response] if isinstance(response, Mapping) else response
     _check_count("response", len(responses), how)
-    given, rollouts = None if prompt is None else Outside("prompt", prompt), []
-    if given is not None:
-        given.ids()
+    given, rollouts = _given_prompt(prompt), []
     for i, value in enumerate(responses):
         x = Outside(f"response {i}", value)
         x.mapping()
@@ -161,11 +162,13 @@ def from_sglang(response: Any, how: Sampling, prompt: Sequence[int] | None = Non
                 f"{x.whose} must have output_token_logprobs, which return_logprob asks for; got {shown(value)}"
             )
         tokens, found = _drawn(x, entries)
-        asked = x.get("prompt_token_ids") or given
+        asked = x.get("prompt_token_ids")
         if asked is None:
-            raise ValueError(
-                f"{x.whose} must have prompt_token_ids, or the call its prompt; it has {shown(set(value))}"
-            )
+            if given is None:
+                raise ValueError(
+                    f"{x.whose} must have prompt_token_ids, or the call its prompt; it has {shown(set(value))}"
+                )
+            asked = _of_all(given, len(responses), how)
         masks = meta.get("output_token_sampling_mask") if how.replay else None
         if masks is not None:
             found = _over_masks(meta.get("output_token_sampling_logprobs"), masks.each(), tokens.ids())
@@ -258,6 +261,24 @@ def pack(
 def _check_count(name: str, count: int, how: Sampling) -> None:
     if count == 0 or count % how.n:
         raise ValueError(f"{name} must have {how.n} completions a prompt, as n asks; {count} came")
+
+
+def _given_prompt(prompt: Sequence[int] | None) -> Outside | None:
+    if prompt is None:
+        return None
+    given = Outside("prompt", prompt)
+    given.ids()
+    return given
+
+
+def _of_all(prompt: Outside, count: int, how: Sampling) -> Outside:
+    """The prompt of a completion that names none: the one that is known, where there is no other."""
+    if count > how.n:
+        raise ValueError(
+            f"{prompt.name} must be the one prompt of all completions; {count} came, of {count // how.n} prompts where "
+            f"n is {how.n}, and not each has its prompt_token_ids"
+        )
+    return prompt
 
 
 def _by_index(whose: str, completions: Sequence[Outside]) -> list[tuple[int, Outside]]:
