@@ -251,9 +251,9 @@ def test_the_stand_ins_are_areals(actor, rejection, level: str, padded: bool) ->
         ours, theirs = outcomes
         torch.testing.assert_close(ours[:2], theirs[:2], rtol=2e-5, atol=2e-6)
         assert ours[2].keys() == theirs[2].keys()
-        kept = mask if rejection is None else ours[2]["importance_weight"] != 0
+        of_loss = mask if rejection is None else ours[2]["importance_weight"] != 0
         for key, y in theirs[2].items():
-            mine = ours[2][key]
+            mine, kept = ours[2][key], mask if key != "behave_imp_weight" else of_loss
             if isinstance(y, Tensor):
                 assert mine.dtype == y.dtype and mine.shape == y.shape, key
                 torch.testing.assert_close(mine[kept], y[kept], rtol=2e-5, atol=2e-6)

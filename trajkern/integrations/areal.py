@@ -102,8 +102,8 @@ def ppo_actor_loss_fn(
     The ratio is to ``proximal_logprobs``, of a token or a sequence's geometric mean (which takes a sequence's mean
     advantage); ``rejection_sampling`` masks tokens or sequences, or bounds their weights proximal / old; the divisor
     is the mask's tokens before that. Loss, gradients and statistics are AReaL's to rounding; log-ratios beyond 20
-    either way are bounded in the loss, what stands under the mask is not read, and statistics are 0 there; the
-    filtered fraction is a tensor.
+    either way are bounded in the loss, what stands under ``loss_mask`` is not read, and statistics are 0 there, those
+    of the loss also where rejection masks; the filtered fraction is a tensor.
 
     Raises:
         TypeError, ValueError: naming the argument: another shape than the log-probs', ``c_clip`` of 1 or less, a level,
@@ -124,6 +124,7 @@ def ppo_actor_loss_fn(
     )
     count = pack.mask.sum().clamp_min(1)
     found = None if rejection_sampling is None else terms.rejected(pack, prox, old, rejection_sampling)
+    given = pack  # before rejection: what AReaL's mean of the KL is of
     pack = pack if found is None else pack._replace(mask=found.mask)
     a = pack.means(a)[pack.owner()] if sequence else a
     higher = "eps_clip" if eps_clip_higher is None else "eps_clip_higher"
@@ -136,7 +137,8 @@ def ppo_actor_loss_fn(
             clip_dual=c_clip,
         )
     loss = _loss(pack, logprobs, prox, a if found is None else a * found.weights, config, count)
-    return loss, _statistics(pack, logprobs, prox, old, a, config, found)
+    stat = _statistics(pack, logprobs, prox, old, a, config, found)
+    return loss, stat | _shaped(given, {"approx_kl": logprobs.detach().reshape(-1) - prox})
 
 
 @by_annotation({"sapo_tau_pos": "tau_pos", "sapo_tau_neg": "tau_neg", "ratio_level": "importance_sampling_level"})
@@ -218,7 +220,7 @@ def _ratios(pack: Pack, new: Tensor, old: Tensor, sequence: bool) -> tuple[Tenso
 def _statistics(
     pack: Pack, new: Tensor, prox: Tensor, old: Tensor, a: Tensor, config: tk.PolicyLoss, found: Rejected | None
 ) -> dict[str, Tensor]:
-    log_ratio, ratio = _ratios(pack, new, prox, config.resolved_ratio_level == "sequence")
+    _, ratio = _ratios(pack, new, prox, config.resolved_ratio_level == "sequence")
     plain, bounded = -a * ratio, -a * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss, clipped = torch.maximum(plain, bounded), pack.mask & (plain < bounded)
     over = torch.zeros_like(clipped)
@@ -228,7 +230,6 @@ def _statistics(
     stat = {
         "loss": loss,
         "importance_weight": ratio,
-        "approx_kl": log_ratio,
         "clip_mask": clipped,
         "dual_clip_mask": over,
     }
