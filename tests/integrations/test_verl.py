@@ -103,6 +103,20 @@ def test_policy_loss(core, padded_batch, name: str, mode: str) -> None:
                 _compare(_losses(core, name, b, mode, config, weights), b.mask, dtype)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_of_zero_leave_the_metrics_alone(core, padded_batch, name: str, mode: str) -> None:
+    """IcePop's, which are 0 outside of its band."""
+    adapter.register()
+    for dtype in (torch.float64, torch.float32):
+        b = padded_batch(11, dtype)
+        inside = (b.weights > 0.7) & (b.weights < 1.4)
+        weights = torch.where(inside, b.weights, 0)
+        assert 0 < inside[b.mask].sum() < b.mask.sum()
+        config = _config(**LOSSES[name])
+        _compare(_losses(core, name, b, mode, config, weights), b.mask, dtype)
+
+
 def test_large_ratios(core, padded_batch) -> None:
     """Beyond a log-ratio of 20 vanilla has no gradient; gspo's mean is cut at 10; dppo truncates at clip_ratio_c."""
     b = padded_batch(3)

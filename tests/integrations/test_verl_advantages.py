@@ -101,13 +101,21 @@ def test_opo_of_one_token(core, padded_batch) -> None:
     assert ours[0, 0] == 0 != b.rewards[0, 0]
 
 
-def test_grpo_without_std_and_gdpo_with_several_rewards(core, padded_batch) -> None:
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_std_is_left_out_where_verl_leaves_it_out(core, padded_batch, name: str) -> None:
+    """Of the configuration alone, as verl's trainers call all but ``gae``, and ``grpo``, which they tell of it."""
     b = padded_batch(7)
-    theirs = core.compute_grpo_outcome_advantage(b.rewards.clone(), b.mask, b.uid, norm_adv_by_std_in_grpo=False)[0]
-    config = importlib.import_module("verl.trainer.config").AlgoConfig(norm_adv_by_std_in_grpo=False)
-    for name in ("trajkern_grpo", "trajkern_grpo_vectorized"):
-        ours = core.get_adv_estimator_fn(name)(b.rewards, b.mask, b.uid, config=config)[0]
-        torch.testing.assert_close(ours, theirs)
+    b.uid = np.array([f"<{uid!r}>" for uid in b.uid], dtype=object)
+    b.uid[5] = b.uid[0]
+    config = importlib.import_module("verl.trainer.config").AlgoConfig(gamma=0.9, norm_adv_by_std_in_grpo=False)
+    more = {} if name == "gae" else {"config": config}
+    told = {"norm_adv_by_std_in_grpo": False} if name == "grpo" else {}
+    theirs, ours = (_estimate(core, n, b, **m)[0] for n, m in ((name, more | told), ("trajkern_" + name, more)))
+    torch.testing.assert_close(ours[b.mask], theirs[b.mask].to(ours.dtype), **_tolerance(torch.float64))
+
+
+def test_gdpo_with_several_rewards(core, padded_batch) -> None:
+    b = padded_batch(7)
     config = {"gdpo_reward_keys": ["right", "neat"], "gdpo_reward_weights": [0.7, 2.0]}
     more = {
         "config": config,

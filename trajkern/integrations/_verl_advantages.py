@@ -107,15 +107,23 @@ def gae(token_level_rewards, response_mask, values=None, gamma=1.0, lam=1.0, **_
 def grpo(
     token_level_rewards, response_mask, index=None, epsilon=1e-6, norm_adv_by_std_in_grpo=None, config=None, **_: Any
 ) -> Pair:
-    """As ``grpo`` and ``grpo_vectorized``: (r - mean) / (std + epsilon) over the rows of a uid; r alone in its group.
+    """As ``grpo``: (r - mean) / (std + epsilon) over the rows of a uid; r alone in its group.
 
     ``norm_adv_by_std_in_grpo`` None: the configuration's, which verl passes to its own ``grpo`` only. A group of equal
     rewards gets exactly 0, where verl divides its rounding error by epsilon.
     """
-    batch = _read(token_level_rewards, response_mask, index)
     if norm_adv_by_std_in_grpo is None:
         norm_adv_by_std_in_grpo = _option(config, "norm_adv_by_std_in_grpo", True)
-    scale = "std" if norm_adv_by_std_in_grpo else "none"
+    return _of_groups(token_level_rewards, response_mask, index, "std" if norm_adv_by_std_in_grpo else "none", epsilon)
+
+
+def grpo_vectorized(token_level_rewards, response_mask, index=None, epsilon=1e-6, **_: Any) -> Pair:
+    """As ``grpo_vectorized``: as ``grpo``, but over the std whatever the configuration says, as verl's own."""
+    return _of_groups(token_level_rewards, response_mask, index, "std", epsilon)
+
+
+def _of_groups(token_level_rewards, response_mask, index, scale: str, epsilon: float) -> Pair:
+    batch = _read(token_level_rewards, response_mask, index)
     a = batch.rows.spread(tk.group_advantages(batch.scores.detach(), batch.group.ids, scale=scale, eps=epsilon))
     return a, a
 
@@ -125,7 +133,7 @@ def gdpo(
     response_mask,
     index=None,
     epsilon=1e-6,
-    norm_adv_by_std_in_grpo=None,
+    norm_adv_by_std_in_grpo=True,
     config=None,
     non_tensor_batch=None,
     batch=None,
@@ -133,7 +141,8 @@ def gdpo(
 ) -> Pair:
     """As ``gdpo``: GRPO of every reward of ``algorithm.gdpo_reward_keys`` alone, their weighted sum, whitened.
 
-    Without ``non_tensor_batch`` the token rewards are the only one, as in verl.
+    Without ``non_tensor_batch`` the token rewards are the only one, as in verl, whose configuration does not reach
+    ``norm_adv_by_std_in_grpo`` here.
     """
     read = _read(token_level_rewards, response_mask, index)
     rewards, weights = [read.scores.detach()], None
@@ -150,8 +159,6 @@ def gdpo(
     weights = [1.0] * len(rewards) if weights is None else list(weights)
     if len(weights) != len(rewards):
         raise ValueError(f"gdpo_reward_weights must hold {len(rewards)} numbers, one a reward key; got {len(weights)}")
-    if norm_adv_by_std_in_grpo is None:
-        norm_adv_by_std_in_grpo = _option(config, "norm_adv_by_std_in_grpo", True)
     scale = "std" if norm_adv_by_std_in_grpo else "none"
     parts = (tk.group_advantages(r, read.group.ids, scale=scale, eps=epsilon) for r in rewards)
     total = torch.stack([w * a for w, a in zip(weights, parts, strict=True)]).sum(0)
@@ -329,6 +336,7 @@ VERL = {
     for f in (
         gae,
         grpo,
+        grpo_vectorized,
         gdpo,
         grpo_passk,
         reinforce_plus_plus_baseline,
@@ -341,5 +349,5 @@ VERL = {
         optimal_token_baseline,
         tir_optimal_token_baseline,
     )
-} | {"grpo_vectorized": grpo}
+}
 OWN = {kind: _by_sign(kind) for kind in recipes.nsr.KINDS}

@@ -104,6 +104,14 @@ class _Call:
         )
         return (value * ranks if mode == "token-sum" and ranks != 1 else value), metrics
 
+    def unweighted(self, loss: tk.PolicyLoss, metrics: dict[str, Tensor], *, new=None, old=None) -> dict[str, Tensor]:
+        """The op's metrics as verl counts them: of the advantages without the weights, whose zeros no clip cuts."""
+        if self.weights is None:
+            return metrics
+        new, old = self.new if new is None else new, self.old if old is None else old
+        options: dict[str, Any] = {"config": loss, "mask": self.rows.mask, "per_token": True}
+        return tk.policy_loss(new.detach(), old, self.advantages, self.rows.cu_seqlens, **options)[1]
+
     def truncated(self, bound: float) -> Tensor:
         """Which tokens have a ratio above ``bound``."""
         return self.rows.mask & (self.new.detach() - self.old > math.log(bound))
@@ -150,7 +158,9 @@ def vanilla(call: _Call) -> Result:
     A batch without an unmasked token has loss 0, where verl's is NaN; so do the losses below.
     """
     bound = float(call.config.get("clip_ratio_c", 3.0))
-    loss, m = call(tk.PolicyLoss("grpo", clip_dual=bound, **call.clip))
+    spec = tk.PolicyLoss("grpo", clip_dual=bound, **call.clip)
+    loss, m = call(spec)
+    m = call.unweighted(spec, m)
     over = call.truncated(bound) & (call.advantages < 0)
     lower = call.rows.mean(over.to(loss.dtype))
     return loss, _metrics(
@@ -165,6 +175,7 @@ def _dppo(call: _Call, kind: str) -> Result:
     spec = tk.PolicyLoss(kind, **call.clip)
     ratio = (call.new.detach() - call.old).exp()
     loss, m = call(spec, advantages=call.weighted * (bound / ratio.clamp(bound, 20)))  # the op truncates at 20
+    m = call.unweighted(spec, m)
     over = call.truncated(bound)
     _, of_over = tk.policy_loss(
         call.new.detach(), call.old, call.advantages, call.rows.cu_seqlens, config=spec, mask=over, per_token=True
@@ -210,7 +221,9 @@ def gspo(call: _Call) -> Result:
     log_ratio = torch.where(mask, pad(call.new.detach() - call.old), 0)
     mean = log_ratio.sum(-1) / mask.sum(-1).clamp_min(1)
     log_ratios = call.rows.pack("log_prob", mean[:, None] + pad(call.new - call.new.detach())).clamp(max=10.0)
-    loss, m = call(tk.PolicyLoss("dapo", **call.clip), new=log_ratios, old=torch.zeros_like(call.old))
+    spec, old = tk.PolicyLoss("dapo", **call.clip), torch.zeros_like(call.old)
+    loss, m = call(spec, new=log_ratios, old=old)
+    m = call.unweighted(spec, m, new=log_ratios, old=old)
     return loss, _metrics(
         call.config, pg_clipfrac=m["clip_fraction"], ppo_kl=-call.rows.mean(log_ratio), pg_clipfrac_lower=0.0
     )
@@ -254,7 +267,7 @@ def dro(call: _Call) -> Result:
 
 @_entered
 def kl_cov(call: _Call) -> Result:
-    """As ``kl_cov``; of equal covariances the earlier token is taken. Weights must be positive."""
+    """As ``kl_cov``; of equal covariances the earlier token is taken. A weight of 0 is exp(-20)."""
     c, tis = call.config.policy_loss, {}
     options: dict[str, Any] = {
         "cov_fraction": _or_default(c.kl_cov_ratio, 0.0002),
@@ -311,7 +324,9 @@ def _or_default(x: float | None, default: float) -> float:
 @_entered
 def luspo(call: _Call) -> Result:
     """trajkern's kind "luspo", which verl lacks: the sum over a row of gspo's loss, mean over rows, in any mode."""
-    loss, m = call(tk.PolicyLoss("luspo", **call.clip), mode="seq-mean-token-sum")
+    spec = tk.PolicyLoss("luspo", **call.clip)
+    loss, m = call(spec, mode="seq-mean-token-sum")
+    m = call.unweighted(spec, m)
     return loss, _metrics(call.config, pg_clipfrac=m["clip_fraction"], ppo_kl=m["approx_kl"], pg_clipfrac_lower=0.0)
 
 
