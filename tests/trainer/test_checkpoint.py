@@ -285,7 +285,7 @@ def test_a_parameter_that_was_never_moved_comes_back_as_it_was(tmp_path: Path) -
         ({"step": None}, "place.step must be a whole number, got None"),
         ({"clock": {}}, "place.clock.sampled must be given"),
         ({"clock": PLACE["clock"] | {"sampling": float("nan")}}, "place.clock.sampling must be at least 0, got nan"),
-        ({"before": None}, "place.before must be None in the warmup, and given after it; the phase is main"),
+        ({"phase": "warmup"}, "place.before must be None in the warmup"),
         ({"before": BEFORE | {"details": {"x": "y"}}}, "place.before.details.x must be a number, got 'y'"),
         ({"before": BEFORE | {"pass_at": [1, None]}}, r"place.before.pass_at\[1\] must be a number, got None"),
         ({"start": [1, 2]}, "place.start must be a table of step, tokens; got"),

@@ -20,11 +20,12 @@ from trajkern.trainer import cli_main
 from trajkern.trainer import collect as collecting
 from trajkern.trainer import train as training
 from trajkern.trainer.checkpoint import load
-from trajkern.trainer.config import Then, TrainConfig, parse
-from trajkern.trainer.folder import CHECKPOINT, METRICS
+from trajkern.trainer.config import Then, TrainConfig, WarmUp, parse
+from trajkern.trainer.folder import CHECKPOINT, METRICS, WARM
 from trajkern.trainer.place import Clock, Start
 from trajkern.trainer.ranks import ALONE
 from trajkern.trainer.stopping import Interrupted
+from trajkern.trainer.summary import summary
 from trajkern.trainer.systems.dro import DRO
 from trajkern.trainer.tasks import load_task
 
@@ -122,6 +123,22 @@ def test_resume_equals_an_uninterrupted_run(
     assert [k for k in expected if not torch.equal(expected[k], came[k])] == []
     assert _records(resumed.metrics.parent) == _records(whole.metrics.parent)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
+
+
+@pytest.mark.parametrize("flag", ["--eval.samples=2", "--eval.heldout=8", "--seed=1", "--task=count_bits"])
+def test_a_start_that_was_measured_otherwise_is_not_shown(config: Make, flag: str) -> None:
+    short = config("short", steps=1, warmup=WarmUp(steps=2, batch=4, demonstrations=16, check_every=2))
+    first = training.train(short)
+    assert first.before is not None
+    path = str(first.checkpoint.parent / WARM)
+    same = training.train(parse(["--resume", path, "--out", str(short.out / "same")]))
+    other = parse(["--resume", path, "--out", str(short.out / "other"), flag])
+    changed = training.train(other)
+    assert same.before == first.before and changed.before is None
+    row = next(line for line in summary(other, changed).splitlines() if line.startswith("after warm-up"))
+    assert row.split()[2:] == ["-", "-", "-"]
+    again = training.train(parse(["--resume", "last", "--out", str(other.out), "--steps", "2"]))
+    assert again.before is None
 
 
 def test_a_second_recipe_goes_on_with_a_fresh_optimiser(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

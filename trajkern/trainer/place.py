@@ -65,7 +65,7 @@ class Place:
         phase: what the next step belongs to.
         step: steps taken in the warm-up, or after it.
         start: where the stage began.
-        before: accuracy after the warm-up, once it is known.
+        before: accuracy after the warm-up, where it is known on the run's own held-out questions and samples.
         system: what the recipe remembers.
         data: fingerprint of the data behind the questions.
         clock: tokens and seconds so far.
@@ -83,8 +83,8 @@ class Place:
     metrics: str
 
     def __post_init__(self) -> None:
-        if (self.phase == "warmup") != (self.before is None):
-            raise ValueError(f"place.before must be None in the warmup, and given after it; the phase is {self.phase}")
+        if self.phase == "warmup" and self.before is not None:
+            raise ValueError("place.before must be None in the warmup")
         if self.start.step > self.step:
             raise ValueError(f"place.start.step must be at most step = {self.step}, got {self.start.step}")
 

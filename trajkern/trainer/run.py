@@ -130,7 +130,8 @@ class Run:
         restore."""
         place = read_place(stored.place)
         self.phase, self.step, self.start = place.phase, place.step, place.start
-        self.before, self.clock = place.before, place.clock
+        theirs, ours = (_measured(config) for config in (place.config, self.given.to_json()))
+        self.before, self.clock = place.before if theirs == ours else None, place.clock
 
     def between_steps(self) -> None:
         """The place where a run may stop: heed a signal that came to any rank, and write the regular checkpoint."""
@@ -182,3 +183,8 @@ def deterministic(threads: int | None, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(state[0])
         torch.use_deterministic_algorithms(state[1])
         memory.fill_uninitialized_memory = state[2]
+
+
+def _measured(config: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides the questions and samples that accuracy is measured on, of a run's settings as JSON."""
+    return (config["task"], config["seed"], config["eval"]["heldout"], config["eval"]["samples"])

@@ -13,7 +13,7 @@ from trajkern.trainer.place import Clock
 class Result(NamedTuple):
     """Held-out accuracy after the warm-up and at the end, the speed, and the files left behind."""
 
-    before: Accuracy
+    before: Accuracy | None  # where the run measured it as it does the end's
     after: Accuracy
     steps: int
     seconds: float
@@ -34,9 +34,9 @@ def summary(config: TrainConfig, result: Result) -> str:
         "",
         f"{config.task}, seed {config.seed}: {config.eval.heldout} held-out questions, {k} samples each",
         f"{'':{width}}  {'pass@1':>7}  {f'pass@{k}':>7}  {'greedy':>7}",
-        *(f"{name:{width}}  {a.pass_at_1:7.3f}  {a.pass_at_k:7.3f}  {a.greedy:7.3f}" for name, a in rows),
+        *(f"{name:{width}}  {shown(accuracy)}" for name, accuracy in rows),
         f"tokens per second: {sampled:,.0f} sampled, {trained:,.0f} trained; {result.seconds:.0f} s in all",
-        *detail_lines(rows),
+        *detail_lines(result.before, result.after),
         *shared_line(result.clock),
         *([f"curve       {result.curve}"] if result.curve else []),
         f"metrics     {result.metrics}",
@@ -45,11 +45,17 @@ def summary(config: TrainConfig, result: Result) -> str:
     return "\n".join(lines)
 
 
-def detail_lines(rows: list[tuple[str, Accuracy]]) -> list[str]:
+def shown(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return "  ".join([f"{'-':>7}"] * 3)
+    return f"{accuracy.pass_at_1:7.3f}  {accuracy.pass_at_k:7.3f}  {accuracy.greedy:7.3f}"
+
+
+def detail_lines(before: Accuracy | None, after: Accuracy) -> list[str]:
     """What the task reports besides accuracy."""
     lines = []
-    for name in (name for name in rows[-1][1].details if not name.startswith("pass@")):
-        values = [accuracy.details.get(name) for _, accuracy in rows]
+    for name in (name for name in after.details if not name.startswith("pass@")):
+        values = [before and before.details.get(name), after.details[name]]
         lines.append(f"{name}: {' -> '.join('-' if x is None else f'{x:.3f}' for x in values)}")
     return lines
 

@@ -264,8 +264,7 @@ def measured(run: Run, questions: list[Question], greedy: bool = False) -> Accur
 def finish(run: Run) -> Result:
     """The last checkpoint, the last evaluation, the curve and the summary."""
     config, path = run.given, run.save()
-    assert run.before is not None
-    after = report_heldout(run, run.step) if run.step else run.before  # without a step nothing has changed
+    after = run.before if run.before and not run.step else report_heldout(run, run.step)  # no step changes nothing
     metrics, curve, undrawn = run.out / METRICS, run.out / "curve.png", ""
     if run.ranks.number == 0:
         undrawn = plot(metrics, curve, f"{config.task}, {config.label}, seed {config.seed}")
