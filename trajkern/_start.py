@@ -46,7 +46,7 @@ def say(text: str) -> None:
     try:
         line = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
         print(line, file=sys.stderr, flush=True)
-    except OSError:
+    except (OSError, ValueError):  # of one that is closed
         forget(sys.stderr)
 
 

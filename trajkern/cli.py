@@ -56,7 +56,8 @@ def _ended(argv: list[str]) -> int:
         try:
             return _command(argv)
         finally:
-            print(end="", flush=True)  # a full disk, and a pipe's end, may be met here first
+            if sys.stdout is not None and not sys.stdout.closed:
+                print(end="", flush=True)  # a full disk, and a pipe's end, may be met here first
     except BrokenPipeError:
         _start.forget(sys.stdout)
         return 141

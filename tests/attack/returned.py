@@ -23,7 +23,7 @@ import torch
 
 from tests.attack import hostile_task
 from tests.attack.case import Case
-from tests.attack.returned_values import CHILDREN, EFFECTS, ERRORS, RIGHT, VALUES
+from tests.attack.returned_values import EFFECTS, ERRORS, HARMLESS, RIGHT, VALUES
 from trajkern.trainer import cli_main
 from trajkern.trainer.checkpoint import PARTIAL, load
 from trajkern.trainer.compose import Compose
@@ -123,7 +123,7 @@ def _of_method(label: str, method: str, seed: int) -> Iterator[Case]:
             call = partial(run, label, method, at, effect)
             off = what == "turns gradients off"  # as they are where rollouts are drawn
             yield Case(name, f"call {at} of {calls} {what}", call, named, may_pass=off)
-        for what, effect in CHILDREN.items():
+        for what, effect in HARMLESS.items():
             yield Case(name, f"call {at} of {calls} {what}", partial(run, label, method, at, effect), (), may_pass=True)
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -231,7 +232,8 @@ def _leaves_a_child() -> None:
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,), daemon=True).start()
 
 
-CHILDREN: dict[str, Callable[[Any], Any]] = {
+HARMLESS: dict[str, Callable[[Any], Any]] = {
+    "closes its output": setting(lambda: sys.stdout.close()),
     "ends a child": setting(_ends_a_child),
     "leaves a child": setting(_leaves_a_child),
 }

@@ -75,9 +75,12 @@ def test_a_tasks_child_ends_by_a_signal(number: int) -> None:
 def test_a_tasks_child_does_not_hold_the_folder(config: Make) -> None:
     run = config()
     folder = Folder.of(run)
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    child = context.Process(target=lambda: (begun.set(), time.sleep(60)))
     child.start()
     try:
+        assert begun.wait(30)
         with pytest.raises(ValueError, match="out must be a folder that no other run works in"):
             Folder.of(run)
         folder.close()

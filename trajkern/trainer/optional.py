@@ -17,3 +17,5 @@ def require(name: str, package: str | None = None) -> ModuleType:
         raise ImportError(
             f"the trainer needs {package}: {pip_install('train', package)} ({error})", name=name
         ) from error
+    except Exception as error:  # as matplotlib, which another imports, of a setting that it does not know
+        raise ImportError(f"{name} cannot be imported: {type(error).__name__}: {error}", name=name) from error

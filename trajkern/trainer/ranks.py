@@ -291,7 +291,7 @@ def joined(device: str, tensor_parallel: int) -> Iterator[Ranks]:
         if rank > 0:
             raise SystemExit(stopped.status) from None
         raise
-    except Exception as error:
+    except BaseException as error:  # code of a task's may raise SystemExit
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _explain(error, store, rank, count)
         raise
@@ -334,7 +334,7 @@ def _device(name: str, local: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _explain(error: Exception, store: Any, rank: int, count: int) -> None:
+def _explain(error: BaseException, store: Any, rank: int, count: int) -> None:
     """Tell the others how this rank ended; on one that ended because of another, raise what is known of that one."""
     follows = any(mark in str(error) for mark in _CONSEQUENCES)
     store.set(f"ended/{rank}", "" if follows else f"{type(error).__name__}: {error}")

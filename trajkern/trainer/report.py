@@ -143,6 +143,8 @@ class Display:
         self._printed = 0.0
 
     def say(self, text: str) -> None:
+        if getattr(self._console.file, "closed", False):  # by code of a task's, say
+            return
         try:
             self._console.print(text, markup=False)
         except OSError:  # a full disk, a terminal that has closed
