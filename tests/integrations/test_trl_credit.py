@@ -50,7 +50,7 @@ def trainer(shared: Any) -> Any:
 def nothing_left():
     """Whatever a test enables is gone behind it."""
     yield
-    for target, *_ in list(adapter._enabled.values()):
+    for target in list(adapter._enabled):
         adapter.disable(target)
 
 
@@ -125,8 +125,9 @@ def test_log_probs_that_trl_has(trainer: Any, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(made["importance_sampling_ratio"], torch.where(learns, ratio.exp(), 1.0))
 
 
-def test_a_trainer_s_own_credit_goes_before_its_class_s(trainer: Any) -> None:
+def test_a_trainer_s_own_credit_goes_before_its_class_s(tmp_path: Path) -> None:
     adapter.enable(trl.GRPOTrainer, credit=credit.outcome("similarity"))
+    trainer = trainer_of(tmp_path, rollout_func=spoken, **REWARDS)
     adapter.enable(trainer, "psr")
     assert set(generated(trainer)["advantages"].tolist()) == {0.0, 1.0}
     adapter.disable(trainer)
@@ -166,6 +167,7 @@ def test_a_composed_credit_is_what_hands_compute(trainer: Any) -> None:
 
     trainer._generate_and_score_completions = kept
     trainer.train()
+    del trainer._generate_and_score_completions
     assert len(made) == 2
     for inputs, expected, learns in made:
         torch.testing.assert_close(inputs["advantages"].double(), expected, rtol=1e-5, atol=1e-6)
@@ -283,7 +285,7 @@ def test_score(trainer: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
 def test_what_it_cannot_feed(given: dict[str, Any], says: str, trainer: Any) -> None:
     with pytest.raises(ValueError, match=says):
         adapter.enable(trainer, **given)
-    assert not adapter._enabled
+    assert not list(adapter._enabled)
 
 
 def test_what_has_another_type(trainer: Any) -> None:

@@ -65,7 +65,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory):
 def nothing_left():
     """Whatever a test enables is gone behind it."""
     yield
-    for target, *_ in list(adapter._enabled.values()):
+    for target in list(adapter._enabled):
         adapter.disable(target)
 
 

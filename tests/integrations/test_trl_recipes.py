@@ -208,6 +208,7 @@ def test_two_steps_have_the_credit_that_hands_compute(name: str, trainer: Any) -
 
     trainer._generate_and_score_completions = kept
     trainer.train()
+    del trainer._generate_and_score_completions
     adapter.disable(trainer)
     assert len(made) == 2
     for inputs, (advantages, learns) in zip(made, expected, strict=True):

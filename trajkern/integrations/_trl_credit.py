@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import warnings
 import weakref
@@ -21,9 +20,9 @@ from trajkern.credit.rollouts import RESERVED
 from trajkern.credit.spec import On
 from trajkern.credit.terms import OfTurns
 from trajkern.credit.tree_terms import OfTree
-from trajkern.integrations._adapter import held
 from trajkern.integrations._trl_loss import COUNTED, note, policy_logprobs
 from trajkern.integrations._trl_score import Score, batch_size, unrecorded
+from trajkern.integrations._trl_stand_in import StandIn
 
 _AT_RUN_TIME = ("flags:", "rows:")  # columns of the data set, to which a rollout function may add
 _INSIDE = (On, OfTree, OfTurns, credit.terms.OfSpans, credit.Directive, credit.terms.Divergence)
@@ -65,23 +64,18 @@ class Generation(NamedTuple):
 Crediting = Callable[[Any, Generation], dict[str, Any]]  # trainer -> entries of what TRL hands to its loss
 
 
-def hooks(target: Any, crediting: Crediting) -> dict[str, Callable[..., Any]]:
+def hooks(crediting: Crediting) -> dict[str, StandIn]:
     """The trainer's methods that score and generate, with what ``crediting`` makes of it in the place of TRL's."""
-    cls: Any = target if isinstance(target, type) else type(target)
-    score, generate = (_trl_s(held(cls, x)) for x in ("_calculate_rewards", "_generate_and_score_completions"))
-    arguments = inspect.signature(score)
 
-    @functools.wraps(score)
-    def calculate(self: Any, *args: Any, **options: Any) -> Tensor:
-        ids = arguments.bind(self, *args, **options).arguments["completion_ids_list"]
-        scores = score(self, *args, **options)
+    def calculate(self: Any, own: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        ids = inspect.signature(own).bind(*args, **options).arguments["completion_ids_list"]
+        scores = own(*args, **options)
         self._trajkern_scored = scores, ids
         return scores
 
-    @functools.wraps(generate)
-    def credited(self: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def credited(self: Any, own: Callable[..., dict[str, Any]], examples: list[dict[str, Any]]) -> dict[str, Any]:
         with _scored_by(self) as scored:
-            generated = generate(self, examples)
+            generated = own(examples)
         scores, ids = vars(self).pop("_trajkern_scored")
         rewards = weighed(self, scores)
         size = self.num_generations if self.model.training else self.num_generations_eval
@@ -98,13 +92,7 @@ def hooks(target: Any, crediting: Crediting) -> dict[str, Callable[..., Any]]:
         )
         return generated | crediting(self, generation)
 
-    vars(calculate)["of_trl"], vars(credited)["of_trl"] = score, generate
     return {"_calculate_rewards": calculate, "_generate_and_score_completions": credited}
-
-
-def _trl_s(method: Any) -> Any:
-    """A class's method without what its own credit, if it has one, made of it."""
-    return vars(method).get("of_trl", method)
 
 
 def weighed(trainer: Any, scores: Tensor) -> Tensor:  # [N, K]

@@ -14,8 +14,8 @@ of AsyncGRPOTrainer, of TRL 1.16, whose rows of rollouts that share prefixes are
 
 from __future__ import annotations
 
-import functools
 import importlib
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,6 +44,18 @@ from trajkern.integrations._trl_loss import (
     rloo_loss,
 )
 from trajkern.integrations._trl_score import asked
+from trajkern.integrations._trl_stand_in import (
+    Put,
+    StandIn,
+    give,
+    give_class,
+    of_class,
+    of_classes,
+    of_trainer,
+    own_class,
+    take,
+    take_class,
+)
 from trajkern.integrations._trl_tree import tree_rollouts
 from trajkern.integrations._wrapped import autocasted
 
@@ -54,10 +66,8 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
     "RLOOTrainer": rloo_loss,
     "AsyncGRPOTrainer": async_grpo_loss,
 }
-_MISSING = object()
 _head = Patches()
-# id of a target -> it, what it had itself before, and what makes its advantages
-_enabled: dict[int, tuple[Any, dict[str, Any], ByCredit | ByFunction | None]] = {}
+_enabled: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers and classes
 
 
 class Rollouts(NamedTuple):
@@ -135,58 +145,68 @@ def enable(
     if crediting is None:
         _check_inherited(trainer_or_class)
     check_head()
-    disable(trainer_or_class)
-    put: dict[str, Any] = {loss_method(kind): _LOSSES[kind]} | _reading(trainer_or_class)
-    if crediting is not None:
-        put |= hooks(trainer_or_class, crediting)
+    methods = {loss_method(kind): _without_own(_LOSSES[kind]), "log": _reading, "_save_checkpoint": _reading}
+    cls = own_class(trainer_or_class)
+    put = Put(methods | ({} if crediting is None else hooks(crediting)), crediting, cls if a_class else None)
+    target = cls if a_class else trainer_or_class
     if a_class:
-        put["__init__"] = _checked(trainer_or_class, kind, crediting)
-    entry = trainer_or_class, {k: vars(trainer_or_class).get(k, _MISSING) for k in put}, crediting
-    _enabled[id(trainer_or_class)] = entry
-    for name, function in put.items():
-        setattr(trainer_or_class, name, function if a_class else functools.partial(function, trainer_or_class))
+        give_class(cls, put, _check_made)
+    else:
+        give(target, put)
+    _enabled.add(target)
+    weakref.finalize(target, _put_head).atexit = False
     _put_head()
     whose = "every one made from now on" if a_class else "this trainer"
+    seen, one = weakref.ref(target), weakref.ref(put)
     return Enabled.of(
         f"TRL: trajkern stands in for {kind}.{loss_method(kind)} of {whose} and for TRL's fused head"
         + ("; advantages are TRL's" if crediting is None else f"; advantages by {crediting.named()}"),
-        functools.partial(disable, trainer_or_class),
-        lambda: _enabled.get(id(trainer_or_class)) is entry,
+        lambda: disable(seen()),
+        lambda: one() is not None and _put(seen()) is one(),
     )
 
 
 def disable(trainer_or_class: Any) -> None:
-    """Takes back what :func:`enable` did to this trainer or class; where it did nothing, nothing happens."""
+    """Takes back what :func:`enable` did to this trainer or class; where it did nothing, nothing happens.
+
+    What a class has is taken back from the trainers that were made meanwhile, too.
+    """
     read_all_logged()
-    _, before, _ = _enabled.pop(id(trainer_or_class), (None, {}, None))
-    for name, value in before.items():
-        if value is _MISSING:
-            delattr(trainer_or_class, name)
-        else:
-            setattr(trainer_or_class, name, value)
-    if not _enabled:
-        _head.undo()
+    if _put(trainer_or_class) is None:
+        return
+    target = own_class(trainer_or_class) if isinstance(trainer_or_class, type) else trainer_or_class
+    take_class(target) if isinstance(target, type) else take(target)
+    _enabled.discard(target)
+    _put_head()
+
+
+def _put(target: Any) -> Put | None:
+    """What :func:`enable` put for this trainer or class."""
+    if isinstance(target, type):
+        return of_class(own_class(target))
+    return of_trainer(target) if hasattr(target, "__dict__") else None
 
 
 def _check_inherited(target: Any) -> None:
     """ValueError where a class that it inherits from makes the advantages: they would not be TRL's, as is said."""
-    for base in (target if isinstance(target, type) else type(target)).__mro__:
-        _, _, crediting = _enabled.get(id(base), (None, {}, None))
-        if base is not target and crediting is not None:
+    cls = own_class(target)
+    puts = [of_class(x) for x in cls.__mro__[1:]] if isinstance(target, type) else of_classes(target)
+    for put in puts:
+        if put is not None and put.crediting is not None:
             raise ValueError(
-                f"recipe or credit must be given for what inherits from {base.__name__}, which has one, "
-                f"{crediting.named()}: disable that first, or its credit goes on"
+                f"recipe or credit must be given for what inherits from {put.named}, which has one, "
+                f"{put.crediting.named()}: disable that first, or its credit goes on"
             )
 
 
 def _kind(target: Any) -> str:
     """Which of TRL's trainers this is, or is derived from."""
-    cls = target if isinstance(target, type) else type(target)
+    cls = own_class(target)
     for name in _LOSSES:
         base = _base(name, cls)
         if base is not None and issubclass(cls, base):
             owner = next(c for c in cls.__mro__ if loss_method(name) in vars(c))
-            if owner is not base and id(owner) not in _enabled:
+            if owner is not base:
                 raise TypeError(f"trainer_or_class must have {name}'s loss; {owner.__name__} has one of its own")
             check_fit(name, base, _LOSSES[name])
             return name
@@ -200,16 +220,8 @@ def _base(name: str, cls: type) -> Any:
     return next((c for c in cls.__mro__ if c.__name__ == name and c.__module__.startswith("trl.")), None)
 
 
-def _checked(cls: Any, kind: str, crediting: ByCredit | ByFunction | None) -> Callable[..., None]:
-    own = vars(cls).get("__init__")
-
-    @functools.wraps(cls.__init__)
-    def checked_init(self: Any, *args: Any, **options: Any) -> None:
-        init = functools.partial(own, self) if own else super(cls, self).__init__  # of a class that is enabled, or not
-        init(*args, **options)
-        _check(self, kind, crediting)
-
-    return checked_init
+def _check_made(trainer: Any, put: Put) -> None:
+    _check(trainer, _kind(trainer), put.crediting)
 
 
 def _check(trainer: Any, kind: str, crediting: ByCredit | ByFunction | None) -> None:
@@ -223,19 +235,14 @@ def _check(trainer: Any, kind: str, crediting: ByCredit | ByFunction | None) -> 
         raise ValueError(f"processing_class must have tokens that the model has, {known} of them; it has id {largest}")
 
 
-def _reading(target: Any) -> dict[str, Callable[..., Any]]:
-    """The trainer's methods that want numbers of what the losses left on the device: they read it first."""
-    cls: Any = target if isinstance(target, type) else type(target)
+def _without_own(loss: Callable[..., Tensor]) -> StandIn:
+    return lambda trainer, own, *args, **options: loss(trainer, *args, **options)
 
-    def after_reading(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def read_first(self: Any, *args: Any, **options: Any) -> Any:
-            read_logged(self)
-            return method(self, *args, **options)
 
-        return read_first
-
-    return {name: after_reading(getattr(cls, name)) for name in ("log", "_save_checkpoint")}
+def _reading(trainer: Any, own: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """A method that wants numbers of what the losses left on the device."""
+    read_logged(trainer)
+    return own(*args, **options)
 
 
 # the head
@@ -289,8 +296,11 @@ def check_head() -> None:
 
 
 def _put_head() -> None:
+    """The head stands while anything is enabled."""
     utils = vars(importlib.import_module("trl.trainer.utils"))
     _head.undo()
+    if not list(_enabled):
+        return
     _head.put(utils, "_ChunkedLogProbFunction", _FusedHead)
     if "_use_triton" in utils:  # else TRL scores the prompt and the padding, too, where it has no Triton
         _head.put(utils, "_use_triton", lambda device: True)
