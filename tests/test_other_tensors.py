@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import trajkern as tk
+from trajkern import credit
 from trajkern.testing import SPECS, OpSpec
 
 
@@ -71,3 +72,38 @@ def test_one_that_has_a_shape_alone_gives_no_numbers(op: OpSpec, name: str) -> N
         return
     real = {key: x for key, x in found.items() if not isinstance(x, FakeTensor)}
     torch.testing.assert_close(real, {key: wanted[key] for key in real}, rtol=0, atol=0, equal_nan=True)
+
+
+TWO, FLAGS, BOUNDS = torch.tensor([0, 2]), torch.tensor([False, True]), torch.tensor([0, 2])
+BATCH = tk.PackedBatch(TWO, BOUNDS, FLAGS, torch.tensor([0]), old_logprobs=-torch.ones(2))
+FIELDS = {
+    "tokens": TWO,
+    "cu_seqlens": BOUNDS,
+    "loss_mask": FLAGS,
+    "group_ids": torch.tensor([0]),
+    "rewards": torch.tensor([1.0]),
+    "old_logprobs": -torch.ones(2),
+}
+READING: list[tuple[str, Tensor, Callable[[Tensor], Any]]] = [
+    *((name, x, lambda y, name=name: tk.PackedBatch(**FIELDS | {name: y})) for name, x in FIELDS.items()),
+    ("loss_mask", FLAGS, lambda x: tk.Spans.turns(x, BOUNDS)),
+    ("cu_seqlens", BOUNDS, lambda x: tk.Spans.turns(FLAGS, x)),
+    ("start", TWO, lambda x: tk.Spans(x, TWO + 1, TWO, TWO, 4)),
+    ("end", TWO + 1, lambda x: tk.Spans(TWO, x, TWO, TWO, 4)),
+    ("parent", torch.tensor([-1, 0]), lambda x: tk.Tree(x, TWO)),
+    ("node_lengths", TWO, lambda x: tk.Tree(torch.tensor([-1, 0]), x)),
+    ("rewards", torch.ones(1), lambda x: credit.Rollouts(BATCH, rewards={"reward": x})),
+    ("flags", torch.ones(1).bool(), lambda x: credit.Rollouts(BATCH, flags={"right": x})),
+    ("teacher_logprobs", -torch.ones(2), lambda x: credit.Rollouts(BATCH, teacher_logprobs=x)),
+]
+
+
+@pytest.mark.parametrize(("name", "x", "make"), READING, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_read_is_not_of_a_transform(name: str, x: Tensor, make: Callable[[Tensor], Any]) -> None:
+    def mapped(y: Tensor) -> Tensor:
+        make(y)
+        return y
+
+    make(x)
+    with pytest.raises(ValueError, match=rf"{name}.* must have values, which are read here; got .* of a transform"):
+        torch.vmap(mapped)(torch.stack((x, x)))

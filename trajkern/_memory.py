@@ -108,6 +108,8 @@ def check_valued(name: str, x: Tensor) -> None:
     """Refuses what has a shape and no values, where they are read whatever the device."""
     if x.is_meta or is_fake(x):
         raise ValueError(f"{name} must have values, which are read here; got {describe(x)}, a tensor of a shape alone")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise ValueError(f"{name} must have values, which are read here; got {describe(x)} inside of a transform")
 
 
 def _is_wrapped(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from trajkern._checks import (
     check_process_group,
     check_shape,
     check_tensor,
+    check_valued,
     describe,
     readable,
     suggesting,
@@ -105,6 +106,7 @@ class Rollouts:
         self._set("flags", dict(self.flags))
         for name, flag in self.flags.items():
             check_tensor(f"flags[{name!r}]", flag, dtypes=(torch.bool,), device=self.device)
+            check_valued(f"flags[{name!r}]", flag)
             check_shape(f"flags[{name!r}]", flag, (len(self),), "one flag a rollout")
         self._check_entries("texts", self.texts, str, "texts")
         self._check_entries("rows", self.rows, Mapping, "mappings of columns")
@@ -212,6 +214,7 @@ class Rollouts:
 
     def _reward(self, name: str, x: Any, of_spans: bool = False) -> Tensor:
         check_tensor(name, x, dtypes=_REWARDS, ndim=1 if of_spans else None, device=self.device)
+        check_valued(name, x)
         if not of_spans:
             check_shape(name, x, (len(self),), "one reward a rollout")
         check_whole(name, x)
@@ -290,6 +293,7 @@ class Rollouts:
         if teacher is None:
             return
         check_tensor("teacher_logprobs", teacher, dtypes=FLOATS, device=self.device)
+        check_valued("teacher_logprobs", teacher)
         check_shape("teacher_logprobs", teacher, (self.batch.num_tokens,), "one a token; a teacher is never padded")
         check_finite("teacher_logprobs", teacher, where=self.batch.loss_mask)
         if self.log_ratio_base is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from trajkern._checks import check_device, check_memory
+from trajkern._checks import check_device, check_memory, check_valued
 
 L = TypeVar("L")
 T = TypeVar("T")
@@ -41,6 +41,13 @@ def savable(make: Callable[P, T]) -> Callable[P, T]:
 def owned(x: Tensor) -> Tensor:
     """A contiguous copy that nobody else has."""
     return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def check_fields(layout: Any) -> None:
+    """Refuses fields without values, once the first is a tensor; one on another device is refused as such."""
+    for field in fields(layout):
+        if isinstance(x := getattr(layout, field.name), Tensor) and x.device == layout.device:
+            check_valued(field.name, x)
 
 
 @savable

@@ -26,7 +26,7 @@ from trajkern._checks import (
 )
 from trajkern._dtypes import FLOATS, INTEGERS, LAID_OUT
 from trajkern._values import check_cu_seqlens, check_finite
-from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, owned, savable
+from trajkern.layouts._given import MOST_TOKENS, Given, check_fields, check_tokens, owned, savable
 from trajkern.layouts._padding import flags, padding, real_tokens, same_shape
 from trajkern.layouts._selection import GROUPS, concatenated_bounds, concatenated_groups, selection
 
@@ -89,7 +89,7 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         check_tensor("tokens", self.tokens, dtypes=INTEGERS, ndim=1)
-        check_valued("tokens", self.tokens)
+        check_fields(self)
         device, length = self.tokens.device, self.tokens.numel()
         check_tokens("tokens", length)
         check_boundaries("cu_seqlens", self.cu_seqlens, device)

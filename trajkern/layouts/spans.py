@@ -23,7 +23,7 @@ from trajkern._checks import (
 from trajkern._dtypes import INTEGERS
 from trajkern._values import check_cu_seqlens
 from trajkern.layouts import _plain
-from trajkern.layouts._given import MOST_TOKENS, Given, check_tokens, derived, owned, savable
+from trajkern.layouts._given import MOST_TOKENS, Given, check_fields, check_tokens, derived, owned, savable
 from trajkern.layouts._selection import selection
 from trajkern.layouts.batch import PackedBatch, check_batch
 
@@ -62,7 +62,7 @@ class Spans:
 
     def __post_init__(self, cu_seqlens: Tensor | None) -> None:
         check_tensor("start", self.start, dtypes=INTEGERS, ndim=1)
-        check_valued("start", self.start)
+        check_fields(self)
         for name in ("end", "trajectory", "index"):
             check_tensor(name, getattr(self, name), dtypes=INTEGERS, device=self.device)
             check_shape(name, getattr(self, name), tuple(self.start.shape), "one entry a span, like start")
@@ -169,6 +169,7 @@ class Spans:
         check_valued("loss_mask", loss_mask)
         check_tokens("loss_mask", loss_mask.shape[0])
         check_boundaries("cu_seqlens", cu_seqlens, loss_mask.device)
+        check_valued("cu_seqlens", cu_seqlens)
         check_cu_seqlens(cu_seqlens, tokens := loss_mask.shape[0])
         mask, bounds = loss_mask.cpu().contiguous(), resolved(cu_seqlens).cpu().long().contiguous()
         if not _ext.CPU_BUILT:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajkern._checks import check_choice, check_count, check_flag, check_shape, check_tensor, check_valued, suggesting
+from trajkern._checks import check_choice, check_count, check_flag, check_shape, check_tensor, suggesting
 from trajkern._dtypes import INTEGERS
 from trajkern._values import check_values
 from trajkern.layouts._block_mask import path_mask
-from trajkern.layouts._given import Given, derived, moved, owned, savable
+from trajkern.layouts._given import Given, check_fields, derived, moved, owned, savable
 from trajkern.layouts._leaf_weights import aggregate_weights
 from trajkern.layouts._nodes import Nodes, Segments, along_paths, attention_segments, derive, offsets_of
 from trajkern.layouts._prefixes import segments, shared_prefixes
@@ -57,7 +57,7 @@ class Tree:
 
     def __post_init__(self) -> None:
         check_tensor("parent", self.parent, dtypes=INTEGERS, ndim=1)
-        check_valued("parent", self.parent)
+        check_fields(self)
         device, count = self.parent.device, self.parent.numel()
         if count >= 2**31 - 1:
             raise ValueError(f"parent must hold fewer than 2**31 - 1 nodes, got {count}")
