@@ -271,6 +271,12 @@ BAD = [
     ({"temperature": -1.0}, ValueError, r"temperature must be greater than 0, got -1.0"),
     ({"temperature": torch.zeros(24)}, ValueError, r"temperature must be positive; its smallest value is 0.0"),
     ({"softcap": 0.0}, ValueError, r"softcap must be greater than 0, got 0.0"),
+    ({"softcap": 8e37}, ValueError, r"softcap must be in \[7.89e-31, 1.27e\+30\] for a logit_scale of 1, got 8e\+37"),
+    (
+        {"softcap": 1e20, "logit_scale": 1e-15},
+        ValueError,
+        r"softcap must be in \[7.89e-31, 1.27e\+15\] for a logit_scale",
+    ),
     ({"logit_scale": math.inf}, ValueError, r"logit_scale must be finite"),
     ({"logits_dtype": torch.float16}, ValueError, r"logits_dtype must be torch.float32; got torch.float16"),
     ({"sampling_support": torch.ones(3)}, TypeError, r"sampling_support must be a tuple \(ids, offsets\)"),

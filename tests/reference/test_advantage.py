@@ -372,3 +372,23 @@ class TestWhiten:
             return reference.whiten(x, mask=mask, shift_mean=shift_mean, ddof=0)
 
         assert torch.autograd.gradcheck(function, (tensor(self.X).requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_magnitudes_whose_sums_and_squares_overflow(dtype: torch.dtype) -> None:
+    largest, group = torch.finfo(dtype).max / 4.1, torch.zeros(6, dtype=torch.int64)
+    rewards = torch.tensor([largest, -largest, 0.0] * 2, dtype=dtype)
+    centred = torch.tensor([1.0, -1.0, 0.0] * 2, dtype=dtype)
+    found = reference.group_advantages(rewards, group)
+    torch.testing.assert_close(found, centred * 1.25**0.5, rtol=1e-6, atol=1e-6)
+    found = reference.group_advantages(rewards, group, scale="none")
+    torch.testing.assert_close(found / largest, centred, rtol=1e-6, atol=1e-6)
+
+
+def test_whitened_equals_have_the_slope_of_eps() -> None:
+    for size in (1.0, 1e19, 1e30):
+        x = torch.full((2,), size, requires_grad=True)
+        found = reference.whiten(x, eps=1e-8)
+        found[0].backward()
+        assert found.tolist() == [0, 0] and x.grad is not None
+        torch.testing.assert_close(x.grad, torch.tensor([5e3, -5e3]))

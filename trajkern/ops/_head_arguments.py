@@ -20,6 +20,7 @@ from trajkern._checks import (
     describe,
     laid_out,
     readable,
+    shown,
 )
 from trajkern._dtypes import FLOATS, INTEGERS, accumulator
 from trajkern._tiles.arguments import Head
@@ -28,6 +29,8 @@ from trajkern._tiles.tiles import FIXED_ROWS
 from trajkern._values import check_pairs
 from trajkern.ops._agreement import agreed
 from trajkern.ops._temperature import check_temperature
+
+MOST_SOFTCAP = {torch.float32: 2.0**100, torch.float64: 2.0**960}
 
 
 class HeadArguments(NamedTuple):
@@ -163,10 +166,17 @@ def check_projection(
 
 def check_logit_scales(softcap: float | None, logit_scale: float, dtype: torch.dtype, prefix: str = "") -> list[float]:
     """[softcap, or 0 for none, logit_scale], numbers that ``dtype`` holds."""
-    if softcap is not None:
-        softcap = check_number(f"{prefix}softcap", softcap, above=0, dtype=dtype)
     logit_scale = check_number(f"{prefix}logit_scale", logit_scale, dtype=dtype)
-    return [0.0 if softcap is None else float(softcap), float(logit_scale)]
+    if softcap is None:
+        return [0.0, float(logit_scale)]
+    softcap, most = check_number(f"{prefix}softcap", softcap, above=0), MOST_SOFTCAP[dtype]
+    largest = most * min(1.0, abs(logit_scale) or 1.0)  # what is divided by a larger one loses digits
+    if not 1 / most <= softcap <= largest:
+        raise ValueError(
+            f"{prefix}softcap must be in [{1 / most:.3g}, {largest:.3g}] for a {prefix}logit_scale of {logit_scale:g}, "
+            f"got {shown(softcap)}"
+        )
+    return [float(softcap), float(logit_scale)]
 
 
 def _check_scales(arguments: HeadArguments) -> tuple[Tensor | None, list[float]]:

@@ -138,7 +138,8 @@ def linear_logprobs(
         temperature: a positive number that float32 and its reciprocals hold (float64's for float64 inputs), or such
             floats ``[T]``, or without dimensions; checked on the CPU, elsewhere an illegal one gives NaN.
             Where what reaches the backward, divided by it, overflows, the row's gradient is inf or NaN.
-        softcap: logits are softcap * tanh(logits / softcap).
+        softcap: logits are softcap * tanh(logits / softcap); a number in [2^-100, 2^100], and at most 2^100 logit_scale
+            (of 2^960 for float64 inputs).
         logit_scale: multiplies the logits before the softcap.
         mask: bool ``[P]``; a False pair is not computed, gives 0 and has gradient 0.
         sampling_support: (ids ``[E]``, offsets ``[P+1]``), int64: the softmax of pair i runs over the tokens

@@ -46,6 +46,11 @@ def group_advantages(
     )
     origin = torch.cat([r, r.new_zeros(1)])[first][group].detach()
     d = torch.where(counted, r - origin, 0)
+    largest = torch.zeros(ids.numel(), dtype=r.dtype, device=r.device).scatter_reduce(
+        0, group, d.detach().abs(), "amax"
+    )
+    unit = unit_of(largest)[group]  # neither a sum nor a square of what is divided by it overflows
+    d = d / unit
     total, sum_d = group_sum(w), group_sum(w * d)
     mean_d = sum_d / total.clamp_min(torch.finfo(r.dtype).tiny)
     alone = total <= 1
@@ -54,18 +59,14 @@ def group_advantages(
     elif baseline == "leave_one_out":
         centred = d - (sum_d - d) / torch.where(alone, 1, total - 1)
     else:
-        centred = r
-    out = centred
+        centred = r / unit
+    out = centred * unit
     if scale == "std":
-        largest = torch.zeros(ids.numel(), dtype=r.dtype, device=r.device).scatter_reduce(
-            0, group, d.detach().abs(), "amax"
-        )
-        unit = unit_of(largest)[group]
-        variance = group_sum(w * ((d - mean_d) / unit).square()) / torch.where(alone, 1, total - ddof)
+        variance = group_sum(w * (d - mean_d).square()) / torch.where(alone, 1, total - ddof)
         # the square root has no finite derivative at zero; a constant group's is taken as zero
         std = unit * torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
         divisor = std + eps
-        out = centred / torch.where(divisor == 0, 1, divisor)
+        out = centred * (unit / torch.where(divisor == 0, 1, divisor))
     if baseline != "none" or scale != "none":
         raw = r / (1 + eps) if scale == "std" else r
         out = torch.where(alone, raw if singleton == "raw" else torch.zeros_like(r), out)
@@ -129,5 +130,7 @@ def whiten(
     mean = x.sum() / count.clamp_min(1)
     centred = torch.where(keep, x - mean, 0)
     variance = centred.square().sum() / (count - ddof).clamp_min(1)
-    out = centred * (variance + eps / unit / unit).rsqrt()
+    # the square root has no finite derivative at zero, where nothing is off the mean
+    std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    out = centred * (unit / torch.hypot(unit * std, unit.new_tensor(eps**0.5)))
     return out if shift_mean else torch.where(keep, out + mean * unit, 0)
