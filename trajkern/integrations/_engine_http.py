@@ -10,12 +10,12 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from trajkern._checks import check_count, check_number, describe
+from trajkern.integrations._outside import decoded
 
 MOST_SECONDS, MOST_BYTES = 1e6, 2**40  # that a socket waits, and that one machine holds
 
@@ -55,7 +55,7 @@ def post(url: str, body: Mapping[str, Any], *, timeout: float = 600.0, max_bytes
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url} gave no whole answer: {type(error).__name__}: {error}") from error
     try:
-        return json.loads(content, object_pairs_hook=_once)
+        return decoded(content)
     except (ValueError, RecursionError) as error:
         got = f"{content[:300]!r} ({len(content)} bytes)"
         raise ConnectionError(f"{url} must answer in JSON; got {got}: {type(error).__name__}: {error}") from error
@@ -157,12 +157,3 @@ def _said(error: urllib.error.HTTPError) -> str:
         return repr(error.read1(500))
     except (OSError, http.client.HTTPException) as why:
         return f"no more could be read: {type(why).__name__}: {why}"
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError where a key stands in it twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice[:200]!r} stands twice in an object")
-    return found

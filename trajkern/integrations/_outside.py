@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -14,6 +16,19 @@ from trajkern.integrations._arguments import NUMBERS
 
 MOST_ID = 2**63 - 1  # what int64 holds
 MOST_REAL = torch.finfo(torch.float32).max
+
+
+def decoded(content: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, or an object's key stands in it twice."""
+    return json.loads(content, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:200]!r} stands twice in an object")
+    return found
 
 
 class Outside(NamedTuple):

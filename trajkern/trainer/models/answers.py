@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from types import NoneType
 from typing import Any
+
+from trajkern.integrations._outside import decoded
 
 ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # what servers call it that the model stopped
 
@@ -43,7 +43,7 @@ def counted(most: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
 
 def reply(content: bytes) -> tuple[str, bool]:
     """The text of a chat completion, and whether the server says that it came to its own end."""
-    answer = json.loads(content, object_pairs_hook=_once)
+    answer = decoded(content)
     choices = answer.get("choices") if isinstance(answer, dict) else None
     choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     message = choice.get("message") if isinstance(choice, dict) else None
@@ -57,11 +57,3 @@ def reply(content: bytes) -> tuple[str, bool]:
         wrong = finish if isinstance(text, (str, NoneType)) else text
         raise ValueError(f"the server's answer is no chat completion: its text is {str(wrong)[:200]!r}")
     return text or "", finish in ENDED  # None: all went into reasoning, or a refusal
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the server's answer is no chat completion: it has {twice[:200]!r} twice")
-    return found
