@@ -73,3 +73,6 @@ def test_too_many_questions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_task_lists_the_tasks() -> None:
     with pytest.raises(ValueError, match="task must be one of .*chain_sum.*spell_backward.*; got 'chess'"):
         load_task("chess")
+    for name in (None, 3, ["chain_sum"]):
+        with pytest.raises(TypeError, match="task must be a name, got"):
+            load_task(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trajkern._suggest import did_you_mean
 from trajkern.credit import load
-from trajkern.trainer.returned import ask
+from trajkern.trainer.returned import ask, shown
 from trajkern.trainer.tasks.base import Answer, Question, Reply, Splits, Task
 from trajkern.trainer.tasks.capabilities import (
     Action,
@@ -47,8 +47,11 @@ def load_task(name: str, seed: int = 0) -> Task:
     """The task called ``name``, of the class ``package.module:Class`` or in a file that ends with ``.jsonl``.
 
     Raises:
+        TypeError: a name that is no text.
         ValueError: there is none, with the list of names; no class of tasks; a file or a line that is broken.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"task must be a name, got {shown(name)}")
     if name in TASKS:
         return TASKS[name](name, seed)
     if name.endswith(".jsonl"):
