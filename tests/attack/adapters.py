@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 import trajkern as tk
 from tests.attack.case import Case, of_function
 from tests.attack.values import COUNTS, NUMBERS, of_other_layouts, shown, without_memory
+from tests.integrations.held_numbers import CHANGES, KINDS
 from trajkern.integrations import areal, art, engines, kernels, liger, openrlhf, prime_rl, sentence_transformers, verl
 
 OPTIONS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
@@ -213,6 +215,32 @@ def _model() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, **sizes)).eval()
 
 
+@torch.no_grad()
+def _off(batch: tk.PackedBatch, put: Callable[..., None], change: Callable[..., None]) -> float:
+    """How far from the model's own log-probs ours are, at the most, while the scale of its logits changes."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    from trajkern.integrations import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = CohereForCausalLM(CohereConfig(vocab_size=11, hidden_size=8, initializer_range=1.0, **sizes, **ids)).eval()
+    del model.logit_scale
+    put(model, "logit_scale", torch.ones(1))
+    worst = 0.0
+    for scale in (0.5, 2.0, 3.0, 0.25):
+        change(model, "logit_scale", torch.tensor([scale]))
+        own = model(input_ids=batch.tokens.view(2, 2)).logits[:, 0].log_softmax(-1)
+        own = own.gather(-1, batch.tokens.view(2, 2)[:, 1:])[:, 0]
+        worst = max(worst, float((transformers.log_probs(model, batch)[batch.loss_mask] - own).abs().max()))
+    return worst
+
+
+def _far(distance: float) -> str:
+    return f"the log-probs are off by {distance:.3g}" if not distance < 1e-4 else ""
+
+
 def _of_transformers() -> Iterator[Case]:
     if find_spec("transformers") is None:
         return
@@ -240,6 +268,10 @@ def _of_transformers() -> Iterator[Case]:
     }.items():
         own = {k: v for k, v in kinds.items() if k in ("model", *arguments) or k == "check" and name != "causal_model"}
         yield from of_function(f"transformers.{name}", of_model(name), arguments, own, heavy=True)
+    for (kind, put), (label, change) in product(KINDS.items(), CHANGES.items()):
+        call = partial(_off, batch, put, change or put)
+        words = f"logit_scale: {kind} of one number, changed: {label}"
+        yield Case("transformers.log_probs", words, call, (), wrong=_far, heavy=True)
 
 
 def _of_trl() -> Iterator[Case]:

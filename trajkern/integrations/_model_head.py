@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trajkern.integrations._adapted_head import has_dropout, head_tensors, is_adapted, is_formed
 from trajkern.integrations._agreement import together
 from trajkern.integrations._model_run import Route
+from trajkern.integrations._model_state import state_of
 from trajkern.integrations._own_forward import (
     Parts,
     check_backward_hooks,
@@ -26,7 +27,6 @@ from trajkern.integrations._own_forward import (
     own_run,
     reads_ahead,
     some_tokens,
-    state_of,
     undisturbed,
 )
 from trajkern.integrations._wrapped import unwrapped

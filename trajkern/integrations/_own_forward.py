@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trajkern.integrations._adapted_head import adapter_state, embedding_count, head_tensors, is_formed
-from trajkern.integrations._model_run import Layout, Route, accepted, attention_of, first, run_layout, run_model
+from trajkern.integrations._adapted_head import embedding_count, head_tensors
+from trajkern.integrations._model_run import Layout, Route, accepted, first, run_layout, run_model
 from trajkern.integrations._wrapped import apart, body_inside, head_inside, is_wrapped
 
 _EXPLAINS = re.compile(r"logit|soft_?cap|scal(e|ing)|multiplier|(^|_)cap($|_)|dim_model_base|unpadded|tie_word")
 _NUMBERS = (int, float, bool)
-_FEW = 16
 
 
 class Parts(NamedTuple):
@@ -73,47 +70,10 @@ class OwnRun(NamedTuple):
     autocast: torch.dtype | None  # what its forward enters by itself, as accelerate's does
 
 
-def state_of(parts: Parts) -> tuple[Any, ...]:
-    """What decides a model's form, but for the values of its parameters."""
-    _, owner, inner = parts
-    layer = parts.head
-    if parts.weight.is_meta:
-        check_loaded(inner)
-    device, autocast = parts.weight.device.type, _autocast(parts)
-    others = [x for x in inner.children() if x is not layer and x is not inner.base_model]
-    held = [inner.config.get_text_config(), inner, inner.base_model, *others]
-    numbers = tuple((k, x) for part in held for k, v in vars(part).items() if (x := _number(v)) is not None)
-    adapters = getattr(owner, "active_adapters", None) if owner is not inner else None
-    active = tuple(adapters) if isinstance(adapters, list | tuple) else adapters
-    return (
-        weakref.ref(layer),
-        parts.weight.dtype,
-        device,
-        autocast,
-        numbers,
-        active,
-        attention_of(inner),
-        adapter_state(layer),
-        is_formed(layer) and layer.training,
-        tuple(map(_altered, _around_head(parts))),
-    )
-
-
-def _autocast(parts: Parts) -> torch.dtype | None:
+def autocast_of(parts: Parts) -> torch.dtype | None:
+    """In which products on the head's device are, from outside."""
     device = parts.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _number(value: Any, depth: int = 1) -> Any:
-    """What stands for a number, or a few of them, among others; None of anything else."""
-    if isinstance(value, Number):
-        return value if value == value else "nan"
-    if isinstance(value, Tensor):
-        return (id(value), _version(value)) if value.ndim == 0 else None
-    if depth and isinstance(value, (dict, list, tuple)) and len(value) <= _FEW:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return tuple((k, x) for k, v in items if (x := _number(v, depth - 1)) is not None) or None
-    return None
 
 
 def check_loaded(inner: Any) -> None:
@@ -133,7 +93,7 @@ def check_loaded(inner: Any) -> None:
 
 def check_backward_hooks(parts: Parts) -> None:
     """Refuses hooks that would be handed gradients which are never formed: those of logits and of the head layer."""
-    for module in _around_head(parts):
+    for module in around_head(parts):
         if module._backward_hooks or module._backward_pre_hooks:
             raise ValueError(
                 f"model must have no backward hooks around its head, where no gradient of logits passes; "
@@ -141,30 +101,11 @@ def check_backward_hooks(parts: Parts) -> None:
             )
 
 
-def _around_head(parts: Parts) -> list[nn.Module]:
+def around_head(parts: Parts) -> list[nn.Module]:
     """The modules whose own calls could change what becomes of the head's input."""
     outside = parts.owner, getattr(parts.owner, "base_model", None)  # peft's two, or the causal model and its body
     callers = [x for x in outside if parts.owner is not parts.causal and isinstance(x, nn.Module)]
     return [*parts.head.modules(), *callers, parts.causal]
-
-
-def _altered(module: nn.Module) -> tuple[Any, ...]:
-    """What a module does beside its class's forward as it was imported: hooks by their own numbers, and its tensors."""
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    forwards = (_held_weakly(x) for x in (type(module).forward, vars(module).get("forward")))
-    buffers = () if isinstance(module, nn.Linear) else ((k, id(x), _version(x)) for k, x in module._buffers.items())
-    return *map(tuple, hooks), *forwards, *buffers
-
-
-def _held_weakly(function: Any) -> Any:
-    try:
-        return weakref.ref(getattr(function, "__func__", function))
-    except TypeError:
-        return id(function)
-
-
-def _version(x: Any) -> int:
-    return 0 if x is None or x.is_inference() else x._version
 
 
 @functools.cache
@@ -224,7 +165,7 @@ def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | 
     def at_head(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         into.append(inputs[0])
         out.append(output)
-        within.append(_autocast(parts))
+        within.append(autocast_of(parts))
         return None if instead is None else instead(output)
 
     handles = [parts.head.register_forward_hook(at_head)]
@@ -246,7 +187,7 @@ def own_run(parts: Parts, tokens: Tensor, instead: Callable[[Tensor], Tensor] | 
             f"model must give logits of shape [1, {len(tokens)}, V] for one sequence; {model_name(inner)} gives {shape}"
         )
     last = first(backbone[-1], "last_hidden_state") if backbone else None
-    autocast = next((x for x in within if x != _autocast(parts)), None)
+    autocast = next((x for x in within if x != autocast_of(parts)), None)
     return OwnRun(logits, into, out, last if isinstance(last, Tensor) else None, autocast)
 
 

@@ -72,6 +72,11 @@ def is_wrapped(model: Any, inner: Any) -> bool:
     return bool(_chain(model, inner))
 
 
+def is_sharded(model: Any, inner: Any) -> bool:
+    """Whether a wrapper keeps parameters in parts, and so elsewhere in a forward than between two."""
+    return any(not _is(x, _DDP) for x in _chain(model, inner))
+
+
 def _chain(model: Any, inner: Any) -> list[Any]:
     """The modules whose forward does more than compute, from the outermost to ``inner``."""
     chain: list[Any] = []
