@@ -30,8 +30,9 @@ slow: .venv/.built .venv/.docs ## the slow tests: models, adapters and wrappers 
 ptx: .venv/.built ## every case on the compiled GPU kernels, executed on this CPU (needs nvcc and triton, no GPU)
 	$(BIN)/python -m pytest -n 2 tests/ptx --every-case $(ARGS)
 
-fuzz: .venv/.built ## every op under 10,000 random options against float64; ARGS="--seed 7 --cases 500" others
+fuzz: .venv/.built ## every op under 10,000 random options against float64, and TRL's losses with and without; ARGS="--seed 7 --cases 500" others
 	$(BIN)/python -m tests.fuzz $(ARGS)
+	$(BIN)/python -W ignore -m tests.integrations.trl_random $(ARGS)
 
 attack: .venv/.built ## hostile calls of everything public, each survived; writes docs/errors.md
 	$(BIN)/python -m tests.attack $(ARGS)

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern._checks import check_flag, check_tensor, renamed
+from trajkern._checks import as_number, check_choice, check_flag, check_tensor, checked_field, renamed
 from trajkern.integrations._arguments import NUMBERS, choosing, weighing
 from trajkern.integrations._handle import Enabled
 
@@ -286,6 +286,13 @@ class GRPOOptions:
     vespo_k_neg: float
     vespo_lambda_neg: float
 
+    def __post_init__(self) -> None:
+        checked_field(self, check_choice, "importance_sampling_level", ("token", "sequence"))
+        for each in fields(self):  # before PolicyLoss takes None for its own default
+            value = getattr(self, each.name)
+            if each.type not in ("str", "bool") and not (value is None and "None" in str(each.type)):
+                checked_field(self, as_number, each.name)
+
     @property
     def clips(self) -> bool:
         """Whether the ratio is clipped on both sides."""
@@ -293,6 +300,8 @@ class GRPOOptions:
 
     def policy_loss(self) -> tk.PolicyLoss:
         """The same loss here; ValueError for a bound that trajkern has not."""
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("max_completion_length must be given for loss_type 'dr_grpo', got None")
         if self.clips and self.delta is not None and self.delta < 1 + self.epsilon_high:
             raise ValueError(f"delta must be at least 1 + epsilon_high = {1 + self.epsilon_high}, got {self.delta}")
         cispo = self.loss_type == "cispo"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern.integrations._adapter import clipped
-from trajkern.integrations._trl_loss import largest, mark_unread
+from trajkern.integrations._trl_loss import clip_of, largest, mark_unread
 
 _MARKED = {  # what is padded behind its last entry, with less than 0
     "terms": "token_index",
@@ -63,7 +63,7 @@ def async_grpo_loss(
     outputs = _forward(self, model, inputs, sizes)
     new, entropy = outputs.log_probs.flatten()[index], outputs.entropy.flatten()[index]
     self._last_forward_time_s = time.time() - start
-    config = tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high, aggregate="token_mean")
+    config = clip_of(self, aggregate="token_mean")
     accumulation = self.current_gradient_accumulation_steps
     counted = (inputs["global_n_tokens"][0] / self.accelerator.num_processes).clamp(min=1.0) * accumulation
     whole = torch.arange(2, device=new.device) * sizes.terms  # which sample a term is of says nothing to the mean

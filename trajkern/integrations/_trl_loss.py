@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
+from trajkern._checks import as_number, renamed
 from trajkern.integrations._adapter import (
     GRPO_AGGREGATES,
     GRPOOptions,
@@ -89,13 +90,13 @@ def check_fit(name: str, trainer: type, ours: Any) -> None:
     check_reads(f"{name}.{method}", theirs, known)
 
 
-def check_loss(trainer: Any) -> None:
-    """Raises ValueError where the trainer's options ask for a loss that trajkern has not."""
+def checked_loss(trainer: Any) -> tk.PolicyLoss:
+    """The loss of a GRPOTrainer's options as they are now; ValueError where they ask for one that trajkern has not."""
     if trainer.loss_type not in GRPO_AGGREGATES:
         raise ValueError(
             f"loss_type must be one that TRL's GRPOTrainer of the tested versions has, got {trainer.loss_type!r}"
         )
-    options_of(trainer).policy_loss()
+    return options_of(trainer).policy_loss()
 
 
 def options_of(trainer: Any) -> GRPOOptions:
@@ -119,8 +120,16 @@ def options_of(trainer: Any) -> GRPOOptions:
     )
 
 
+def clip_of(trainer: Any, **options: Any) -> tk.PolicyLoss:
+    """The clipped loss of a trainer that has no other."""
+    low, high = (as_number(name, getattr(trainer, name)) for name in ("epsilon_low", "epsilon_high"))
+    with renamed({"clip_low": "epsilon_low", "clip_high": "epsilon_high"}):
+        return tk.PolicyLoss("grpo", clip_low=low, clip_high=high, **options)
+
+
 def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """GRPOTrainer._compute_loss."""
+    config = checked_loss(self)
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     new, entropy, auxiliary = _scored(self, model, inputs)
     high = None
@@ -143,7 +152,6 @@ def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         a = a.expand(rows.shape).reshape(-1) if per_token else a[:, 0]
         return tk.policy_loss(rows.pack("log-probs", new), old, a, rows.cu_seqlens, config=config, **common)[0]
 
-    config = options_of(self).policy_loss()
     if to_sampler is old or not (self.beta and config.kl == "k3_corrected"):
         loss = loss_of(to_sampler, weighted, config)
     else:  # the KL's ratio is to the old policy all the same
@@ -160,7 +168,7 @@ def grpo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).detach().mean())
     _unread.add(self)
     with torch.no_grad():
-        _log(self, mode, inputs, new.detach(), entropy, a, mask)
+        _log(self, config, inputs, new.detach(), entropy, a, mask)
     return loss
 
 
@@ -171,7 +179,7 @@ def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     new, old, a = (new * mask).sum(1), inputs["old_logps"], inputs["advantages"]
     if a.ndim != 1:
         raise ValueError(f"advantages must have shape [B] for RLOOTrainer; got {a.ndim} dimensions")
-    config = tk.PolicyLoss("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high)
+    config = clip_of(self)
     of_one_token = torch.arange(new.shape[0] + 1, device=new.device)
     rows = _rows(self, inputs, new.shape[0])
     loss, _ = tk.policy_loss(new, old, a, of_one_token, config=config, per_token=False, normalizer=rows)
@@ -181,7 +189,7 @@ def rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         metrics["aux_loss"].append(self.accelerator.gather_for_metrics(auxiliary).detach().mean())
     _unread.add(self)
     with torch.no_grad():
-        metrics["entropy"].append(_mean(self, entropy, mask))
+        metrics["entropy"].append(_mean(self, entropy, mask, of_tokens=True))
         low, high = clipped((new - old).exp(), a, config)
         for name, x in (("low", low), ("high", high), ("region", low | high)):
             gathered = self.accelerator.gather(x.float())
@@ -252,14 +260,22 @@ def _weighted(
     if high is not None:
         a = a * high
     ratio: Any = inputs.get("importance_sampling_ratio")
-    if self.loss_type == "vespo" and ratio is not None:
-        # its weight is of the ratio to the sampler: old log-probs that make the log-ratios those
-        shift = ratio.log().clamp(_LEAST, 20.0)
-        shift = shift / mask.sum(1, keepdim=True).clamp(min=1) if ratio.shape[1] == 1 else shift
-        old = (new if old is None else old) - shift * mask
+    if self.loss_type == "vespo":
+        if old is not None or ratio is not None:
+            old = new - _vespo_log_ratio(new, old, mask, ratio)
     elif self.use_vllm and self.vllm_importance_sampling_correction:
         a = a * ratio
     return a, old
+
+
+def _vespo_log_ratio(new: Tensor, old: Tensor | None, mask: Tensor, ratio: Tensor | None) -> Tensor:
+    """The log-ratio to the sampler that VESPO's weight is of, bounded as TRL bounds it; each token has its share."""
+    total = new.new_zeros(new.shape[0], 1)
+    if old is not None:
+        total = ((new - old).clamp(-20.0, 20.0) * mask).sum(1, keepdim=True)
+    if ratio is not None:  # also of what is masked, as TRL has it
+        total = total + ratio.log().clamp(_LEAST, 20.0).sum(1, keepdim=True)
+    return total.clamp(_LEAST, 20.0) / mask.sum(1, keepdim=True).clamp(min=1) * mask
 
 
 def _normalizer(self: Any, inputs: dict[str, Any], mask: Tensor, accumulation: float) -> Tensor | float:
@@ -313,9 +329,11 @@ def _number(x: Any, like: Tensor) -> Tensor:
     return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
 
 
-def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Tensor, a: Tensor, mask: Tensor) -> None:
+def _log(
+    self: Any, config: tk.PolicyLoss, inputs: dict[str, Any], new: Tensor, entropy: Tensor, a: Tensor, mask: Tensor
+) -> None:
     """The shares, the KL and the entropy that GRPOTrainer logs, of the ratios that the loss has."""
-    metrics, old = self._metrics[mode], inputs.get("old_per_token_logps")
+    metrics, old = self._metrics["train" if self.model.training else "eval"], inputs.get("old_per_token_logps")
     difference = torch.zeros_like(new) if old is None else new - old
     ratio = difference.exp()
     if self.importance_sampling_level == "sequence":
@@ -325,9 +343,10 @@ def _log(self: Any, mode: str, inputs: dict[str, Any], new: Tensor, entropy: Ten
         kl = d.exp() - d - 1
         metrics["kl"].append(_mean(self, kl * ratio if self.args.use_bias_correction_kl else kl, mask))
     metrics["entropy"].append(_mean(self, entropy, mask))
-    options = options_of(self)
-    low, high = clipped(ratio, a, options.policy_loss())
-    if options.clips:
+    if config.clip_dual is not None:
+        ratio = ratio.clamp(max=config.clip_dual)  # before TRL asks what is above the band
+    low, high = clipped(ratio, a, config)
+    if options_of(self).clips:
         for name, x in (("low", low), ("high", high), ("region", low | high)):
             metrics[f"clip_ratio/{name}_mean"].append(_mean(self, x.float(), mask))
         shares = [x.float()[:, 0] if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1) for x in (low, high)]
@@ -349,9 +368,12 @@ def largest(x: Tensor) -> Tensor:
     return torch.where(largest == -torch.inf, torch.nan, largest)
 
 
-def _mean(self: Any, x: Tensor, mask: Tensor) -> Tensor:
-    """Over the tokens of all ranks, or over the completions for one value each."""
-    whole = x.shape[1] == 1
+def _mean(self: Any, x: Tensor, mask: Tensor, *, of_tokens: bool = False) -> Tensor:
+    """Over the tokens of all ranks; for one value a completion over completions, as GRPOTrainer has it.
+
+    It takes completions of one token for that, too, which RLOOTrainer does not.
+    """
+    whole = x.shape[1] == 1 and not of_tokens
     total = x.sum() if whole else (x * mask).sum()
     count = torch.full_like(total, x.shape[0]) if whole else mask.sum().to(total.dtype)
     total, count = self.accelerator.reduce(torch.stack((total, count)), reduction="sum")

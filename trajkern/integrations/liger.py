@@ -123,8 +123,6 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 f"loss_type 'luspo' must have importance_sampling_level 'sequence' and beta 0 here; "
                 f"got {importance_sampling_level!r} and {beta}"
             )
-        if loss_type == "dr_grpo" and max_completion_length is None:
-            raise ValueError("max_completion_length must be given for loss_type 'dr_grpo', got None")
         options = GRPOOptions(
             loss_type=loss_type,
             importance_sampling_level=importance_sampling_level,

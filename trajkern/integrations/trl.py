@@ -36,7 +36,8 @@ from trajkern.integrations._trl_async import async_grpo_loss
 from trajkern.integrations._trl_credit import ByCredit, Generation, check_advantages, hooks, with_penalty
 from trajkern.integrations._trl_loss import (
     check_fit,
-    check_loss,
+    checked_loss,
+    clip_of,
     grpo_loss,
     loss_method,
     read_all_logged,
@@ -225,8 +226,7 @@ def _check_made(trainer: Any, put: Put) -> None:
 
 
 def _check(trainer: Any, kind: str, crediting: ByCredit | ByFunction | None) -> None:
-    if kind == "GRPOTrainer":
-        check_loss(trainer)
+    checked_loss(trainer) if kind == "GRPOTrainer" else clip_of(trainer)
     if crediting is not None:
         crediting.check(trainer)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
