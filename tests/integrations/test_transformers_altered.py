@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -166,6 +168,20 @@ def test_what_is_changed_after_it_was_measured_is_measured_again(name: str) -> N
             with pytest.raises(ValueError, match=f"model must have .*{refused}"):
                 log_probs(model, packed())
     check_own(model)
+
+
+@pytest.mark.parametrize("name", ["as it is", *(x for x, (_, refused) in CHANGES.items() if refused is None)])
+def test_a_model_that_nobody_wants_is_kept_by_nobody(name: str) -> None:
+    """What was measured of it goes with it, also where it was changed in between."""
+    model = model_of("Llama")
+    log_probs(model, packed()).sum().backward()
+    if name in CHANGES:
+        with CHANGES[name][0](model):
+            log_probs(model, packed()).sum().backward()
+    alive = [weakref.ref(x) for x in (model, *model.parameters())]
+    del model
+    gc.collect()
+    assert not [x for x in alive if x() is not None]
 
 
 def test_what_a_class_was_given_after_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
