@@ -14,7 +14,8 @@ from trajkern.integrations._tree_attention import check_segments, over_boundarie
 
 Layout = PackedBatch | Tree
 _MASKED = ("eager", "sdpa", "flex_attention")  # those that take a mask of who sees whom
-_UNDERSTOOD = ("sliding_window", "use_sliding_window", "max_window_layers")
+# but for the last, of the window that a tree's mask has; the last is of no attention
+_UNDERSTOOD = ("sliding_window", "use_sliding_window", "max_window_layers", "mamba_chunk_size")
 _LISTS = ("layer_types", "layers_block_type", "block_types")  # what configs call the kinds of their layers
 _RECURRENT = {"linear_attention", "mamba", "hybrid", "recurrent", "conv"}
 _CARRIED = ", which would carry the state of one branch into another"
