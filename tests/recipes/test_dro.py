@@ -112,6 +112,15 @@ def test_pass_rate_threshold() -> None:
     assert gate(ten, torch.zeros(10, dtype=torch.int64), mode="pass_rate", threshold=0.3).all()
 
 
+def test_a_share_meets_the_threshold_that_it_is() -> None:
+    for size in (*range(1, 41), 96, 129):
+        group = torch.zeros(size, dtype=torch.int64)
+        for passed in range(size + 1):
+            share, flags = passed / size, torch.arange(size) < passed
+            for threshold in (share, round(share, 2), round(share, 3)):
+                assert gate(flags, group, threshold=threshold).tolist() == [share >= threshold] * size
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(-2, 2))), st.sampled_from(GATES), st.sampled_from([0.25, 0.5, 1]))
 def test_gate_matches_a_plain_loop(rows: list[tuple[bool, int]], mode: str, threshold: float) -> None:

@@ -23,6 +23,7 @@ from trajkern.recipes._groups import check_ids, check_packing, check_vector, gro
 Prompt = TypeVar("Prompt", bound=Hashable)
 GATES = ("drop_rollout", "reject_group_if_any_fails", "reject_group_if_all_fail", "pass_rate")
 SLACK = 1e-9  # a product such as 0.07 * 100 lands above its integer
+ROUNDING = 2.0**-40  # of a share, which is formed from the group's mean
 
 
 @suggesting
@@ -193,7 +194,7 @@ def gate(
         drop_rollout               those that passed
         reject_group_if_any_fails  the groups of which all passed
         reject_group_if_all_fail   the groups of which one passed
-        pass_rate                  the groups of which a share of at least ``threshold`` passed
+        pass_rate                  the groups of which a share of at least ``threshold`` passed, to within 2^-40
 
     The last three give one value to the whole group. The revised paper enforces its rubric "at the rollout group level"
     and says no more that could be read, so each reading has its name. The default is of groups: the middle one, which
@@ -223,7 +224,7 @@ def gate(
         return mean == 2
     if mode == "reject_group_if_all_fail":
         return mean > 1
-    return mean >= 1 + threshold
+    return mean >= 1 + threshold - ROUNDING
 
 
 def right_minus_wrong(
