@@ -204,9 +204,10 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 def trainers() -> Iterator[tuple[str, Any]]:
     for kind in ("GRPO", "RLOO"):
-        trainer = trainer_of(Path(tempfile.mkdtemp()), kind, beta=0.1)
-        trainer.current_gradient_accumulation_steps = 1
-        yield kind, trainer
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(Path(folder), kind, beta=0.1)
+            trainer.current_gradient_accumulation_steps = 1
+            yield kind, trainer
 
 
 def main() -> int:
