@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -48,10 +48,11 @@ class EngineFailure(RuntimeError):
 def _portable(error: BaseException) -> BaseException:
     """What another process can make it of, or else its type and its words: one that it cannot takes all with it."""
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # by the same steps
+        found = "<locals>" not in type(error).__qualname__
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        found = False
+    return error if found else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def collect(ask: Callable[[Request], Answer], requests: Iterable[Request], *, workers: int = 8) -> list[Answer]:

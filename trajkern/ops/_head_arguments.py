@@ -169,7 +169,7 @@ def check_logit_scales(softcap: float | None, logit_scale: float, dtype: torch.d
     logit_scale = check_number(f"{prefix}logit_scale", logit_scale, dtype=dtype)
     if softcap is None:
         return [0.0, float(logit_scale)]
-    softcap, most = check_number(f"{prefix}softcap", softcap, above=0), MOST_SOFTCAP[dtype]
+    softcap, most = check_number(f"{prefix}softcap", softcap, above=0, dtype=dtype), MOST_SOFTCAP[dtype]
     largest = most * min(1.0, abs(logit_scale) or 1.0)  # what is divided by a larger one loses digits
     if not 1 / most <= softcap <= largest:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import signal
 import time
 import uuid
@@ -137,7 +136,9 @@ class Ranks:
         box, group = [value], self.head
         try:
             dist.broadcast_object_list(box, group=group, group_src=0, device=self.device)
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
+        except RuntimeError:  # of the ranks
+            raise
+        except Exception as error:
             raise TypeError(f"{name} must return what can be pickled, for the ranks of a head; {error}") from None
         return box[0]
 
