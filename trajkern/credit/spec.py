@@ -53,7 +53,7 @@ class Spec(abc.ABC):
         if readable(advantages) and not bool(advantages.isfinite().all()):  # a product is not
             raise ValueError(f"{self!r} must give advantages that {str(advantages.dtype)[6:]} holds; some overflow it")
         mask, keep = call.mask(part).clone(), call.kept(part).clone()  # nobody else's
-        positive = torch.count_nonzero(advantages > 0) / torch.count_nonzero(mask)
+        positive = (advantages > 0).sum(dtype=torch.float32) / torch.count_nonzero(mask)
         metrics = call.metrics | {"kept": keep.float().mean(), "positive": positive}
         whole = part.rows is not None and part.kinds() == 1 and all(x.only is None for x in part.learns)
         rows = torch.where(keep, part.rows, 0) if whole and part.rows is not None else None

@@ -84,8 +84,8 @@ def turn_rewards(
     belief = widened(log_beliefs)
     delta = belief[after] - belief[after - 1]
     delta = torch.where(delta.isfinite(), delta.relu() if clip else delta, 0)
-    turns = cu_turns.diff()
-    end = torch.where(won, win_reward, 0.0) - torch.where(turns > 1, turn_cost * turns, 0)
+    turns = cu_turns.diff().double()
+    end = win_reward * won.double() - torch.where(turns > 1, turn_cost * turns, 0)
     return end.to(belief.dtype)[owner] + scale * delta + penalty.to(belief.dtype)
 
 

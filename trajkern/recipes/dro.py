@@ -64,11 +64,16 @@ def rank_filter(
     owner = torch.repeat_interleave(torch.arange(count, device=device), lengths, output_size=total)
     order = ranks.argsort(descending=True, stable=True)
     order = order[owner[order].argsort(stable=True)]  # the rollouts in order, the worst ranks of each first
-    chosen = (lengths.double() * worst_fraction - SLACK).ceil().long()
+    chosen = _share_of(lengths, worst_fraction)
     counted = torch.arange(total, device=device) - cu_seqlens[owner]
     worst = torch.where(counted < chosen[owner], ranks[order].long(), 0)
     mean = torch.zeros_like(lengths).scatter_add(0, owner, worst).double() / chosen
     return group_sum(mean <= most, pair_ids(group_ids)) > 0  # without tokens the mean is 0 / 0, which is no rank
+
+
+def _share_of(lengths: Tensor, fraction: float) -> Tensor:  # [N]
+    """ceil(fraction * n) of each n, at least one where there is one."""
+    return (lengths.double() * fraction - SLACK).ceil().long().clamp_min(1).minimum(lengths)
 
 
 @suggesting
@@ -88,7 +93,8 @@ def keep_groups(
     drop_fraction = check_number("drop_fraction", drop_fraction, low=0, high=1)
     if drop_fraction == 1:
         raise ValueError("drop_fraction must be less than 1, got 1")
-    dropped = math.floor(drop_fraction * group_score.shape[0] + SLACK)
+    count = group_score.shape[0]
+    dropped = min(math.floor(drop_fraction * count + SLACK), max(count - 1, 0))
     place = torch.arange(group_score.shape[0], device=group_score.device)
     return torch.empty_like(place, dtype=torch.bool).scatter(0, group_score.argsort(stable=True), place >= dropped)
 
@@ -169,7 +175,7 @@ def propagated(
     owner = torch.repeat_interleave(torch.arange(count, device=device), lengths, output_size=total)
     order = std.argsort(descending=True, stable=True)
     order = order[owner[order].argsort(stable=True)]
-    first = torch.arange(total, device=device) - cu_seqlens[owner] < (lengths.double() * fraction - SLACK).ceil()[owner]
+    first = torch.arange(total, device=device) - cu_seqlens[owner] < _share_of(lengths, fraction)[owner]
     reflective = torch.empty_like(first).scatter(0, order, first) & (std > 0)
     x = logprobs.double()
     doubt = torch.where(reflective, -x.clamp_max(0).expm1(), 0)  # 1 - p_k

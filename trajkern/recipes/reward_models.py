@@ -68,7 +68,7 @@ def rule_rewards(judgements: Tensor | Sequence[str], labels: Tensor | Sequence[s
         right = (judgements == labels) & (labels >= 0)
     else:
         right = _best(judgements, labels)
-    return torch.where(right, 1.0, -1.0)
+    return 2 * right.float() - 1
 
 
 def _best(scores: Tensor, labels: Tensor | Sequence[str]) -> Tensor:
@@ -147,7 +147,7 @@ def meta_loss(
     """
     check_vector("logits", logits, None, "", None)
     check_vector("right", right, logits.shape[0], "one flag a judgement", logits.device, (torch.bool,))
-    loss = -torch.nn.functional.logsigmoid(torch.where(right, 1.0, -1.0) * widened(logits))
+    loss = -torch.nn.functional.logsigmoid((2 * right.float() - 1) * widened(logits))
     if weights is None:
         return (loss.double().sum() / max(logits.shape[0], 1)).to(loss.dtype)
     check_vector("weights", weights, logits.shape[0], "one a judgement", logits.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
-from math import isnan
 from typing import NamedTuple
 
 import torch
@@ -193,7 +193,7 @@ def vote(
         raise ValueError(
             f"confidences must have one entry for each of the {len(answers)} answers, got {len(confidences)}"
         )
-    votes: dict[Hashable, float] = {}
+    cast: dict[Hashable, list[float]] = {}
     for at, (answer, confidence) in enumerate(zip(answers, confidences, strict=True)):
         weight = 1.0 if method == "majority" else _stated(confidence, at)
         try:
@@ -201,19 +201,22 @@ def vote(
         except TypeError:
             raise TypeError(f"answers must be hashable, to be told apart; number {at} is {describe(answer)}") from None
         if answer is not None:
-            before = votes.setdefault(answer, 0.0)
-            votes[answer] = max(before, weight) if method == "max" else before + weight
-    if not votes:
+            cast.setdefault(answer, []).append(weight)
+    if not cast:
         return Vote(None, None, float("nan"))
+    # rounded once, so that the order in which equal votes were cast parts none
+    votes = {answer: max(weights) if method == "max" else math.fsum(weights) for answer, weights in cast.items()}
     best = max(votes, key=lambda answer: votes[answer])  # of equal ones the first that was entered
-    total = 1.0 if method == "max" else sum(votes.values())
+    total = 1.0 if method == "max" else math.fsum(votes.values())
     share = votes[best] / total if votes[best] else float("nan")
     return Vote(list(answers).index(best), best, share)
 
 
 def _stated(confidence: float, at: int) -> float:
-    value = confidence if isinstance(confidence, float) and isnan(confidence) else as_number("confidences", confidence)
-    if isnan(value):
+    value = (
+        confidence if isinstance(confidence, float) and math.isnan(confidence) else as_number("confidences", confidence)
+    )
+    if math.isnan(value):
         return 0.0
     if not 0 <= value <= 1:
         raise ValueError(f"confidences must lie in [0, 1]; it is {value} at index {at}")

@@ -268,7 +268,8 @@ def frozen_teacher(student: Model) -> Model:
 def update_teacher(teacher: nn.Module, student: nn.Module, rate: float = 0.05) -> None:
     """teacher = (1 - rate) teacher + rate student, in place, over the parameters of the same names.
 
-    Buffers stay the teacher's. In bfloat16 a change below a rounding is lost: a teacher in float32 follows steadily.
+    Buffers stay the teacher's, and parameters that are no floats, as frozen ones that are quantised. In bfloat16 a
+    change below a rounding is lost: a teacher in float32 follows steadily.
 
     Args:
         rate: in [0, 1]; 0 keeps the teacher as it is, 1 makes it the student.
@@ -285,11 +286,12 @@ def update_teacher(teacher: nn.Module, student: nn.Module, rate: float = 0.05) -
     for name, x in ours.items():
         if x.shape != theirs[name].shape:
             raise ValueError(f"teacher must have {name} of shape {list(theirs[name].shape)}, got {list(x.shape)}")
+        if x is theirs[name]:
+            raise ValueError(f"teacher must have parameters of its own; {name} is the student's")
     with torch.no_grad():
         for name, x in ours.items():
-            if x is theirs[name]:
-                raise ValueError(f"teacher must have parameters of its own; {name} is the student's")
-            x.lerp_(theirs[name].to(x.device, x.dtype), rate)
+            if x.is_floating_point():
+                x.lerp_(theirs[name].to(x.device, x.dtype), rate)
 
 
 def _check_module(name: str, value: Any) -> None:

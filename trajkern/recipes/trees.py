@@ -110,7 +110,8 @@ def _gigpo(tree: Tree, rewards: Tensor, loss_mask: Tensor) -> Tensor:
     leaf = torch.repeat_interleave(number, tree.depth[tree.leaves], output_size=count)
     step = torch.arange(count, device=tree.device) + leaf + 1
     node = node[step]
-    returns = rewards[leaf] * DISCOUNT ** (tree.depth[tree.leaves[leaf]] - tree.depth[node])
+    later = tree.depth[tree.leaves[leaf]] - tree.depth[node]
+    returns = (rewards[leaf].double() * DISCOUNT ** later.double()).to(rewards.dtype)
     anchor, group = anchor[parent[node]], tree.leaf_group[leaf]
     advantages = gigpo.step_advantages(returns, leaf, anchor, group, episode_rewards=rewards, weight=1.0, scale="none")
     return advantages.new_zeros(every.shape).index_copy(0, step, advantages)
