@@ -24,9 +24,7 @@ from trajkern.integrations._own_forward import Parts, around_head, autocast_of, 
 from trajkern.integrations._wrapped import is_sharded
 
 _FEW = 16  # numbers together; more of them are no scale and no cap
-_SMALL = (
-    64  # modules in a child of the model; more of them are a tower or a body of their own, not a step behind a head
-)
+_SMALL = 64  # modules in a child of the model; more of them are a body of its own, and no step behind a head
 _DEPTH = 2  # of containers within containers
 _HOSTS = ("torch.", "transformers.", "peft.")
 
