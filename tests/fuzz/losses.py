@@ -24,10 +24,12 @@ from tests.fuzz.problem import (
     randn,
     some,
 )
+from trajkern import reference
 from trajkern._results import Branch
 from trajkern.losses.config import PolicyLoss
 from trajkern.losses.kinds import AGGREGATES, KINDS
 from trajkern.ops.tree_loss import Paths
+from trajkern.testing.numerics import cast, run
 from trajkern.testing.option_pairs import (
     FLAT_REFUSED,
     GIVEN,
@@ -51,10 +53,24 @@ def _policy_loss(options: Options, seed: int) -> Problem:
         inputs["branch"] = Branch(*(x.to(inputs["logprobs"].dtype) for x in branch))
     if _cut_is_a_tie(inputs):
         raise Undecided
-    spec = POLICY_LOSS
+    spec = dataclasses.replace(POLICY_LOSS, term_scale=POLICY_LOSS.term_scale | _cancelling(inputs))
     if options["dtype"] == "float64" and options["aggregate"] == "token_sum":  # what float64's own sum is made of
         spec = dataclasses.replace(spec, term_scale=spec.term_scale | {"loss": _size_of_terms(inputs)})
     return Problem(spec, inputs, {"old_logprobs": None} if options["old_logprobs"] == "none" else {})
+
+
+def _cancelling(inputs: Inputs) -> dict[str, Any]:
+    """Of each token's gradient the smaller of its two sides, the leaves of positive and of negative advantage: where
+    they cancel, their sum is found to that size's rounding."""
+    branch, sides = inputs.get("branch"), []
+    if isinstance(branch, Paths):
+        sides = [Paths(branch.tree, sign * (sign * branch.advantages).clamp_min(0), branch.gate) for sign in (1, -1)]
+    elif branch is not None:
+        zero = torch.zeros_like(branch.positive)
+        sides = [branch._replace(negative=zero), branch._replace(positive=zero)]
+    wide = cast(inputs, torch.float64)
+    found = [run(POLICY_LOSS, reference.policy_loss, wide | {"branch": side})["grad_logprobs"].abs() for side in sides]
+    return {"grad_logprobs": torch.minimum(*found)} if found else {}
 
 
 def _cut_is_a_tie(inputs: Inputs) -> bool:
