@@ -94,11 +94,12 @@ def attacked(surface: str, step: int = 1, heavy: bool = True, seed: int = 0) -> 
         first = number + 1
 
 
-def records(found: list[Found]) -> list[dict[str, Any]]:
+def records(found: list[Found], seed: int = 0) -> list[dict[str, Any]]:
     """Of each surface how many calls there were, and how many ended badly."""
     from trajkern.cli import cpu_name
 
-    made = {"command": "make attack", "processor": cpu_name(), "date": datetime.date.today().isoformat()}
+    command = f'make attack ARGS="--seed {seed}"' if seed else "make attack"
+    made = {"command": command, "processor": cpu_name(), "date": datetime.date.today().isoformat()}
     tried, bad = Counter(x.surface for x in found), Counter(x.surface for x in found if x.fault)
     return [
         {"area": f"hostile calls: {what}", "tried": tried[name], "fell_short": bad[name], "reason": "", **made}
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
     if not args.only:
         (ROOT / "docs" / "errors.md").write_text(page.text(found, SURFACES))
     if args.report:
-        args.report.write_text(json.dumps(records(found), indent=1) + "\n")
+        args.report.write_text(json.dumps(records(found, args.seed), indent=1) + "\n")
     return 1 if any(x.fault for x in found) else 0
 
 
