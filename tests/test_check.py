@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import trajkern as tk
-from trajkern import cli
+from trajkern import cli, testing
 from trajkern.testing import check, differences, spec_of
 
 F32 = [torch.float32]
@@ -220,3 +221,17 @@ def test_unknown_names_get_the_list() -> None:
         check(tk.whiten, like="whiten", intensity=4)
     with pytest.raises(ValueError, match="cases must be one of 'typical', .*; got 'typica'"):
         check(mine, like="token_logprobs", cases=["typical", "typica"])
+
+
+def test_a_spec_of_no_op_is_refused() -> None:
+    """Whose result would there be to hold it against?"""
+    spec = spec_of("whiten")
+    inputs = spec.inputs(spec.cases[0], torch.float32)
+    for call in (testing.run, testing.errors, testing.differences):
+        with pytest.raises(ValueError, match="spec must have the name of an op, .* got 'my_square'"):
+            call(dataclasses.replace(spec, name="my_square"), tk.whiten, inputs)
+        with pytest.raises(TypeError, match="spec.outputs must be a function of the op's result, got None"):
+            call(dataclasses.replace(spec, outputs=None), tk.whiten, inputs)
+        for wrong in (lambda r: None, lambda r: {"y": 1}):
+            with pytest.raises(TypeError, match="spec.outputs must name the tensors of a result in a dict"):
+                call(dataclasses.replace(spec, outputs=wrong), tk.whiten, inputs)

@@ -52,6 +52,8 @@ def run(
     scale = loss_scale(spec, inputs, upstream_seed) if scale is None else check_number("scale", scale)
     inputs = {k: _leaf(v) if k in spec.differentiable and v is not None else v for k, v in inputs.items()}
     outputs = spec.outputs(function(**inputs))
+    if not isinstance(outputs, dict) or not all(isinstance(x, Tensor) for x in outputs.values()):
+        raise TypeError(f"spec.outputs must name the tensors of a result in a dict, got {describe(outputs)}")
     outcome = {k: v.detach() for k, v in outputs.items()}
     generator, loss = torch.Generator().manual_seed(upstream_seed), None
     for name, x in outputs.items():

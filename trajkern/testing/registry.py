@@ -78,6 +78,9 @@ class OpSpec:
 def check_parts(spec: Any, function: Any, inputs: Any) -> None:
     """An op's description, a function and arguments of both."""
     check_instance("spec", spec, OpSpec)
+    if not callable(getattr(reference, spec.name, None)):
+        raise ValueError(f"spec must have the name of an op, which the reference computes; got {spec.name!r}")
+    check_callable("spec.outputs", spec.outputs, "a function of the op's result")
     check_callable("function", function, "a function of the op's arguments")
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of {spec.name}'s arguments, got {describe(inputs)}")
