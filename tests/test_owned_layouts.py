@@ -205,6 +205,16 @@ def test_what_is_read_or_made_while_sampling_is_there_for_training(made: Callabl
             use(layout)
 
 
+@pytest.mark.parametrize(
+    "use", [lambda x: x.positions, lambda x: x.rows, lambda x: x.attention_mask(), lambda x: x.token_node]
+)
+def test_a_write_into_the_nodes_of_tokens_is_met(use: Callable[[tk.Tree], Any]) -> None:
+    layout = tree()
+    layout.token_node.sub_(1).clamp_(min=0)
+    with pytest.raises(ValueError, match="Tree.token_node must not be written into"):
+        use(layout)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_gradients_through_layouts_made_while_sampling(native: bool) -> None:
     with torch.inference_mode():

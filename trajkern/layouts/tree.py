@@ -141,6 +141,7 @@ class Tree:
     @property
     def token_node(self) -> Tensor:
         """The node of each token, int64 ``[T]``."""
+        self.check_given()
         return self._nodes.token_node
 
     @derived
