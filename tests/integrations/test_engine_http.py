@@ -194,6 +194,13 @@ def test_what_is_no_address(url: str) -> None:
         engines.post(url, {})
 
 
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_what_json_has_no_word_for_is_no_answer(serve: Callable[..., str], word: str) -> None:
+    url = serve(lambda write: write(b'{"id": %s}' % word.encode()))
+    with pytest.raises(ConnectionError, match=f"must answer in JSON; got .*{word} is no number of JSON's"):
+        engines.post(url, {}, timeout=10)
+
+
 def test_a_key_twice_is_no_answer(serve: Callable[..., str]) -> None:
     """Which of the two is meant nobody can say."""
     url = serve(lambda write: write(b'{"choices": [{"token_ids": [1], "token_ids": [2]}]}'))

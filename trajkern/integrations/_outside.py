@@ -20,7 +20,11 @@ MOST_REAL = torch.finfo(torch.float32).max
 
 def decoded(content: bytes) -> Any:
     """The value of a JSON text. Raises ValueError where it is none, or an object's key stands in it twice."""
-    return json.loads(content, object_pairs_hook=_once)
+    return json.loads(content, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON's")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
