@@ -88,7 +88,8 @@ def compare(
     report = results.new_report(device) | {"own": list(functions)}
     if peers:
         report["peers"] = packages.versions()
-    measure(report, chosen, Settings(device, seconds, (5, 300), compiled, peers), progress=progress)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever stands around the call
+        measure(report, chosen, Settings(device, seconds, (5, 300), compiled, peers), progress=progress)
     report["complete"] = True
     return Comparison(report)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -256,3 +257,10 @@ def test_models_are_shapes_with_a_name() -> None:
     named = shapes.cases("qwen3-8b", "cpu", 16)
     plain = shapes.sized("", 16, width, vocabulary, "cpu", torch.float32)
     assert [case.shape for case in named] == [f"qwen3-8b: {case.shape}" for case in plain]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_what_stands_around_the_call_is_not_what_is_timed(around: Any) -> None:
+    with around():
+        found = compare({"mine": mine}, like="token_logprobs", shapes=[(4, 7)], seconds=0.0, progress=False)
+    assert found.passed and not torch.is_inference_mode_enabled()
