@@ -56,6 +56,16 @@ def test_one_answer_for_all_ranks_of_a_head(kept: str, tmp_path: Path) -> None:
     assert [x["step"] for x in lines(out) if x["phase"] == "main"] == [1, 2, 3]
 
 
+def test_ranks_that_draw_other_questions_are_refused(tmp_path: Path) -> None:
+    """As of a set of texts, whose order is each process's own."""
+    changed = FICKLE.replace('(f"{split} {i}>",', '(f"{split} {draw.random()}>",')
+    assert changed != FICKLE
+    (tmp_path / "fickle.py").write_text(changed)
+    done = launch(2, tmp_path / "run", *f"--task fickle:Fickle {SIZES} {TINY}".split(), PYTHONPATH=path_with(tmp_path))
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "task fickle:Fickle must draw the same questions on all ranks, in one order; they differ" in done.stderr
+
+
 def test_what_is_shared_is_what_was_asked_first() -> None:
     def read(text: str) -> Answer:
         agreed("Task.inner", lambda: 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def set_up(config: TrainConfig, ranks: Ranks, interrupt: Interrupt) -> Run:
     display.say(f"{config.task}: drawing questions, seed {config.seed}")
     splits = draw_splits(config, task)
     check_splits(config, splits)
+    check_drawn(config, splits, ranks)
     policy = make_policy(config, splits, ranks)
     optimizer = make_optimizer(configs[phase == "then"], task, policy, phase)
     if stored:
@@ -97,6 +99,16 @@ def check_alike(config: TrainConfig, stored: checkpoint.Checkpoint | None, task:
         raise ValueError(
             f"{name} must be the same on all ranks; got {own[name]!r} on rank {ranks.number}, {first[name]!r} on rank 0"
         )
+
+
+def check_drawn(config: TrainConfig, splits: Splits, ranks: Ranks) -> None:
+    """Raise ValueError where a rank has other questions than rank 0, as of a set, whose order is a process's own."""
+    drawn = hashlib.sha256()
+    for part, questions in vars(splits).items():
+        for question in questions:
+            drawn.update(repr((part, *question[:3])).encode(errors="backslashreplace"))
+    if ranks.any(ranks.told(drawn.digest()) != drawn.digest()):
+        raise ValueError(f"task {config.task} must draw the same questions on all ranks, in one order; they differ")
 
 
 def check_places(config: TrainConfig, stored: checkpoint.Checkpoint | None, ranks: Ranks) -> None:
