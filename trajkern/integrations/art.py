@@ -19,6 +19,7 @@ from torch import Tensor
 
 import trajkern as tk
 from trajkern._checks import check_count, check_shape, check_tensor, describe, renamed
+from trajkern._dtypes import FLOATS
 from trajkern._values import check_finite, check_values
 from trajkern.integrations._host_tree import TreeRollouts
 from trajkern.integrations._outside import is_list
@@ -27,7 +28,6 @@ __all__ = ["TreeRollouts", "tree_rollouts"]
 _IDS = ("tokens", "group_ids", "parent_ids")
 _VALUES = ("logprobs", "advantages", "weights")
 _INTEGER = (torch.int64, torch.int32)
-_FLOAT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PADDING = -1  # of both ids
 
 
@@ -56,7 +56,7 @@ def tree_rollouts(packed: Mapping[str, Any], row: int) -> TreeRollouts:
     images = packed.get("pixel_values")
     if images is not None and (not is_list(images) or len(images) <= row or images[row] is not None):
         raise ValueError("pixel_values must be None: equal tokens of images are not equal inputs, which a tree shares")
-    dtypes = dict.fromkeys(_IDS, _INTEGER) | dict.fromkeys(_VALUES, _FLOAT) | {"assistant_mask": (torch.bool,)}
+    dtypes = dict.fromkeys(_IDS, _INTEGER) | dict.fromkeys(_VALUES, FLOATS) | {"assistant_mask": (torch.bool,)}
     fields = {name: _row(packed, name, row, legal) for name, legal in dtypes.items()}
     real = _real(fields["group_ids"], fields["parent_ids"])
     fields = {name: x[:real] for name, x in fields.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trajkern import group_advantages
 from trajkern._checks import check_choice, check_count, check_number, check_sequence, describe, readable, suggesting
-from trajkern._dtypes import accumulator
+from trajkern._dtypes import FLOATS, accumulator
 from trajkern._values import check_values
 from trajkern.ops.advantage import INTEGERS
 from trajkern.recipes._groups import check_ids, check_packing, check_vector, group_sum, pair_ids, widened
@@ -116,7 +116,7 @@ def length_reward(
     Returns:
         float32 (float64 for float64 lengths). Negative where a rollout is further off than 1 / beta references.
     """
-    both = (torch.float32, torch.float64, torch.float16, torch.bfloat16, *INTEGERS)
+    both = (*FLOATS, *INTEGERS)
     check_vector("lengths", lengths, None, "", None, both)
     check_vector("reference_lengths", reference_lengths, lengths.shape[0], "one a rollout", lengths.device, both)
     beta = check_number("beta", beta, low=0, dtype=accumulator(lengths))
